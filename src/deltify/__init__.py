@@ -1,0 +1,30 @@
+"""deltify: turn a pretrained transformer into a Kimi Delta Attention language model, and prove what came out.
+
+Importing it registers the model types `deltify` and `arcee_kda` with transformers' Auto classes.
+"""
+
+from .config import Recipe, read_recipe
+from .convert import convert
+from .distill import distill
+from .evaluate import evaluate_run
+from .model import ArceeKDAConfig, ArceeKDAForCausalLM, DeltifyConfig, DeltifyForCausalLM
+from .ops import kda, kda_step
+from .report import report
+from .teacher import load_teacher
+
+__version__ = "0.1.0"
+__all__ = [
+    "ArceeKDAConfig",
+    "ArceeKDAForCausalLM",
+    "DeltifyConfig",
+    "DeltifyForCausalLM",
+    "Recipe",
+    "convert",
+    "distill",
+    "evaluate_run",
+    "kda",
+    "kda_step",
+    "load_teacher",
+    "read_recipe",
+    "report",
+]

@@ -1,0 +1,293 @@
+"""A student from a teacher: every tensor has a source in one table, and the gates a start.
+
+Legend: B batch, T tokens, D model width, H heads, K head width, N calibration tokens.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .data import Batch
+from .model import ArceeKDAConfig, DeltifyConfig, DeltifyForCausalLM, DeltifyKDA
+from .model.modeling import find_packing, inverse_softplus
+from .teacher import Teacher
+
+STARTS = ("calibrated", "library", "arcee")
+ARCHITECTURES = {"deltify": DeltifyConfig, "arcee_kda": ArceeKDAConfig}
+
+
+# ---- which layers ----------------------------------------------------------------------------------------------------
+
+
+def kept_layers(spec: str | list[int], layers: int) -> list[int]:
+    """The layers that keep full attention: "none", "all", a ratio such as "3:1" (three KDA, then one), or a list."""
+    if spec == "none":
+        return []
+    if spec == "all":
+        return list(range(layers))
+    if isinstance(spec, list):
+        if bad := [i for i in spec if not 0 <= i < layers]:
+            raise ValueError(f"full_attention_layers names {bad}; the teacher has layers 0 to {layers - 1}")
+        return sorted(set(spec))
+    try:
+        linear, full = (int(part) for part in spec.split(":"))
+    except ValueError:
+        raise ValueError(f"full_attention_layers={spec!r}; use none, all, a ratio like 3:1, or a list") from None
+    return [i for i in range(layers) if i % (linear + full) >= linear]
+
+
+def student_config(teacher: Teacher, kept: list[int], *, keep_rope: bool) -> DeltifyConfig:
+    """The student's configuration: the teacher's facts, KDA everywhere but in `kept`, those with RoPE or NoPE."""
+    t = teacher.config
+    layers = range(t.num_hidden_layers)
+    shared = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "mlp_bias", "attention_bias", "rms_norm_eps", "rope_parameters", "max_position_embeddings", "initializer_range", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"]
+    return ARCHITECTURES[teacher.family.student](
+        **{name: getattr(t, name) for name in shared},
+        **teacher.family.facts,
+        attention_out_bias=t.attention_bias,
+        layer_types=["full_attention" if i in kept else "linear_attention" for i in layers],
+        use_rope=[keep_rope and i in kept for i in layers],
+    )
+
+
+# ---- where every tensor comes from -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a student's tensor is made; `pattern` is the end of its name in a KDA layer."""
+
+    pattern: str
+    source: str  # shown to the user
+    rule: str  # "copy", "repeat" (whole key/value head blocks, once per query head) or "start"
+
+
+KDA_ORIGINS = [
+    Origin("q_proj", "teacher's q_proj", "copy"),
+    Origin("k_proj", "teacher's k_proj, each key/value head repeated for its query heads", "repeat"),
+    Origin("v_proj", "teacher's v_proj, each key/value head repeated for its query heads", "repeat"),
+    Origin("o_proj", "teacher's o_proj", "copy"),
+    Origin("q_conv1d", "{start}", "start"),
+    Origin("k_conv1d", "{start}", "start"),
+    Origin("v_conv1d", "{start}", "start"),
+    Origin("f_proj", "{start}", "start"),
+    Origin("b_proj", "{start}", "start"),
+    Origin("g_proj", "{start}", "start"),
+    Origin("A_log", "{start}", "start"),
+    Origin("dt_bias", "{start}", "start"),
+    Origin("o_norm", "{start}", "start"),
+]
+
+
+def origin_of(name: str, config: DeltifyConfig) -> Origin:
+    """The origin of the student's tensor `name`; tensors outside KDA layers are copies."""
+    parts = name.split(".")
+    if "self_attn" not in parts or config.layer_types[int(parts[2])] == "full_attention":
+        return Origin(name, "teacher's tensor of the same name", "copy")
+    return next(origin for origin in KDA_ORIGINS if origin.pattern == parts[4])
+
+
+def repeat_heads(x: Tensor, heads: int, head_dim: int) -> Tensor:
+    """Rows of `x` [key/value heads * K, ...] as [heads * K, ...]: query head h gets block h // group."""
+    blocks = x.unflatten(0, (-1, head_dim))
+    return blocks.repeat_interleave(heads // blocks.shape[0], dim=0).flatten(0, 1)
+
+
+def convert(
+    teacher: Teacher,
+    *,
+    full_attention_layers: str | list[int] = "none",
+    keep_rope: bool = False,
+    start: str = "calibrated",
+    calibration: Batch | None = None,
+    seed: int = 0,
+    report: Callable[[str], None] = lambda line: None,
+) -> DeltifyForCausalLM:
+    """A student in float32 on the teacher's device.
+
+    Args:
+        full_attention_layers: the layers that stay attention, see `kept_layers`.
+        keep_rope: whether they keep their rotary positions; without, they are NoPE.
+        start: of the gates and convolutions: "library" (fla's default), "arcee" (the model card's: forgets at once) or
+            "calibrated" (decays from the teacher's attention distances, near-linear convolutions, output projections by
+            least squares), which needs `calibration`.
+        calibration: rows of text, a few thousand tokens.
+        report: called with a line for each group of tensors and each calibrated layer.
+    """
+    if start not in STARTS:
+        raise ValueError(f"start={start!r}; choose one of {list(STARTS)}")
+    if start == "calibrated" and calibration is None:
+        raise ValueError("start='calibrated' needs calibration text; or choose start='library'")
+    kept = kept_layers(full_attention_layers, teacher.config.num_hidden_layers)
+    config = student_config(teacher, kept, keep_rope=keep_rope)
+    device = teacher.model.device
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        student = model_class(config)(config).float()
+    copy_weights(teacher, student)
+    student.to(device)
+    mixers = [layer.self_attn for layer in student.model.layers if layer.linear]
+    if start == "arcee":
+        for mixer in mixers:
+            nn.init.zeros_(mixer.dt_bias)
+    for line in origins(student, start):
+        report(line)
+    if start == "calibrated":
+        calibrate(teacher, student, calibration, report)
+    student.generation_config = teacher.model.generation_config
+    return student
+
+
+def model_class(config: DeltifyConfig) -> type[DeltifyForCausalLM]:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM._model_mapping[type(config)]
+
+
+@torch.no_grad()
+def copy_weights(teacher: Teacher, student: DeltifyForCausalLM) -> None:
+    config = student.config
+    source = teacher.model.state_dict()
+    for name, target in student.state_dict().items():
+        origin = origin_of(name, config)
+        if origin.rule == "start":
+            continue
+        if name not in source:
+            raise ValueError(f"the teacher ({teacher.config.model_type}) has no tensor {name}; it cannot be converted")
+        value = source[name]
+        if origin.rule == "repeat":
+            value = repeat_heads(value, config.num_attention_heads, config.head_dim)
+        if value.shape != target.shape:
+            raise ValueError(f"{name} is {tuple(value.shape)} in the teacher, {tuple(target.shape)} in the student")
+        target.copy_(value)
+
+
+def origins(student: DeltifyForCausalLM, start: str) -> list[str]:
+    """One line per group of tensors: how many, how many numbers, and where they come from."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name, tensor in student.named_parameters():
+        origin = origin_of(name, student.config)
+        short = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        if origin.rule == "start":
+            short = f"model.layers.*.self_attn.{origin.pattern}"
+        source = origin.source.format(start=f"start: {start}")
+        if start == "calibrated" and origin.pattern == "o_proj":
+            source = "least squares: the student's mixer against the teacher's attention output"
+        count = groups.setdefault((short, source), [0, 0])
+        count[0] += 1
+        count[1] += tensor.numel()
+    return [f"{name:48} {n:4} tensors {numbers:>12,} numbers  {text}" for (name, text), (n, numbers) in groups.items()]
+
+
+# ---- calibrated start ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionStats:
+    """Where a teacher's attention layer looks, first token of a document (the sink) left out."""
+
+    distance_H: Tensor  # mean distance in tokens
+    entropy_H: Tensor  # nats
+
+
+@torch.no_grad()
+def attention_stats(teacher: Teacher, batch: Batch) -> list[AttentionStats]:
+    """Per layer, over the rows of a batch."""
+    sums: dict[int, Tensor] = {}
+
+    def measure(layer: int, positions_T: Tensor, weights_HTT: Tensor) -> None:
+        tokens = len(positions_T)
+        place = torch.arange(tokens, device=weights_HTT.device)
+        distance = (place[:, None] - place).clamp_(min=0)
+        weights = weights_HTT.float() * (positions_T > 0)
+        mass = weights.sum(-1)
+        entropy = -(weights * weights.clamp(min=1e-9).log()).sum(-1)
+        sums[layer] = sums.get(layer, 0) + torch.stack([(weights * distance).sum((1, 2)), mass.sum(1), entropy.sum(1)])
+
+    attention = teacher.config._attn_implementation
+    teacher.model.set_attn_implementation("eager")
+    try:
+        rows = batch.to(teacher.model.device)
+        for ids, positions in zip(rows.input_ids.split(1), rows.position_ids.split(1)):
+
+            def hook(module, args, output, positions=positions):
+                measure(module.layer_idx, positions[0], output[1][0])
+                return output[0], None
+
+            handles = [layer.self_attn.register_forward_hook(hook) for layer in teacher.model.model.layers]
+            teacher.model.model(input_ids=ids, position_ids=positions, use_cache=False)
+            for handle in handles:
+                handle.remove()
+    finally:
+        teacher.model.set_attn_implementation(attention)
+    queries = batch.input_ids.numel()
+    return [AttentionStats(s[0] / s[1].clamp(min=1e-6), s[2] / queries) for _, s in sorted(sums.items())]
+
+
+@torch.no_grad()
+def calibrate(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, report: Callable[[str], None]) -> None:
+    """Gives every KDA layer of the student a start that already resembles the attention it replaces.
+
+    - Convolutions pass the current token alone, scaled down to where SiLU is nearly linear (the L2 norm of q and k, and
+      o_norm, undo the scale).
+    - Decays: a head's half-life is the mean distance its attention looks back; f_proj starts silent.
+    - beta 1/2, output gate 1/2, o_norm 1.
+    - o_proj: the ridge regression of the teacher's attention output on what the student's o_proj reads, both from the
+      teacher's own input of the layer. It takes in the scale per head that o_norm discards.
+    """
+    for layer, stats in zip(student.model.layers, attention_stats(teacher, batch)):
+        if layer.linear:
+            slow_gates(layer.self_attn, stats)
+    packing = find_packing(None, batch.position_ids, batch.input_ids.shape[1], cached=False)
+    device = student.device
+    shares = {}
+
+    def fit(module, args, kwargs, output):
+        layer = student.model.layers[module.layer_idx]
+        if not layer.linear:
+            return
+        x, y = kwargs["hidden_states"].float(), output[0].float()
+        x, y = (x, y) if packing is None else (packing.gather(x), packing.gather(y))
+        mixer, target = layer.self_attn, y.flatten(0, 1)
+        if mixer.o_proj.bias is not None:
+            target = target - mixer.o_proj.bias
+        features = mixer.inner(x, None, packing).flatten(0, 1)
+        weight = ridge(features, target, RIDGE_PENALTY)
+        mixer.o_proj.weight.copy_(weight.t())
+        residual = (features @ weight - target).square().sum() / (target - target.mean(0)).square().sum()
+        shares[module.layer_idx] = 1 - float(residual)
+
+    hooks = [layer.self_attn.register_forward_hook(fit, with_kwargs=True) for layer in teacher.model.model.layers]
+    teacher.model.model(
+        input_ids=batch.input_ids.to(device), position_ids=batch.position_ids.to(device), use_cache=False
+    )
+    for hook in hooks:
+        hook.remove()
+    explained = ", ".join(f"{100 * share:.0f}%" for share in shares.values())
+    report(f"variance of the teacher's attention outputs explained, layer by layer: {explained}")
+
+
+CONV_TAP = 0.1
+RIDGE_PENALTY = 1e-4
+
+
+def slow_gates(mixer: DeltifyKDA, stats: AttentionStats) -> None:
+    """Convolutions, decays and gates of the calibrated start."""
+    for conv in (mixer.q_conv1d, mixer.k_conv1d, mixer.v_conv1d):
+        conv.weight.zero_()
+        conv.weight[..., -1] = CONV_TAP
+    half_life = stats.distance_H.clamp(min=1.0)
+    mixer.A_log.zero_()
+    mixer.dt_bias.copy_(inverse_softplus(math.log(2) / half_life).repeat_interleave(mixer.head_dim))
+    for silent in (mixer.f_proj[1].weight, mixer.b_proj.weight, mixer.g_proj[1].weight, mixer.g_proj[1].bias):
+        silent.zero_()
+
+
+def ridge(X_ND: Tensor, Y_NE: Tensor, penalty: float) -> Tensor:
+    """W [D, E] that minimises |X W - Y|^2 + penalty * mean diagonal of X^T X * |W|^2."""
+    gram = X_ND.T @ X_ND
+    gram.diagonal().add_(penalty * gram.diagonal().mean())
+    return torch.linalg.solve(gram, X_ND.T @ Y_NE)

@@ -1,0 +1,67 @@
+"""Text from a model, streamed."""
+
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+from .config import STAGES
+
+
+def model_folder(path: str) -> str:
+    """The model in a folder: itself, or of a run the furthest stage. A hub id stays as it is."""
+    folder = Path(path)
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return path
+    for name in (*reversed(STAGES), "converted"):
+        if (folder / name / "config.json").is_file():
+            return str(folder / name)
+    raise FileNotFoundError(
+        f"{path} holds neither a model (config.json) nor a run (converted/, align/, match/, extend/)"
+    )
+
+
+@torch.no_grad()
+def generate(
+    path: str,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    greedy: bool = False,
+    chat: bool = False,
+    device: str = "cpu",
+    seed: int = 0,
+) -> str:
+    """Streams a continuation of `prompt` to the terminal, then tokens per second; returns the text.
+
+    Args:
+        path: model folder, run folder (its furthest stage), or hub id.
+        greedy: take the likeliest token instead of sampling.
+        chat: put the prompt through the tokenizer's chat template.
+    """
+    source = model_folder(path)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    ids = inputs["input_ids"].to(device)
+    if ids.shape[1] == 0:
+        raise ValueError("the prompt is empty; give at least one token")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    started = time.perf_counter()
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer, **sampling
+    )
+    seconds, new = time.perf_counter() - started, out.shape[1] - ids.shape[1]
+    print(f"[{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s, prompt of {ids.shape[1]} included]")
+    return tokenizer.decode(out[0], skip_special_tokens=True)

@@ -1,0 +1,90 @@
+"""Configuration of a KDA language model: architecture facts as data."""
+
+from transformers import PreTrainedConfig
+
+LAYER_TYPES = ("linear_attention", "full_attention")
+
+
+class DeltifyConfig(PreTrainedConfig):
+    """A Llama-like decoder whose layers mix tokens by KDA ("linear_attention") or by attention ("full_attention").
+
+    Args:
+        head_dim: width K = V of a head, in layers of both kinds.
+        num_attention_heads: heads of KDA layers, and query heads of attention layers.
+        num_key_value_heads: key/value heads of attention layers; KDA layers have one per head.
+        mlp_gated: down(act(gate(x)) * up(x)) if true, else down(act(up(x))).
+        attention_bias, attention_out_bias: biases of q, k, v, and of o; KDA layers have them too.
+        qk_norm: RMSNorm of q and k, per head, in attention layers (KDA layers have L2 norms instead).
+        layer_types: one of "linear_attention" and "full_attention" per layer; all KDA if absent.
+        use_rope: per layer, whether attention rotates q and k; all false (NoPE) if absent. KDA layers ignore it.
+        conv_size: taps of the short convolutions.
+        gate_lower_bound: in [-5, 0) for the bounded gate form; None for the softplus form.
+    """
+
+    model_type = "deltify"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    mlp_gated: bool = True
+    mlp_bias: bool = False
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    attention_dropout: float = 0.0
+    qk_norm: bool = False
+    layer_types: list[str] | None = None
+    use_rope: list[bool] | None = None
+    rope_parameters: dict | None = None
+    max_position_embeddings: int = 8192
+    conv_size: int = 4
+    gate_lower_bound: float | None = None
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.layer_types is None:
+            self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        if self.use_rope is None:
+            self.use_rope = [False] * self.num_hidden_layers
+        for name in ("layer_types", "use_rope"):
+            if len(getattr(self, name)) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries for num_hidden_layers={self.num_hidden_layers}"
+                )
+        if unknown := set(self.layer_types) - set(LAYER_TYPES):
+            raise ValueError(f"layer_types contains {sorted(unknown)}; known are {list(LAYER_TYPES)}")
+        super().__post_init__(**kwargs)
+
+
+class ArceeKDAConfig(DeltifyConfig):
+    """The same for students of Arcee models (AFM-4.5B-Base-KDA-Only): ungated relu^2 MLP."""
+
+    model_type = "arcee_kda"
+
+    vocab_size: int = 128004
+    hidden_size: int = 2560
+    intermediate_size: int = 18432
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 20
+    num_key_value_heads: int | None = 4
+    head_dim: int | None = 128
+    hidden_act: str = "relu2"
+    mlp_gated: bool = False
+    max_position_embeddings: int = 65536
+    bos_token_id: int | None = 128000
+    eos_token_id: int | list[int] | None = 128001

