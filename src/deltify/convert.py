@@ -39,13 +39,21 @@ def kept_layers(spec: str | list[int], layers: int) -> list[int]:
     return [i for i in range(layers) if i % (linear + full) >= linear]
 
 
+# fields that a student's configuration takes from its teacher's as they are
+SHARED_FACTS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "mlp_bias", "attention_bias", "rms_norm_eps"),
+    *("rope_parameters", "max_position_embeddings", "initializer_range", "tie_word_embeddings"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+)
+
+
 def student_config(teacher: Teacher, kept: list[int], *, keep_rope: bool) -> DeltifyConfig:
     """The student's configuration: the teacher's facts, KDA everywhere but in `kept`, those with RoPE or NoPE."""
     t = teacher.config
     layers = range(t.num_hidden_layers)
-    shared = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "mlp_bias", "attention_bias", "rms_norm_eps", "rope_parameters", "max_position_embeddings", "initializer_range", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"]
     return ARCHITECTURES[teacher.family.student](
-        **{name: getattr(t, name) for name in shared},
+        **{name: getattr(t, name) for name in SHARED_FACTS},
         **teacher.family.facts,
         attention_out_bias=t.attention_bias,
         layer_types=["full_attention" if i in kept else "linear_attention" for i in layers],
@@ -233,7 +241,7 @@ def calibrate(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, repor
 
     - Convolutions pass the current token alone, scaled down to where SiLU is nearly linear (the L2 norm of q and k, and
       o_norm, undo the scale).
-    - Decays: a head's half-life is the mean distance its attention looks back; f_proj starts silent.
+    - Decays: a head's half-life is a share of the mean distance its attention looks back; f_proj starts silent.
     - beta 1/2, output gate 1/2, o_norm 1.
     - o_proj: the ridge regression of the teacher's attention output on what the student's o_proj reads, both from the
       teacher's own input of the layer. It takes in the scale per head that o_norm discards.
@@ -270,6 +278,9 @@ def calibrate(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, repor
     report(f"variance of the teacher's attention outputs explained, layer by layer: {explained}")
 
 
+# Measured on SmolLM2-135M-Instruct, 8,192 tokens of calibration, held-out KL before any training: share 1.0 gives 2.75,
+# 0.3 gives 2.57, 0.1 gives 2.64; tap 1.0 for q, k, v gives 2.94 against 2.75 for 0.1.
+HALF_LIFE_SHARE = 0.3
 CONV_TAP = 0.1
 RIDGE_PENALTY = 1e-4
 
@@ -279,7 +290,7 @@ def slow_gates(mixer: DeltifyKDA, stats: AttentionStats) -> None:
     for conv in (mixer.q_conv1d, mixer.k_conv1d, mixer.v_conv1d):
         conv.weight.zero_()
         conv.weight[..., -1] = CONV_TAP
-    half_life = stats.distance_H.clamp(min=1.0)
+    half_life = (HALF_LIFE_SHARE * stats.distance_H).clamp(min=1.0)
     mixer.A_log.zero_()
     mixer.dt_bias.copy_(inverse_softplus(math.log(2) / half_life).repeat_interleave(mixer.head_dim))
     for silent in (mixer.f_proj[1].weight, mixer.b_proj.weight, mixer.g_proj[1].weight, mixer.g_proj[1].bias):

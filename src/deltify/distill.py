@@ -311,7 +311,8 @@ def align_step(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, stag
             else:
                 out, _ = layer.self_attn(hidden, kwargs["position_embeddings"], kwargs["attention_mask"], None)
             loss = mixer_loss(out, output[0])
-            (loss * scale).backward()
+            with torch.autocast(hidden.device.type, enabled=False):
+                (loss * scale).backward()
         losses.append(loss.detach())
 
     packing = find_packing(None, batch.position_ids, batch.input_ids.shape[1], cached=False)
@@ -338,7 +339,8 @@ def match_step(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, stag
         labels=labels,
         ce_weight=stage.ce_weight,
     )
-    (loss * scale).backward()
+    with torch.autocast(loss.device.type, enabled=False):
+        (loss * scale).backward()
     return {"loss": loss.detach(), "kl": kl} | ({"ce": ce} if stage.ce_weight else {})
 
 

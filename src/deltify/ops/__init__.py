@@ -3,6 +3,8 @@
 Legend: B batch, T tokens, H heads, K key width, V value width, N states.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -130,5 +132,5 @@ def check_arguments(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_boun
     if batch != 1:
         raise ValueError(f"cu_seqlens needs one packed row, but q has {batch} rows; flatten them first")
     bounds = cu_seqlens.tolist()
-    if bounds[:1] != [0] or bounds[-1] != tokens or any(a > b for a, b in zip(bounds, bounds[1:])):
+    if bounds[:1] != [0] or bounds[-1] != tokens or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"cu_seqlens={bounds} must rise from 0 to T={tokens}")

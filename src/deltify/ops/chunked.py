@@ -17,6 +17,7 @@ Kimi Linear, arXiv 2510.26692, section 3; the halving is explained in docs/opera
 Legend: B batch, T tokens, H heads, K key width, V value width, C chunk, N documents, n chunks x heads.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -137,7 +138,7 @@ def prepare(qk_nC2K: Tensor, v: Tensor, g: Tensor, beta: Tensor, keep_levels: bo
 
     Works in the memory of its arguments where it can: g is overwritten, and so are q and k unless `keep_levels`.
     """
-    n, chunk, _, width = qk_nC2K.shape
+    n, chunk = qk_nC2K.shape[:2]
     q, k = qk_nC2K.unbind(2)
     products = qk_nC2K.new_zeros(n, chunk, 2, chunk)  # rows of P and of M in turn
     P, M = products.unbind(2)
@@ -317,8 +318,20 @@ def inverse_norm(x: Tensor, work: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=work).square_().add_(L2NORM_EPS).rsqrt_()
 
 
+def full_precision(method):
+    """Keeps autocast out: the operator chooses its own precision."""
+
+    @functools.wraps(method)
+    def wrapped(ctx, *tensors):
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return method(ctx, *tensors)
+
+    return wrapped
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
+    @full_precision
     def forward(ctx, q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale):
         work, heads = torch.promote_types(v.dtype, torch.float32), q.shape[2]
         segments, order = make_segments(q, cu_seqlens)
@@ -336,6 +349,7 @@ class _Chunked(torch.autograd.Function):
         return o, final
 
     @staticmethod
+    @full_precision
     def backward(ctx, *gradients: Tensor):
         do, dfinal = gradients
         q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, *between = ctx.saved_tensors

@@ -1,6 +1,6 @@
 """Causal depthwise short convolution with SiLU, its state, and document bounds.
 
-Legend: B batch, T tokens, D channels, W taps (the last one meets the current token), N documents.
+Legend: B batch, T tokens, D channels, W taps (the last one meets the current token), P = W - 1, N documents.
 """
 
 import torch
@@ -22,33 +22,52 @@ def short_conv(
     Returns:
         (y, state): [B, T, D] and [N, D, W - 1], in x's dtype.
     """
-    taps_WD = weight_D1W.squeeze(1).t().to(x_BTD.dtype)
-    past = taps_WD.shape[0] - 1
     batch, tokens, width = x_BTD.shape
-    if cu_seqlens is None:
-        before = x_BTD.new_zeros(batch, past, width) if state is None else state.transpose(1, 2).to(x_BTD.dtype)
-        padded = torch.cat([before, x_BTD], dim=1)
-        y = sum(padded[:, w : w + tokens] * taps_WD[w] for w in range(past + 1))
-        return F.silu(y), padded[:, tokens:].transpose(1, 2)
-
-    documents = cu_seqlens.numel() - 1
+    past = weight_D1W.shape[-1] - 1
+    documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
     before = x_BTD.new_zeros(documents, past, width) if state is None else state.transpose(1, 2).to(x_BTD.dtype)
-    rows = torch.cat([before.reshape(-1, width), x_BTD[0]])
-    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    token = torch.arange(tokens, device=x_BTD.device)
-    document = torch.repeat_interleave(torch.arange(documents, device=x_BTD.device), ends - starts, output_size=tokens)
+    if cu_seqlens is None:
+        padded = torch.cat([before, x_BTD], dim=1)
+        return F.silu(_Convolve.apply(padded, weight_D1W)), padded[:, tokens:].transpose(1, 2)
 
-    def row_of(position: Tensor, document: Tensor) -> Tensor:
-        """Where the input of `position` (in the packed row) lies in `rows`, seen from `document`."""
-        before_start = position - starts[document]
-        return torch.where(before_start < 0, document * past + past + before_start, documents * past + position)
+    # the inputs before each document go into the row, so that a plain convolution never reaches another document
+    bounds = cu_seqlens.long()
+    document = torch.arange(documents, device=x_BTD.device)
+    place = torch.arange(tokens, device=x_BTD.device)
+    place = place + past * (1 + document.repeat_interleave(bounds.diff(), output_size=tokens))
+    before_place = (bounds[:-1] + past * document)[:, None] + torch.arange(past, device=x_BTD.device)
+    padded = x_BTD.new_empty(tokens + past * documents, width)
+    padded = padded.index_copy(0, place, x_BTD[0]).index_copy(0, before_place.flatten(), before.flatten(0, 1))
+    y = _Convolve.apply(padded[None], weight_D1W)[0, place - past]
+    last = before_place + bounds.diff()[:, None]
+    return F.silu(y)[None], padded[last].transpose(1, 2)
 
-    y = x_BTD[0] * taps_WD[past]
-    for shift in range(1, past + 1):
-        y = y + rows[row_of(token - shift, document)] * taps_WD[past - shift]
-    every = torch.arange(documents, device=x_BTD.device)[:, None].expand(documents, past)
-    last = ends[:, None] - past + torch.arange(past, device=x_BTD.device)
-    return F.silu(y)[None], rows[row_of(last, every)].transpose(1, 2)
+
+class _Convolve(torch.autograd.Function):
+    """[B, P + T, D] and [D, 1, W] -> [B, T, D]; saves its inputs alone."""
+
+    @staticmethod
+    def forward(ctx, padded, weight):
+        ctx.save_for_backward(padded, weight)
+        taps_WD = weight.squeeze(1).t().to(padded.dtype).contiguous()
+        tokens = padded.shape[1] - len(taps_WD) + 1
+        y = padded[:, :tokens] * taps_WD[0]
+        for w in range(1, len(taps_WD)):
+            y.addcmul_(padded[:, w : w + tokens], taps_WD[w])
+        return y
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        (dy,) = gradients
+        padded, weight = ctx.saved_tensors
+        taps_WD = weight.squeeze(1).t().to(dy.dtype).contiguous()
+        tokens = dy.shape[1]
+        dx = torch.zeros_like(padded)
+        dtaps = torch.empty_like(taps_WD, dtype=torch.promote_types(dy.dtype, torch.float32))
+        for w in range(len(taps_WD)):
+            dx[:, w : w + tokens].addcmul_(dy, taps_WD[w])
+            dtaps[w] = (padded[:, w : w + tokens] * dy).sum((0, 1), dtype=dtaps.dtype)
+        return dx, dtaps.t().unsqueeze(1).to(weight.dtype)
 
 
 def short_conv_step(x_BD: Tensor, weight_D1W: Tensor, state_BDP: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 Legend: B batch, T tokens, H heads, K key width, V value width, N states (batch rows, or documents of a packed row).
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,7 @@ def log_decay(f: Tensor, rate: Tensor, bias: Tensor, lower_bound: float | None) 
 def kda_reference(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale):
     """The recurrence of design section 2 as a Python loop; differentiable through autograd.
 
-    Arguments are those of `deltify.ops.kda` with defaults filled in. Computes in float64 when v is float64, else float32.
+    Arguments are those of `deltify.ops.kda` with defaults filled in. Computes in float64 if v is, else in float32.
     """
     work = torch.promote_types(v.dtype, torch.float32)
     q, k = (l2norm(x.to(work)) for x in (q, k))
@@ -57,4 +59,4 @@ def document_spans(batch: int, tokens: int, cu_seqlens: Tensor | None) -> list[t
     if cu_seqlens is None:
         return [(row, 0, tokens) for row in range(batch)]
     bounds = cu_seqlens.tolist()
-    return [(0, start, end) for start, end in zip(bounds, bounds[1:])]
+    return [(0, start, end) for start, end in pairwise(bounds)]

@@ -1,0 +1,63 @@
+"""What every benchmark shares: timing, and the file its last result is kept in."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def median_seconds(function: Callable[[], object], budget: float = 3.0, least: int = 3, most: int = 200) -> float:
+    """Median time of a call, after one that warms up."""
+    function()
+    times: list[float] = []
+    while len(times) < least or (len(times) < most and sum(times) < budget):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def row(case: str, metric: str, ours: float, peer: float | None, peer_name: str, *, rate: bool = False) -> dict:
+    """One line of a result; ratio says how many times better ours is."""
+    ratio = None if peer is None else (ours / peer if rate else peer / ours)
+    return {"case": case, "metric": metric, "ours": ours, "peer": peer, "peer_name": peer_name, "ratio": ratio}
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = (
+        [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
+    name = model[0].split(":")[1].strip() if model else platform.processor()
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def write(name: str, rows: list[dict]) -> None:
+    """Prints the rows and keeps them in results/NAME.json."""
+    import transformers
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    result = {"device": device_name(), "versions": versions, "commit": commit, "rows": rows}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{result['device']}, torch {torch.__version__}")
+    print(f"{'case':40} {'metric':14} {'ours':>10} {'peer':>10} {'ratio':>7}  peer")
+    for r in rows:
+        peer, ratio = ("-" if r[key] is None else f"{r[key]:.3g}" for key in ("peer", "ratio"))
+        print(f"{r['case']:40} {r['metric']:14} {r['ours']:10.4g} {peer:>10} {ratio:>7}  {r['peer_name']}")

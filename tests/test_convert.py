@@ -1,0 +1,121 @@
+"""The conversion: heads, sources, starts."""
+
+import pytest
+import torch
+
+from deltify.convert import attention_stats, convert, kept_layers, origins, repeat_heads, ridge
+from deltify.data import Batch
+from deltify.losses import mixer_loss
+from deltify.model import ArceeKDAConfig, DeltifyConfig
+from deltify.teacher import random_teacher
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return random_teacher("llama")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    generator = torch.Generator().manual_seed(3)
+    positions = torch.cat([torch.arange(40), torch.arange(24)]).expand(8, 64)
+    return Batch(torch.randint(0, 250, (8, 64), generator=generator), positions)
+
+
+def test_key_value_heads_are_repeated_as_whole_blocks():
+    x = torch.arange(2 * 3).view(6, 1)  # two heads of three rows
+    assert repeat_heads(x, 4, 3).flatten().tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
+
+
+def test_layers_can_be_given_as_ratio_list_or_word():
+    assert kept_layers("3:1", 30) == [3, 7, 11, 15, 19, 23, 27]
+    assert kept_layers([5, 1, 5], 6) == [1, 5]
+    assert kept_layers("none", 3) == [] and kept_layers("all", 3) == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"names \[9\]"):
+        kept_layers([9], 4)
+    with pytest.raises(ValueError, match="'some'"):
+        kept_layers("some", 4)
+
+
+@pytest.mark.parametrize("architecture, config", [("llama", DeltifyConfig), ("arcee", ArceeKDAConfig)])
+def test_copied_tensors_equal_the_teachers(architecture, config):
+    teacher = random_teacher(architecture)
+    student = convert(teacher, full_attention_layers="3:1", start="library")
+    assert type(student.config) is config
+    mine, theirs = student.state_dict(), teacher.model.state_dict()
+    for i in range(4):
+        prefix = f"model.layers.{i}."
+        for name in ("mlp.up_proj", "self_attn.q_proj", "self_attn.o_proj", "input_layernorm"):
+            assert torch.equal(mine[f"{prefix}{name}.weight"], theirs[f"{prefix}{name}.weight"])
+        keys, source = mine[f"{prefix}self_attn.k_proj.weight"], theirs[f"{prefix}self_attn.k_proj.weight"]
+        if i == 3:
+            assert torch.equal(keys, source)
+        else:
+            for head in range(4):
+                assert torch.equal(keys.view(4, 16, -1)[head], source.view(2, 16, -1)[head // 2])
+
+
+def test_every_tensor_has_an_origin_and_all_numbers_are_counted(teacher):
+    student = convert(teacher, start="library")
+    lines = origins(student, "library")
+    counted = sum(int(line.split("tensors")[1].split("numbers")[0].replace(",", "")) for line in lines)
+    assert counted == sum(p.numel() for p in student.parameters())
+
+
+def test_attention_distances_are_those_of_the_weights(teacher, rows):
+    row = Batch(rows.input_ids[:1], rows.position_ids[:1])
+    stats = attention_stats(teacher, row)
+    teacher.model.set_attn_implementation("eager")
+    out = teacher.model(row.input_ids, position_ids=row.position_ids, output_attentions=True, use_cache=False)
+    teacher.model.set_attn_implementation("sdpa")
+    weights = out.attentions[2][0, 1]
+    total = mass = 0.0
+    for i in range(64):
+        for j in range(i + 1):
+            if row.position_ids[0, j] > 0:
+                total, mass = total + float(weights[i, j]) * (i - j), mass + float(weights[i, j])
+    assert float(stats[2].distance_H[1]) == pytest.approx(total / mass, rel=1e-4)
+
+
+def test_the_calibrated_start_is_nearer_to_the_teacher_than_the_others(teacher, rows):
+    test = Batch(rows.input_ids.flip(0).roll(1, 1), rows.position_ids)
+
+    def mean_error(student):
+        errors = []
+        hidden = {}
+        hooks = [
+            layer.self_attn.register_forward_hook(
+                lambda m, a, kw, out: hidden.__setitem__(m.layer_idx, (kw["hidden_states"], out[0])), with_kwargs=True
+            )
+            for layer in teacher.model.model.layers
+        ]
+        with torch.no_grad():
+            teacher.model(test.input_ids[:, :40], use_cache=False)
+            for layer, (x, y) in zip(student.model.layers, hidden.values()):
+                errors.append(float(mixer_loss(layer.self_attn(x), y)))
+        for hook in hooks:
+            hook.remove()
+        return sum(errors) / len(errors)
+
+    errors = {start: mean_error(convert(teacher, start=start, calibration=rows)) for start in ("library", "arcee")}
+    calibrated = mean_error(convert(teacher, start="calibrated", calibration=rows))
+    assert calibrated < min(errors.values())
+
+
+def test_starts_are_what_their_names_say(teacher, rows):
+    arcee = convert(teacher, start="arcee").model.layers[0].self_attn
+    assert float(arcee.dt_bias.abs().max()) == 0 and float(arcee.A_log.exp().min()) >= 1
+    library = convert(teacher, start="library").model.layers[0].self_attn
+    dt = torch.nn.functional.softplus(library.dt_bias)
+    assert float(dt.min()) >= 1e-3 * 0.99 and float(dt.max()) <= 0.1 * 1.01
+    calibrated = convert(teacher, start="calibrated", calibration=rows).model.layers[0].self_attn
+    assert float(calibrated.q_conv1d.weight[..., :-1].abs().max()) == 0
+    with pytest.raises(ValueError, match="start='random'"):
+        convert(teacher, start="random")
+    with pytest.raises(ValueError, match="needs calibration text"):
+        convert(teacher, start="calibrated")
+
+
+def test_ridge_finds_the_map():
+    X, W = torch.randn(200, 5, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    assert torch.allclose(ridge(X, X @ W, 1e-12), W, atol=1e-8)

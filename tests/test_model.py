@@ -1,0 +1,143 @@
+"""The model: equal to its teacher where nothing was converted, and to itself however a sequence is cut."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from deltify.convert import convert
+from deltify.model import DeltifyConfig, DeltifyForCausalLM
+from deltify.teacher import random_teacher
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+PURE = ["linear_attention"] * 4
+HYBRID = ["linear_attention"] * 3 + ["full_attention"]
+
+
+@pytest.fixture(params=[PURE, HYBRID], ids=["pure", "hybrid"])
+def model(request):
+    config = DeltifyConfig(**TINY, layer_types=request.param, use_rope=[True] * 4)
+    return DeltifyForCausalLM(config).eval()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 97, (2, 70))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "arcee"])
+def test_with_no_layer_converted_the_teacher_comes_back_bit_for_bit(architecture):
+    teacher = random_teacher(architecture, attention_bias=True)
+    student = convert(teacher, full_attention_layers="all", keep_rope=True, start="library")
+    ids = torch.randint(0, 200, (2, 50))
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    with torch.no_grad():
+        assert torch.equal(student(ids).logits, teacher.model(ids).logits)
+        assert torch.equal(student(ids, attention_mask=mask).logits, teacher.model(ids, attention_mask=mask).logits)
+
+
+@torch.no_grad()
+def test_whole_equals_prefill_and_decode_equals_pieces(model, ids):
+    whole = model(ids).logits
+    out = model(ids[:, :50], use_cache=True)
+    logits, cache = [out.logits], out.past_key_values
+    logits.append(model(ids[:, 50:60], past_key_values=cache).logits)
+    logits += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(60, 70)]
+    assert torch.allclose(torch.cat(logits, 1), whole, atol=1e-5)
+    assert cache.get_seq_length() == 70
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_equal_single_rows(model, ids, side):
+    lengths = (70, 40)
+    padded, mask = torch.full((2, 80), 5), torch.zeros(2, 80, dtype=torch.long)
+    places = []
+    for row, length in enumerate(lengths):
+        place = slice(80 - length, 80) if side == "left" else slice(0, length)
+        padded[row, place], mask[row, place] = ids[row, :length], 1
+        places.append(place)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    out = model(padded, attention_mask=mask, position_ids=positions).logits
+    for row, length in enumerate(lengths):
+        assert torch.allclose(out[row, places[row]], model(ids[row : row + 1, :length]).logits[0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(model, ids):
+    packed = torch.cat([ids[0, :30], ids[1, :40]])[None].repeat(2, 1)
+    positions = torch.cat([torch.arange(30), torch.arange(40)])[None].repeat(2, 1)
+    out = model(packed, position_ids=positions).logits
+    for row in range(2):
+        assert torch.allclose(out[row, :30], model(ids[:1, :30]).logits[0], atol=1e-5)
+        assert torch.allclose(out[row, 30:], model(ids[1:, :40]).logits[0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_generate_equals_recomputing_the_whole_sequence(model, ids):
+    prompt = ids[:, :20]
+    out = model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    want = prompt
+    for _ in range(8):
+        want = torch.cat([want, model(want).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(out, want)
+    mask = torch.ones_like(prompt)
+    mask[1, :7] = 0
+    out = model.generate(prompt, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    alone = model.generate(prompt[1:, 7:], max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(out[1, 20:], alone[0, 13:])
+
+
+@torch.no_grad()
+def test_the_cache_of_a_pure_model_does_not_grow():
+    model = DeltifyForCausalLM(DeltifyConfig(**TINY)).eval()
+    cache = model(torch.randint(0, 97, (1, 10)), use_cache=True).past_key_values
+
+    def numbers():
+        layers = [(layer.conv_states[0], layer.recurrent_states[0]) for layer in cache.layers]
+        return [(x.data_ptr(), x.shape) for pair in layers for x in pair]
+
+    before = numbers()
+    for _ in range(3):
+        model(torch.randint(0, 97, (1, 33)), past_key_values=cache)
+    assert numbers() == before and cache.get_seq_length() == 109
+
+
+def test_saved_folder_loads_with_the_auto_class_and_keeps_gates_in_float32(model, ids, tmp_path):
+    model.save_pretrained(tmp_path)
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    with torch.no_grad():
+        assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    mixer = half.model.layers[0].self_attn
+    assert mixer.A_log.dtype == mixer.dt_bias.dtype == torch.float32 and mixer.q_proj.weight.dtype == torch.bfloat16
+
+
+def test_activation_checkpointing_gives_equal_gradients(model, ids):
+    model.train()
+
+    def gradients():
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    want = gradients()
+    model.gradient_checkpointing_enable()
+    for name, gradient in gradients().items():
+        assert torch.allclose(gradient, want[name], atol=1e-6), name
+
+
+def test_wrong_configurations_are_named():
+    with pytest.raises(ValueError, match="layer_types contains"):
+        DeltifyConfig(**TINY, layer_types=["mamba"] * 4)
+    with pytest.raises(ValueError, match="use_rope has 3 entries"):
+        DeltifyConfig(**TINY, use_rope=[True] * 3)
