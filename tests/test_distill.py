@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch
         losses = align_step(*args)
         return {"loss": losses["loss"] * float("nan")} if len(calls) == 6 else losses
 
-    monkeypatch.setattr("deltify.distill.align_step", poisoned)
+    monkeypatch.setattr(sys.modules["deltify.distill"], "align_step", poisoned)
     with pytest.raises(FloatingPointError, match=r"align, step 5.*align-0000004"):
         distill(tiny_recipe(tmp_path))
     monkeypatch.undo()
@@ -208,7 +208,8 @@ def test_match_compares_packed_documents_apart():
 )
 def test_bad_input_is_named_on_the_command_line(arguments, message, tmp_path, capsys):
     write_recipe(tiny_recipe(tmp_path), tmp_path / "recipe.yaml")
-    filled = [a.format(recipe=tmp_path / "recipe.yaml", folder=tmp_path) if "{" in a[:1] else a for a in arguments]
+    places = {"{recipe}": str(tmp_path / "recipe.yaml"), "{folder}": str(tmp_path)}
+    filled = [places.get(argument, argument) for argument in arguments]
     assert main(filled) == 1
     assert message in capsys.readouterr().err
 

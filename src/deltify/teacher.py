@@ -166,7 +166,7 @@ def random_teacher(architecture: str, seed: int = 0, **overrides) -> Teacher:
         raise ValueError(f"architecture {architecture!r} is unknown; supported are {sorted(FAMILIES)}")
     tokenizer = byte_tokenizer()
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = AutoConfig.for_model(architecture, **TINY, vocab_size=len(tokenizer), **special, **overrides)
+    config = AutoConfig.for_model(architecture, vocab_size=len(tokenizer), **{**TINY, **special, **overrides})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).float()
