@@ -73,7 +73,6 @@ def kda(
     return BACKENDS[backend](q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale)
 
 
-@torch.no_grad()
 def kda_step(
     q: Tensor,
     k: Tensor,
@@ -87,7 +86,7 @@ def kda_step(
     lower_bound: float | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Output [B, H, V] of one token; `state` [B, H, K, V] is updated in place. No gradients.
+    """Output [B, H, V] of one token; `state` [B, H, K, V] is updated in place. For use under `torch.no_grad()`.
 
     Args:
         q, k, f: [B, H, K]. v: [B, H, V]. b: [B, H]. The rest as in `kda`.
