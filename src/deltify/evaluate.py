@@ -95,9 +95,8 @@ def evaluate_run(recipe: Recipe, *, samples: bool = True) -> Path:
             continue
         model = AutoModelForCausalLM.from_pretrained(recipe.folder / name, dtype=torch.float32).to(device).eval()
         scores.append(Score(name, *agreement(teacher.model, model, heldout), trained.get(name, 0)))
-        last = name, model
-    if samples:
-        texts[last[0]] = sample(teacher, last[1])
+        if samples:
+            texts[name] = sample(teacher, model)
     path = recipe.folder / "results.json"
     result = {
         "teacher": recipe.teacher.model,
@@ -129,5 +128,5 @@ def sample(teacher: Teacher, model: nn.Module, tokens: int = 32) -> list[str]:
     for prompt in PROMPTS:
         ids = teacher.tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
-        texts.append(teacher.tokenizer.decode(out[0], skip_special_tokens=True))
+        texts.append(str(teacher.tokenizer.decode(out[0], skip_special_tokens=True)))
     return texts

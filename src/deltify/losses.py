@@ -63,6 +63,7 @@ class _LinearKL(torch.autograd.Function):
             log_q = (h[part] @ head.t()).to(work).log_softmax(-1)
             p = log_p.exp()
             kl += log_p.sub_(log_q).mul_(p).sum()
+            known = target = None
             if labels is not None:
                 known, target = labels[part] >= 0, labels[part].clamp(min=0).unsqueeze(1)
                 ce -= log_q.gather(1, target).squeeze(1)[known].sum()
@@ -70,7 +71,7 @@ class _LinearKL(torch.autograd.Function):
                 continue
             q = log_q.exp_()
             d_logits = torch.sub(q, p, out=log_p).mul_((1 - ce_weight) / len(student))
-            if labels is not None and ce_weight:
+            if known is not None and target is not None and ce_weight:
                 scale = (known * (ce_weight / len(student))).to(work).unsqueeze(1)
                 d_logits.addcmul_(q, scale).scatter_add_(1, target, -scale)
             d_logits = d_logits.to(product)

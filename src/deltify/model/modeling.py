@@ -283,7 +283,7 @@ class DeltifyModel(DeltifyPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([DeltifyDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = DeltifyRMSNorm(config.hidden_size, config.rms_norm_eps)
-        kept = [i for i, kind in enumerate(config.layer_types) if kind == "full_attention"]
+        kept = [i for i, kind in enumerate(config.layer_types or ()) if kind == "full_attention"]
         self.has_attention = bool(kept)
         self.rotary_emb = LlamaRotaryEmbedding(config) if any(config.use_rope[i] for i in kept) else None
         self.gradient_checkpointing = False
