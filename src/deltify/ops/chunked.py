@@ -116,7 +116,7 @@ def span_blocks(matrix_nCC: Tensor, half: int) -> Tensor:
 
 
 def flush_tiny(factor: Tensor) -> None:
-    """Sets float32 decay factors below 1e-30 to zero, which they are for any sum they enter; denormals cost 100 cycles."""
+    """Sets float32 decay factors below 1e-30 to zero, as they are to any sum they enter: denormals are slow."""
     if factor.dtype == torch.float32:
         torch.threshold_(factor, 1e-30, 0.0)
 
