@@ -231,7 +231,7 @@ def test_wrong_teachers_are_refused(tmp_path):
     teacher = random_teacher("llama")
     teacher.tokenizer.save_pretrained(tmp_path / "gpt2")
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=300)).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(ValueError, match="'gpt2' cannot be converted yet; supported are: arcee, llama"):
+    with pytest.raises(ValueError, match="'gpt2' cannot be converted yet; supported are: arcee, llama, mistral"):
         load_teacher(str(tmp_path / "gpt2"))
     teacher.model.save_pretrained(tmp_path / "wrong")
     teacher.tokenizer.add_tokens([f"<{i}>" for i in range(9)])

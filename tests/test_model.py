@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from deltify.convert import convert
 from deltify.model import DeltifyConfig, DeltifyForCausalLM
-from deltify.teacher import random_teacher
+from deltify.teacher import FAMILIES, random_teacher
 
 TINY = {
     "vocab_size": 97,
@@ -32,9 +32,36 @@ def ids():
     return torch.randint(1, 97, (2, 70))  # without 0, which is padding below
 
 
-@pytest.mark.parametrize("architecture", ["llama", "arcee"])
+# what makes a tiny teacher of each family show what is special about it
+FAMILY_OPTIONS = {
+    "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "arcee": {"attention_bias": True},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"attention_bias": True},
+    "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
+}
+
+
+def test_every_family_is_tested():
+    assert FAMILY_OPTIONS.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("architecture", FAMILY_OPTIONS)
+def test_with_all_layers_converted_a_student_trains(architecture):
+    teacher = random_teacher(architecture, **FAMILY_OPTIONS[architecture])
+    student = convert(teacher, start="library")
+    ids = torch.randint(0, 200, (2, 24))
+    student(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in student.parameters())
+    assert not [name for name in student.state_dict() if name.endswith("q_norm.weight")]
+    with pytest.raises(ValueError, match="attend to a window of 16 tokens"):
+        convert(random_teacher("mistral", sliding_window=16), full_attention_layers="3:1", start="library")
+
+
+@pytest.mark.parametrize("architecture", FAMILY_OPTIONS)
 def test_with_no_layer_converted_the_teacher_comes_back_bit_for_bit(architecture):
-    teacher = random_teacher(architecture, attention_bias=True)
+    teacher = random_teacher(architecture, **FAMILY_OPTIONS[architecture])
     student = convert(teacher, full_attention_layers="all", keep_rope=True, start="library")
     ids = torch.randint(0, 200, (2, 50))
     mask = torch.ones_like(ids)

@@ -42,7 +42,7 @@ def kept_layers(spec: str | list[int], layers: int) -> list[int]:
 # fields that a student's configuration takes from its teacher's as they are
 SHARED_FACTS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "hidden_act", "mlp_bias", "attention_bias", "rms_norm_eps"),
+    *("num_key_value_heads", "hidden_act", "rms_norm_eps"),
     *("rope_parameters", "max_position_embeddings", "initializer_range", "tie_word_embeddings"),
     *("pad_token_id", "bos_token_id", "eos_token_id"),
 )
@@ -52,12 +52,19 @@ def student_config(teacher: Teacher, kept: list[int], *, keep_rope: bool) -> Del
     """The student's configuration: the teacher's facts, KDA everywhere but in `kept`, those with RoPE or NoPE."""
     t = teacher.config
     layers = range(t.num_hidden_layers)
+    rope, slides = teacher.family.rope(t), teacher.family.slides(t)
+    if sliding := [i for i in kept if slides[i]]:
+        raise ValueError(
+            f"layers {sliding} of this {t.model_type} teacher attend to a window of {t.sliding_window} tokens, which a kept "
+            "layer would not; convert them to KDA, or set sliding_window to null in the teacher's config.json if its "
+            "rows never outgrow the window"
+        )
     return ARCHITECTURES[teacher.family.student](
         **{name: getattr(t, name) for name in SHARED_FACTS},
-        **teacher.family.facts,
-        attention_out_bias=t.attention_bias,
+        **teacher.family.facts(t),
+        head_dim=getattr(t, "head_dim", None) or t.hidden_size // t.num_attention_heads,
         layer_types=["full_attention" if i in kept else "linear_attention" for i in layers],
-        use_rope=[keep_rope and i in kept for i in layers],
+        use_rope=[keep_rope and i in kept and rope[i] for i in layers],
     )
 
 
@@ -143,6 +150,8 @@ def convert(
             nn.init.zeros_(mixer.dt_bias)
     for line in origins(student, start):
         report(line)
+    if config.qk_norm and mixers:
+        report("the teacher's q_norm and k_norm are dropped in KDA layers: L2 normalisation takes their place")
     if start == "calibrated":
         calibrate(teacher, student, calibration, report)
     student.generation_config = teacher.model.generation_config

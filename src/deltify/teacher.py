@@ -22,16 +22,44 @@ CACHE = Path(os.environ.get("DELTIFY_CACHE", Path.home() / ".cache" / "deltify")
 
 @dataclass(frozen=True)
 class Family:
-    """How a model family differs from a plain Llama, in terms of `DeltifyConfig`."""
+    """How a model family differs from a plain Llama. A string is the name of the teacher's config field to look at."""
 
-    facts: dict[str, object]
+    mlp_gated: bool = True
+    mlp_bias: bool | str = "mlp_bias"
+    attention_bias: bool | str = "attention_bias"  # of q, k and v
+    attention_out_bias: bool | str = "attention_bias"  # of o
+    qk_norm: bool = False
+    rope_layers: str | None = None  # field that lists 1 for each layer with RoPE; absent: all have it
     student: str = "deltify"  # model_type of the student
 
+    def facts(self, config: PreTrainedConfig) -> dict[str, object]:
+        """The fields of the student's configuration that this row decides."""
+        names = ("mlp_gated", "mlp_bias", "attention_bias", "attention_out_bias", "qk_norm")
+        values = {name: getattr(self, name) for name in names}
+        return {name: getattr(config, v) if isinstance(v, str) else v for name, v in values.items()}
 
-# one row per supported model_type
+    def slides(self, config: PreTrainedConfig) -> list[bool]:
+        """Per layer, whether the teacher's attention sees a window only."""
+        kinds = getattr(config, "layer_types", None)
+        if kinds is None:  # Mistral: one field for all layers
+            return [getattr(config, "sliding_window", None) is not None] * config.num_hidden_layers
+        return [kind == "sliding_attention" for kind in kinds]
+
+    def rope(self, config: PreTrainedConfig) -> list[bool]:
+        """Per layer, whether the teacher rotates q and k."""
+        if self.rope_layers is None:
+            return [True] * config.num_hidden_layers
+        return [bool(flag) for flag in getattr(config, self.rope_layers)]
+
+
+# one row per supported model_type; docs/model.md has the table for readers
 FAMILIES = {
-    "llama": Family({"mlp_gated": True}),
-    "arcee": Family({"mlp_gated": False}, student="arcee_kda"),
+    "llama": Family(),
+    "arcee": Family(mlp_gated=False, student="arcee_kda"),
+    "mistral": Family(mlp_bias=False, attention_bias=False, attention_out_bias=False),
+    "qwen2": Family(mlp_bias=False, attention_bias=True, attention_out_bias=False),
+    "qwen3": Family(mlp_bias=False, qk_norm=True),
+    "smollm3": Family(rope_layers="no_rope_layers"),
 }
 
 
