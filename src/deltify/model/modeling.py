@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..ops import kda, kda_step, short_conv, short_conv_step
 from .configuration import ArceeKDAConfig, DeltifyConfig
+from .loading import check_shapes, checkpoint_shapes, layer_types_of
 
 
 class DeltifyCache(DynamicCache):
@@ -257,6 +258,25 @@ class DeltifyPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _is_stateful = True
     _can_record_outputs = {"hidden_states": DeltifyDecoderLayer, "attentions": DeltifyAttention}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """As in transformers, but strict: every tensor must be there, expected, and of the right shape.
+
+        Which layers are KDA is read from the tensors' names, so that a config need not say it.
+        """
+        source = pretrained_model_name_or_path
+        shapes = None if source is None else checkpoint_shapes(str(source), kwargs)
+        if shapes is None:
+            return super().from_pretrained(source, *args, config=config, **kwargs)
+        if not isinstance(config, cls.config_class):
+            config = cls.config_class.from_pretrained(source if config is None else config)
+        config.layer_types = layer_types_of(shapes, config.num_hidden_layers)
+        with torch.device("meta"):
+            wanted = cls(config)
+        tied = set(wanted._tied_weights_keys) if config.tie_word_embeddings else set()
+        check_shapes(shapes, {name: tuple(x.shape) for name, x in wanted.state_dict().items()}, tied)
+        return super().from_pretrained(source, *args, config=config, use_safetensors=True, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):

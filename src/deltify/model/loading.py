@@ -1,0 +1,66 @@
+"""Reads what a folder's tensors say about a model before it is loaded, and refuses what does not fit."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def checkpoint_shapes(source: str, options: dict) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of all tensors in the safetensors files of a folder or hub id; None if it has none.
+
+    Raises:
+        ValueError: for a pickled checkpoint, and for a damaged or missing file, by name.
+    """
+    hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+    quiet = {"_raise_exceptions_for_missing_entries": False}
+    single = cached_file(source, SAFE_WEIGHTS_NAME, **hub, **quiet)
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **hub, **quiet)
+    if single is None and index is None:
+        if any(cached_file(source, name, **hub, **quiet) for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+            raise ValueError(f"{source} holds pickled weights, which can run code when read; convert it to safetensors")
+        return None
+    if single is not None:
+        files = [single]
+    else:
+        if Path(source).is_dir():
+            missing_shards(Path(index))
+        files, _ = get_checkpoint_shard_files(source, index, **hub)
+    shapes = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); fetch or save it again") from error
+    return shapes
+
+
+def missing_shards(index: Path) -> None:
+    import json
+
+    named = set(json.loads(index.read_text())["weight_map"].values())
+    if missing := sorted(name for name in named if not (index.parent / name).is_file()):
+        raise ValueError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names; fetch it again")
+
+
+def layer_types_of(shapes: dict[str, tuple[int, ...]], layers: int) -> list[str]:
+    """The kind of each layer, from the names of its tensors: a KDA layer has an A_log."""
+    return [
+        "linear_attention" if f"model.layers.{i}.self_attn.A_log" in shapes else "full_attention" for i in range(layers)
+    ]
+
+
+def check_shapes(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], tied: set[str]) -> None:
+    """Raises ValueError unless the tensors on disk are exactly the model's; names up to five that are not."""
+    missing = sorted(wanted.keys() - found.keys() - tied)
+    unexpected = sorted(found.keys() - wanted.keys())
+    wrong = sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
+    problems = [f"{name} is missing" for name in missing] + [f"{name} is not expected" for name in unexpected]
+    problems += [f"{name} has shape {list(found[name])}, expected {list(wanted[name])}" for name in wrong]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"the checkpoint does not fit its config: {'; '.join(problems[:5])}{more}")
