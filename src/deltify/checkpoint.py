@@ -12,6 +12,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .model.remote import auto_map, write_code
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -90,12 +92,17 @@ def checkpoint_folder(run: Path, progress: Progress) -> Path:
 
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads; safetensors, in the model's dtypes."""
+    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads; safetensors, in the model's dtypes.
+
+    The folder carries the model's code: where deltify is not installed, `trust_remote_code=True` loads it.
+    """
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
+        model.config.auto_map = auto_map(model.config)
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        write_code(unfinished)
         publish(unfinished, folder)
     except Exception as error:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -56,8 +56,8 @@ def student_config(teacher: Teacher, kept: list[int], *, keep_rope: bool) -> Del
     if sliding := [i for i in kept if slides[i]]:
         raise ValueError(
             f"layers {sliding} of this {t.model_type} teacher attend to a window of {t.sliding_window} tokens, which a "
-            "kept layer would not; convert them to KDA, or set sliding_window to null in the teacher's config.json if its "
-            "rows never outgrow the window"
+            "kept layer would not; convert them to KDA, or set sliding_window to null in the teacher's config.json if "
+            "its rows never outgrow the window"
         )
     return ARCHITECTURES[teacher.family.student](
         **{name: getattr(t, name) for name in SHARED_FACTS},

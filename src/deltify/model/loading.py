@@ -1,5 +1,6 @@
 """Reads what a folder's tensors say about a model before it is loaded, and refuses what does not fit."""
 
+import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -23,14 +24,11 @@ def checkpoint_shapes(source: str, options: dict) -> dict[str, tuple[int, ...]] 
         if any(cached_file(source, name, **hub, **quiet) for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
             raise ValueError(f"{source} holds pickled weights, which can run code when read; convert it to safetensors")
         return None
-    if single is not None:
-        files = [single]
-    else:
-        if Path(source).is_dir():
-            missing_shards(Path(index))
-        files, _ = get_checkpoint_shard_files(source, index, **hub)
+    if single is None and Path(source).is_dir():
+        missing_shards(Path(str(index)))
+    files = [single] if single else get_checkpoint_shard_files(source, index, **hub)[0]
     shapes = {}
-    for file in files:
+    for file in files or []:
         try:
             with safe_open(file, framework="pt") as tensors:
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
@@ -40,8 +38,6 @@ def checkpoint_shapes(source: str, options: dict) -> dict[str, tuple[int, ...]] 
 
 
 def missing_shards(index: Path) -> None:
-    import json
-
     named = set(json.loads(index.read_text())["weight_map"].values())
     if missing := sorted(name for name in named if not (index.parent / name).is_file()):
         raise ValueError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names; fetch it again")

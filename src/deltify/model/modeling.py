@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, LinearAttentionLayer
@@ -269,7 +269,7 @@ class DeltifyPreTrainedModel(PreTrainedModel):
         shapes = None if source is None else checkpoint_shapes(str(source), kwargs)
         if shapes is None:
             return super().from_pretrained(source, *args, config=config, **kwargs)
-        if not isinstance(config, cls.config_class):
+        if not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_pretrained(source if config is None else config)
         config.layer_types = layer_types_of(shapes, config.num_hidden_layers)
         with torch.device("meta"):

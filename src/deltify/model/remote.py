@@ -1,0 +1,57 @@
+"""The model's own code beside its weights, so that a saved folder loads where deltify is not installed."""
+
+import re
+from pathlib import Path
+
+from .configuration import DeltifyConfig
+
+# transformers follows only flat imports of the form `from .name import`, so the modules are written side by side
+FLAT = {
+    "model.configuration": "configuration_deltify",
+    "model.loading": "loading_deltify",
+    "model.modeling": "modeling_deltify",
+    "ops": "kda_ops",
+    "ops.reference": "kda_reference",
+    "ops.chunked": "kda_chunked",
+    "ops.conv": "kda_conv",
+}
+INSTALLED_FIRST = """
+
+try:  # an installed deltify may have faster backends
+    from deltify.ops import kda, kda_step, short_conv, short_conv_step  # noqa: F811
+except ImportError:
+    pass
+"""
+
+
+def auto_map(config: DeltifyConfig) -> dict[str, str]:
+    """What config.json says so that the Auto classes find the code in the folder."""
+    name = type(config).__name__.removesuffix("Config")
+    return {
+        "AutoConfig": f"configuration_deltify.{name}Config",
+        "AutoModelForCausalLM": f"modeling_deltify.{name}ForCausalLM",
+    }
+
+
+def write_code(folder: Path) -> None:
+    """Writes configuration, modelling and the CPU operator into a saved folder as flat modules."""
+    package = Path(__file__).parent.parent
+    for module, flat in FLAT.items():
+        path = package / (module.replace(".", "/") + ".py")
+        path = path if path.is_file() else package / module / "__init__.py"
+        home = ["deltify", *module.split(".")]
+        home = home if path.name == "__init__.py" else home[:-1]
+        text = re.sub(
+            r"^from (\.+)([\w.]*) import",
+            lambda match, home=home: f"from .{flat_name(home, match)} import",
+            path.read_text(),
+            flags=re.MULTILINE,
+        )
+        (folder / f"{flat}.py").write_text(text + (INSTALLED_FIRST if module == "ops" else ""))
+
+
+def flat_name(home: list[str], match: re.Match) -> str:
+    """The flat module that a relative import means, seen from the package `home`."""
+    dots, rest = match.groups()
+    package = home[: len(home) - len(dots) + 1]
+    return FLAT[".".join([*package[1:], *([rest] if rest else [])])]

@@ -1,0 +1,88 @@
+"""Saved folders where deltify is not installed, and a second opinion on the layer's mathematics."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from deltify import convert
+from deltify.checkpoint import save_model
+from deltify.model import DeltifyConfig, DeltifyKDA
+from deltify.teacher import random_teacher
+
+SCRIPT = """
+import sys
+{block}
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=True)
+ids = tokenizer("Hello there", return_tensors="pt")["input_ids"]
+with torch.no_grad():
+    generated = model.generate(ids, max_new_tokens=4, do_sample=False)
+    torch.save((type(model).__module__, model(ids).logits, generated), {out!r})
+operator = sys.modules[type(model).__module__].kda
+print(operator.__module__)
+"""
+
+
+def run_elsewhere(tmp_path, folder, block: str) -> tuple[str, tuple]:
+    out = str(tmp_path / "out.pt")
+    script = SCRIPT.format(folder=str(folder), out=out, block=block)
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip(), torch.load(out)
+
+
+@pytest.mark.parametrize("architecture, kept", [("llama", "3:1"), ("arcee", "none")])
+def test_a_saved_folder_loads_without_deltify(tmp_path, architecture, kept):
+    teacher = random_teacher(architecture)
+    student = convert(teacher, full_attention_layers=kept, start="library").eval()
+    save_model(tmp_path / "saved", student, teacher.tokenizer)
+    ids = teacher.tokenizer("Hello there", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        want = student(ids).logits
+    operator, (module, logits, text) = run_elsewhere(tmp_path, tmp_path / "saved", "sys.modules['deltify'] = None")
+    assert module.startswith("transformers_modules.") and operator.startswith("transformers_modules.")
+    assert torch.equal(logits, want) and text.shape[1] == ids.shape[1] + 4
+    operator, (module, logits, _) = run_elsewhere(tmp_path, tmp_path / "saved", "")
+    assert (
+        module.startswith("transformers_modules.") and operator == "deltify.ops"
+    )  # the installed one, if there is one
+    assert torch.equal(logits, want)
+
+
+def test_the_layer_equals_transformers_own(monkeypatch):
+    kimi = pytest.importorskip("transformers.models.kimi_linear", reason="transformers before 5.23 has no kimi_linear")
+    from transformers import DynamicCache
+
+    monkeypatch.setitem(sys.modules, "fla", None)  # it would prefer fla's kernels, which need a GPU
+    shared = {"hidden_size": 48, "num_hidden_layers": 2, "rms_norm_eps": 1e-5}
+    config = kimi.KimiLinearConfig(
+        **shared, linear_head_dim=16, linear_num_heads=3, layer_types=["linear_attention"] * 2, hidden_act="silu"
+    )
+    peer = kimi.modeling_kimi_linear.KimiLinearDeltaAttention(config, 0).eval()
+    ours = DeltifyKDA(DeltifyConfig(**shared, num_attention_heads=3, head_dim=16), 0).eval()
+    with torch.no_grad():
+        for p in peer.parameters():
+            p.copy_(torch.randn_like(p) * 0.3)
+        copy = {f"{n}_proj.weight": f"{n}_proj.weight" for n in "qkvob"} | {"o_norm.weight": "o_norm.weight"}
+        copy |= {"f_proj.0.weight": "forget_gate.f_a_proj.weight", "f_proj.1.weight": "forget_gate.f_b_proj.weight"}
+        copy |= {"g_proj.0.weight": "g_a_proj.weight", "g_proj.1.weight": "g_b_proj.weight"}
+        copy |= {"dt_bias": "forget_gate.dt_bias", "A_log": "forget_gate.A_log"}
+        source, target = peer.state_dict(), ours.state_dict()
+        for mine, theirs in copy.items():
+            target[mine].copy_(source[theirs].flatten() if mine == "A_log" else source[theirs])
+        for name, part in zip("qkv", source["conv1d.weight"].chunk(3)):
+            target[f"{name}_conv1d.weight"].copy_(part)
+        target["g_proj.1.bias"].zero_()
+        x = torch.randn(2, 150, 48)
+        caches = [DynamicCache(config=config) for _ in range(2)]
+        for start, end in ((0, 140), (140, 149), (149, 150)):
+            want = peer(x[:, start:end], cache_params=caches[0])
+            got = ours(x[:, start:end], caches[1])
+            assert torch.allclose(got, want, atol=1e-5)
+        states = [cache.get_recurrent_state(0) for cache in caches]
+        assert torch.allclose(*states, atol=1e-5)
