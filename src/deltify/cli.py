@@ -81,6 +81,13 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--chat", action="store_true", help="through the tokenizer's chat template")
     generate.add_argument("--device", default="auto")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--state", help="file of a text already read (deltify read); the prompt follows it")
+
+    read = commands.add_parser("read", help="read a text once and save the model's state, to go on from many times")
+    read.add_argument("model", help="folder of a model or run, or hub id; pure KDA")
+    read.add_argument("text", help="text file")
+    read.add_argument("-o", "--output", required=True, help="state file to write")
+    read.add_argument("--device", default="auto")
     return parser
 
 
@@ -131,12 +138,20 @@ def run_generate(options: argparse.Namespace, _: list[str]) -> None:
     generate(options.model, options.prompt, device=str(pick_device(options.device)), **settings)
 
 
+def run_read(options: argparse.Namespace, _: list[str]) -> None:
+    from .distill import pick_device
+    from .generate import read_file
+
+    read_file(options.model, options.text, options.output, device=str(pick_device(options.device)))
+
+
 COMMANDS = {
     "distill": run_distill,
     "convert": run_convert,
     "evaluate": run_evaluate,
     "report": run_report,
     "generate": run_generate,
+    "read": run_read,
 }
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from .config import STAGES
+from .states import load_state, read
 
 
 def model_folder(path: str) -> str:
@@ -34,6 +35,7 @@ def generate(
     chat: bool = False,
     device: str = "cpu",
     seed: int = 0,
+    state: str | None = None,
 ) -> str:
     """Streams a continuation of `prompt` to the terminal, then tokens per second; returns the text.
 
@@ -41,6 +43,7 @@ def generate(
         path: model folder, run folder (its furthest stage), or hub id.
         greedy: take the likeliest token instead of sampling.
         chat: put the prompt through the tokenizer's chat template.
+        state: file of a text that the model has read, see `deltify.states`; the prompt follows it.
     """
     source = model_folder(path)
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device).eval()
@@ -56,7 +59,11 @@ def generate(
     if ids.shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one token")
     torch.manual_seed(seed)
-    sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    sampling: dict[str, object] = (
+        {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    )
+    if state is not None:
+        sampling["past_key_values"] = load_state(state, model).cache(model)
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     started = time.perf_counter()
     out = model.generate(
@@ -65,3 +72,16 @@ def generate(
     seconds, new = time.perf_counter() - started, out.shape[1] - ids.shape[1]
     print(f"[{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s, prompt of {ids.shape[1]} included]")
     return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+def read_file(path: str, text: str, output: str, *, device: str = "cpu") -> None:
+    """Reads a text file with a model and writes the state; prints how long that took and how large it is."""
+    source = model_folder(path)
+    if not Path(text).is_file():
+        raise FileNotFoundError(f"there is no text {text}")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device).eval()
+    ids = AutoTokenizer.from_pretrained(source)(Path(text).read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    started = time.perf_counter()
+    read(model, ids).save(output)
+    seconds, size = time.perf_counter() - started, Path(output).stat().st_size
+    print(f"read {len(ids):,} tokens in {seconds:.1f} s, {len(ids) / seconds:,.0f} tokens/s; {output}: {size:,} bytes")

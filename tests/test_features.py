@@ -1,0 +1,130 @@
+"""What transformers' users expect of any causal language model, on tiny ones."""
+
+import threading
+
+import pytest
+import torch
+from transformers import TextIteratorStreamer, pipeline
+
+from deltify import convert
+from deltify.teacher import random_teacher
+
+
+@pytest.fixture(scope="module", params=["none", "3:1"], ids=["pure", "hybrid"])
+def pair(request):
+    teacher = random_teacher("llama")
+    student = convert(teacher, full_attention_layers=request.param, start="library").eval()
+    return student, teacher.tokenizer
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, 200, (2, 17))
+
+
+def alone(model, prompt, **options):
+    return model.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=256, **options)
+
+
+def test_padding_on_either_side_gives_the_same_continuation(pair, ids):
+    model, _ = pair
+    want = alone(model, ids[:1, :9], max_new_tokens=6, do_sample=False)[0, 9:]
+    padded, mask = torch.full((2, 17), 256), torch.zeros(2, 17, dtype=torch.long)
+    padded[0, 8:], mask[0, 8:] = ids[0, :9], 1
+    padded[1], mask[1] = ids[1], 1
+    out = model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=256)
+    assert torch.equal(out[0, 17:], want)
+
+
+def test_beam_search_equals_beam_search_without_a_cache(pair, ids):
+    model, _ = pair
+    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 6, "do_sample": False}
+    cached = alone(model, ids, **options, use_cache=True)
+    assert cached.shape == (4, 23)
+    assert torch.equal(cached, alone(model, ids, **options, use_cache=False))
+
+
+def test_sampling_is_seeded_and_returns_as_many_as_asked(pair, ids):
+    model, _ = pair
+    options = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "num_return_sequences": 3, "max_new_tokens": 5}
+    torch.manual_seed(1)
+    first = alone(model, ids, **options)
+    torch.manual_seed(1)
+    assert first.shape[0] == 6 and torch.equal(first, alone(model, ids, **options))
+
+
+def test_assisted_generation_says_why_it_cannot(pair, ids):
+    model, _ = pair
+    with pytest.raises(ValueError, match="stateful"):
+        alone(model, ids[:1], assistant_model=model, max_new_tokens=4, do_sample=False)
+
+
+def test_pipeline_and_chat_template(pair):
+    model, tokenizer = pair
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    assert generate("Hello", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("Hello")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    answer = generate([{"role": "user", "content": "Hi"}], max_new_tokens=4, do_sample=False)
+    assert answer[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def test_streaming_gives_the_same_text(pair, ids):
+    model, tokenizer = pair
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    options = {"max_new_tokens": 6, "do_sample": False, "streamer": streamer}
+    thread = threading.Thread(target=alone, args=(model, ids[:1]), kwargs=options)
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert text == tokenizer.decode(alone(model, ids[:1], max_new_tokens=6, do_sample=False)[0, 17:])
+
+
+@torch.no_grad()
+def test_embeddings_in_hidden_states_out_and_last_logits_only(pair, ids):
+    model, _ = pair
+    full = model(ids, output_hidden_states=True)
+    embedded = model(inputs_embeds=model.get_input_embeddings()(ids))
+    assert torch.equal(embedded.logits, full.logits)
+    assert len(full.hidden_states) == 5 and full.hidden_states[0].shape == (2, 17, 64)
+    assert torch.allclose(model(ids, logits_to_keep=3).logits, full.logits[:, -3:], atol=1e-6)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(ids, inputs_embeds=model.get_input_embeddings()(ids))
+    assert isinstance(model(ids, return_dict=False), tuple)
+
+
+def test_labels_give_the_shifted_cross_entropy(pair, ids):
+    model, _ = pair
+    out = model(ids, labels=ids)
+    want = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert torch.allclose(out.loss, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_is_close(pair, ids, dtype, tmp_path):
+    model, _ = pair
+    model.save_pretrained(tmp_path)
+    half = type(model).from_pretrained(tmp_path, dtype=dtype).eval()
+    want, got = model(ids).logits, half(ids).logits.float()
+    assert (want - got).abs().max() < 0.05 * want.abs().max()
+    assert alone(half, ids, max_new_tokens=3).shape[1] <= 20
+
+
+def test_device_map_places_the_model(pair, ids, tmp_path):
+    model, _ = pair
+    model.save_pretrained(tmp_path)
+    placed = type(model).from_pretrained(tmp_path, device_map={"": "cpu"})
+    with torch.no_grad():
+        assert torch.equal(placed(ids).logits, model(ids).logits)
+
+
+def test_embeddings_can_be_resized(pair, ids, tmp_path):
+    import copy
+
+    model = copy.deepcopy(pair[0])
+    before = model(ids).logits
+    model.resize_token_embeddings(300)
+    assert model.config.vocab_size == 300 and torch.allclose(model(ids).logits[..., :257], before, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)
