@@ -88,6 +88,17 @@ def make_parser() -> argparse.ArgumentParser:
     read.add_argument("text", help="text file")
     read.add_argument("-o", "--output", required=True, help="state file to write")
     read.add_argument("--device", default="auto")
+
+    chat = commands.add_parser("chat", help="talk with a model in the terminal")
+    chat.add_argument("model", help="folder of a model or run, or hub id")
+    chat.add_argument("--device", default="auto")
+    chat.add_argument("--temperature", type=float, default=0.7)
+    chat.add_argument("--top-p", type=float, default=0.95)
+
+    export = commands.add_parser("export", help="write a model under another library's names")
+    export.add_argument("model", help="folder of a model or run")
+    export.add_argument("--layout", required=True, help="kda (flash-linear-attention), kimi_linear or deltify")
+    export.add_argument("-o", "--output", required=True, help="folder to write")
     return parser
 
 
@@ -145,6 +156,21 @@ def run_read(options: argparse.Namespace, _: list[str]) -> None:
     read_file(options.model, options.text, options.output, device=str(pick_device(options.device)))
 
 
+def run_export(options: argparse.Namespace, _: list[str]) -> None:
+    from .generate import model_folder
+    from .layouts import export
+
+    export(model_folder(options.model), options.layout, options.output)
+
+
+def run_chat(options: argparse.Namespace, _: list[str]) -> None:
+    from .chat import chat
+    from .distill import pick_device
+
+    device = str(pick_device(options.device))
+    chat(options.model, device=device, temperature=options.temperature, top_p=options.top_p)
+
+
 COMMANDS = {
     "distill": run_distill,
     "convert": run_convert,
@@ -152,6 +178,8 @@ COMMANDS = {
     "report": run_report,
     "generate": run_generate,
     "read": run_read,
+    "export": run_export,
+    "chat": run_chat,
 }
 
 if __name__ == "__main__":

@@ -116,7 +116,10 @@ def module_docstrings(module) -> Iterator[str]:
 
 
 def hub_documents(source: str) -> Iterator[str]:
-    from datasets import load_dataset
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(f"{source!r} is read with the package datasets; run: pip install datasets") from None
 
     name, config, split = ([*source.split(":")[1:], None, None])[:3]
     for row in load_dataset(name, config or None, split=split or "train", streaming=True):

@@ -99,8 +99,8 @@ def load_state(path: str | Path, model: PreTrainedModel) -> State:
             f"{path} was read by another model (fingerprint {note['fingerprint']}, this one has {fingerprint(model)}); "
             "read the text again with this model"
         )
-    kinds = ([tensors[f"{kind}.{i}"] for i in range(len(tensors) // 2)] for kind in ("conv", "recurrent"))
-    return State(*kinds, note["fingerprint"], int(note["tokens"]))
+    conv, recurrent = ([tensors[f"{kind}.{i}"] for i in range(len(tensors) // 2)] for kind in ("conv", "recurrent"))
+    return State(conv, recurrent, note["fingerprint"], int(note["tokens"]))
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -1,0 +1,49 @@
+"""Conversations: the kept cache changes nothing but the time."""
+
+import pytest
+import torch
+
+from deltify import convert
+from deltify.chat import Conversation, chat
+from deltify.checkpoint import save_model
+from deltify.teacher import random_teacher
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kept", ["none", "3:1"])
+def test_each_turn_reads_only_what_is_new(kept):
+    teacher = random_teacher("llama")
+    model, tokenizer = convert(teacher, full_attention_layers=kept, start="library").eval(), teacher.tokenizer
+    with pytest.raises(ValueError, match="no chat template"):
+        Conversation(model, tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    conversation, read = Conversation(model, tokenizer), []
+    model.model.register_forward_pre_hook(lambda m, a, k: read.append(k["input_ids"].shape[1]), with_kwargs=True)
+    greedy = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 256}
+    for turn, message in enumerate(("Hello", "And then?", "Why")):
+        before, read[:] = conversation.ids.shape[1], []
+        conversation.say(message, **greedy)
+        ids = conversation.ids
+        if turn:  # the new turn, and the last token of the answer before, which was written but not yet read
+            assert read[0] < 50 and read[0] + before - 1 + 5 == ids.shape[1]
+        new = ids[:, -5:]
+        fresh = model.generate(ids[:, :-5], attention_mask=torch.ones_like(ids[:, :-5]), **greedy)[:, -5:]
+        assert torch.equal(new, fresh)
+    assert [m["role"] for m in conversation.messages] == ["user", "assistant"] * 3
+
+
+def test_in_the_terminal(tmp_path, monkeypatch, capsys):
+    teacher = random_teacher("llama")
+    teacher.tokenizer.chat_template = TEMPLATE
+    student = convert(teacher, start="library")
+    student.generation_config.max_length = 30
+    save_model(tmp_path / "model", student, teacher.tokenizer)
+    lines = iter(["Hi", "/new", "Again", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(Conversation.say, "__kwdefaults__", {"max_new_tokens": 4, "streamer": None})
+    chat(str(tmp_path / "model"))
+    assert "/new starts a new one" in capsys.readouterr().out and next(lines, "used up") == "used up"

@@ -1,0 +1,75 @@
+"""Other libraries' layouts: written, read back, and refused where they cannot say what a model is."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from deltify import convert
+from deltify.checkpoint import save_model
+from deltify.cli import main
+from deltify.layouts import export, read_layout
+from deltify.teacher import random_teacher
+
+
+def saved(folder, architecture="llama", gate_bias=False, **options):
+    teacher = random_teacher(architecture, tie_word_embeddings=options.pop("tied", False))
+    student = convert(teacher, start="library", **options).eval()
+    if gate_bias:
+        torch.nn.init.ones_(student.model.layers[0].self_attn.g_proj[1].bias)
+    save_model(folder, student, teacher.tokenizer)
+    return student
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_own_model_gives_our_logits(tmp_path, tied):
+    pytest.importorskip("transformers.models.kimi_linear", reason="transformers before 5.23 has no kimi_linear")
+    ours = saved(tmp_path / "ours", tied=tied)
+    assert main(["export", str(tmp_path / "ours"), "--layout", "kimi_linear", "-o", str(tmp_path / "kimi")]) == 0
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "kimi").eval()
+    assert type(theirs).__name__ == "KimiLinearForCausalLM"
+    ids = torch.randint(0, 250, (2, 90))
+    with torch.no_grad():
+        want = ours(ids).logits
+        # with a cache, transformers 5.23 raises: its own counts tokens in attention layers alone
+        assert torch.allclose(theirs(ids, use_cache=False).logits, want, atol=1e-5)
+        assert torch.equal(read_layout(str(tmp_path / "kimi"))(ids).logits, want)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flash_linear_attentions_names_and_back(tmp_path, tied):
+    ours = saved(tmp_path / "ours", tied=tied, gate_bias=True)
+    export(str(tmp_path / "ours"), "kda", tmp_path / "kda")
+    names = load_file(tmp_path / "kda" / "model.safetensors").keys()
+    mixer = "q_proj.weight k_proj.weight v_proj.weight o_proj.weight q_conv1d.weight k_conv1d.weight v_conv1d.weight "
+    mixer += (
+        "f_proj.0.weight f_proj.1.weight b_proj.weight A_log dt_bias g_proj.0.weight g_proj.1.weight g_proj.1.bias "
+    )
+    mixer += "o_norm.weight"
+    want = {f"model.layers.{i}.attn.{name}" for i in range(4) for name in mixer.split()}
+    want |= {f"model.layers.{i}.{kind}_norm.weight" for i in range(4) for kind in ("attn", "mlp")}
+    want |= {f"model.layers.{i}.mlp.{kind}_proj.weight" for i in range(4) for kind in ("gate", "up", "down")}
+    want |= {"model.embeddings.weight", "model.norm.weight"} | (set() if tied else {"lm_head.weight"})
+    assert names == want
+    export(str(tmp_path / "kda"), "deltify", tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    ids = torch.randint(0, 250, (2, 30))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, ours(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "options, layout, message",
+    [
+        ({"gate_bias": True}, "kimi_linear", r"bias of the output gate \(g_proj\.1\.bias\)"),
+        ({"architecture": "arcee"}, "kimi_linear", "an MLP without a gate, the activation relu2"),
+        ({"architecture": "qwen2"}, "kda", "biases of q, k, v"),
+        ({"full_attention_layers": "3:1"}, "kda", "attention layers"),
+        ({}, "gguf", "layout 'gguf' is unknown"),
+    ],
+)
+def test_what_a_layout_cannot_say_is_refused_by_name(tmp_path, options, layout, message):
+    saved(tmp_path / "ours", **options)
+    with pytest.raises(ValueError, match=message):
+        export(str(tmp_path / "ours"), layout, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
