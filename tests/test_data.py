@@ -91,8 +91,16 @@ def test_positions_start_again_with_each_document():
     batch = Mix([token_file([10, 5, 17])], [1.0], 32, 1, seed=0).batch(0)
     assert batch.position_ids[0].tolist() == [*range(10), *range(5), *range(17)]
     assert int((~batch.same_document).sum()) == 2
-    cut = heldout_batches(token_file([10, 54]), 8, 4, 16)
+    cut = heldout_batches([token_file([10, 54])], 8, 4, 16)
     assert cut[0].input_ids.shape == (2, 8) and cut[0].position_ids[1].tolist() == [0, 1, 0, 1, 2, 3, 4, 5]
+
+
+def test_every_source_has_its_share_of_the_held_out_rows():
+    files = [token_file([100]), token_file([100], first=5000)]
+    firsts = [batch.input_ids[:, 0].tolist() for batch in heldout_batches(files, 8, 3, 32)]
+    assert firsts == [[0, 8, 5000], [5008]]
+    with pytest.raises(ValueError, match="held-out text has 5 tokens"):
+        heldout_batches([token_file([5])], 8, 4, 16)
 
 
 def test_a_source_shorter_than_a_row_is_refused():

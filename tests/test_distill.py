@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,8 +17,9 @@ from transformers import AutoModelForCausalLM
 from deltify import checkpoint, distill, evaluate_run, read_recipe, report
 from deltify.cli import main
 from deltify.config import STAGES, Recipe, RunSpec, Stage, StudentSpec, TeacherSpec, smoke, write_recipe
-from deltify.data import Batch
+from deltify.data import Batch, TokenFile
 from deltify.distill import align_step, hidden_states, match_step, next_tokens
+from deltify.evaluate import count_models
 from deltify.teacher import random_teacher
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
@@ -100,6 +102,15 @@ def test_stopped_by_the_clock_goes_on_later(tmp_path):
     assert not (run / "align" / "unfinished.json").exists()
     got, want = (load_file(folder / "match" / "model.safetensors") for folder in (run, whole))
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_count_models_equal_counting_by_hand():
+    train = [TokenFile(np.array([1, 2, 1, 2, 3], np.uint16), np.array([0, 5]))]
+    heldout = [Batch(torch.tensor([[1, 2, 4]]), torch.tensor([[0, 1, 2]]))]
+    unigram, bigram = count_models(train, heldout, 5)
+    p = {2: 3 / 10, 4: 1 / 10}
+    assert unigram.perplexity == pytest.approx((p[2] * p[4]) ** -0.5)
+    assert bigram.perplexity == pytest.approx(((2 + 5 * p[2]) / (2 + 5) * (5 * p[4]) / (2 + 5)) ** -0.5)
 
 
 def test_a_run_is_scored_and_drawn(tmp_path, capsys):

@@ -280,10 +280,13 @@ def window(file: TokenFile, start: int, length: int) -> tuple[np.ndarray, np.nda
     return ids, here - np.maximum(begins, start)
 
 
-def heldout_batches(file: TokenFile, length: int, rows: int, limit: int) -> list[Batch]:
-    """The first `limit` tokens of a file in batches of `rows` x `length`, in order."""
-    count = max(1, min(limit, len(file)) // length)
-    length = min(length, len(file))
-    stretches = [window(file, index * length, length) for index in range(count)]
-    groups = (stretches[start : start + rows] for start in range(0, count, rows))
+def heldout_batches(files: list[TokenFile], length: int, rows: int, limit: int) -> list[Batch]:
+    """The first `limit` tokens of some files, an equal share of each, in batches of `rows` x `length`, in order."""
+    stretches = []
+    for file in files:
+        if len(file) < length:
+            raise ValueError(f"a held-out text has {len(file)} tokens, fewer than one row of length={length}")
+        count = max(1, min(limit // len(files), len(file)) // length)
+        stretches += [window(file, index * length, length) for index in range(count)]
+    groups = (stretches[start : start + rows] for start in range(0, len(stretches), rows))
     return [Batch(*(torch.from_numpy(np.stack(part)) for part in zip(*group))) for group in groups]

@@ -155,14 +155,14 @@ def open_teacher(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Te
     return teacher
 
 
-def open_data(recipe: Recipe, teacher: Teacher) -> tuple[list[TokenFile], TokenFile]:
-    """The training sources and the held-out text as token files, made at the first use."""
+def open_data(recipe: Recipe, teacher: Teacher) -> tuple[list[TokenFile], list[TokenFile]]:
+    """The training sources and the held-out texts as token files, made at the first use."""
     spec, tokenizer = recipe.data, teacher.tokenizer
     suffix = f"-{spec.max_tokens}" if spec.max_tokens else ""
-    folder = Path(spec.folder) / checkpoint_name(f"{recipe.teacher.model}{suffix}")
+    folder = Path(spec.folder) / file_name(f"{recipe.teacher.model}{suffix}")
     train, held = [], []
     for source in spec.train:
-        name = checkpoint_name(source)
+        name = file_name(source)
         if spec.heldout is not None:
             train.append(tokenize(documents(source), tokenizer, folder / name, max_tokens=spec.max_tokens))
             continue
@@ -171,11 +171,11 @@ def open_data(recipe: Recipe, teacher: Teacher) -> tuple[list[TokenFile], TokenF
         train.append(tokenize(texts[0], tokenizer, here[0], max_tokens=spec.max_tokens))
         held.append(tokenize(texts[1], tokenizer, here[1], max_tokens=spec.max_tokens))
     if spec.heldout is not None:
-        return train, tokenize(documents(spec.heldout), tokenizer, folder / checkpoint_name(spec.heldout))
-    return train, held[0]
+        held = [tokenize(documents(spec.heldout), tokenizer, folder / file_name(spec.heldout))]
+    return train, held
 
 
-def checkpoint_name(text: str) -> str:
+def file_name(text: str) -> str:
     """A text as a file name."""
     return "".join(c if c.isalnum() or c in "-." else "_" for c in text).strip("._")
 

@@ -5,7 +5,6 @@ Legend: N tokens, W vocabulary.
 
 import json
 import math
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from .teacher import Teacher
 
 PROMPTS = ("The capital of France is", "To open a file in Python, you", "Once upon a time, there was a")
 CHUNK = 256  # tokens whose logits exist at a time
+COUNTED = 10_000_000  # tokens of each source that the n-gram models are counted on
 
 
 @dataclass(frozen=True)
@@ -55,29 +55,27 @@ def agreement(teacher: nn.Module, model: nn.Module, heldout: list[Batch]) -> tup
     return math.exp(min(ce / labelled, 700.0)), kl / tokens, same / tokens
 
 
-def unigram(train: TokenFile, vocabulary: int) -> np.ndarray:
-    """[W] probability of each token in the training text, one count added to each."""
-    counts = np.bincount(train.tokens, minlength=vocabulary) + 1.0
-    return counts / counts.sum()
-
-
-def count_models(train: TokenFile, heldout: list[Batch], vocabulary: int) -> list[Score]:
+def count_models(train: list[TokenFile], heldout: list[Batch], vocabulary: int) -> list[Score]:
     """Perplexity of a unigram and of a bigram model of the training text: what a student must beat to be of any use.
 
-    The bigram is (count(a b) + m p(b)) / (count(a) + m) with m = 5 and p the unigram model.
+    Counted on the first `COUNTED` tokens of each source. The unigram p has one count added to each token; the bigram is
+    (count(a b) + m p(b)) / (count(a) + m) with m = 5.
     """
-    p = unigram(train, vocabulary)
-    ids = train.tokens.astype(np.int64)
-    pairs = Counter((ids[:-1] * vocabulary + ids[1:]).tolist())
+    ids = np.concatenate([file.tokens[:COUNTED] for file in train]).astype(np.int64)
+    p = np.bincount(ids, minlength=vocabulary) + 1.0
+    p /= p.sum()
+    pairs, counts = np.unique(ids[:-1] * vocabulary + ids[1:], return_counts=True)
     firsts = np.bincount(ids[:-1], minlength=vocabulary)
-    one, two, count, strength = 0.0, 0.0, 0, 5.0
-    for batch in heldout:
-        for a, b in zip(batch.input_ids.flatten().tolist(), next_tokens(batch).flatten().tolist()):
-            if b >= 0:
-                one -= math.log(p[b])
-                two -= math.log((pairs[a * vocabulary + b] + strength * p[b]) / (firsts[a] + strength))
-                count += 1
-    return [Score("unigram model", math.exp(one / count)), Score("bigram model", math.exp(two / count))]
+    first = np.concatenate([batch.input_ids.flatten().numpy() for batch in heldout])
+    second = np.concatenate([next_tokens(batch).flatten().numpy() for batch in heldout])
+    a, b = first[second >= 0], second[second >= 0]
+    place = np.searchsorted(pairs, a * vocabulary + b).clip(max=len(pairs) - 1)
+    seen = np.where(pairs[place] == a * vocabulary + b, counts[place], 0)
+    bigram = (seen + 5 * p[b]) / (firsts[a] + 5)
+    return [
+        Score("unigram model", math.exp(-np.log(p[b]).mean())),
+        Score("bigram model", math.exp(-np.log(bigram).mean())),
+    ]
 
 
 def evaluate_run(recipe: Recipe, *, samples: bool = True) -> Path:
@@ -87,7 +85,7 @@ def evaluate_run(recipe: Recipe, *, samples: bool = True) -> Path:
     train, held = open_data(recipe, teacher)
     heldout = heldout_batches(held, recipe.run.heldout_length, 8, recipe.run.heldout_tokens)
     perplexity, _, _ = agreement(teacher.model, teacher.model, heldout)
-    scores = [Score("teacher", perplexity, 0.0, 1.0), *count_models(train[0], heldout, teacher.config.vocab_size)]
+    scores = [Score("teacher", perplexity, 0.0, 1.0), *count_models(train, heldout, teacher.config.vocab_size)]
     texts = {"teacher": sample(teacher, teacher.model)} if samples else {}
     trained = trained_tokens(recipe)
     for name in ("converted", *STAGES):
