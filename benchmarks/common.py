@@ -1,5 +1,7 @@
 """What every benchmark shares: timing, and the file its last result is kept in."""
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -25,6 +27,41 @@ def median_seconds(function: Callable[[], object], budget: float = 3.0, least: i
     return statistics.median(times)
 
 
+def eager_seconds(function: Callable[[], object], calls: int = 20, repeats: int = 5) -> float:
+    """Median time of a call on a GPU, its host's work included: calls in a row, then one wait."""
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - started) / calls)
+    return statistics.median(times)
+
+
+def graph_seconds(function: Callable[[], object], calls: int = 10, repeats: int = 7) -> float:
+    """Median time of a call on a GPU as part of a captured CUDA graph: the device's work alone."""
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / calls)
+    return statistics.median(times)
+
+
 def row(case: str, metric: str, ours: float, peer: float | None, peer_name: str, *, rate: bool = False) -> dict:
     """One line of a result; ratio says how many times better ours is."""
     ratio = None if peer is None else (ours / peer if rate else peer / ours)
@@ -45,14 +82,11 @@ def device_name() -> str:
 
 def write(name: str, rows: list[dict]) -> None:
     """Prints the rows and keeps them in results/NAME.json."""
-    import transformers
-
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "triton", "fla-core"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     result = {"device": device_name(), "versions": versions, "commit": commit, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

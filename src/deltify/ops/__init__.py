@@ -3,18 +3,23 @@
 Legend: B batch, T tokens, H heads, K key width, V value width, N states.
 """
 
+import functools
+import importlib
+import logging
 from itertools import pairwise
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .chunked import kda_chunked
 from .conv import short_conv, short_conv_step
-from .reference import L2NORM_EPS, kda_reference, log_decay
+from .reference import L2NORM_EPS, gated_rms_norm, kda_reference, log_decay
 
-__all__ = ["BACKENDS", "kda", "kda_step", "short_conv", "short_conv_step"]
+__all__ = ["BACKENDS", "gated_rms_norm", "kda", "kda_layer_step", "kda_step", "short_conv", "short_conv_step"]
 
 BACKENDS = {"reference": kda_reference, "chunked": kda_chunked}
+logger = logging.getLogger(__name__)
 
 
 def kda(
@@ -52,7 +57,7 @@ def kda(
         cu_seqlens: document bounds of a packed row, [documents + 1] int32, from 0 to T; then B = 1.
         lower_bound: in [-5, 0); selects g = lower_bound * sigmoid(exp(A_log) (f + dt_bias)) instead.
         scale: of the output, K^-1/2 if absent.
-        backend: "auto", "chunked" or "reference".
+        backend: "auto", "triton" (kernels for NVIDIA GPUs, without gradients), "chunked" or "reference".
 
     Returns:
         (o, state): [B, T, H, V] in v's dtype, and [N, H, K, V] in the state's dtype.
@@ -61,16 +66,47 @@ def kda(
         ValueError: for a shape, bound or backend that does not fit; the message names it.
     """
     check_arguments(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    inputs = (q, k, v, f, b, A_log, dt_bias, state)
+    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if backend == "auto":
-        backend = "chunked"
+        backend = "chunked" if gradients or refused(q, v) else "triton"
+    elif backend == "triton" and (reason := "gradients are not there yet" if gradients else refused(q, v)):
+        raise ValueError(f"backend='triton' cannot run this: {reason}; choose 'auto' or 'chunked'")
+    if backend == "triton":
+        return triton_kernels().kda_triton(*inputs, cu_seqlens, lower_bound, scale)
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; choose one of {['auto', *BACKENDS]}")
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {['auto', 'triton', *BACKENDS]}")
     if state is None:
         documents = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         dtype = torch.promote_types(v.dtype, torch.float32)
         state = torch.zeros(documents, *q.shape[2:], v.shape[-1], dtype=dtype, device=v.device)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return BACKENDS[backend](q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale)
+
+
+@functools.cache
+def triton_kernels() -> ModuleType | None:
+    """The GPU kernels, or None where Triton is not installed."""
+    try:
+        return importlib.import_module("deltify.ops.triton")
+    except ImportError:
+        return None
+
+
+def refused(q: Tensor, v: Tensor) -> str | None:
+    """Why the GPU kernels cannot take these inputs, or None; on a GPU said once."""
+    if q.device.type != "cuda":
+        return f"the inputs are on {q.device}, not on an NVIDIA GPU"
+    kernels = triton_kernels()
+    reason = "Triton is not installed" if kernels is None else kernels.refusal(q, v)
+    if reason:
+        notice(f"deltify: KDA runs without its GPU kernels: {reason}")
+    return reason
+
+
+@functools.cache
+def notice(text: str) -> None:
+    logger.warning(text)
 
 
 def kda_step(
@@ -105,6 +141,44 @@ def kda_step(
     return o.mul_(q.shape[-1] ** -0.5 if scale is None else scale).view(v.shape).to(v.dtype)
 
 
+def kda_layer_step(
+    x: Tensor,
+    conv_state: Tensor,
+    taps: Tensor,
+    f: Tensor,
+    b: Tensor,
+    gate: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    state: Tensor,
+    *,
+    norm_eps: float,
+    lower_bound: float | None = None,
+) -> Tensor:
+    """A KDA layer for one token, from its input projections to what o_proj reads, [B, H * V]; on a GPU in one launch.
+
+    Both states are updated in place. For use under `torch.no_grad()`.
+
+    Args:
+        x: [B, 2 H K + H V], the projections to q, k and v side by side, before the convolutions.
+        conv_state: [B, 2 H K + H V, taps - 1], their last inputs.
+        taps: [2 H K + H V, 1, taps].
+        f: [B, H * K], gate logits. b: [B, H], beta logits. gate: [B, H * V], logits of the output gate.
+        norm_weight: [V], of the gated RMSNorm, whose epsilon is `norm_eps`.
+        state: [B, H, K, V], float32. The rest as in `kda`.
+    """
+    heads, K, V = state.shape[1:]
+    if state.is_cuda and (kernels := triton_kernels()) and {K, V} <= set(kernels.WIDTHS):
+        gates = (f.contiguous(), b.contiguous(), gate.contiguous(), A_log, dt_bias)
+        options = {"norm_eps": norm_eps, "lower_bound": lower_bound, "scale": K**-0.5}
+        return kernels.layer_step(x.contiguous(), conv_state, taps, *gates, norm_weight, state, **options)
+    q, k, v = short_conv_step(x, taps, conv_state).split([heads * K, heads * K, heads * V], dim=-1)
+    q, k, v, f = (t.unflatten(-1, (heads, -1)) for t in (q, k, v, f))
+    o = kda_step(q, k, v, f, b, A_log, dt_bias, state, lower_bound=lower_bound)
+    return gated_rms_norm(o, gate.view_as(o), norm_weight, norm_eps).flatten(1)
+
+
 def check_arguments(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound) -> None:
     """Raises ValueError, naming the argument, what was found and what is allowed."""
     if q.dim() != 4 or 0 in q.shape[:1] + q.shape[2:] or q.shape[1] < 1:
@@ -130,6 +204,8 @@ def check_arguments(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_boun
         return
     if batch != 1:
         raise ValueError(f"cu_seqlens needs one packed row, but q has {batch} rows; flatten them first")
+    if cu_seqlens.is_cuda:
+        return  # to look at them would wait for the GPU; the kernels stay within T whatever they are
     bounds = cu_seqlens.tolist()
     if bounds[:1] != [0] or bounds[-1] != tokens or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"cu_seqlens={bounds} must rise from 0 to T={tokens}")

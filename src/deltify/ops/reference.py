@@ -17,6 +17,14 @@ def l2norm(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2NORM_EPS)
 
 
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * RMSNorm(x) * sigmoid(gate) over the last dimension, computed in float32, in x's dtype."""
+    work = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(work)
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight.to(work) * y * torch.sigmoid(gate.to(work))).to(x.dtype)
+
+
 def log_decay(f: Tensor, rate: Tensor, bias: Tensor, lower_bound: float | None) -> Tensor:
     """Log-decay g <= 0 per key channel from gate logits f; `rate` = exp(A_log) and `bias` = dt_bias broadcast to f.
 

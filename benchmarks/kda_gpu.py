@@ -1,0 +1,164 @@
+"""The operator on a GPU, beside flash-linear-attention's kernels and cuDNN's attention, in bfloat16.
+
+Both sides start from the same raw inputs; L2 norms, gate and sigmoid are inside. Beside each time of ours stands its
+error against float64. Attention has 20 query heads over 4 key/value heads, as AFM-4.5B has.
+Run: python benchmarks/kda_gpu.py [part of a case's name] (needs a CUDA GPU; flash-linear-attention==0.6.0 for the peer)
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import eager_seconds, graph_seconds, row, write
+
+from deltify.ops import kda, kda_layer_step
+
+try:
+    from fla.ops.kda import chunk_kda, fused_recurrent_kda
+except ImportError:
+    chunk_kda = fused_recurrent_kda = None
+
+PEER = "fla chunk_kda"
+K = 128
+# (B, T, H) and the gates it is timed with
+FORWARD = [
+    ((1, 2048, 20), ("library",)),
+    ((8, 1024, 20), ("library",)),
+    ((1, 8192, 20), ("library", "slow", "fast", "bounded")),
+    ((4, 8192, 20), ("library",)),
+    ((1, 32768, 20), ("library", "slow", "fast", "bounded", "zero")),
+    ((1, 131072, 20), ("library",)),
+    ((1, 8192, 64), ("library", "slow", "fast", "bounded")),
+    ((1, 16384, 16), ("library",)),
+    ((1, 16384, 4), ("library",)),
+    ((8, 1024, 64), ("library",)),
+]
+ATTENTION = [(1, 2048, 20), (1, 4096, 20), (1, 8192, 20), (1, 16384, 20), (1, 32768, 20)]
+DECODE = [1, 8, 64, 256]
+
+
+def make_inputs(B: int, T: int, H: int, gates: str) -> list[Tensor]:
+    """q, k, v, f, b in bfloat16 and A_log, dt_bias for one of the regimes, f ~ N(0, 1) but for `zero`."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, f = (torch.randn(B, T, H, K, device="cuda", generator=generator) for _ in range(4))
+    b = torch.randn(B, T, H, device="cuda", generator=generator)
+    A_log = torch.empty(H, device="cuda").uniform_(1, 16, generator=generator).log()
+    dt_bias = torch.empty(H * K, device="cuda").uniform_(-6.9, -2.3, generator=generator).exp().expm1().log()
+    if gates == "slow":
+        A_log, dt_bias = torch.zeros_like(A_log), torch.full_like(dt_bias, -5)
+    if gates == "fast":
+        dt_bias = torch.zeros_like(dt_bias)
+    if gates == "bounded":
+        A_log, dt_bias = torch.zeros_like(A_log), torch.zeros_like(dt_bias)
+    if gates == "zero":
+        f = torch.full_like(f, -60)
+    return [x.bfloat16() for x in (q, k, v, f, b)] + [A_log, dt_bias]
+
+
+def error(gates: str, H: int, lower_bound: float | None) -> float:
+    """RMS of the difference to float64 over RMS of the reference, at 2,000 tokens of the same heads."""
+    inputs = make_inputs(1, 2000, H, gates)
+    want = kda(*(x.double() for x in inputs), lower_bound=lower_bound, backend="chunked")[0]
+    got = kda(*inputs, lower_bound=lower_bound, backend="triton")[0]
+    return float((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt())
+
+
+def peer_forward(inputs: list[Tensor], lower_bound: float | None, cu_seqlens: Tensor | None = None):
+    q, k, v, f, b, A_log, dt_bias = inputs
+    options = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+    bounded = {"safe_gate": lower_bound is not None, "lower_bound": lower_bound}
+    packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens.long()}
+    return chunk_kda(
+        q, k, v, f, b, A_log=A_log, dt_bias=dt_bias, output_final_state=True, **options, **bounded, **packed
+    )
+
+
+@torch.no_grad()
+def forward_rows(wanted: str) -> list[dict]:
+    rows = []
+    cases = [(shape, g, None) for shape, gates in FORWARD for g in gates]
+    bounds = torch.tensor([0, 100, 5000, 5000, 6024, 14000, 20000, 32768], device="cuda", dtype=torch.int32)
+    cases.append(((1, 32768, 20), "library", bounds))
+    for (B, T, H), gates, packed in cases:
+        case = f"forward/{gates}/B{B}-T{T}-H{H}-K{K}" + ("" if packed is None else "-packed7")
+        if wanted not in case:
+            continue
+        inputs, lower_bound = make_inputs(B, T, H, gates), -5.0 if gates == "bounded" else None
+        ours = lambda: kda(*inputs, lower_bound=lower_bound, cu_seqlens=packed, backend="triton")
+        theirs = lambda: peer_forward(inputs, lower_bound, packed)
+        for metric, seconds in (("eager seconds", eager_seconds), ("graph seconds", graph_seconds)):
+            peer = None
+            if chunk_kda and seconds is eager_seconds:  # its autotuner cannot be captured
+                peer = seconds(theirs)
+            rows.append(row(case, metric, seconds(ours), peer, PEER))
+        rows.append(row(case, "relative error", error(gates, H, lower_bound), None, "float64"))
+        print(case, [f"{r['ours']:.3g}" for r in rows[-3:]], rows[-3]["peer"], flush=True)
+    return rows
+
+
+@torch.no_grad()
+def attention_rows(wanted: str) -> list[dict]:
+    """One forward of ours against one of cuDNN's causal attention: where the lines cross."""
+    rows = []
+    for B, T, H in ATTENTION:
+        case = f"crossover/library/B{B}-T{T}-H{H}-K{K}"
+        if wanted not in case:
+            continue
+        inputs = make_inputs(B, T, H, "library")
+        q, k, v = (torch.randn(B, heads, T, K, device="cuda", dtype=torch.bfloat16) for heads in (H, 4, 4))
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            peer = graph_seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+        ours = graph_seconds(lambda: kda(*inputs, backend="triton"))
+        rows.append(row(case, "graph seconds", ours, peer, "SDPA, cuDNN, 20 over 4 heads"))
+        print(case, rows[-1]["ours"], rows[-1]["peer"], flush=True)
+    return rows
+
+
+@torch.no_grad()
+def decode_rows(wanted: str) -> list[dict]:
+    """One token. Ours is the whole layer between its projections, convolutions and gated norm included; fla's is the
+    recurrence alone. The rate counts the state, read and written, for both."""
+    rows, H = [], 20
+    for B in DECODE:
+        case = f"decode/library/B{B}-T1-H{H}-K{K}"
+        if wanted not in case:
+            continue
+        q, k, v, f, b, A_log, dt_bias = make_inputs(B, 1, H, "library")
+        state = torch.zeros(B, H, K, K, device="cuda")
+        x = torch.cat([t.flatten(1) for t in (q, k, v)], -1)
+        conv_state = torch.randn(B, x.shape[1], 3, device="cuda", dtype=x.dtype)
+        taps, norm = torch.randn(x.shape[1], 1, 4, device="cuda", dtype=x.dtype), torch.ones(K, device="cuda")
+        gate = torch.randn(B, H * K, device="cuda", dtype=x.dtype)
+        gates = (f.flatten(1), b[:, 0], gate, A_log, dt_bias)
+        ours = graph_seconds(lambda: kda_layer_step(x, conv_state, taps, *gates, norm, state, norm_eps=1e-5))
+        options = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+        peer = None
+        if fused_recurrent_kda:
+            step = lambda: fused_recurrent_kda(
+                q,
+                k,
+                v,
+                f,
+                b,
+                A_log=A_log,
+                dt_bias=dt_bias,
+                initial_state=state,
+                output_final_state=True,
+                **options,
+            )
+            peer = graph_seconds(step)
+        moved = 2 * state.numel() * 4 / 1e12
+        rows.append(row(case, "graph seconds", ours, peer, "fla fused_recurrent_kda"))
+        theirs = None if peer is None else moved / peer
+        rows.append(row(case, "TB/s of state", moved / ours, theirs, "fla fused_recurrent_kda", rate=True))
+        print(case, rows[-2]["ours"], rows[-2]["peer"], rows[-1]["ours"], flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    part = sys.argv[1] if len(sys.argv) > 1 else ""
+    write("kda_gpu", forward_rows(part) + attention_rows(part) + decode_rows(part))
