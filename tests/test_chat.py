@@ -14,7 +14,7 @@ TEMPLATE = (
 )
 
 
-@pytest.mark.parametrize("kept", ["none", "3:1"])
+@pytest.mark.parametrize("kept", ["none", "3:1", "KS"])
 def test_each_turn_reads_only_what_is_new(kept):
     teacher = random_teacher("llama")
     model, tokenizer = convert(teacher, full_attention_layers=kept, start="library").eval(), teacher.tokenizer

@@ -87,6 +87,18 @@ def test_a_folder_in_the_published_layout_loads_generates_and_saves_again(tmp_pa
         assert torch.equal(again(ids).logits, logits)
 
 
+def test_the_published_snippet_runs_deltifys_class_whatever_code_the_folder_names(tmp_path):
+    folder = write_folder(tmp_path / "published", (3,))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoModelForCausalLM": "modeling_arcee_kda.ArceeKDAForCausalLM"}, "kda_mode": "chunk"}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.bfloat16, device_map="auto")
+    assert type(model) is ArceeKDAForCausalLM and model.dtype == torch.bfloat16
+    ids = torch.randint(2, 60, (1, 12), device=model.device)
+    outputs = model.generate(ids, max_new_tokens=5, do_sample=True, temperature=0.7, top_p=0.95)
+    assert 12 < outputs.shape[1] <= 17
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

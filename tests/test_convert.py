@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
-from deltify.convert import attention_stats, convert, kept_layers, origins, repeat_heads, ridge
+from deltify.convert import attention_stats, convert, layer_kinds, origins, repeat_heads, ridge
 from deltify.data import Batch
 from deltify.losses import mixer_loss
 from deltify.model import ArceeKDAConfig, DeltifyConfig
-from deltify.teacher import random_teacher
+from deltify.teacher import family_of, load_teacher, random_teacher
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +29,19 @@ def test_key_value_heads_are_repeated_as_whole_blocks():
     assert repeat_heads(x, 4, 3).flatten().tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
 
 
-def test_layers_can_be_given_as_ratio_list_or_word():
-    assert kept_layers("3:1", 30) == [3, 7, 11, 15, 19, 23, 27]
-    assert kept_layers([5, 1, 5], 6) == [1, 5]
-    assert kept_layers("none", 3) == [] and kept_layers("all", 3) == [0, 1, 2]
+def test_layers_can_be_given_as_ratio_list_word_or_pattern():
+    def letters(spec, layers):
+        return "".join({"linear": "K", "full": "F", "sliding": "S"}[k.split("_")[0]] for k in layer_kinds(spec, layers))
+
+    assert [i for i, kind in enumerate(letters("3:1", 30)) if kind == "F"] == [3, 7, 11, 15, 19, 23, 27]
+    assert letters([5, 1, 5], 6) == "KFKKKF"
+    assert letters("none", 3) == "KKK" and letters("all", 3) == "FFF"
+    assert letters("KKKF", 8) == letters("3:1", 8) and letters("KSF", 7) == "KSFKSFK" and letters("S", 2) == "SS"
     with pytest.raises(ValueError, match=r"names \[9\]"):
-        kept_layers([9], 4)
-    with pytest.raises(ValueError, match="'some'"):
-        kept_layers("some", 4)
+        layer_kinds([9], 4)
+    for wrong in ("some", "KKX", "0:0", ""):
+        with pytest.raises(ValueError, match=f"full_attention_layers='{wrong}'; use none, all"):
+            layer_kinds(wrong, 4)
 
 
 @pytest.mark.parametrize("architecture, config", [("llama", DeltifyConfig), ("arcee", ArceeKDAConfig)])
@@ -119,3 +126,32 @@ def test_starts_are_what_their_names_say(teacher, rows):
 def test_ridge_finds_the_map():
     X, W = torch.randn(200, 5, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     assert torch.allclose(ridge(X, X @ W, 1e-12), W, atol=1e-8)
+
+
+def test_families_that_do_not_fit_are_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"'olmo2' cannot be converted yet \(it normalises after attention"):
+        family_of(AutoConfig.for_model("olmo2"))
+    with pytest.raises(ValueError, match=r"'gpt2' cannot be converted yet; supported are: arcee, llama"):
+        family_of(AutoConfig.for_model("gpt2"))
+
+
+def test_a_teachers_wrong_files_are_named(teacher, tmp_path):
+    teacher.model.save_pretrained(tmp_path)
+    teacher.tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    again = load_teacher(str(tmp_path))
+    ids = torch.randint(0, 250, (1, 9))
+    assert torch.equal(again.model(ids).logits, teacher.model(ids).logits)
+    tensors, whole = load_file(file), file.read_bytes()
+    save_file({k: v for k, v in tensors.items() if k != "model.norm.weight"}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks model\.norm\.weight"):
+        load_teacher(str(tmp_path))
+    file.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load_teacher(str(tmp_path))
+    file.unlink()
+    with pytest.raises(ValueError, match="has no safetensors weights"):
+        load_teacher(str(tmp_path))
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickled weights"):
+        load_teacher(str(tmp_path))

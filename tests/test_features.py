@@ -10,7 +10,7 @@ from deltify import convert
 from deltify.teacher import random_teacher
 
 
-@pytest.fixture(scope="module", params=["none", "3:1"], ids=["pure", "hybrid"])
+@pytest.fixture(scope="module", params=["none", "3:1", "KSFS"], ids=["pure", "hybrid", "sliding"])
 def pair(request):
     teacher = random_teacher("llama")
     student = convert(teacher, full_attention_layers=request.param, start="library").eval()
@@ -26,14 +26,18 @@ def alone(model, prompt, **options):
     return model.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=256, **options)
 
 
-def test_padding_on_either_side_gives_the_same_continuation(pair, ids):
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_gives_the_same_continuation(pair, ids, side):
     model, _ = pair
-    want = alone(model, ids[:1, :9], max_new_tokens=6, do_sample=False)[0, 9:]
     padded, mask = torch.full((2, 17), 256), torch.zeros(2, 17, dtype=torch.long)
-    padded[0, 8:], mask[0, 8:] = ids[0, :9], 1
+    place = slice(8, 17) if side == "left" else slice(0, 9)
+    padded[0, place], mask[0, place] = ids[0, :9], 1
     padded[1], mask[1] = ids[1], 1
-    out = model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=256)
-    assert torch.equal(out[0, 17:], want)
+    for beams in (1, 2):
+        options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+        out = model.generate(padded, attention_mask=mask, pad_token_id=256, **options)
+        for row, single in enumerate((ids[:1, :9], ids[1:])):
+            assert torch.equal(out[row, 17:], alone(model, single, **options)[0, -6:])
 
 
 def test_beam_search_equals_beam_search_without_a_cache(pair, ids):

@@ -1,8 +1,10 @@
 """Other libraries' layouts: written, read back, and refused where they cannot say what a model is."""
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deltify import convert
@@ -12,9 +14,11 @@ from deltify.layouts import export, read_layout
 from deltify.teacher import random_teacher
 
 
-def saved(folder, architecture="llama", gate_bias=False, **options):
+def saved(folder, architecture="llama", gate_bias=False, bounded=False, **options):
     teacher = random_teacher(architecture, tie_word_embeddings=options.pop("tied", False))
     student = convert(teacher, start="library", **options).eval()
+    if bounded:
+        student.config.gate_lower_bound = -5.0
     if gate_bias:
         torch.nn.init.ones_(student.model.layers[0].self_attn.g_proj[1].bias)
     save_model(folder, student, teacher.tokenizer)
@@ -65,6 +69,8 @@ def test_flash_linear_attentions_names_and_back(tmp_path, tied):
         ({"architecture": "arcee"}, "kimi_linear", "an MLP without a gate, the activation relu2"),
         ({"architecture": "qwen2"}, "kda", "biases of q, k, v"),
         ({"full_attention_layers": "3:1"}, "kda", "attention layers"),
+        ({"full_attention_layers": "KS"}, "kimi_linear", "attention layers"),
+        ({"bounded": True}, "kimi_linear", "a bounded gate"),
         ({}, "gguf", "layout 'gguf' is unknown"),
     ],
 )
@@ -73,3 +79,37 @@ def test_what_a_layout_cannot_say_is_refused_by_name(tmp_path, options, layout, 
     with pytest.raises(ValueError, match=message):
         export(str(tmp_path / "ours"), layout, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "field, value", [("attn", {"layers": [1]}), ("allow_neg_eigval", True), ("expand_v", 2), ("num_v_heads", 8)]
+)
+def test_what_a_deltify_model_cannot_be_is_refused_by_name(tmp_path, field, value):
+    saved(tmp_path / "ours")
+    export(str(tmp_path / "ours"), "kda", tmp_path / "kda")
+    config = json.loads((tmp_path / "kda" / "config.json").read_text()) | {field: value}
+    (tmp_path / "kda" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{field}=.* has no place in a deltify model"):
+        read_layout(str(tmp_path / "kda"))
+
+
+@pytest.mark.parametrize("layout", ["kda", "kimi_linear"])
+def test_wrong_files_of_other_layouts_are_named(tmp_path, layout):
+    if layout == "kimi_linear":
+        pytest.importorskip("transformers.models.kimi_linear", reason="transformers before 5.23 has no kimi_linear")
+    saved(tmp_path / "ours")
+    export(str(tmp_path / "ours"), layout, tmp_path / "theirs")
+    file = tmp_path / "theirs" / "model.safetensors"
+    whole, tensors = file.read_bytes(), load_file(file)
+    name = next(name for name in tensors if name.endswith("b_proj.weight") and "layers.2" in name)
+    lacking = {other: x for other, x in tensors.items() if other != name}
+    save_file(lacking, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.2\.self_attn\..*b_proj\.weight is missing|lacks .*b_proj\.weight"):
+        read_layout(str(tmp_path / "theirs"))
+    file.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        read_layout(str(tmp_path / "theirs"))
+    file.unlink()
+    torch.save(tensors, tmp_path / "theirs" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickled weights"):
+        read_layout(str(tmp_path / "theirs"))

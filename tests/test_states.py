@@ -3,17 +3,20 @@
 import pytest
 import torch
 
+import deltify
 from deltify import convert
 from deltify.checkpoint import save_model
 from deltify.cli import main
-from deltify.states import load_state, read
+from deltify.convert import sliding_control
+from deltify.states import load_state, read, tensors_of
 from deltify.teacher import random_teacher
 
 
-@pytest.fixture(scope="module")
-def pair():
-    teacher = random_teacher("llama")
-    return convert(teacher, start="library").eval(), teacher.tokenizer
+@pytest.fixture(scope="module", params=["K", "KS"])
+def pair(request):
+    teacher = random_teacher("llama", num_hidden_layers=2)
+    student = convert(teacher, full_attention_layers=request.param, sliding_window=16, start="library")
+    return student.eval(), teacher.tokenizer
 
 
 def test_going_on_from_a_state_equals_reading_everything(pair, tmp_path):
@@ -30,21 +33,45 @@ def test_going_on_from_a_state_equals_reading_everything(pair, tmp_path):
         assert torch.equal(got[0, 9:], want)
     both = read(model, book[300:], state=read(model, book[:300]))
     assert both.tokens == 700
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(both.recurrent, state.recurrent))
+    for mine, theirs in zip(both.layers, state.layers):
+        assert mine.keys() == theirs.keys() and all(torch.allclose(mine[n], theirs[n], atol=1e-5) for n in mine)
 
 
-def test_the_file_has_one_size_and_does_not_hold_the_text(pair, tmp_path):
+def test_a_string_is_read_with_its_tokenizer(pair):
+    model, tokenizer = pair
+    state, ids = deltify.read(model, "It was a dark night", tokenizer), tokenizer("It was a dark night")["input_ids"]
+    assert state.tokens == len(ids) == 19
+    for mine, theirs in zip(state.layers, deltify.read(model, ids).layers):
+        assert all(torch.equal(mine[n], theirs[n]) for n in mine)
+    with pytest.raises(ValueError, match="give the model's tokenizer too"):
+        deltify.read(model, "It was a dark night")
+
+
+def test_from_any_length_one_size_and_one_effort_to_the_first_token(pair, tmp_path):
     model, _ = pair
+    question, effort = torch.randint(0, 250, (1, 9)), []
+
+    def count(module, args, options):
+        held = [x for layer in options["past_key_values"].layers for x in tensors_of(layer).values()]
+        effort.append((options["input_ids"].shape[1], sum(x.numel() for x in held)))
+
     for name, tokens in (("short", 1000), ("long", 100_000)):
         read(model, torch.randint(0, 250, (tokens,))).save(tmp_path / name)
+        state = load_state(tmp_path / name, model)
+        assert state.tokens == tokens
+        hook = model.model.register_forward_pre_hook(count, with_kwargs=True)
+        options = {"max_new_tokens": 1, "attention_mask": torch.ones_like(question), "pad_token_id": 256}
+        model.generate(question, past_key_values=state.cache(model), **options)
+        hook.remove()
     assert (tmp_path / "short").stat().st_size == (tmp_path / "long").stat().st_size
-    assert load_state(tmp_path / "long", model).tokens == 100_000
+    assert len(effort) == 2 and effort[0] == effort[1] and effort[0][0] == 9  # tokens read, numbers held
 
 
 def test_wrong_states_are_refused(pair, tmp_path):
     model, _ = pair
     read(model, [1, 2, 3]).save(tmp_path / "state")
-    other = convert(random_teacher("llama"), start="library", seed=1)
+    options = {"full_attention_layers": ["K", "KS"]["sliding_attention" in model.config.layer_types]}
+    other = convert(random_teacher("llama", num_hidden_layers=2), start="library", sliding_window=16, seed=1, **options)
     with pytest.raises(ValueError, match="read by another model"):
         load_state(tmp_path / "state", other)
     (tmp_path / "cut").write_bytes((tmp_path / "state").read_bytes()[:-10])
@@ -57,6 +84,8 @@ def test_wrong_states_are_refused(pair, tmp_path):
     hybrid = convert(random_teacher("llama"), full_attention_layers=[2], start="library")
     with pytest.raises(ValueError, match=r"layers \[2\] are attention"):
         read(hybrid, [1, 2])
+    with pytest.raises(ValueError, match="no layer is KDA"):
+        read(sliding_control(random_teacher("llama")), [1, 2])
 
 
 def test_on_the_command_line(pair, tmp_path, capsys):

@@ -12,8 +12,6 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .model.remote import auto_map, write_code
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -99,10 +97,8 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        model.config.auto_map = auto_map(model.config)
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        write_code(unfinished)
         publish(unfinished, folder)
     except Exception as error:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -32,8 +32,11 @@ class StudentSpec:
     """What the teacher is converted to.
 
     Args:
-        full_attention_layers: layers that stay attention: none, all, a ratio like "3:1", or a list of indices.
-        keep_rope: whether those keep rotary positions; without, they are NoPE.
+        full_attention_layers: layers that stay attention: none, all, a ratio like "3:1", a list of indices, or a
+            pattern that repeats over the layers: K for KDA, F for full attention, S for a sliding window with sinks.
+        keep_rope: whether full attention keeps rotary positions; without, it is NoPE.
+        sliding_window: tokens that sliding layers look back to, the current one included.
+        sink_tokens: first tokens of a document that sliding layers always see.
         start: of gates and convolutions: calibrated, library or arcee.
         calibration_tokens: training tokens that the calibrated start looks at.
         calibration_length: tokens in a row of them.
@@ -41,6 +44,8 @@ class StudentSpec:
 
     full_attention_layers: str | list[int] = "none"
     keep_rope: bool = False
+    sliding_window: int = 64
+    sink_tokens: int = 4
     start: str = "calibrated"
     calibration_tokens: int = 8192
     calibration_length: int = 512

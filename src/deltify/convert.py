@@ -4,16 +4,18 @@ Legend: B batch, T tokens, D model width, H heads, K head width, N calibration t
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .data import Batch
 from .model import ArceeKDAConfig, DeltifyConfig, DeltifyForCausalLM, DeltifyKDA
-from .model.modeling import find_packing, inverse_softplus
-from .teacher import Teacher
+from .model.mixers import find_packing, inverse_softplus
+from .teacher import Teacher, freeze
 
 STARTS = ("calibrated", "library", "arcee")
 ARCHITECTURES = {"deltify": DeltifyConfig, "arcee_kda": ArceeKDAConfig}
@@ -22,21 +24,30 @@ ARCHITECTURES = {"deltify": DeltifyConfig, "arcee_kda": ArceeKDAConfig}
 # ---- which layers ----------------------------------------------------------------------------------------------------
 
 
-def kept_layers(spec: str | list[int], layers: int) -> list[int]:
-    """The layers that keep full attention: "none", "all", a ratio such as "3:1" (three KDA, then one), or a list."""
-    if spec == "none":
-        return []
-    if spec == "all":
-        return list(range(layers))
+LETTERS = {"K": "linear_attention", "F": "full_attention", "S": "sliding_attention"}
+
+
+def layer_kinds(spec: str | list[int], layers: int) -> list[str]:
+    """The kind of each layer.
+
+    Args:
+        spec: the layers that stay full attention: "none", "all", a ratio such as "3:1" (three KDA, then one), or a
+            list; or a pattern of letters that repeats over the layers, such as "KKKF" or "S": K for KDA, F for full
+            attention, S for attention to a sliding window with sinks.
+    """
     if isinstance(spec, list):
         if bad := [i for i in spec if not 0 <= i < layers]:
             raise ValueError(f"full_attention_layers names {bad}; the teacher has layers 0 to {layers - 1}")
-        return sorted(set(spec))
-    try:
-        linear, full = (int(part) for part in spec.split(":"))
-    except ValueError:
-        raise ValueError(f"full_attention_layers={spec!r}; use none, all, a ratio like 3:1, or a list") from None
-    return [i for i in range(layers) if i % (linear + full) >= linear]
+        return [LETTERS["F" if i in spec else "K"] for i in range(layers)]
+    pattern = {"none": "K", "all": "F"}.get(spec, spec)
+    if ratio := re.fullmatch(r"(\d+):(\d+)", spec):
+        pattern = "K" * int(ratio[1]) + "F" * int(ratio[2])
+    if not pattern or set(pattern) - LETTERS.keys():
+        raise ValueError(
+            f"full_attention_layers={spec!r}; use none, all, a ratio like 3:1, a list of layers, or a pattern of the "
+            "letters K (KDA), F (full attention) and S (sliding window with sinks) like KKKF"
+        )
+    return [LETTERS[pattern[i % len(pattern)]] for i in range(layers)]
 
 
 # fields that a student's configuration takes from its teacher's as they are
@@ -48,24 +59,46 @@ SHARED_FACTS = (
 )
 
 
-def student_config(teacher: Teacher, kept: list[int], *, keep_rope: bool) -> DeltifyConfig:
-    """The student's configuration: the teacher's facts, KDA everywhere but in `kept`, those with RoPE or NoPE."""
+def student_config(teacher: Teacher, kinds: list[str], *, keep_rope: bool, window: int, sinks: int) -> DeltifyConfig:
+    """The student's configuration: the teacher's facts, and layers of these kinds.
+
+    Full attention has the teacher's RoPE or, without `keep_rope`, none; sliding layers always have it.
+    """
     t = teacher.config
-    layers = range(t.num_hidden_layers)
     rope, slides = teacher.family.rope(t), teacher.family.slides(t)
-    if sliding := [i for i in kept if slides[i]]:
+    if sliding := [i for i, kind in enumerate(kinds) if kind == "full_attention" and slides[i]]:
         raise ValueError(
             f"layers {sliding} of this {t.model_type} teacher attend to a window of {t.sliding_window} tokens, which a "
             "kept layer would not; convert them to KDA, or set sliding_window to null in the teacher's config.json if "
             "its rows never outgrow the window"
         )
+    rotates = {"linear_attention": False, "full_attention": keep_rope, "sliding_attention": True}
     return ARCHITECTURES[teacher.family.student](
         **{name: getattr(t, name) for name in SHARED_FACTS},
         **teacher.family.facts(t),
         head_dim=getattr(t, "head_dim", None) or t.hidden_size // t.num_attention_heads,
-        layer_types=["full_attention" if i in kept else "linear_attention" for i in layers],
-        use_rope=[keep_rope and i in kept and rope[i] for i in layers],
+        layer_types=kinds,
+        use_rope=[rotates[kind] and rope[i] for i, kind in enumerate(kinds)],
+        sliding_window=window,
+        sink_tokens=sinks,
     )
+
+
+def sliding_control(teacher: Teacher, window: int = 64, sinks: int = 4) -> DeltifyForCausalLM:
+    """The teacher itself, seeing `window` tokens back and the first `sinks` tokens: the control of every conversion.
+
+    No training and no new number: its tensors are the teacher's own, shared. Its memory is constant, as a KDA model's.
+    """
+    kinds = ["sliding_attention"] * teacher.config.num_hidden_layers
+    config = student_config(teacher, kinds, keep_rope=True, window=window, sinks=sinks)
+    with torch.device("meta"):
+        control = model_class(config)(config)
+    control.load_state_dict(teacher.model.state_dict(), strict=True, assign=True)
+    control.tie_weights()
+    control.model.rotary_emb = LlamaRotaryEmbedding(config).to(teacher.model.device)  # its buffers are in no state dict
+    control.generation_config = teacher.model.generation_config
+    freeze(control)
+    return control
 
 
 # ---- where every tensor comes from -----------------------------------------------------------------------------------
@@ -100,7 +133,11 @@ KDA_ORIGINS = [
 def origin_of(name: str, config: DeltifyConfig) -> Origin:
     """The origin of the student's tensor `name`; tensors outside KDA layers are copies."""
     parts = name.split(".")
-    if "self_attn" not in parts or config.layer_types[int(parts[2])] == "full_attention":
+    kind = config.layer_types[int(parts[2])] if "self_attn" in parts else None
+    if kind == "sliding_attention":
+        seen = f"a window of {config.sliding_window} tokens and {config.sink_tokens} sinks"
+        return Origin(name, f"teacher's tensor of the same name, seeing {seen}", "copy")
+    if kind != "linear_attention":
         return Origin(name, "teacher's tensor of the same name", "copy")
     return next(origin for origin in KDA_ORIGINS if origin.pattern == parts[4])
 
@@ -116,6 +153,8 @@ def convert(
     *,
     full_attention_layers: str | list[int] = "none",
     keep_rope: bool = False,
+    sliding_window: int = 64,
+    sink_tokens: int = 4,
     start: str = "calibrated",
     calibration: Batch | None = None,
     seed: int = 0,
@@ -124,8 +163,9 @@ def convert(
     """A student in float32 on the teacher's device.
 
     Args:
-        full_attention_layers: the layers that stay attention, see `kept_layers`.
-        keep_rope: whether they keep their rotary positions; without, they are NoPE.
+        full_attention_layers: the layers that stay attention, see `layer_kinds`.
+        keep_rope: whether full attention keeps its rotary positions; without, it is NoPE.
+        sliding_window, sink_tokens: what sliding layers see, see `DeltifyConfig`.
         start: of the gates and convolutions: "library" (fla's default), "arcee" (the model card's: forgets at once) or
             "calibrated" (decays from the teacher's attention distances, near-linear convolutions, output projections by
             least squares), which needs `calibration`.
@@ -136,8 +176,8 @@ def convert(
         raise ValueError(f"start={start!r}; choose one of {list(STARTS)}")
     if start == "calibrated" and calibration is None:
         raise ValueError("start='calibrated' needs calibration text; or choose start='library'")
-    kept = kept_layers(full_attention_layers, teacher.config.num_hidden_layers)
-    config = student_config(teacher, kept, keep_rope=keep_rope)
+    kinds = layer_kinds(full_attention_layers, teacher.config.num_hidden_layers)
+    config = student_config(teacher, kinds, keep_rope=keep_rope, window=sliding_window, sinks=sink_tokens)
     device = teacher.model.device
     with torch.random.fork_rng():
         torch.manual_seed(seed)

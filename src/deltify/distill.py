@@ -188,6 +188,8 @@ def convert_with(recipe: Recipe, teacher: Teacher, train: list[TokenFile]) -> De
         teacher,
         full_attention_layers=spec.full_attention_layers,
         keep_rope=spec.keep_rope,
+        sliding_window=spec.sliding_window,
+        sink_tokens=spec.sink_tokens,
         start=spec.start,
         calibration=mix.batch(0),
         seed=recipe.seed,
@@ -304,6 +306,8 @@ def align_step(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, stag
 
     def learn(module, args, kwargs, output):
         layer = student.model.layers[module.layer_idx]
+        if not any(p.requires_grad for p in layer.self_attn.parameters()):
+            return  # attention that keeps its positions has nothing to learn yet
         hidden = kwargs["hidden_states"].detach()
         with torch.enable_grad():
             if layer.linear:
@@ -380,11 +384,16 @@ def make_optimizer(student: DeltifyForCausalLM, stage: Stage, name: str) -> torc
     """AdamW over two groups, mixers and the rest; what is not trained gets no gradient."""
     mixers, rest = [], []
     for layer in student.model.layers:
-        if layer.linear or not student.config.use_rope[layer.self_attn.layer_idx]:
+        nope = layer.kind == "full_attention" and not student.config.use_rope[layer.self_attn.layer_idx]
+        if layer.linear or nope:
             mixers += layer.self_attn.parameters()
     known = {id(p) for p in mixers}
     rest = [p for p in student.parameters() if id(p) not in known]
     train_rest = name != "align" and stage.lr_rest > 0
+    if not mixers and not train_rest:
+        raise ValueError(
+            f"{name} has nothing to train: no layer of the student replaces attention; set {name}.tokens to 0"
+        )
     student.requires_grad_(False)
     for parameter in mixers + (rest if train_rest else []):
         parameter.requires_grad_(True)

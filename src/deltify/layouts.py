@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .checkpoint import save_model
 from .model import DeltifyConfig, DeltifyForCausalLM
+from .model.loading import check_shapes, checkpoint_shapes
 
 # (ours, theirs), in the order they are applied; a kimi_linear layer besides has one convolution for q, k and v
 RENAMES = {
@@ -60,7 +61,7 @@ def refuse(model: DeltifyForCausalLM, layout: str) -> None:
     c = model.config
     gate_biases = [p for name, p in model.named_parameters() if name.endswith("g_proj.1.bias") and bool(p.any())]
     problems = {
-        "attention layers": "full_attention" in (c.layer_types or ()),
+        "attention layers": set(c.layer_types or ()) != {"linear_attention"},
         "an MLP without a gate": not c.mlp_gated,
         f"the activation {c.hidden_act}": c.hidden_act not in ("silu", "swish"),
         "biases of q, k, v, o or the MLP": c.attention_bias or c.attention_out_bias or c.mlp_bias,
@@ -126,6 +127,7 @@ def read_kda(folder: Path, config: dict) -> DeltifyForCausalLM:
         **{name: config[name] for name in SAME_IN_KDA if name in config},
     )
     tensors: dict[str, Tensor] = {}
+    checkpoint_shapes(str(folder), {})  # names damaged, missing and pickled files
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
     return filled(ours, renamed(tensors, [(new, old) for old, new in RENAMES["kda"]]))
@@ -163,7 +165,10 @@ SAME_IN_KIMI = (
 
 
 def read_kimi_linear(folder: Path) -> DeltifyForCausalLM:
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    checkpoint_shapes(str(folder), {})  # names damaged, missing and pickled files
+    theirs, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{folder} lacks {', '.join(missing[:5])}; fetch it again")
     t = theirs.config
     if set(t.layer_types) != {"linear_attention"} or set(t.mlp_layer_types) != {"dense"}:
         raise ValueError(f"{folder} has latent attention or expert layers, which have no place in a deltify model")
@@ -207,5 +212,7 @@ def filled(config: DeltifyConfig, tensors: dict[str, Tensor]) -> DeltifyForCausa
     model = DeltifyForCausalLM(config)
     if config.tie_word_embeddings:
         tensors = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    shapes = [{name: tuple(x.shape) for name, x in group.items()} for group in (tensors, model.state_dict())]
+    check_shapes(shapes[0], shapes[1], tied=set())
     model.load_state_dict(tensors, strict=True)
     return model.eval()

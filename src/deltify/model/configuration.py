@@ -1,12 +1,17 @@
 """Configuration of a KDA language model: architecture facts as data."""
 
+from pathlib import Path
+
 from transformers import PreTrainedConfig
 
-LAYER_TYPES = ("linear_attention", "full_attention")
+from .remote import auto_map, write_code
+
+LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
 
 
 class DeltifyConfig(PreTrainedConfig):
-    """A Llama-like decoder whose layers mix tokens by KDA ("linear_attention") or by attention ("full_attention").
+    """A Llama-like decoder whose layers mix tokens by KDA ("linear_attention"), by attention ("full_attention"), or by
+    attention to the last tokens and to a document's first ones, its sinks ("sliding_attention").
 
     Args:
         head_dim: width K = V of a head, in layers of both kinds.
@@ -15,8 +20,10 @@ class DeltifyConfig(PreTrainedConfig):
         mlp_gated: down(act(gate(x)) * up(x)) if true, else down(act(up(x))).
         attention_bias, attention_out_bias: biases of q, k, v, and of o; KDA layers have them too.
         qk_norm: RMSNorm of q and k, per head, in attention layers (KDA layers have L2 norms instead).
-        layer_types: one of "linear_attention" and "full_attention" per layer; all KDA if absent.
+        layer_types: one of "linear_attention", "full_attention" and "sliding_attention" per layer; all KDA if absent.
         use_rope: per layer, whether attention rotates q and k; all false (NoPE) if absent. KDA layers ignore it.
+        sliding_window: tokens that sliding layers look back to, the current one included.
+        sink_tokens: tokens at a document's start that sliding layers always see.
         conv_size: taps of the short convolutions.
         gate_lower_bound: in [-5, 0) for the bounded gate form; None for the softplus form.
     """
@@ -42,6 +49,8 @@ class DeltifyConfig(PreTrainedConfig):
     use_rope: list[bool] | None = None
     rope_parameters: dict | None = None
     max_position_embeddings: int = 8192
+    sliding_window: int = 64
+    sink_tokens: int = 4
     conv_size: int = 4
     gate_lower_bound: float | None = None
     rms_norm_eps: float = 1e-5
@@ -68,7 +77,17 @@ class DeltifyConfig(PreTrainedConfig):
                 )
         if unknown := set(self.layer_types) - set(LAYER_TYPES):
             raise ValueError(f"layer_types contains {sorted(unknown)}; known are {list(LAYER_TYPES)}")
+        for name, least in (("sliding_window", 1), ("sink_tokens", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in transformers, and the model's code beside config.json, for where deltify is not installed."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.auto_map = auto_map(self)
+        write_code(Path(save_directory))
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
 class ArceeKDAConfig(DeltifyConfig):

@@ -1,6 +1,7 @@
 """Reads what a folder's tensors say about a model before it is loaded, and refuses what does not fit."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -43,11 +44,20 @@ def missing_shards(index: Path) -> None:
         raise ValueError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names; fetch it again")
 
 
-def layer_types_of(shapes: dict[str, tuple[int, ...]], layers: int) -> list[str]:
-    """The kind of each layer, from the names of its tensors: a KDA layer has an A_log."""
-    return [
-        "linear_attention" if f"model.layers.{i}.self_attn.A_log" in shapes else "full_attention" for i in range(layers)
-    ]
+def with_prefix(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Names as the model with a head has them; one without has no `model.` in front."""
+    return {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": x for name, x in shapes.items()}
+
+
+def layer_types_of(shapes: dict[str, tuple[int, ...]], layers: int, told: Sequence[str] = ()) -> list[str]:
+    """The kind of each layer, from the names of its tensors: a KDA layer has an A_log.
+
+    That an attention layer slides, its tensors do not say: `told`, the config's own list, does.
+    """
+    told = list(told) if len(told) == layers else ["full_attention"] * layers
+    attention = ["sliding_attention" if kind == "sliding_attention" else "full_attention" for kind in told]
+    linear = [f"model.layers.{i}.self_attn.A_log" in shapes for i in range(layers)]
+    return ["linear_attention" if is_linear else kind for is_linear, kind in zip(linear, attention)]
 
 
 def check_shapes(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], tied: set[str]) -> None:

@@ -3,38 +3,46 @@
 import re
 from pathlib import Path
 
-from .configuration import DeltifyConfig
+from transformers import PreTrainedConfig
 
 # transformers follows only flat imports of the form `from .name import`, so the modules are written side by side
 FLAT = {
     "model.configuration": "configuration_deltify",
+    "model.remote": "remote_deltify",
     "model.loading": "loading_deltify",
+    "model.sliding": "sliding_deltify",
+    "model.mixers": "mixers_deltify",
+    "model.capture": "capture_deltify",
     "model.modeling": "modeling_deltify",
     "ops": "kda_ops",
     "ops.reference": "kda_reference",
     "ops.chunked": "kda_chunked",
     "ops.conv": "kda_conv",
+    "ops.step": "kda_one_step",
 }
 INSTALLED_FIRST = """
 
 try:  # an installed deltify may have faster backends
-    from deltify.ops import kda, kda_step, short_conv, short_conv_step  # noqa: F811
+    from deltify.ops import gated_rms_norm, kda, kda_layer_step, kda_step, short_conv, short_conv_step  # noqa: F811
 except ImportError:
     pass
 """
 
 
-def auto_map(config: DeltifyConfig) -> dict[str, str]:
+def auto_map(config: PreTrainedConfig) -> dict[str, str]:
     """What config.json says so that the Auto classes find the code in the folder."""
     name = type(config).__name__.removesuffix("Config")
     return {
         "AutoConfig": f"configuration_deltify.{name}Config",
+        "AutoModel": f"modeling_deltify.{name}Model",
         "AutoModelForCausalLM": f"modeling_deltify.{name}ForCausalLM",
     }
 
 
 def write_code(folder: Path) -> None:
     """Writes configuration, modelling and the CPU operator into a saved folder as flat modules."""
+    if Path(__file__).stem == FLAT["model.remote"]:
+        return  # this is such a module itself; transformers copies what it has loaded from a folder
     package = Path(__file__).parent.parent
     for module, flat in FLAT.items():
         path = package / (module.replace(".", "/") + ".py")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .chunked import kda_chunked
 from .conv import short_conv, short_conv_step
-from .reference import L2NORM_EPS, gated_rms_norm, kda_reference, log_decay
+from .reference import gated_rms_norm, kda_reference
+from .step import kda_step, layer_step_torch
 
 __all__ = ["BACKENDS", "gated_rms_norm", "kda", "kda_layer_step", "kda_step", "short_conv", "short_conv_step"]
 
@@ -109,38 +110,6 @@ def notice(text: str) -> None:
     logger.warning(text)
 
 
-def kda_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    f: Tensor,
-    b: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    *,
-    lower_bound: float | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """Output [B, H, V] of one token; `state` [B, H, K, V] is updated in place. For use under `torch.no_grad()`.
-
-    Args:
-        q, k, f: [B, H, K]. v: [B, H, V]. b: [B, H]. The rest as in `kda`.
-    """
-    work = state.dtype
-    S = state.flatten(0, 1)
-    kq = torch.stack((k, q), dim=2).flatten(0, 1).to(work)  # [B * H, 2, K]
-    kq = kq * torch.linalg.vector_norm(kq, dim=-1, keepdim=True).square_().add_(L2NORM_EPS).rsqrt_()
-    rate, bias = A_log.to(work).exp().unsqueeze(-1), dt_bias.to(work).view(f.shape[1:])
-    decay = log_decay(f.to(work), rate, bias, lower_bound).exp_().view(len(S), -1, 1)
-    read_k, read_q = torch.bmm(kq, S.mul_(decay)).unbind(1)
-    u = torch.sigmoid(b.to(work)).reshape(-1, 1) * (v.to(work).reshape(read_k.shape) - read_k)
-    k_unit, q_unit = kq.unbind(1)
-    S.addcmul_(k_unit.unsqueeze(2), u.unsqueeze(1))
-    o = torch.addcmul(read_q, (q_unit * k_unit).sum(-1, keepdim=True), u)
-    return o.mul_(q.shape[-1] ** -0.5 if scale is None else scale).view(v.shape).to(v.dtype)
-
-
 def kda_layer_step(
     x: Tensor,
     conv_state: Tensor,
@@ -168,15 +137,17 @@ def kda_layer_step(
         norm_weight: [V], of the gated RMSNorm, whose epsilon is `norm_eps`.
         state: [B, H, K, V], float32. The rest as in `kda`.
     """
-    heads, K, V = state.shape[1:]
-    if state.is_cuda and (kernels := triton_kernels()) and {K, V} <= set(kernels.WIDTHS):
-        gates = (f.contiguous(), b.contiguous(), gate.contiguous(), A_log, dt_bias)
-        options = {"norm_eps": norm_eps, "lower_bound": lower_bound, "scale": K**-0.5}
-        return kernels.layer_step(x.contiguous(), conv_state, taps, *gates, norm_weight, state, **options)
-    q, k, v = short_conv_step(x, taps, conv_state).split([heads * K, heads * K, heads * V], dim=-1)
-    q, k, v, f = (t.unflatten(-1, (heads, -1)) for t in (q, k, v, f))
-    o = kda_step(q, k, v, f, b, A_log, dt_bias, state, lower_bound=lower_bound)
-    return gated_rms_norm(o, gate.view_as(o), norm_weight, norm_eps).flatten(1)
+    K, V = state.shape[2:]
+    step = layer_step_torch
+    in_place = conv_state.is_contiguous() and state.is_contiguous()
+    if state.is_cuda and in_place and (kernels := triton_kernels()) and {K, V} <= set(kernels.WIDTHS):
+        if reason := kernels.failure(state.device.index):
+            notice(f"deltify: KDA runs without its GPU kernels: {reason}")
+        else:
+            step = kernels.layer_step
+            x, taps, f, b, gate = (t.contiguous() for t in (x, taps, f, b, gate))
+    arguments = (x, conv_state, taps, f, b, gate, A_log, dt_bias, norm_weight, state)
+    return step(*arguments, norm_eps=norm_eps, lower_bound=lower_bound)
 
 
 def check_arguments(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound) -> None:

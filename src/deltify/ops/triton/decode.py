@@ -15,34 +15,40 @@ EPS = tl.constexpr(L2NORM_EPS)
 
 
 @triton.jit
-def convolve(x_ptr, past_ptr, taps_ptr, channel, row, width, W: tl.constexpr):
-    """SiLU of the convolution of some channels at the new token, whose input joins the past."""
-    past_at = past_ptr + (row * width + channel) * (W - 1)
-    x = tl.load(x_ptr + row * width + channel)
-    y = x.to(tl.float32) * tl.load(taps_ptr + channel * W + W - 1).to(tl.float32)
-    for w in tl.static_range(W - 1):
-        before = tl.load(past_at + w)
-        y += before.to(tl.float32) * tl.load(taps_ptr + channel * W + w).to(tl.float32)
-        if w > 0:
-            tl.store(past_at + w - 1, before)
-    tl.store(past_at + W - 2, x.to(past_ptr.dtype.element_ty))
-    return y / (1.0 + tl.exp2(y * -LOG2E))
+def convolve(x_ptr, past_ptr, taps_ptr, channel, row, width, W: tl.constexpr, W2: tl.constexpr):
+    """SiLU of the convolution of some channels at the new token, and their next past, which is for the caller to store.
+
+    Not here: threads may hold the same channel, and one would read what another has stored.
+    """
+    w = tl.arange(0, W2)[None, :]
+    past_at = past_ptr + (row * width + channel[:, None]) * (W - 1) + w
+    x = tl.load(x_ptr + row * width + channel)[:, None]
+    window = tl.where(w == W - 1, x, tl.load(past_at, mask=w < W - 1, other=0.0))
+    taps = tl.load(taps_ptr + channel[:, None] * W + w, mask=w < W, other=0.0)
+    y = tl.sum(window.to(tl.float32) * taps.to(tl.float32), 1)
+    moved = tl.where(w == W - 2, x, tl.load(past_at + 1, mask=w < W - 2, other=0.0))
+    return y / (1.0 + tl.exp2(y * -LOG2E)), moved, past_at
 
 
 @triton.jit
 def decode_kernel(
     x_ptr, past_ptr, taps_ptr, f_ptr, b_ptr, gate_ptr, A_log_ptr, dt_bias_ptr, weight_ptr, state_ptr, out_ptr,
     heads, scale, lower_bound, norm_eps,
-    K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BOUNDED: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, W2: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     keys, values = tl.arange(0, K), tl.arange(0, V)
     state_at = state_ptr + ((row * heads + head) * K + keys[:, None]) * V + values[None, :]
     S = tl.load(state_at)
     width = heads * (2 * K + V)
-    q = convolve(x_ptr, past_ptr, taps_ptr, head * K + keys, row, width, W)
-    k = convolve(x_ptr, past_ptr, taps_ptr, (heads + head) * K + keys, row, width, W)
-    v = convolve(x_ptr, past_ptr, taps_ptr, 2 * heads * K + head * V + values, row, width, W)
+    q, q_past, q_at = convolve(x_ptr, past_ptr, taps_ptr, head * K + keys, row, width, W, W2)
+    k, k_past, k_at = convolve(x_ptr, past_ptr, taps_ptr, (heads + head) * K + keys, row, width, W, W2)
+    v, v_past, v_at = convolve(x_ptr, past_ptr, taps_ptr, 2 * heads * K + head * V + values, row, width, W, W2)
+    tl.debug_barrier()
+    kept = tl.arange(0, W2)[None, :] < W - 1
+    tl.store(q_at, q_past, mask=kept)
+    tl.store(k_at, k_past, mask=kept)
+    tl.store(v_at, v_past, mask=kept)
     q *= scale * tl.rsqrt(tl.sum(q * q, 0) + EPS)
     k *= tl.rsqrt(tl.sum(k * k, 0) + EPS)
     f = tl.load(f_ptr + (row * heads + head) * K + keys).to(tl.float32)
@@ -62,14 +68,15 @@ def decode_kernel(
 
 def layer_step(
     x: Tensor, past: Tensor, taps: Tensor, f: Tensor, b: Tensor, gate: Tensor, A_log: Tensor, dt_bias: Tensor,
-    weight: Tensor, state: Tensor, *, norm_eps: float, lower_bound: float | None, scale: float,
+    weight: Tensor, state: Tensor, *, norm_eps: float, lower_bound: float | None,
 ) -> Tensor:  # fmt: skip
     """As `deltify.ops.kda_layer_step`, on contiguous tensors."""
     batch, heads, K, V = state.shape
     out = torch.empty(batch, heads * V, dtype=x.dtype, device=x.device)
     decode_kernel[(heads, batch)](
         x, past, taps, f, b, gate, A_log, dt_bias, weight, state, out,
-        heads, scale, lower_bound or 0.0, norm_eps,
-        K=K, V=V, W=taps.shape[-1], BOUNDED=lower_bound is not None, num_warps=8 if K * V > 4096 else 4,
+        heads, K**-0.5, lower_bound or 0.0, norm_eps,
+        K=K, V=V, W=taps.shape[-1], W2=triton.next_power_of_2(taps.shape[-1]), BOUNDED=lower_bound is not None,
+        num_warps=8 if K * V > 4096 else 4,
     )  # fmt: skip
     return out

@@ -1,0 +1,60 @@
+"""Decoding on a GPU as one CUDA graph. States keep their size and address, so one capture serves any context.
+
+An eager step of a large model waits for Python, which launches hundreds of small kernels; a replay does not.
+"""
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, LinearAttentionLayer
+
+
+class CapturedStep:
+    """One token through a model of KDA layers and its head, on the states of one cache."""
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, rows: int):
+        self.ids = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
+        self.addresses = addresses(cache)
+        self.graph, seen = torch.cuda.CUDAGraph(), cache.seen_tokens
+        with torch.cuda.graph(self.graph):
+            hidden = model.model(input_ids=self.ids, past_key_values=cache, use_cache=True).last_hidden_state
+            self.logits = model.lm_head(hidden)
+        cache.seen_tokens = seen  # capturing ran nothing
+
+    def __call__(self, ids_B1: Tensor, cache: Cache) -> Tensor:
+        """Logits [B, 1, vocabulary]; the cache has read one token more."""
+        self.ids.copy_(ids_B1)
+        self.graph.replay()
+        cache.seen_tokens += 1
+        return self.logits.clone()
+
+
+# by cache: how many tokens it was read eagerly, and then its captured step
+STEPS: "WeakKeyDictionary[Cache, CapturedStep | None]" = WeakKeyDictionary()
+
+
+def captured_logits(model: PreTrainedModel, ids: Tensor | None, cache: Cache | None) -> Tensor | None:
+    """Logits [B, 1, vocabulary] of one more token by replaying a graph, or None where the model must run as it is.
+
+    The first token decoded with a cache runs as it is, which makes all libraries ready; the second is captured.
+    """
+    if ids is None or cache is None or ids.shape[1] != 1 or not ids.is_cuda or torch.is_grad_enabled():
+        return None
+    if not all(type(layer) is LinearAttentionLayer and layer.has_previous_state[0] for layer in cache.layers):
+        return None
+    if torch.compiler.is_compiling() or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return None
+    if cache not in STEPS:
+        STEPS[cache] = None
+        return None
+    step = STEPS[cache]
+    if step is None or step.addresses != addresses(cache) or len(step.ids) != len(ids):
+        step = STEPS[cache] = CapturedStep(model, cache, len(ids))
+    return step(ids, cache)
+
+
+def addresses(cache: Cache) -> list[int]:
+    """Where the states lie; beam search, for one, moves them."""
+    return [x.data_ptr() for layer in cache.layers for x in (layer.conv_states[0], layer.recurrent_states[0])]

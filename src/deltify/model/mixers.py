@@ -1,0 +1,234 @@
+"""What mixes tokens in a layer: KDA, attention, and attention to a window with sinks; and how rows are packed for them.
+
+Legend: B batch, T tokens, D model width, H heads, K head width (keys and values), N documents.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+
+from ..ops import gated_rms_norm, kda, kda_layer_step, short_conv
+from .configuration import DeltifyConfig
+from .sliding import Rotary, Slots, sliding_attention, sliding_step
+
+# torch.compile takes the rest of a layer: inside the operator it would find nothing to fuse, and break at every loop
+kda, kda_layer_step = torch.compiler.disable(kda), torch.compiler.disable(kda_layer_step)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Documents of a batch, when they are not simply its rows: padded rows, or several documents packed in a row.
+
+    KDA layers see the tokens in one row with bounds, so that padding costs nothing and documents do not meet.
+    """
+
+    index: Tensor | None  # rows of the flattened [B * T] that are tokens; None if all are
+    cu_seqlens: Tensor  # [N + 1] int32
+
+    def to(self, device: torch.device) -> "Packing":
+        """accelerate calls this where a model is spread over devices."""
+        return Packing(None if self.index is None else self.index.to(device), self.cu_seqlens.to(device))
+
+    def gather(self, x_BTD: Tensor) -> Tensor:
+        flat = x_BTD.flatten(0, 1)
+        return (flat if self.index is None else flat[self.index])[None]
+
+    def scatter(self, y_1ND: Tensor, like_BTD: Tensor) -> Tensor:
+        if self.index is None:
+            return y_1ND.view_as(like_BTD)
+        flat = y_1ND.new_zeros(like_BTD.shape[0] * like_BTD.shape[1], y_1ND.shape[-1])
+        return flat.index_copy(0, self.index, y_1ND[0]).view_as(like_BTD)
+
+
+def find_packing(attention_mask: Tensor | None, position_ids: Tensor | None, tokens: int, cached: bool):
+    """Packing of the last `tokens` of each row, or None if every row is one document without padding.
+
+    `attention_mask` [B, >= T] marks padding with 0. Without padding and without a cache, a position that does not
+    follow its neighbour's starts a document, as in transformers' own packed attention masks.
+    """
+    if tokens == 1 and cached:
+        return None
+    if attention_mask is not None and attention_mask.dim() == 2:
+        mask = attention_mask[:, -tokens:].bool()
+        if not mask.all():
+            return Packing(mask.flatten().nonzero().squeeze(1), F.pad(mask.sum(1).cumsum(0), (1, 0)).int())
+    if position_ids is None or cached or position_ids.dim() != 2:
+        return None
+    jumps = position_ids.diff(dim=-1) != 1
+    if not jumps.any():
+        return None
+    starts = F.pad(jumps, (1, 0), value=True).flatten().nonzero().squeeze(1)
+    return Packing(None, F.pad(starts, (0, 1), value=position_ids.numel()).int())
+
+
+class DeltifyRMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float() if x.dtype != torch.float64 else x
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+class DeltifyGatedRMSNorm(DeltifyRMSNorm):
+    """weight * RMSNorm(x) * sigmoid(gate), over the last dimension, in float32."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return gated_rms_norm(x, gate, self.weight, self.eps)
+
+
+class DeltifyTaps(nn.Conv1d):
+    """Taps of a short convolution, [channels, 1, taps]. Called, not read, so that accelerate fetches offloaded ones."""
+
+    def __init__(self, channels: int, taps: int):
+        super().__init__(channels, channels, taps, groups=channels, bias=False)
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class DeltifyKDA(nn.Module):
+    """Kimi Delta Attention (arXiv 2510.26692, section 4), parameters named as in AFM-4.5B-Base-KDA-Only."""
+
+    def __init__(self, config: DeltifyConfig, layer_idx: int):
+        super().__init__()
+        width, heads, head = config.hidden_size, config.num_attention_heads, config.head_dim
+        self.layer_idx, self.head_dim, self.lower_bound = layer_idx, head, config.gate_lower_bound
+        inner = heads * head
+        self.q_proj = nn.Linear(width, inner, bias=config.attention_bias)
+        self.k_proj = nn.Linear(width, inner, bias=config.attention_bias)
+        self.v_proj = nn.Linear(width, inner, bias=config.attention_bias)
+        self.q_conv1d, self.k_conv1d, self.v_conv1d = (DeltifyTaps(inner, config.conv_size) for _ in range(3))
+        self.f_proj = nn.Sequential(nn.Linear(width, head, bias=False), nn.Linear(head, inner, bias=False))
+        self.b_proj = nn.Linear(width, heads, bias=False)
+        self.g_proj = nn.Sequential(nn.Linear(width, head, bias=False), nn.Linear(head, inner, bias=True))
+        self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(inner, dtype=torch.float32))
+        self.o_norm = DeltifyGatedRMSNorm(head, config.rms_norm_eps)
+        self.o_proj = nn.Linear(inner, width, bias=config.attention_out_bias)
+
+    def forward(self, hidden_states: Tensor, cache: Cache | None = None, packing: Packing | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; reads and writes the layer's convolution and recurrent state in `cache`."""
+        x = hidden_states if packing is None else packing.gather(hidden_states)
+        y = self.o_proj(self.inner(x, cache, packing))
+        return y if packing is None else packing.scatter(y, hidden_states)
+
+    def inner(self, x: Tensor, cache: Cache | None = None, packing: Packing | None = None) -> Tensor:
+        """What o_proj reads, [B, T, H * K]."""
+        past = None if cache is None else cache.layers[self.layer_idx]
+        conv_state = state = None
+        if past is not None and past.has_previous_state[0]:
+            conv_state, state = past.conv_states[0], past.recurrent_states[0]
+        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        taps = torch.cat([self.q_conv1d(), self.k_conv1d(), self.v_conv1d()])
+        f, b, gate = self.f_proj(x), self.b_proj(x), self.g_proj(x)
+        one_more = state is not None and x.shape[1] == 1 and packing is None and not torch.is_grad_enabled()
+        if one_more and not self.o_norm.weight.is_meta:  # an offloaded weight is fetched for modules that are called
+            inputs = (qkv[:, 0], conv_state, taps, f[:, 0], b[:, 0], gate[:, 0], self.A_log, self.dt_bias)
+            norm = {"norm_eps": self.o_norm.eps, "lower_bound": self.lower_bound}
+            return kda_layer_step(*inputs, self.o_norm.weight, state, **norm).unsqueeze(1)
+        bounds = None if packing is None else packing.cu_seqlens
+        qkv, conv_state = short_conv(qkv, taps, state=conv_state, cu_seqlens=bounds)
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).chunk(3, dim=2)
+        gates = {"lower_bound": self.lower_bound, "cu_seqlens": bounds}
+        o, state = kda(q, k, v, f.view_as(q), b, self.A_log, self.dt_bias, state=state, **gates)
+        if past is not None:
+            store(past, conv_state, state)
+        return self.o_norm(o, gate.view_as(o)).flatten(2)
+
+
+def store(layer: LinearAttentionLayer, conv_state: Tensor, state: Tensor) -> None:
+    """Copies the states into the cache layer's buffers, whose addresses never change."""
+    if not layer.is_recurrent_states_initialized[0]:
+        layer.lazy_initialization(conv_states=conv_state, recurrent_states=state)
+    layer.conv_states[0].copy_(conv_state)
+    layer.recurrent_states[0].copy_(state)
+    layer.has_previous_state[0] = True
+
+
+class DeltifyAttention(nn.Module):
+    """Grouped-query attention, with or without RoPE, for the layers a hybrid keeps."""
+
+    def __init__(self, config: DeltifyConfig, layer_idx: int):
+        super().__init__()
+        width, heads, kv_heads, head = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, head
+        self.num_key_value_groups = heads // kv_heads
+        self.scaling, self.attention_dropout, self.is_causal = head**-0.5, config.attention_dropout, True
+        self.use_rope = config.use_rope[layer_idx]
+        self.q_proj = nn.Linear(width, heads * head, bias=config.attention_bias)
+        self.k_proj = nn.Linear(width, kv_heads * head, bias=config.attention_bias)
+        self.v_proj = nn.Linear(width, kv_heads * head, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads * head, width, bias=config.attention_out_bias)
+        if config.qk_norm:
+            self.q_norm = DeltifyRMSNorm(head, config.rms_norm_eps)
+            self.k_norm = DeltifyRMSNorm(head, config.rms_norm_eps)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of [B, T, D], each [B, T, heads, K], normalised where the family does it."""
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = (proj(x).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return (self.q_norm(q), self.k_norm(k), v) if self.config.qk_norm else (q, k, v)
+
+    def forward(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs):
+        q, k, v = (x.transpose(1, 2) for x in self.project(hidden_states))
+        if self.use_rope:
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        y, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.o_proj(y.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+
+class DeltifySlidingAttention(DeltifyAttention):
+    """The same weights, seeing a window of the last tokens and the first tokens of the document, see `sliding`."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary: Rotary | None,
+        slots: Slots | None,
+        packing: Packing | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, None]:
+        """[B, T, D] -> [B, T, D], and no attention weights; `slots` None means one more token of each row."""
+        x = hidden_states if packing is None else packing.gather(hidden_states)
+        q, k, v = (part.flatten(0, 1) for part in self.project(x))
+        past = None if cache is None else cache.layers[self.layer_idx]
+        options = {"rotary": rotary if self.use_rope else None, "dropout": self.attention_dropout * self.training}
+        if slots is None:
+            y = sliding_step(q, k, v, past, **options)
+        else:
+            options |= {"window": self.config.sliding_window, "tokens": hidden_states.shape[1]}
+            y = sliding_attention(q, k, v, slots, cache=past, **options)
+        y = self.o_proj(y.flatten(1)).view(*x.shape[:-1], -1)
+        return y if packing is None else packing.scatter(y, hidden_states), None
+
+
+def library_gates(mixer: DeltifyKDA) -> None:
+    """The field's default start: decay rate A in U(1, 16), softplus(dt_bias) log-uniform in [1e-3, 0.1] (fla 0.6)."""
+    init.copy_(mixer.A_log, torch.empty_like(mixer.A_log).uniform_(1, 16).log())
+    dt = torch.empty_like(mixer.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
+    init.copy_(mixer.dt_bias, inverse_softplus(dt))
+
+
+def inverse_softplus(y: Tensor) -> Tensor:
+    """x with softplus(x) = y, for y > 0."""
+    return y + torch.log(-torch.expm1(-y))
