@@ -82,16 +82,24 @@ def device_name() -> str:
 
 def write(name: str, rows: list[dict]) -> None:
     """Prints the rows and keeps them in results/NAME.json."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    keep(name, rows)
+    print(f"{device_name()}, torch {torch.__version__}")
+    print(f"{'case':40} {'metric':15} {'ours':>10} {'peer':>10} {'ratio':>7}  peer")
+    for r in rows:
+        peer, ratio = ("-" if r[key] is None else f"{r[key]:.3g}" for key in ("peer", "ratio"))
+        print(f"{r['case']:40} {r['metric']:15} {r['ours']:10.4g} {peer:>10} {ratio:>7}  {r['peer_name']}")
+
+
+def keep(name: str, rows: list[dict]) -> None:
+    """Writes results/NAME.json; long benchmarks do so after each case."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        commit = ""
     versions = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "triton", "fla-core"):
+    for package in ("torch", "transformers", "triton", "fla-core"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+            versions[package] = importlib.metadata.version(package)
     result = {"device": device_name(), "versions": versions, "commit": commit, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{result['device']}, torch {torch.__version__}")
-    print(f"{'case':40} {'metric':14} {'ours':>10} {'peer':>10} {'ratio':>7}  peer")
-    for r in rows:
-        peer, ratio = ("-" if r[key] is None else f"{r[key]:.3g}" for key in ("peer", "ratio"))
-        print(f"{r['case']:40} {r['metric']:14} {r['ours']:10.4g} {peer:>10} {ratio:>7}  {r['peer_name']}")

@@ -6,6 +6,7 @@ Run: python benchmarks/kda_gpu.py [part of a case's name] (needs a CUDA GPU; fla
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import eager_seconds, graph_seconds, row, write
+from common import eager_seconds, graph_seconds, keep, row, write
 
 from deltify.ops import kda, kda_layer_step
 
@@ -26,13 +27,13 @@ PEER = "fla chunk_kda"
 K = 128
 # (B, T, H) and the gates it is timed with
 FORWARD = [
+    ((1, 32768, 20), ("slow", "library", "fast", "bounded", "zero")),
     ((1, 2048, 20), ("library",)),
+    ((1, 8192, 20), ("slow", "library", "fast", "bounded")),
+    ((1, 8192, 64), ("slow", "library", "fast", "bounded")),
     ((8, 1024, 20), ("library",)),
-    ((1, 8192, 20), ("library", "slow", "fast", "bounded")),
     ((4, 8192, 20), ("library",)),
-    ((1, 32768, 20), ("library", "slow", "fast", "bounded", "zero")),
     ((1, 131072, 20), ("library",)),
-    ((1, 8192, 64), ("library", "slow", "fast", "bounded")),
     ((1, 16384, 16), ("library",)),
     ((1, 16384, 4), ("library",)),
     ((8, 1024, 64), ("library",)),
@@ -78,8 +79,7 @@ def peer_forward(inputs: list[Tensor], lower_bound: float | None, cu_seqlens: Te
 
 
 @torch.no_grad()
-def forward_rows(wanted: str) -> list[dict]:
-    rows = []
+def forward_rows(wanted: str) -> Iterator[list[dict]]:
     cases = [(shape, g, None) for shape, gates in FORWARD for g in gates]
     bounds = torch.tensor([0, 100, 5000, 5000, 6024, 14000, 20000, 32768], device="cuda", dtype=torch.int32)
     cases.append(((1, 32768, 20), "library", bounds))
@@ -88,6 +88,7 @@ def forward_rows(wanted: str) -> list[dict]:
         if wanted not in case:
             continue
         inputs, lower_bound = make_inputs(B, T, H, gates), -5.0 if gates == "bounded" else None
+        rows = []
         ours = lambda: kda(*inputs, lower_bound=lower_bound, cu_seqlens=packed, backend="triton")
         theirs = lambda: peer_forward(inputs, lower_bound, packed)
         for metric, seconds in (("eager seconds", eager_seconds), ("graph seconds", graph_seconds)):
@@ -96,14 +97,12 @@ def forward_rows(wanted: str) -> list[dict]:
                 peer = seconds(theirs)
             rows.append(row(case, metric, seconds(ours), peer, PEER))
         rows.append(row(case, "relative error", error(gates, H, lower_bound), None, "float64"))
-        print(case, [f"{r['ours']:.3g}" for r in rows[-3:]], rows[-3]["peer"], flush=True)
-    return rows
+        yield rows
 
 
 @torch.no_grad()
-def attention_rows(wanted: str) -> list[dict]:
+def attention_rows(wanted: str) -> Iterator[list[dict]]:
     """One forward of ours against one of cuDNN's causal attention: where the lines cross."""
-    rows = []
     for B, T, H in ATTENTION:
         case = f"crossover/library/B{B}-T{T}-H{H}-K{K}"
         if wanted not in case:
@@ -113,16 +112,14 @@ def attention_rows(wanted: str) -> list[dict]:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
             peer = graph_seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
         ours = graph_seconds(lambda: kda(*inputs, backend="triton"))
-        rows.append(row(case, "graph seconds", ours, peer, "SDPA, cuDNN, 20 over 4 heads"))
-        print(case, rows[-1]["ours"], rows[-1]["peer"], flush=True)
-    return rows
+        yield [row(case, "graph seconds", ours, peer, "SDPA, cuDNN, 20 over 4 heads")]
 
 
 @torch.no_grad()
-def decode_rows(wanted: str) -> list[dict]:
+def decode_rows(wanted: str) -> Iterator[list[dict]]:
     """One token. Ours is the whole layer between its projections, convolutions and gated norm included; fla's is the
     recurrence alone. The rate counts the state, read and written, for both."""
-    rows, H = [], 20
+    H = 20
     for B in DECODE:
         case = f"decode/library/B{B}-T1-H{H}-K{K}"
         if wanted not in case:
@@ -152,13 +149,16 @@ def decode_rows(wanted: str) -> list[dict]:
             )
             peer = graph_seconds(step)
         moved = 2 * state.numel() * 4 / 1e12
-        rows.append(row(case, "graph seconds", ours, peer, "fla fused_recurrent_kda"))
-        theirs = None if peer is None else moved / peer
-        rows.append(row(case, "TB/s of state", moved / ours, theirs, "fla fused_recurrent_kda", rate=True))
-        print(case, rows[-2]["ours"], rows[-2]["peer"], rows[-1]["ours"], flush=True)
-    return rows
+        theirs, peer_name = None if peer is None else moved / peer, "fla fused_recurrent_kda"
+        seconds = row(case, "graph seconds", ours, peer, peer_name)
+        yield [seconds, row(case, "TB/s of state", moved / ours, theirs, peer_name, rate=True)]
 
 
 if __name__ == "__main__":
-    part = sys.argv[1] if len(sys.argv) > 1 else ""
-    write("kda_gpu", forward_rows(part) + attention_rows(part) + decode_rows(part))
+    wanted, rows = sys.argv[1] if len(sys.argv) > 1 else "", []
+    for part in (decode_rows, forward_rows, attention_rows):
+        for new in part(wanted):
+            rows += new
+            keep("kda_gpu", rows)
+            print(new[0]["case"], *(f"{r['metric']} {r['ours']:.3g} ({r['peer'] or 0:.3g})" for r in new), flush=True)
+    write("kda_gpu", rows)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from deltify import checkpoint, distill, evaluate_run, read_recipe, report
+from deltify import checkpoint, distill, read_recipe
 from deltify.cli import main
 from deltify.config import STAGES, Recipe, RunSpec, Stage, StudentSpec, TeacherSpec, smoke, write_recipe
 from deltify.data import Batch, TokenFile
@@ -111,17 +111,6 @@ def test_count_models_equal_counting_by_hand():
     p = {2: 3 / 10, 4: 1 / 10}
     assert unigram.perplexity == pytest.approx((p[2] * p[4]) ** -0.5)
     assert bigram.perplexity == pytest.approx(((2 + 5 * p[2]) / (2 + 5) * (5 * p[4]) / (2 + 5)) ** -0.5)
-
-
-def test_a_run_is_scored_and_drawn(tmp_path, capsys):
-    recipe = tiny_recipe(tmp_path)
-    run = distill(recipe)
-    results = json.loads(evaluate_run(recipe).read_text())
-    names = [score["name"] for score in results["scores"]]
-    assert names == ["teacher", "unigram model", "bigram model", "converted", "align", "match"]
-    assert results["scores"][0]["kl"] == 0 and results["scores"][-1]["tokens"] == 1024
-    assert all(path.stat().st_size > 1000 for path in report(run))
-    assert "top-1" in capsys.readouterr().out
 
 
 def test_an_existing_run_is_not_overwritten_nor_mixed_with_another_recipe(tmp_path):

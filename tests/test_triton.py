@@ -100,22 +100,8 @@ def test_a_layer_step_in_one_kernel_equals_the_torch_form(lower_bound):
     results = []
     for step in (kda_layer_step, layer_step):
         states = conv_state.clone(), state.clone()
-        scale = {} if step is kda_layer_step else {"scale": K**-0.5}
         out = [
-            step(
-                x,
-                states[0],
-                weight,
-                f,
-                b,
-                gate,
-                *gates,
-                norm,
-                states[1],
-                norm_eps=1e-5,
-                lower_bound=lower_bound,
-                **scale,
-            )
+            step(x, states[0], weight, f, b, gate, *gates, norm, states[1], norm_eps=1e-5, lower_bound=lower_bound)
             for _ in range(5)
         ]
         results.append([*out, *states])

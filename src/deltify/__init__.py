@@ -6,10 +6,11 @@ Importing it registers the model types `deltify` and `arcee_kda` with transforme
 from .config import Recipe, read_recipe
 from .convert import convert
 from .distill import distill
-from .evaluate import evaluate_run
+from .evaluate import evaluate
 from .model import ArceeKDAConfig, ArceeKDAForCausalLM, DeltifyConfig, DeltifyForCausalLM
 from .ops import kda, kda_step
 from .report import report
+from .states import load_state, read
 from .teacher import load_teacher
 
 __version__ = "0.1.0"
@@ -21,10 +22,12 @@ __all__ = [
     "Recipe",
     "convert",
     "distill",
-    "evaluate_run",
+    "evaluate",
     "kda",
     "kda_step",
+    "load_state",
     "load_teacher",
+    "read",
     "read_recipe",
     "report",
 ]

@@ -9,7 +9,7 @@ Turn a pretrained transformer into a Kimi Delta Attention (KDA) language model b
 
   deltify distill recipes/smollm2-135m-demo.yaml     convert the teacher, train the student, stage by stage
   deltify evaluate runs/smollm2-135m-demo            teacher and every stage, side by side
-  deltify report runs/smollm2-135m-demo              the table, samples, and the training curves
+  deltify report runs/smollm2-135m-demo              tables, pictures, report.html, and a model card
   deltify generate runs/smollm2-135m-demo "Once"     text from the student
   deltify convert recipes/smollm2-135m-demo.yaml     the conversion alone, without training
 
@@ -64,12 +64,32 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     convert.add_argument("--smoke", action="store_true", help="of a tiny random model")
 
-    evaluate = commands.add_parser("evaluate", help="score the teacher and every stage of a run on held-out text")
-    evaluate.add_argument("run", help="folder of a run")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure a run's stages, or any models, beside their teacher",
+        description="Held-out text, and what is asked for besides: benchmarks, needles, curves by position, decoding.",
+    )
+    evaluate.add_argument("sources", nargs="+", metavar="MODEL", help="folder of a run or model, or hub id")
+    evaluate.add_argument("-o", "--output", type=Path, help="folder for the results; by default the run's own")
+    evaluate.add_argument("--teacher", help="hub id, folder or GGUF file; a run's own if absent")
+    evaluate.add_argument("--tasks", type=words, default=(), help="lm-eval tasks, comma-separated, or: default")
+    evaluate.add_argument("--limit", type=int, help="items of each task")
+    evaluate.add_argument("--data", type=Path, help="folder with the tasks' data as JSON lines, in place of the hub")
+    evaluate.add_argument("--needles", type=words, default=(), help="RULER's tasks, niah_single_1 and so on, or: all")
+    evaluate.add_argument("--lengths", type=numbers, default=(1024, 4096), help="tokens, 1024,4096 by default")
+    evaluate.add_argument("--needle-samples", type=int, default=16, help="of each task and length")
+    evaluate.add_argument("--haystack", default="python-docs", help="text to hide needles in")
+    evaluate.add_argument("--books", help="long texts, for perplexity and KL by position")
+    evaluate.add_argument("--book-tokens", type=int, default=8192, help="read of each text")
+    evaluate.add_argument("--book-count", type=int, default=4, help="texts to read, the longest of the first ones")
+    evaluate.add_argument("--contexts", type=numbers, default=(), help="tokens read before decoding is timed")
+    evaluate.add_argument("--no-controls", action="store_true", help="leave out sliding windows and zeroed states")
     evaluate.add_argument("--no-samples", action="store_true", help="leave out the text samples")
+    evaluate.add_argument("--device", default="auto")
+    evaluate.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16; auto: by device")
 
-    report = commands.add_parser("report", help="table, samples and training curves of an evaluated run")
-    report.add_argument("run", help="folder of a run")
+    report = commands.add_parser("report", help="tables, pictures, report.html and a model card of an evaluated run")
+    report.add_argument("run", help="folder of a run, or of an evaluation's output")
 
     generate = commands.add_parser("generate", help="stream text from a model")
     generate.add_argument("model", help="folder of a model or run, or hub id")
@@ -84,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--state", help="file of a text already read (deltify read); the prompt follows it")
 
     read = commands.add_parser("read", help="read a text once and save the model's state, to go on from many times")
-    read.add_argument("model", help="folder of a model or run, or hub id; pure KDA")
+    read.add_argument("model", help="folder of a model or run, or hub id; KDA and sliding layers only")
     read.add_argument("text", help="text file")
     read.add_argument("-o", "--output", required=True, help="state file to write")
     read.add_argument("--device", default="auto")
@@ -94,6 +114,12 @@ def make_parser() -> argparse.ArgumentParser:
     chat.add_argument("--device", default="auto")
     chat.add_argument("--temperature", type=float, default=0.7)
     chat.add_argument("--top-p", type=float, default=0.95)
+
+    serve = commands.add_parser("serve", help="an OpenAI-compatible endpoint on this machine")
+    serve.add_argument("model", help="folder of a model or run, or hub id")
+    serve.add_argument("--host", default="localhost")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--device", default="auto")
 
     export = commands.add_parser("export", help="write a model under another library's names")
     export.add_argument("model", help="folder of a model or run")
@@ -128,11 +154,25 @@ def run_convert(options: argparse.Namespace, overrides: list[str]) -> None:
     distill(smoke(recipe) if options.smoke else recipe, resume=options.resume, stages=())
 
 
-def run_evaluate(options: argparse.Namespace, _: list[str]) -> None:
-    from .config import read_recipe
-    from .evaluate import evaluate_run
+def words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
-    print(evaluate_run(read_recipe(Path(options.run) / "recipe.yaml"), samples=not options.no_samples))
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in words(text))
+
+
+def run_evaluate(options: argparse.Namespace, _: list[str]) -> None:
+    from .benchmarks import TASKS
+    from .evaluate import evaluate
+    from .needle import TASKS as NEEDLES
+
+    settings = {
+        key: value for key, value in vars(options).items() if key not in ("command", "no_controls", "no_samples")
+    }
+    settings["tasks"] = TASKS if options.tasks == ("default",) else options.tasks
+    settings["needles"] = tuple(NEEDLES) if options.needles == ("all",) else options.needles
+    print(evaluate(**settings, with_controls=not options.no_controls, samples=not options.no_samples))
 
 
 def run_report(options: argparse.Namespace, _: list[str]) -> None:
@@ -163,6 +203,12 @@ def run_export(options: argparse.Namespace, _: list[str]) -> None:
     export(model_folder(options.model), options.layout, options.output)
 
 
+def run_serve(options: argparse.Namespace, _: list[str]) -> None:
+    from .serve import serve
+
+    serve(options.model, host=options.host, port=options.port, device=options.device)
+
+
 def run_chat(options: argparse.Namespace, _: list[str]) -> None:
     from .chat import chat
     from .distill import pick_device
@@ -180,6 +226,7 @@ COMMANDS = {
     "read": run_read,
     "export": run_export,
     "chat": run_chat,
+    "serve": run_serve,
 }
 
 if __name__ == "__main__":

@@ -1,26 +1,43 @@
-"""What came out: perplexity, agreement with the teacher, samples; models side by side.
+"""What came out: models side by side, on held-out text, benchmarks, needles, by position and while decoding.
+
+    deltify.evaluate(["runs/kda"], tasks=("hellaswag", "arc_easy"), needles=("niah_single_1",), lengths=(1024, 4096))
+
+Everything goes into one results.json, written anew after each measure, and files of items beside it: what is there is
+not asked again. `deltify.report` makes pages of it.
 
 Legend: N tokens, W vocabulary.
 """
 
 import json
 import math
+import platform
+import shlex
+import sys
+import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .config import STAGES, Recipe
-from .data import Batch, TokenFile, heldout_batches
-from .distill import hidden_states, next_tokens, open_data, open_teacher, pick_device
-from .teacher import Teacher
+from .benchmarks import paired, read_items, run_benchmarks
+from .config import STAGES, Recipe, read_recipe
+from .data import PYTHON_DOCS, Batch, TokenFile, documents, heldout_batches
+from .distill import console, file_name, hidden_states, next_tokens, open_data, open_teacher, pick_device
+from .generate import model_folder
+from .longcontext import by_position, controls, decode_cost, device_name
+from .needle import NeedleMaker, ask_needles, summarise
+from .teacher import Teacher, load_teacher
 
 PROMPTS = ("The capital of France is", "To open a file in Python, you", "Once upon a time, there was a")
 CHUNK = 256  # tokens whose logits exist at a time
 COUNTED = 10_000_000  # tokens of each source that the n-gram models are counted on
+# the figure that stands for a task, where it has several: lm-eval's papers' choice
+MAIN_METRICS = ("acc_norm", "acc", "exact_match,flexible-extract", "acc_generated")
+ACC_TASKS = ("arc_easy", "mmlu", "piqa")
 
 
 @dataclass(frozen=True)
@@ -78,34 +95,226 @@ def count_models(train: list[TokenFile], heldout: list[Batch], vocabulary: int) 
     ]
 
 
-def evaluate_run(recipe: Recipe, *, samples: bool = True) -> Path:
-    """Scores the teacher and every stage of a run on its held-out text; writes results.json and returns its path."""
-    device = pick_device(recipe.run.device)
-    teacher = open_teacher(recipe, device, torch.float32)
+def evaluate(
+    sources: list[str],
+    *,
+    output: Path | None = None,
+    teacher: str | None = None,
+    tasks: tuple[str, ...] = (),
+    limit: int | None = None,
+    data: Path | None = None,
+    needles: tuple[str, ...] = (),
+    lengths: tuple[int, ...] = (1024, 4096),
+    needle_samples: int = 16,
+    haystack: str = PYTHON_DOCS,
+    books: str | None = None,
+    book_tokens: int = 8192,
+    book_count: int = 4,
+    contexts: tuple[int, ...] = (),
+    with_controls: bool = True,
+    samples: bool = True,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Path:
+    """Measures a teacher, its students and their controls side by side; returns the path of results.json.
+
+    Args:
+        sources: runs (folders with a recipe), or models (folders or hub ids). Of one run, every stage is scored on
+            held-out text; of several, and for all that costs more, the last stage alone.
+        output: folder to write to; the run's own, if there is one run and nothing else.
+        teacher: what the models are compared with: hub id, folder or GGUF file; a run's own if absent.
+        tasks, limit, data: benchmarks, see `benchmarks.run_benchmarks`.
+        needles, lengths, needle_samples, haystack: see `needle.ask_needles`.
+        books, book_tokens, book_count: text for curves by position (see `data.documents`), and how much of it.
+        contexts: tokens read before decoding is timed.
+        with_controls: measure the teacher with a sliding window and the last student with its state zeroed, too.
+        samples: greedy continuations of a few prompts.
+        dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 on a GPU.
+
+    Raises:
+        ValueError: for sources that do not fit together, or a measure's bad argument; names what is allowed.
+    """
+    runs = {path: read_recipe(Path(path) / "recipe.yaml") for path in sources if (Path(path) / "recipe.yaml").is_file()}
+    if output is None and (len(runs) != 1 or len(sources) > 1):
+        raise ValueError(f"{len(sources)} sources; say with --output where the results should go")
+    place = pick_device(device)
+    number = pick_dtype(dtype, place)
+    folder = Path(output) if output else Path(sources[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    reference = open_reference(teacher, list(runs.values()), place, number)
+    results = Results(folder / "results.json", reference, runs, place, number)
+
+    stages = open_models(sources, runs, place, number)
+    students = {name: model for name, (model, final) in stages.items() if final}
+    everyone: dict[str, PreTrainedModel] = {} if reference is None else {"teacher": reference.model}
+    if reference is not None:
+        if runs:
+            results.add(**heldout_scores(reference, list(runs.values()), {n: m for n, (m, _) in stages.items()}))
+        if with_controls:
+            last = list(students)[-1]
+            everyone |= {name.replace("student", last): m for name, m in controls(reference, students[last]).items()}
+    everyone |= students
+    tokenizer = reference.tokenizer if reference else load_tokenizer(model_folder(sources[0]))
+    if samples:
+        compared = {name: model for name, model in everyone.items() if name == "teacher" or name in students}
+        results.add(samples={name: sample(tokenizer, model) for name, model in compared.items()})
+    if tasks:
+        rows = []
+        for name, model in everyone.items():
+            items = folder / "items" / file_name(name)
+            log = lambda line, name=name: console.print(f"{name}: {line}", highlight=False)  # noqa: E731
+            new = run_benchmarks(model, tokenizer, tasks, items_folder=items, data=data, limit=limit, log=log)
+            rows += [{"model": name, **row} for row in new]
+            results.add(benchmarks=rows)
+        results.add(benchmarks=compare(rows, folder / "items"))
+    if needles:
+        make, rows = NeedleMaker(tokenizer, haystack), []
+        for name, model in everyone.items():
+            asked = {"tasks": needles, "lengths": lengths, "samples": needle_samples, "report": say}
+            rows += ask_needles(model, make, folder / "needles.jsonl", name=name, **asked)
+            results.add(needles=summarise(rows), needle_rows=rows)
+    if books and reference is not None:
+        rest = {name: model for name, model in everyone.items() if name != "teacher"}
+        results.add(
+            positions=by_position(
+                rest, reference.model, open_books(books, book_count, tokenizer), max_tokens=book_tokens, report=say
+            )
+        )
+    if contexts:
+        timed = {name: model for name, model in everyone.items() if name == "teacher" or name in students}
+        results.add(decode=decode_cost(timed, contexts, report=say))
+    return results.path
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    known["auto"] = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in known:
+        raise ValueError(f"--dtype {name!r} is unknown; choose one of {sorted(known)}")
+    return known[name]
+
+
+def say(line: str) -> None:
+    console.print(line, highlight=False)
+
+
+class Results:
+    """results.json: what was measured so far and how, whole at any time."""
+
+    def __init__(self, path: Path, teacher: Teacher | None, runs: dict[str, Recipe], device, dtype: torch.dtype):
+        self.path, self.started = path, time.time()
+        trained = [recipe.stage(s).length for recipe in runs.values() for s in STAGES if recipe.stage(s).tokens]
+        self.content: dict = {
+            "teacher": next((r.teacher.model for r in runs.values()), None) or (teacher and teacher.model.name_or_path),
+            "runs": list(runs),
+            "trained_length": max(trained, default=None),
+            "device": device_name(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "versions": versions(),
+            "command": shlex.join(["deltify", *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+
+    def add(self, **measured) -> None:
+        self.content |= measured
+        self.content["seconds"] = round(time.time() - self.started, 1)
+        unfinished = self.path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(self.content, indent=1))
+        unfinished.replace(self.path)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("deltify", "torch", "transformers", "lm_eval"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def open_reference(source: str | None, recipes: list[Recipe], device, dtype: torch.dtype) -> Teacher | None:
+    """The teacher that was named, or the runs' own, which must be the same."""
+    if source is not None:
+        return load_teacher(source, dtype=dtype, device=device)
+    if len(names := {recipe.teacher.model for recipe in recipes}) > 1:
+        raise ValueError(f"the runs have different teachers, {', '.join(sorted(names))}; evaluate them apart")
+    return open_teacher(recipes[0], device, dtype) if recipes else None
+
+
+def open_models(sources: list[str], runs: dict[str, Recipe], device, dtype) -> dict[str, tuple[PreTrainedModel, bool]]:
+    """Students by name, and whether each is a run's last stage (or a model of its own)."""
+    found: dict[str, tuple[PreTrainedModel, bool]] = {}
+    for source in sources:
+        folders = {Path(source).name: model_folder(source)}
+        if source in runs:
+            last = model_folder(source)
+            names = [n for n in ("converted", *STAGES) if (Path(source) / n / "config.json").is_file()]
+            folders = {n: str(Path(source) / n) for n in names} if len(sources) == 1 else {Path(source).name: last}
+        for name, folder in folders.items():
+            if name in found or name == "teacher":
+                raise ValueError(f"two models would be called {name!r}; rename the folder {source}")
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+            found[name] = model, name == list(folders)[-1]
+    return found
+
+
+def load_tokenizer(source: str):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source)
+
+
+def open_books(source: str, count: int, tokenizer) -> list[list[int]]:
+    """Token ids of the longest of a source's first documents."""
+    texts = sorted((text for _, text in zip(range(20 * count), documents(source))), key=len, reverse=True)
+    return [tokenizer(text, verbose=False)["input_ids"] for text in texts[:count]]
+
+
+def heldout_scores(teacher: Teacher, recipes: list[Recipe], models: dict[str, PreTrainedModel]) -> dict:
+    """Perplexity and agreement on the held-out text of the first run's recipe, with n-gram models beside."""
+    recipe = recipes[0]
     train, held = open_data(recipe, teacher)
     heldout = heldout_batches(held, recipe.run.heldout_length, 8, recipe.run.heldout_tokens)
     perplexity, _, _ = agreement(teacher.model, teacher.model, heldout)
     scores = [Score("teacher", perplexity, 0.0, 1.0), *count_models(train, heldout, teacher.config.vocab_size)]
-    texts = {"teacher": sample(teacher, teacher.model)} if samples else {}
-    trained = trained_tokens(recipe)
-    for name in ("converted", *STAGES):
-        if not (recipe.folder / name / "config.json").is_file():
-            continue
-        model = AutoModelForCausalLM.from_pretrained(recipe.folder / name, dtype=torch.float32).to(device).eval()
-        scores.append(Score(name, *agreement(teacher.model, model, heldout), trained.get(name, 0)))
-        if samples:
-            texts[name] = sample(teacher, model)
-    path = recipe.folder / "results.json"
-    result = {
-        "teacher": recipe.teacher.model,
-        "device": str(device),
+    trained = trained_tokens(recipe) if len(recipes) == 1 else {r.name: trained_tokens(r)["extend"] for r in recipes}
+    scores += [Score(name, *agreement(teacher.model, m, heldout), trained.get(name, 0)) for name, m in models.items()]
+    return {
         "heldout_tokens": sum(batch.input_ids.numel() for batch in heldout),
         "heldout_length": heldout[0].input_ids.shape[1],
         "scores": [asdict(score) for score in scores],
-        "samples": texts,
     }
-    path.write_text(json.dumps(result, indent=1))
-    return path
+
+
+def compare(rows: list[dict], items: Path) -> list[dict]:
+    """The rows with each model's ratio to the teacher, plain and above chance, and their 95% intervals, paired."""
+    if not any(row["model"] == "teacher" for row in rows):
+        return rows
+    compared = []
+    for row in rows:
+        row = dict(row, main=row["metric"] == main_metric(rows, row["task"]))
+        if row["model"] != "teacher" and row["main"]:
+            mine, theirs = (items_of(items / file_name(name), row["task"]) for name in (row["model"], "teacher"))
+            row["ratio"] = paired(mine, theirs, row["metric"])
+            row["ratio_above_chance"] = paired(mine, theirs, row["metric"], above_chance=True)
+        compared.append(row)
+    return compared
+
+
+def items_of(folder: Path, task: str) -> list[dict]:
+    """The items of a task, which may be one of several in a file."""
+    path = folder / f"{task}.jsonl"
+    if path.is_file():
+        return read_items(path)
+    return [item for path in sorted(folder.glob("*.jsonl")) for item in read_items(path) if item["task"] == task]
+
+
+def main_metric(rows: list[dict], task: str) -> str:
+    """The metric that stands for a task: acc_norm, but acc where its papers report that."""
+    there = [row["metric"] for row in rows if row["task"] == task]
+    wanted = ("acc", *MAIN_METRICS) if task.split("@")[0].startswith(ACC_TASKS) else MAIN_METRICS
+    return next((metric for metric in wanted if metric in there), there[0])
 
 
 def trained_tokens(recipe: Recipe) -> dict[str, int]:
@@ -120,11 +329,11 @@ def trained_tokens(recipe: Recipe) -> dict[str, int]:
 
 
 @torch.no_grad()
-def sample(teacher: Teacher, model: nn.Module, tokens: int = 32) -> list[str]:
+def sample(tokenizer, model: nn.Module, tokens: int = 32) -> list[str]:
     """Greedy continuations of a few fixed prompts."""
     texts = []
     for prompt in PROMPTS:
-        ids = teacher.tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
-        texts.append(str(teacher.tokenizer.decode(out[0], skip_special_tokens=True)))
+        texts.append(str(tokenizer.decode(out[0], skip_special_tokens=True)))
     return texts

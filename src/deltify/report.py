@@ -1,15 +1,53 @@
-"""Results as a table in the terminal, and as a picture."""
+"""Results as pages: tables in the terminal, report.html that opens from disk, report.md, pictures, and a model card."""
 
+import base64
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.table import Table
+import yaml
+from jinja2 import Environment, PackageLoader, select_autoescape
+from rich.table import Table as RichTable
 
+from .config import STAGES
+from .curves import draw_by_length, draw_by_position, draw_decode_cost, draw_heat_map, draw_training, short
 from .distill import console
 
 
+@dataclass(frozen=True)
+class Table:
+    """Cells as they are shown; the first column names the row."""
+
+    title: str
+    columns: Sequence[str]
+    rows: list[Sequence[str]]
+    note: str = ""
+
+    def rich(self) -> RichTable:
+        table = RichTable(title=self.title, caption=self.note or None)
+        for number, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if number else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report."""
+
+    title: str
+    text: str = ""
+    tables: list[Table] = field(default_factory=list)
+    pictures: list[Path] = field(default_factory=list)  # PNG; an SVG of the same name lies beside each
+
+
 def report(run: Path) -> list[Path]:
-    """Prints the table and the samples of a run, and draws its training curves; returns the pictures' paths.
+    """Prints an evaluated run's tables and writes its pages; returns their paths.
+
+    Writes report.html (one file, no network), report.md, PNG and SVG pictures, and README.md, a Hugging Face model
+    card, in the run's last stage.
 
     Raises:
         FileNotFoundError: if the run was not evaluated.
@@ -17,73 +55,212 @@ def report(run: Path) -> list[Path]:
     if not (run / "results.json").is_file():
         raise FileNotFoundError(f"{run} has no results.json; run: deltify evaluate {run}")
     results = json.loads((run / "results.json").read_text())
-    console.print(score_table(results))
-    for name, texts in results["samples"].items():
+    sections = make_sections(run, results)
+    for section in sections:
+        for table in section.tables:
+            console.print(table.rich())
+    for name, texts in results.get("samples", {}).items():
         console.print(f"\n[bold]{name}[/] writes")
         for text in texts:
             console.print(f"  {' '.join(text.split())!r}", highlight=False, markup=False)
-    pictures = draw_curves(run, results)
-    console.print(f"\ntraining curves: {', '.join(str(path) for path in pictures)}")
-    return pictures
+
+    facts = {"name": run.name, "results": results, "sections": sections, "recipe": recipe_text(run, results)}
+    pages = {"report.html": run / "report.html", "report.md": run / "report.md"}
+    if (stage := last_stage(run)) is not None:
+        pages["card.md"] = stage / "README.md"
+        facts["card"] = card_metadata(run, results)
+    escape = select_autoescape(["html"], default=False)
+    environment = Environment(loader=PackageLoader("deltify"), autoescape=escape, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"data_url": data_url, "flat": lambda text: " ".join(text.split())}
+    for template, path in pages.items():
+        path.write_text(environment.get_template(template).render(**facts), encoding="utf-8")
+    console.print(f"\nreport: {', '.join(str(path) for path in pages.values())}", highlight=False, soft_wrap=True)
+    return list(pages.values())
 
 
-def score_table(results: dict) -> Table:
-    title = f"{results['teacher']}: {results['heldout_tokens']:,} held-out tokens, rows of {results['heldout_length']}"
-    table = Table(title=title)
-    table.add_column("model")
-    for column in ("trained on, tokens", "perplexity", "KL to teacher, nats/token", "top-1 agreement"):
-        table.add_column(column, justify="right")
-    for score in results["scores"]:
-        table.add_row(
+def make_sections(run: Path, results: dict) -> list[Section]:
+    """What was measured, in the report's order, drawn as it goes."""
+    trained = results["trained_length"]
+    sections = []
+    if "scores" in results:
+        sections.append(Section("Held-out text", tables=[heldout_table(results)]))
+    if "benchmarks" in results:
+        rows = results["benchmarks"]
+        text = (
+            "Each cell: the score in percent and its standard error. Below it, against the teacher on the same items, "
+            "the ratio of the scores, and of what lies above chance, each with its 95% interval (paired bootstrap over "
+            "items; a dash where the teacher itself is not clearly above chance)."
+        )
+        sections.append(Section("Benchmarks", text, [benchmark_table(rows), *letter_tables(rows)]))
+    if "needles" in results:
+        pictures = [draw_by_length(results["needles"], run / "needles", trained=trained)[0]]
+        pictures += [draw_heat_map(results["needle_rows"], run / "needles-by-depth", trained=trained)[0]]
+        sections.append(Section("Needles in haystacks", NEEDLES, [needle_table(results["needles"])], pictures))
+    if "positions" in results:
+        pictures = [draw_by_position(results["positions"], run / "positions", trained=trained)[0]]
+        sections.append(Section("By position", POSITIONS, [position_table(results["positions"])], pictures))
+    if "decode" in results:
+        pictures = [draw_decode_cost(results["decode"], run / "decode")[0]]
+        sections.append(Section("Decoding", tables=[decode_table(results["decode"])], pictures=pictures))
+    if (run / "metrics.jsonl").is_file():
+        sections.append(Section("Training", pictures=[draw_training(run, results)[0]]))
+    return sections
+
+
+NEEDLES = (
+    "RULER's tasks, scored as lm-eval does: the share of the values asked for that the answer holds. A sample's length "
+    "counts prompt and answer."
+)
+POSITIONS = (
+    "Whole documents, each read from its start. What a model with a short memory loses shows far into a document."
+)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f}"
+
+
+def heldout_table(results: dict) -> Table:
+    size = f"{results['heldout_tokens']:,} held-out tokens, rows of {results['heldout_length']}"
+    title = f"{size}; teacher: {results['teacher']}"
+    rows = [
+        (
             score["name"],
             f"{score['tokens']:,}" if score["tokens"] else "-",
             f"{score['perplexity']:,.1f}",
             "-" if score["kl"] is None else f"{score['kl']:.3f}",
-            "-" if score["top1"] is None else f"{100 * score['top1']:.1f}%",
+            "-" if score["top1"] is None else f"{percent(score['top1'])}%",
         )
-    return table
+        for score in results["scores"]
+    ]
+    columns = ("model", "trained on, tokens", "perplexity", "KL to teacher, nats/token", "top-1 agreement")
+    return Table(title, columns, rows)
 
 
-def draw_curves(run: Path, results: dict) -> list[Path]:
-    """Held-out KL and training loss over tokens, one colour a stage, as PNG and SVG."""
-    import matplotlib
+def interval(ratio: Sequence[float] | None) -> str:
+    return "-" if ratio is None else f"{percent(ratio[0], 0)}% [{percent(ratio[1], 0)}, {percent(ratio[2], 0)}]"
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    before, last = 0, None
-    for color, stage in zip(
-        ("tab:gray", "tab:blue", "tab:orange", "tab:green"), ("converted", "align", "match", "extend")
-    ):
-        mine = [r for r in records if r["stage"] == stage]
-        judged = [(before + r["tokens"], r["heldout_kl"]) for r in mine if "heldout_kl" in r]
-        if not judged:
-            continue
-        line = ([last] if last else []) + judged
-        left.plot(*zip(*line), "o-", color=color, label=f"{stage}: {judged[-1][1]:.2f}", markersize=3)
-        last = judged[-1]
-        losses = [(before + r["tokens"], r["loss"]) for r in mine if "loss" in r]
-        if losses:
-            unit = "relative error of mixers" if stage == "align" else "KL to teacher"
-            right.plot(*zip(*losses), color=color, label=f"{stage}: {unit}", linewidth=1)
-        before += mine[-1]["tokens"]
-    for score in results["scores"]:
-        if score["name"] == "unigram model":
-            teacher = results["scores"][0]["perplexity"]
-            left.set_title(f"perplexity: teacher {teacher:.1f}, unigram model {score['perplexity']:,.0f}", fontsize=9)
-    left.set_ylabel("held-out KL to teacher, nats per token")
-    right.set_ylabel("training loss")
-    for axis in (left, right):
-        axis.set_xlabel("tokens trained on")
-        axis.set_ylim(bottom=0)
-        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.suptitle(f"{run.name}: {results['teacher']} to KDA")
-    paths = [run / f"curves.{kind}" for kind in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return paths
+def benchmark_table(rows: list[dict]) -> Table:
+    """Models down, tasks across; each task's main metric."""
+    main = [row for row in rows if row.get("main", True) and not row["metric"].startswith(("share_", "same_"))]
+    tasks = list(dict.fromkeys((row["task"], row["metric"]) for row in main))
+    models = list(dict.fromkeys(row["model"] for row in main))
+    by_place = {(row["model"], row["task"], row["metric"]): row for row in main}
+    lines = []
+    for model in models:
+        cells, ratios, above = [model], ["  of the teacher"], ["  above chance"]
+        for task in tasks:
+            row = by_place.get((model, *task))
+            error = "" if row is None or row["stderr"] is None else f" ± {percent(row['stderr'])}"
+            cells.append("-" if row is None else f"{percent(row['value'])}{error}")
+            ratios.append(interval(row and row.get("ratio")))
+            above.append(interval(row and row.get("ratio_above_chance")))
+        lines.append(tuple(cells))
+        if model != "teacher" and any(cell != "-" for cell in ratios[1:]):
+            lines += [tuple(ratios), tuple(above)]
+    chances = {(row["task"], row["metric"]): row["chance"] for row in main}
+    lines.append(("random chance", *(percent(chances[task]) for task in tasks)))
+    items = {(row["task"], row["metric"]): row["items"] for row in main}
+    columns = ("model", *(f"{task}, {metric} ({items[task, metric]:,})" for task, metric in tasks))
+    return Table("Benchmarks, % (items)", columns, lines)
+
+
+def letter_tables(rows: list[dict]) -> list[Table]:
+    """What letters do to the answers, for tasks asked in every order of the options."""
+    tables = []
+    for task in dict.fromkeys(row["task"] for row in rows if row["metric"] == "same_content"):
+        mine = [row for row in rows if row["task"] == task]
+        metrics = list(dict.fromkeys(row["metric"] for row in mine))
+        values = {(row["model"], row["metric"]): row for row in mine}
+        lines = [
+            (model, *(percent(values[model, metric]["value"]) for metric in metrics))
+            for model in dict.fromkeys(row["model"] for row in mine)
+        ]
+        lines.append(("random chance", *(percent(values[mine[0]["model"], metric]["chance"]) for metric in metrics)))
+        tables.append(Table(f"{task}: generated letters, options in every order, %", ("model", *metrics), lines))
+    return tables
+
+
+def needle_table(summary: list[dict]) -> Table:
+    lengths = sorted({row["length"] for row in summary})
+    cells = {(row["task"], row["model"], row["length"]): row for row in summary}
+    rows = []
+    for task, model in dict.fromkeys((row["task"], row["model"]) for row in summary):
+        line = [f"{task}: {model}"]
+        for length in lengths:
+            row = cells.get((task, model, length))
+            error = "" if row is None or row["stderr"] is None else f" ± {percent(row['stderr'], 0)}"
+            line.append("-" if row is None else f"{percent(row['score'], 0)}{error}")
+        rows.append(tuple(line))
+    rows.sort(key=lambda line: line[0].split(":")[0])
+    items = sorted({row["items"] for row in summary})
+    number = " to ".join(str(n) for n in dict.fromkeys((items[0], items[-1])))
+    return Table(f"Needles found, % ({number} samples a cell)", ("task: model", *map(short, lengths)), rows)
+
+
+def position_table(rows: list[dict]) -> Table:
+    buckets = list(dict.fromkeys((row["start"], row["end"]) for row in sorted(rows, key=lambda row: row["start"])))
+    cells = {(row["model"], row["start"]): row for row in rows}
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for what in ("perplexity", "kl") if model != "teacher" else ("perplexity",):
+            values = [cells.get((model, start), {}).get(what) for start, _ in buckets]
+            shown = [
+                "-" if value is None else f"{value:.1f}" if what == "perplexity" else f"{value:.3f}" for value in values
+            ]
+            lines.append((f"{model}: {'KL' if what == 'kl' else what}", *shown))
+    columns = ("model", *(f"{short(start)}-{short(end)}" for start, end in buckets))
+    return Table("Perplexity, and KL to the teacher in nats per token, by position", columns, lines)
+
+
+def decode_table(rows: list[dict]) -> Table:
+    contexts = sorted({row["context"] for row in rows})
+    cells = {(row["model"], row["context"]): row for row in rows}
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [cells.get((model, context)) for context in contexts]
+        lines.append((f"{model}: cache, MiB", *("-" if r is None else f"{r['cache_bytes'] / 2**20:.1f}" for r in mine)))
+        lines.append((f"{model}: ms per token", *("-" if r is None else f"{r['ms_per_token']:.1f}" for r in mine)))
+    where = f"{rows[0]['device']}, {rows[0]['dtype']}"
+    return Table(f"Decoding one text, by tokens read before ({where})", ("model", *map(short, contexts)), lines)
+
+
+# ---- pages -----------------------------------------------------------------------------------------------------------
+
+
+def recipe_text(run: Path, results: dict) -> str:
+    texts = [(Path(r) / "recipe.yaml").read_text() for r in results["runs"] if (Path(r) / "recipe.yaml").is_file()]
+    return "\n---\n".join(texts) or ((run / "recipe.yaml").read_text() if (run / "recipe.yaml").is_file() else "")
+
+
+def last_stage(run: Path) -> Path | None:
+    for name in reversed(STAGES):
+        if (run / name / "config.json").is_file():
+            return run / name
+    return None
+
+
+def card_metadata(run: Path, results: dict) -> str:
+    """The YAML head of a Hugging Face model card, benchmarks as its model-index."""
+    stage = last_stage(run)
+    name = "" if stage is None else stage.name
+    measured = [row for row in results.get("benchmarks", []) if row["model"] == name and row.get("main", True)]
+    entries = [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": row["task"], "type": row["task"]},
+            "metrics": [{"type": row["metric"], "value": round(row["value"], 4), "name": row["metric"]}],
+        }
+        for row in measured
+    ]
+    head: dict = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["kda", "deltify"]}
+    if "/" in str(results["teacher"]):
+        head["base_model"] = results["teacher"]
+    if entries:
+        head["model-index"] = [{"name": run.name, "results": entries}]
+    return yaml.safe_dump(head, sort_keys=False)
+
+
+def data_url(picture: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()

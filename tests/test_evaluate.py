@@ -1,0 +1,121 @@
+"""Models measured side by side, and the pages made of it."""
+
+import json
+import sys
+
+import pytest
+from test_distill import tiny_recipe
+
+from deltify import distill, evaluate, report
+from deltify.benchmarks import run_benchmarks
+from deltify.cli import main
+from deltify.config import Stage
+from deltify.curves import draw_training
+from deltify.evaluate import main_metric
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return distill(tiny_recipe(folder, match=Stage(tokens=256, length=32, batch=2)))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Six questions as in ../shared/data/eval."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [
+        {
+            "id": str(i),
+            "question": f"What is {i} and {i}?",
+            "choices": {"text": [str(2 * i + shift) for shift in range(4)], "label": list("ABCD")},
+            "answerKey": "ABCD"[i % 4],
+        }
+        for i in range(6)
+    ]
+    for split in ("train", "test"):
+        (folder / f"arc_easy_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_run_is_measured_by_everything_and_reported(run, data, tmp_path, capsys):
+    settings = {"tasks": ("arc_easy",), "data": data, "limit": 4, "needles": ("niah_single_1",), "lengths": (512,)}
+    more = {"needle_samples": 1, "books": "python-docs", "book_tokens": 150, "book_count": 1, "contexts": (64,)}
+    results = json.loads(evaluate([str(run)], **settings, **more).read_text())
+    stages = [score["name"] for score in results["scores"]]
+    assert stages == ["teacher", "unigram model", "bigram model", "converted", "align", "match"]
+    assert results["scores"][0]["kl"] == 0 and results["scores"][-1]["tokens"] == 512 + 256
+    models = ["teacher", "teacher, window 64", "teacher, window 38 (the match's bytes)", "match, state zeroed every 64"]
+    for part in ("benchmarks", "needles", "positions"):
+        assert list(dict.fromkeys(row["model"] for row in results[part])) == [*models, "match"], part
+    accuracy = {row["model"]: row for row in results["benchmarks"] if row["metric"] == "acc"}
+    assert accuracy["match"]["main"] and accuracy["match"]["items"] == 4 and accuracy["match"]["chance"] == 0.25
+    assert [row["model"] for row in results["decode"]] == ["teacher", "match"]
+    assert set(results["samples"]) == {"teacher", "match"}
+
+    pages = report(run)
+    html, text, card = (path.read_text() for path in pages)
+    assert [path.name for path in pages] == ["report.html", "report.md", "README.md"]
+    assert "http" not in html.split("</style>")[1].split("How this was made")[0]  # nothing to fetch
+    assert html.count("data:image/png;base64,") == 5 and "arc_easy, acc (4)" in html
+    assert "| random chance | 25.0 |" in text and "(needles.png)" in text
+    assert "model-index" in card and "linear_attention" not in card and (run / "match" / "README.md").is_file()
+    assert "Needles found" in capsys.readouterr().out
+
+
+def test_several_models_need_a_place_and_one_teacher(run, tmp_path):
+    with pytest.raises(ValueError, match="--output"):
+        evaluate([str(run), str(run / "match")])
+    other = distill(tiny_recipe(tmp_path, name="other", align=Stage()))
+    both = json.loads(evaluate([str(run), str(other)], output=tmp_path / "both", with_controls=False).read_text())
+    assert [score["name"] for score in both["scores"]][-2:] == ["tiny", "other"] and set(both["samples"]) >= {"tiny"}
+    assert report(tmp_path / "both")[0].is_file()
+    alone = evaluate([str(run / "match")], output=tmp_path / "alone", contexts=(64,))
+    assert [row["model"] for row in json.loads(alone.read_text())["decode"]] == ["match"]
+    recipe = (other / "recipe.yaml").read_text()
+    (other / "recipe.yaml").write_text(recipe.replace("random:llama", "random:arcee"))
+    with pytest.raises(ValueError, match=r"different teachers, random:arcee, random:llama"):
+        evaluate([str(run), str(other)], output=tmp_path / "both")
+
+
+def test_a_model_that_fails_half_way_keeps_what_was_measured(run, data, monkeypatch):
+    calls = []
+
+    def failing(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("the power went out")
+        return run_benchmarks(*args, **options)
+
+    monkeypatch.setattr(sys.modules["deltify.evaluate"], "run_benchmarks", failing)
+    (run / "results.json").unlink(missing_ok=True)
+    with pytest.raises(RuntimeError):
+        evaluate([str(run)], tasks=("arc_easy",), data=data, limit=3, samples=False)
+    kept = json.loads((run / "results.json").read_text())
+    assert kept["scores"] and {row["model"] for row in kept["benchmarks"]} == {"teacher"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["{run}", "--tasks", "arc_eezy"], "arc_easy"),
+        (["{run}", "--tasks", "arc_easy", "--data", "nowhere"], "nowhere"),
+        (["{run}", "--needles", "niah_singel_1"], "niah_single_1"),
+        (["{run}", "--books", "absent.txt"], "no text at 'absent.txt'"),
+        (["{run}", "--dtype", "int3"], "--dtype"),
+    ],
+)
+def test_bad_measures_are_named(run, arguments, message, capsys):
+    filled = [str(run) if argument == "{run}" else argument for argument in arguments]
+    assert main(["evaluate", *filled, "--no-controls", "--no-samples"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_each_task_has_one_main_metric():
+    rows = [{"task": task, "metric": m} for task in ("arc_easy", "hellaswag") for m in ("acc", "acc_norm")]
+    assert main_metric(rows, "arc_easy") == "acc" and main_metric(rows, "hellaswag") == "acc_norm"
+    assert main_metric([{"task": "x", "metric": "f1"}], "x") == "f1"
+
+
+def test_curves_are_drawn_without_an_evaluation(run):
+    assert all(path.stat().st_size > 1000 for path in draw_training(run, {"teacher": "random:llama"}))
