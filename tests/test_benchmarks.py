@@ -94,6 +94,15 @@ def hub_rows() -> dict[tuple[str, str | None], dict[str, list[dict]]]:
     return rows
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other take minutes for these tiny models where other processes run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def hub():
     rows = hub_rows()
@@ -480,6 +489,7 @@ def test_the_fingerprint_changes_with_weights_dtype_and_length(teacher, student)
 @pytest.mark.parametrize("text, letter", [
     (" B", "B"), ("(C)", "C"), ("**D**", "D"), ("A.\n", "A"), ("A. Paris", "A"), (" A cat", None), ("The", None),
     ("", None), ("E", None), ("b", None), ("Answer", None), (" B Paris", "B"),
+    ("\nA. the shop", "A"), (" C\n\nwhich of", "C"), ("\nThe answer is: D. Dun", "D"), ("The answer is a B", None),
 ])  # fmt: skip
 def test_letters_are_read_from_answers(text, letter):
     assert parse_letter(text, 4) == letter
@@ -558,11 +568,37 @@ def test_ratios_have_paired_intervals():
     assert paired(made_items(worse), made_items(teacher)) == (ratio, low, high)
 
 
+def test_ratios_of_rotated_tasks_are_over_questions():
+    def asked(first: float, second: float) -> list[dict]:
+        return [
+            {
+                "task": "t",
+                "doc": 2 * i + r,
+                "hash": "",
+                "item": i,
+                "rotation": r,
+                "choices": 2,
+                "scores": {"acc_rotated": x},
+            }
+            for i in range(100)
+            for r, x in enumerate((first, second if i % 2 else 0.0))
+        ]
+
+    mine, theirs = asked(1.0, 0.0), asked(1.0, 1.0)
+    assert paired(mine, theirs, "acc_generated") == (1, 1, 1)
+    ratio, low, high = paired(mine, theirs, "acc_rotated")
+    assert ratio == pytest.approx(0.5 / 0.75)
+    assert low < ratio < high < low + 0.1
+    assert paired(mine, theirs, "acc_rotated", above_chance=True)[0] == pytest.approx(0, abs=1e-9)
+
+
 def test_no_ratio_where_the_teacher_is_at_chance_and_none_across_items():
     at_chance = [1.0, 0.0, 0.0, 0.0] * 50
     assert paired(made_items(at_chance), made_items(at_chance), above_chance=True) is None
     assert paired(made_items(at_chance), made_items([0.0] * 200)) is None
     assert paired(made_items(at_chance), made_items(at_chance))[0] == 1
+    with pytest.raises(ValueError, match=r"no score 'acc_norm'; they have \['acc'\]"):
+        paired(made_items(at_chance), made_items(at_chance), "acc_norm")
     with pytest.raises(ValueError, match="199 documents are the same, of 199 and 200"):
         paired(made_items(at_chance[:199]), made_items(at_chance))
 

@@ -12,6 +12,7 @@ from deltify.cli import main
 from deltify.config import Stage
 from deltify.curves import draw_training
 from deltify.evaluate import main_metric
+from deltify.report import verdict
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +120,11 @@ def test_each_task_has_one_main_metric():
 
 def test_curves_are_drawn_without_an_evaluation(run):
     assert all(path.stat().st_size > 1000 for path in draw_training(run, {"teacher": "random:llama"}))
+
+
+def test_the_verdict_is_that_of_the_figures():
+    scores = [{"name": "unigram model", "perplexity": 90.0, "kl": None}]
+    scores += [{"name": n, "perplexity": p, "kl": kl} for n, p, kl in (("converted", 99.0, 2.0), ("align", 80.0, 1.0))]
+    assert verdict(scores) == "KL falls at every stage; the student is below a unigram model"
+    scores[-1] |= {"kl": 2.5, "perplexity": 95.0}
+    assert verdict(scores) == "KL does NOT fall at every stage; the student is NOT below a unigram model"

@@ -113,3 +113,40 @@ def test_wrong_files_of_other_layouts_are_named(tmp_path, layout):
     torch.save(tensors, tmp_path / "theirs" / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pickled weights"):
         read_layout(str(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("layout", ["deltify", "kda", "kimi_linear"])
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path, layout):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        export("anything", layout, tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_flas_usual_config_is_read_and_what_has_no_place_is_refused(tmp_path):
+    teacher = random_teacher("llama")
+    student = convert(teacher, start="library").eval()
+    save_model(tmp_path / "ours", student, teacher.tokenizer)
+    export(str(tmp_path / "ours"), "kda", tmp_path / "fla")
+    config = json.loads((tmp_path / "fla" / "config.json").read_text())
+    config |= {"intermediate_size": None, "hidden_ratio": 4}
+    (tmp_path / "fla" / "config.json").write_text(json.dumps(config))
+    assert read_layout(str(tmp_path / "fla")).config.intermediate_size == student.config.intermediate_size
+    (tmp_path / "fla" / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    with pytest.raises(ValueError, match="hidden_act='gelu'"):
+        read_layout(str(tmp_path / "fla"))
+
+
+def test_a_tensor_that_kimi_linear_has_no_place_for_is_refused(tmp_path):
+    pytest.importorskip("transformers.models.kimi_linear", reason="transformers before 5.23 has no kimi_linear")
+    teacher = random_teacher("llama")
+    student = convert(teacher, start="library")
+    for layer in student.model.layers:
+        layer.self_attn.g_proj[1].bias.data.zero_()
+    save_model(tmp_path / "ours", student, teacher.tokenizer)
+    export(str(tmp_path / "ours"), "kimi_linear", tmp_path / "kimi")
+    tensors = load_file(tmp_path / "kimi" / "model.safetensors")
+    tensors["model.layers.0.self_attn.g_b_proj.bias"] = torch.ones(64)
+    save_file(tensors, tmp_path / "kimi" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"g_b_proj\.bias"):
+        read_layout(str(tmp_path / "kimi"))

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from deltify.convert import convert
 from deltify.model import DeltifyConfig, DeltifyForCausalLM
+from deltify.model.modeling import DeltifyCache
 from deltify.teacher import FAMILIES, random_teacher
 
 TINY = {
@@ -168,3 +169,34 @@ def test_wrong_configurations_are_named():
         DeltifyConfig(**TINY, layer_types=["mamba"] * 4)
     with pytest.raises(ValueError, match="use_rope has 3 entries"):
         DeltifyConfig(**TINY, use_rope=[True] * 3)
+
+
+@torch.no_grad()
+def test_documents_stay_apart_beside_padding_and_under_a_mask_of_ones():
+    torch.manual_seed(0)
+    packed = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    ids = torch.randint(0, 90, (1, 12))
+    for kinds in (["linear_attention"] * 2, ["linear_attention", "full_attention"]):
+        facts = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 90}
+        model = DeltifyForCausalLM(DeltifyConfig(**facts, num_hidden_layers=2, layer_types=kinds)).eval()
+        alone = model(ids[:, 5:]).logits
+        ones = model(ids, attention_mask=torch.ones_like(ids), position_ids=packed).logits[:, 5:]
+        assert torch.allclose(ones, alone, atol=1e-5)
+        padded, mask = torch.nn.functional.pad(ids, (3, 0)), torch.tensor([[0] * 3 + [1] * 12])
+        places = torch.nn.functional.pad(packed, (3, 0), value=1)
+        if "full_attention" in kinds:
+            with pytest.raises(ValueError, match="padding and several documents"):
+                model(padded, attention_mask=mask, position_ids=places)
+        else:
+            beside = model(padded, attention_mask=mask, position_ids=places).logits[:, 8:]
+            assert torch.allclose(beside, alone, atol=1e-5)
+        with pytest.raises(ValueError, match="cannot go on from a cache"):
+            model(ids, position_ids=packed, past_key_values=DeltifyCache(config=model.config))
+        with pytest.raises(ValueError, match="past_key_values has 0 layers, the model 2"):
+            model(ids, past_key_values=DynamicCache())
+
+
+def test_options_reach_the_configuration(model, tmp_path):
+    model.save_pretrained(tmp_path / "sub")
+    again = DeltifyForCausalLM.from_pretrained(tmp_path, subfolder="sub", use_cache=False)
+    assert again.config.use_cache is False

@@ -96,3 +96,20 @@ def test_on_the_command_line(pair, tmp_path, capsys):
     assert "read 640 tokens" in capsys.readouterr().out
     assert main(["generate", model, "Why", "--state", state, "--max-new-tokens", "4", "--device", "cpu"]) == 0
     assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_model_with_other_weights_but_the_same_gates_is_refused(pair, tmp_path):
+    import copy
+
+    model, _ = pair
+    read(model, [1, 2, 3]).save(tmp_path / "state")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[1].self_attn.v_proj.weight.normal_()
+    with pytest.raises(ValueError, match="read by another model"):
+        load_state(tmp_path / "state", other)
+    model.save_pretrained(tmp_path / "model")
+    half = type(model).from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert load_state(tmp_path / "state", half).tokens == 3
+    with pytest.raises(ValueError, match="LlamaForCausalLM is no deltify model"):
+        read(random_teacher("llama").model, [1])

@@ -208,15 +208,23 @@ def paired(
     `above_chance` the ratio is (score - chance) / (teacher - chance). None where what the teacher has to divide by is
     not above zero with 97.5% confidence: then no ratio means anything.
 
+    Args:
+        metric: one that items have scores of; of rotated tasks, acc_generated or acc_rotated.
+
     Raises:
-        ValueError: if the two were not scored on the same documents.
+        ValueError: if the two were not scored on the same documents, or not by this metric.
     """
+    if metric == "acc_generated":
+        items, teacher = ([item for item in side if item["rotation"] == 0] for side in (items, teacher))
+        metric = "acc_rotated"
     ours, theirs = ({(item["task"], item["doc"], item["hash"]): item for item in side} for side in (items, teacher))
     if ours.keys() != theirs.keys() or not ours:
         raise ValueError(
             f"{len(ours.keys() & theirs.keys())} documents are the same, of {len(ours)} and {len(theirs)}; "
             "score both models on the same tasks, data and limit"
         )
+    if known := [item["scores"].keys() for item in (*items, *teacher) if metric not in item["scores"]]:
+        raise ValueError(f"items have no score {metric!r}; they have {sorted(known[0])}")
     questions: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
     for key, item in ours.items():
         floor = (guess(item) or 0.0) if above_chance else 0.0

@@ -149,6 +149,7 @@ def draw_heat_map(
     columns = min(3, len(models))
     lines = -(-len(models) // columns)
     width, height = 1.6 + 0.55 * len(lengths), 1.2 + 0.3 * len(depths)
+    width, height = max(width, 2.4), max(height, 1.9)
     figure, axes = open_figure(lines, columns, max(columns * width, 5), max(lines * height, 3))
     image, counts, unasked = None, set(), False
     for number, axis in enumerate(axes.flat):
@@ -167,13 +168,11 @@ def draw_heat_map(
             axis.text(x, y, text, ha="center", va="center", fontsize=7, color=color)
         if marked:
             axis.axvline(within - 0.5, color="red", linewidth=1.5)
-        axis.set_title(models[number], fontsize=9)
+        axis.set_title(textwrap.fill(models[number], max(22, int(12 * width))), fontsize=9)
         axis.set_xticks(range(len(lengths)), [short(length) for length in lengths], fontsize=8)
         axis.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize=8)
-        if number % columns == 0:
-            axis.set_ylabel("depth of the needle, % of the text")
-        if number + columns >= len(models):
-            axis.set_xlabel("length, tokens")
+    figure.supylabel("depth of the needle, %", fontsize=9)
+    figure.supxlabel("length, tokens", fontsize=9)
     items = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     line = f"; red line: trained to {short(trained)}" if trained is not None and marked else ""
     line += "; -: not asked" if unasked else ""

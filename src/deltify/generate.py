@@ -12,9 +12,13 @@ from .states import load_state, read
 
 def model_folder(path: str) -> str:
     """The model in a folder: itself, or of a run the furthest stage. A hub id stays as it is."""
-    folder = Path(path)
-    if not folder.is_dir() or (folder / "config.json").is_file():
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if path.count("/") > 1 or path.startswith((".", "/", "~")):
+            raise FileNotFoundError(f"there is no folder {path}")
         return path
+    if (folder / "config.json").is_file():
+        return str(folder)
     for name in (*reversed(STAGES), "converted"):
         if (folder / name / "config.json").is_file():
             return str(folder / name)

@@ -43,11 +43,14 @@ def export(source: str, layout: str, output: str | Path) -> None:
 
     Raises:
         ValueError: if the layout is unknown, or cannot express the model; names what it cannot.
+        FileExistsError: if the output folder has something in it.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is unknown; choose one of {list(LAYOUTS)}")
-    model, tokenizer = read_layout(source), AutoTokenizer.from_pretrained(source)
     output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} is there already, and not an empty folder; name another")
+    model, tokenizer = read_layout(source), AutoTokenizer.from_pretrained(source)
     if layout == "deltify":
         save_model(output, model, tokenizer)
         return
@@ -114,11 +117,21 @@ SAME_IN_KDA = (
 )
 
 
+# what fla's KDAConfig has where config.json says nothing
+FLA_DEFAULTS = {"num_heads": 16, "head_dim": 128, "hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 32000}
+
+
 def read_kda(folder: Path, config: dict) -> DeltifyForCausalLM:
+    config = FLA_DEFAULTS | config
+    if (act := config.get("hidden_act", "swish")) not in ("swish", "silu"):
+        raise ValueError(f"{folder}: hidden_act={act!r} has no place in a deltify model; only 'swish' has")
     unknown = {"attn": None, "allow_neg_eigval": False, "attnres_block_size": None, "expand_v": 1, "num_v_heads": None}
     for name, allowed in unknown.items():
         if config.get(name, allowed) not in (allowed, config["num_heads"] if name == "num_v_heads" else allowed):
             raise ValueError(f"{folder}: {name}={config[name]!r} has no place in a deltify model; only {allowed!r} has")
+    shapes = checkpoint_shapes(str(folder), {}) or {}  # names damaged, missing and pickled files
+    if config.get("intermediate_size") is None:  # fla derives it from hidden_ratio
+        config["intermediate_size"] = shapes["model.layers.0.mlp.up_proj.weight"][0]
     ours = DeltifyConfig(
         num_attention_heads=config["num_heads"],
         rms_norm_eps=config.get("norm_eps", 1e-6),
@@ -127,7 +140,6 @@ def read_kda(folder: Path, config: dict) -> DeltifyForCausalLM:
         **{name: config[name] for name in SAME_IN_KDA if name in config},
     )
     tensors: dict[str, Tensor] = {}
-    checkpoint_shapes(str(folder), {})  # names damaged, missing and pickled files
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
     return filled(ours, renamed(tensors, [(new, old) for old, new in RENAMES["kda"]]))
@@ -169,6 +181,8 @@ def read_kimi_linear(folder: Path) -> DeltifyForCausalLM:
     theirs, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{folder} lacks {', '.join(missing[:5])}; fetch it again")
+    if extra := sorted(info["unexpected_keys"]):
+        raise ValueError(f"{folder} has {', '.join(extra[:5])}, which its own layout has no place for")
     t = theirs.config
     if set(t.layer_types) != {"linear_attention"} or set(t.mlp_layer_types) != {"dense"}:
         raise ValueError(f"{folder} has latent attention or expert layers, which have no place in a deltify model")

@@ -4,6 +4,7 @@ import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -134,7 +135,19 @@ def heldout_table(results: dict) -> Table:
         for score in results["scores"]
     ]
     columns = ("model", "trained on, tokens", "perplexity", "KL to teacher, nats/token", "top-1 agreement")
-    return Table(title, columns, rows)
+    return Table(title, columns, rows, verdict(results["scores"]))
+
+
+def verdict(scores: list[dict]) -> str:
+    """Whether each stage brought a run's student nearer to its teacher, and beyond a count of words."""
+    by_name = {score["name"]: score for score in scores}
+    stages = [by_name[name] for name in ("converted", *STAGES) if name in by_name]
+    if len(stages) < 2 or "unigram model" not in by_name:
+        return ""
+    fell = all(a["kl"] > b["kl"] for a, b in pairwise(stages))
+    below = stages[-1]["perplexity"] < by_name["unigram model"]["perplexity"]
+    first = "KL falls at every stage" if fell else "KL does NOT fall at every stage"
+    return f"{first}; the student is {'below' if below else 'NOT below'} a unigram model"
 
 
 def interval(ratio: Sequence[float] | None) -> str:

@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .model.mixers import store
-from .model.modeling import DeltifyCache
+from .model.modeling import DeltifyCache, DeltifyPreTrainedModel
 from .model.sliding import SinkLayer
 
-FORMAT = "deltify-state-2"
+FORMAT = "deltify-state-3"
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,12 @@ class State:
     fingerprint: str  # of the model that read
     tokens: int  # read
 
+    sample: Tensor  # [n] float32, of that model's weights
+
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whose size does not depend on how much was read."""
         named = {f"{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.items()}
-        tensors = {name: x.contiguous().cpu() for name, x in named.items()}
+        tensors = {name: x.contiguous().cpu() for name, x in named.items()} | {"sample": self.sample}
         # a fixed width keeps the file's size the same for any number of tokens
         note = {"format": FORMAT, "fingerprint": self.fingerprint, "tokens": f"{self.tokens:016d}"}
         save_file(tensors, path, note)
@@ -93,7 +95,7 @@ def read(
     for part in row.split(piece, dim=1):
         model.model(input_ids=part, past_key_values=cache, use_cache=True)
     seen = row.shape[1] + (0 if state is None else state.tokens)
-    return State([tensors_of(layer) for layer in cache.layers], fingerprint(model), seen)
+    return State([tensors_of(layer) for layer in cache.layers], fingerprint(model), seen, sample_weights(model))
 
 
 def tensors_of(layer) -> dict[str, Tensor]:
@@ -121,7 +123,8 @@ def load_state(path: str | Path, model: PreTrainedModel) -> State:
         raise ValueError(f"{path} is not a state, or is damaged ({error})") from error
     if note.get("format") != FORMAT:
         raise ValueError(f"{path} is not a state of format {FORMAT}, but {note.get('format')!r}")
-    if note["fingerprint"] != fingerprint(model):
+    sample = tensors.pop("sample", torch.empty(0))
+    if note["fingerprint"] != fingerprint(model) or not same_weights(sample, sample_weights(model)):
         raise ValueError(
             f"{path} was read by another model (fingerprint {note['fingerprint']}, this one has {fingerprint(model)}); "
             "read the text again with this model"
@@ -130,7 +133,7 @@ def load_state(path: str | Path, model: PreTrainedModel) -> State:
     for name, tensor in tensors.items():
         layer, part = name.split(".")
         layers[int(layer)][part] = tensor
-    return State(layers, note["fingerprint"], int(note["tokens"]))
+    return State(layers, note["fingerprint"], int(note["tokens"]), sample)
 
 
 FACTS = ("model_type", "hidden_size", "head_dim", "layer_types", "sliding_window", "sink_tokens")
@@ -147,8 +150,26 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
+def sample_weights(model: PreTrainedModel) -> Tensor:
+    """Two numbers of each of the model's tensors, in the order of their names, [n] float32."""
+    picked = []
+    for _, tensor in sorted(model.state_dict().items()):
+        flat = tensor.reshape(-1)
+        picked += [flat[len(flat) // 3], flat[2 * len(flat) // 3]]
+    return torch.stack([x.float().cpu() for x in picked])
+
+
+def same_weights(a: Tensor, b: Tensor) -> bool:
+    """Whether two samples are of the same model, be it in another dtype."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0.01, atol=1e-6)
+
+
 def refuse_growing(model: PreTrainedModel) -> None:
-    kinds = model.config.layer_types
+    kinds = getattr(model.config, "layer_types", None) or ()
+    if not isinstance(model, DeltifyPreTrainedModel):
+        raise ValueError(
+            f"{type(model).__name__} is no deltify model; states are kept by models that deltify converted"
+        )
     if kept := [i for i, kind in enumerate(kinds) if kind == "full_attention"]:
         raise ValueError(
             f"layers {kept} are attention and keep every token; only KDA and sliding layers have a state to save"

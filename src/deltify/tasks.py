@@ -234,7 +234,7 @@ def rotated_config(config: dict) -> dict:
         return f"{lead}{doc['question']}\n{options}Answer:"
 
     def score(doc, results) -> dict[str, float]:
-        return {"acc": float(parse_letter(results[0], doc["choices"]) == doc["target"])}
+        return {"acc_rotated": float(parse_letter(results[0], doc["choices"]) == doc["target"])}
 
     return {
         "task": config["task"],
@@ -248,8 +248,8 @@ def rotated_config(config: dict) -> dict:
         "doc_to_target": "target",
         "process_results": score,
         "output_type": "generate_until",
-        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 4},
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 8},
+        "metric_list": [{"metric": "acc_rotated", "aggregation": "mean", "higher_is_better": True}],
         "metadata": config.get("metadata", {}) | {"keep": ("item", "rotation", "choices")},
     }
 
@@ -272,7 +272,10 @@ def orders(item: int, row: dict) -> Iterator[dict]:
         }
 
 
+ANSWER = re.compile(r"[\s(\[*\"'`]*(?:[Tt]he (?:correct )?answer is:?\s*)?[(\[*\"'`]*([A-Z])(?!\w|[^\S\n]+[a-z])")
+
+
 def parse_letter(text: str, choices: int) -> str | None:
-    """The letter that an answer begins with, if it is one of the options': " B", "(B)", "B. Paris"; not "A cat"."""
-    match = re.match(r"[\s(\[*\"'`]*([A-Z])(?!\w|\s+[a-z])", text)
+    """The letter that an answer begins with, if it is one of the options: " B", "(B)", "B. Paris"; not "A cat"."""
+    match = ANSWER.match(text)
     return match[1] if match and match[1] in LETTERS[:choices] else None

@@ -1,5 +1,6 @@
 """Load a pretrained transformer, and say what of its architecture a student needs."""
 
+import hashlib
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -97,7 +98,14 @@ def load_teacher(
         FileNotFoundError: for a path that is not there.
     """
     folder, options = locate(source), {"trust_remote_code": trust_remote_code, "revision": revision}
-    config = AutoConfig.from_pretrained(folder, **options)
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+    except OSError as error:
+        if Path(folder).is_dir():
+            raise
+        raise FileNotFoundError(
+            f"{source!r} is no folder here, and could not be read from the hub either: {str(error).splitlines()[0]}"
+        ) from error
     family = family_of(config)
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     check_tokenizer(tokenizer, config, source)
@@ -127,6 +135,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
         raise ValueError(
             f"the tokenizer of {source} has {len(tokenizer)} tokens but the model only {config.vocab_size}; "
             "they do not belong together"
+        )
+    # vocabularies are padded to round numbers, by a few hundred
+    if len(tokenizer) < 0.9 * config.vocab_size - 300:
+        raise ValueError(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens of the model's {config.vocab_size}; they do not "
+            "belong together"
         )
 
 
@@ -160,10 +174,20 @@ def embedded_gguf() -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
+def file_digest(path: Path) -> str:
+    """A hash of a large file's size, first and last MiB."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(2**20))
+        file.seek(max(0, size - 2**20))
+        digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
 def unpack_gguf(path: Path) -> Path:
     """The folder in the cache with the model of a GGUF file as bf16 safetensors, made at the first use."""
-    stat = path.stat()
-    folder = CACHE / "gguf" / f"{path.stem}-{stat.st_size}"
+    folder = CACHE / "gguf" / f"{path.stem}-{file_digest(path)}"
     if (folder / "config.json").is_file():
         return folder
     from tokenizers import pre_tokenizers

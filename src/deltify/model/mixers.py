@@ -50,22 +50,36 @@ class Packing:
 def find_packing(attention_mask: Tensor | None, position_ids: Tensor | None, tokens: int, cached: bool):
     """Packing of the last `tokens` of each row, or None if every row is one document without padding.
 
-    `attention_mask` [B, >= T] marks padding with 0. Without padding and without a cache, a position that does not
-    follow its neighbour's starts a document, as in transformers' own packed attention masks.
+    `attention_mask` [B, >= T] marks padding with 0. Without a cache, a position that does not follow that of the token
+    before it in its row starts a document, as in transformers' own packed attention masks.
+
+    Raises:
+        ValueError: if a row without padding holds several documents, but is to go on from a cache.
     """
     if tokens == 1 and cached:
         return None
+    index = None
     if attention_mask is not None and attention_mask.dim() == 2:
         mask = attention_mask[:, -tokens:].bool()
         if not mask.all():
-            return Packing(mask.flatten().nonzero().squeeze(1), F.pad(mask.sum(1).cumsum(0), (1, 0)).int())
-    if position_ids is None or cached or position_ids.dim() != 2:
+            index, ends = mask.flatten().nonzero().squeeze(1), F.pad(mask.sum(1).cumsum(0), (1, 0)).int()
+            if cached or position_ids is None or position_ids.dim() != 2:
+                return Packing(index, ends)
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != tokens:
         return None
-    jumps = position_ids.diff(dim=-1) != 1
-    if not jumps.any():
-        return None
-    starts = F.pad(jumps, (1, 0), value=True).flatten().nonzero().squeeze(1)
-    return Packing(None, F.pad(starts, (0, 1), value=position_ids.numel()).int())
+    if index is None:
+        jumps = position_ids.diff(dim=-1) != 1
+        if not jumps.any():
+            return None
+        if cached:
+            raise ValueError("position_ids start again within a row: packed documents cannot go on from a cache")
+        starts = F.pad(jumps, (1, 0), value=True).flatten().nonzero().squeeze(1)
+        return Packing(None, F.pad(starts, (0, 1), value=position_ids.numel()).int())
+    rows = index // tokens
+    places = position_ids.expand(len(mask), -1).flatten()[index]
+    starts = F.pad((places.diff() != 1) | (rows.diff() != 0), (1, 0), value=True).nonzero().squeeze(1)
+    bounds = F.pad(starts, (0, 1), value=len(index)).int()
+    return Packing(index, bounds if len(bounds) > len(ends) else ends)
 
 
 class DeltifyRMSNorm(nn.Module):

@@ -17,7 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .capture import captured_logits
 from .configuration import ArceeKDAConfig, DeltifyConfig
-from .loading import check_shapes, checkpoint_shapes, layer_types_of, with_prefix
+from .loading import HUB_OPTIONS, check_shapes, checkpoint_shapes, layer_types_of, with_prefix
 from .mixers import (
     DeltifyAttention,
     DeltifyKDA,
@@ -126,7 +126,10 @@ class DeltifyPreTrainedModel(PreTrainedModel):
         if shapes is None:
             return super().from_pretrained(source, *args, config=config, **kwargs)
         if not isinstance(config, PreTrainedConfig):
-            config = cls.config_class.from_pretrained(source if config is None else config)
+            place = source if config is None else config
+            hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            config, rest = cls.config_class.from_pretrained(place, return_unused_kwargs=True, **kwargs)
+            kwargs = rest | hub
         shapes = with_prefix(shapes)
         config.layer_types = layer_types_of(shapes, config.num_hidden_layers, config.layer_types or ())
         with torch.device("meta"):
@@ -183,8 +186,17 @@ class DeltifyModel(DeltifyPreTrainedModel):
                 f"attention_mask has shape {list(attention_mask.shape)}; KDA and sliding layers take [rows, tokens], "
                 "1 for tokens and 0 for padding"
             )
+        if past_key_values is not None and len(past_key_values.layers) < len(self.layers):
+            raise ValueError(
+                f"past_key_values has {len(past_key_values.layers)} layers, the model {len(self.layers)}; give a "
+                "DeltifyCache(config=model.config), or none"
+            )
         packing = find_packing(attention_mask, position_ids, tokens, past_key_values is not None)
-        packed_documents = packing is not None and packing.index is None
+        packed_documents = packing is not None and len(packing.cu_seqlens) - 1 > len(x)
+        if packed_documents and self.has_attention:
+            if packing.index is not None:
+                raise ValueError("rows with padding and several documents: attention layers need one or the other")
+            attention_mask = None  # transformers finds the documents by their positions only without a mask
         if use_cache and past_key_values is None and not packed_documents:
             past_key_values = DeltifyCache(config=self.config)
         seen = 0
@@ -237,6 +249,8 @@ class DeltifyModel(DeltifyPreTrainedModel):
 
 
 class DeltifyForCausalLM(DeltifyPreTrainedModel, GenerationMixin):
+    """A language model whose layers mix tokens by KDA, or by attention where the config says so."""
+
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: DeltifyConfig):

@@ -28,6 +28,8 @@ def kda_step(
     Args:
         q, k, f: [B, H, K]. v: [B, H, V]. b: [B, H]. The rest as in `kda`.
     """
+    if state.shape != (*q.shape, v.shape[-1]):
+        raise ValueError(f"state has shape {tuple(state.shape)}; with q {tuple(q.shape)} it must be [B, H, K, V]")
     work = state.dtype
     S = state.flatten(0, 1)
     kq = torch.stack((k, q), dim=2).flatten(0, 1).to(work)  # [B * H, 2, K]
