@@ -1,15 +1,30 @@
 """Text, token files and batches."""
 
 import gzip
+import itertools
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import zstandard
 
-from deltify.data import Mix, TokenFile, documents, heldout_batches, python_docs, split_heldout, tokenize
+from deltify import text
+from deltify.config import DataSpec
+from deltify.data import (
+    HELDOUT_TOKENS,
+    Mix,
+    TokenFile,
+    heldout_batches,
+    open_data,
+    tokenize,
+    tokenize_split,
+    window,
+)
 from deltify.teacher import byte_tokenizer
+from deltify.text import documents, held_out, python_docs
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +56,33 @@ def test_wrong_sources_are_named(tmp_path, tokenizer):
         list(documents(str(tmp_path / "bad.jsonl")))
     with pytest.raises(ValueError, match="no text"):
         tokenize(["", ""], tokenizer, tmp_path / "empty")
+    with pytest.raises(ValueError, match="no text"):
+        tokenize_split(["", ""], tokenizer, tmp_path / "empty")
+
+
+def test_files_of_unknown_kinds_are_refused_unless_a_folder_has_others(tmp_path):
+    (tmp_path / "a.rst").write_text("a text")
+    with pytest.raises(ValueError, match=r"a\.rst' is not a kind .* known are \.txt, \.md"):
+        list(documents(str(tmp_path / "a.rst")))
+    with pytest.raises(ValueError, match=r"holds no file .* known are \.txt, \.md"):
+        list(documents(str(tmp_path)))
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "b.md").write_text("b text")
+    assert list(documents(str(tmp_path))) == ["b text"]
+
+
+@pytest.mark.parametrize("value", ["null", "3", '["a"]'])
+def test_a_text_that_is_no_string_is_refused_with_its_line(tmp_path, value):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "good"}}\n\n{{"text": {value}}}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 3: the field 'text' is"):
+        list(documents(str(tmp_path / "a.jsonl")))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_file_that_is_not_utf8_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes('{"text": "naïve"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{name} is not UTF-8"):
+        list(documents(str(tmp_path / name)))
 
 
 def test_tokens_and_bounds_survive_the_disk(tmp_path, tokenizer):
@@ -108,9 +150,195 @@ def test_a_source_shorter_than_a_row_is_refused():
         Mix([token_file([10])], [1.0], 32, 1, seed=0)
 
 
-def test_python_docs_are_english_and_split_the_same_everywhere():
+def test_windows_are_shuffled_once_an_epoch(monkeypatch):
+    files, length = [token_file([50, 300, 701]), token_file([415], first=5000)], 32
+    mix = Mix(files, [3.0, 1.0], length, 8, seed=1)
+    seeds, generator = [], np.random.default_rng
+    mix.source_of(0)  # which shuffles the files
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(tuple(seed)) or generator(seed))
+    rows = [mix.row(index) for index in range(100)]
+    epochs = {(1, which, turn // (len(files[which]) // length)) for which, turn in map(mix.source_of, range(100))}
+    assert len(seeds) == len(epochs) > 4 and set(seeds) == epochs
+    for index, row in enumerate(rows):
+        which, turn = mix.source_of(index)
+        windows = len(files[which]) // length
+        order = generator([1, which, turn // windows])
+        offset = order.integers(0, len(files[which]) - windows * length + 1)
+        expected = window(files[which], offset + order.permutation(windows)[turn % windows] * length, length)
+        assert all(np.array_equal(one, other) for one, other in zip(row, expected))
+
+
+def test_python_docs_are_english_and_split_the_same_everywhere(tmp_path, tokenizer):
     texts = list(python_docs())
-    train, held = split_heldout(texts)
-    assert sum(map(len, texts)) > 1_500_000 and len(train) + len(held) == len(texts)
+    held = [text for text in texts if held_out(text)]
+    train = [text for text in texts if not held_out(text)]
+    assert sum(map(len, texts)) > 1_500_000
     assert 0.02 < len(held) / len(texts) < 0.2 and not set(train) & set(held)
-    assert split_heldout(reversed(texts))[1] == held[::-1]
+    assert [number for number in range(60) if held_out(f"document {number}")] == [6, 10, 39]  # for good
+    pair = open_data(DataSpec(folder=str(tmp_path)), "teacher", tokenizer, 2**20)
+    for (file,), part in zip(pair, (train, held)):
+        whole = tokenize(part, tokenizer, tmp_path / f"whole-{len(part)}")
+        assert np.array_equal(file.tokens, whole.tokens) and np.array_equal(file.bounds, whole.bounds)
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_endless_source_is_read_as_far_as_needed(tmp_path, tokenizer, monkeypatch):
+    read = []
+
+    def endless():
+        for number in itertools.count():
+            read.append(f"document {number}: " + "text " * 400)
+            yield read[-1]
+
+    monkeypatch.setattr(text, "python_docs", endless)
+    spec = DataSpec(folder=str(tmp_path / "data"), max_tokens=100_000)
+    (train,), (held,) = open_data(spec, "teacher", tokenizer, 1000)
+    size = len(tokenizer(read[0])["input_ids"]) + 2
+    assert 100_000 <= len(train) < 100_000 + size
+    assert HELDOUT_TOKENS <= len(held) < HELDOUT_TOKENS + size and len(read) < 2000
+    expected = [text for text in read if not held_out(text)][: len(train.bounds) - 1]
+    assert train.tokens.tolist() == tokenize(expected, tokenizer, tmp_path / "expected").tokens.tolist()
+    count = len(read)
+    open_data(spec, "teacher", tokenizer, 1000)  # from disk
+    assert len(read) == count
+
+
+def test_held_out_text_is_capped_while_training_goes_on(tmp_path, tokenizer):
+    texts = [f"document {number}" for number in range(2000)]
+    train, held = tokenize_split(texts, tokenizer, tmp_path / "pair", heldout_tokens=100)
+    assert 100 <= len(held) < 120
+    assert len(train.bounds) - 1 == sum(not held_out(text) for text in texts)
+
+
+def test_a_source_that_repeats_itself_ends(tmp_path, tokenizer):
+    text = next(text for text in map(str, itertools.count()) if not held_out(text))
+    train, held = tokenize_split(
+        itertools.repeat(text), tokenizer, tmp_path / "pair", max_tokens=2000, heldout_length=64
+    )
+    assert len(train) + len(held) >= 2000 and len(held) >= 64
+
+
+def test_a_given_held_out_source_is_read_as_far_as_needed(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(text, "python_docs", lambda: map(str, itertools.count()))
+    (tmp_path / "a.txt").write_text("training text")
+    spec = DataSpec({str(tmp_path / "a.txt"): 1.0}, "python-docs", str(tmp_path / "data"))
+    (train,), (held,) = open_data(spec, "teacher", tokenizer, 1000)
+    assert len(train) == len("training text") + 1
+    assert HELDOUT_TOKENS <= len(held) < HELDOUT_TOKENS + 10
+
+
+def test_both_parts_appear_when_complete_or_neither_does(tmp_path, tokenizer):
+    def broken():
+        yield from (f"document {number}" for number in range(100))
+        raise OSError("the line is dead")
+
+    with pytest.raises(OSError, match="dead"):
+        tokenize_split(broken(), tokenizer, tmp_path / "pair")
+    assert not (tmp_path / "pair").exists()
+    texts = [f"document {number}" for number in range(100)]
+    train, held = tokenize_split(texts, tokenizer, tmp_path / "pair")
+    assert len(train.bounds) + len(held.bounds) - 2 == 100 and not list(tmp_path.glob("*.unfinished"))
+    shutil.rmtree(tmp_path / "pair" / "heldout")
+    with pytest.raises(ValueError, match=r"pair.heldout is not a whole token file; delete .*pair,"):
+        tokenize_split(texts, tokenizer, tmp_path / "pair")
+
+
+@pytest.mark.parametrize("judges", [False, True])
+def test_of_one_document_a_twentieth_of_the_tokens_is_held_out(tmp_path, tokenizer, judges):
+    texts = (f"{number} " + "".join(map(str, range(1000))) for number in itertools.count())
+    text = next(text for text in texts if held_out(text) is judges)
+    train, held = tokenize_split([text], tokenizer, tmp_path / "pair", heldout_length=32)
+    whole = tokenize([text], tokenizer, tmp_path / "whole").tokens.tolist()
+    both = (held, train) if judges else (train, held)
+    assert [*both[0].tokens, *both[1].tokens] == whole and len(held) == len(whole) // 20
+    assert [file.bounds.tolist() for file in (train, held)] == [[0, len(train)], [0, len(held)]]
+
+
+def test_few_documents_are_cut_where_tokens_say_and_keep_their_bounds(tmp_path, tokenizer):
+    texts = [text for text in (f"document {number:02}" for number in range(30)) if not held_out(text)][:10]
+    train, held = tokenize_split(texts, tokenizer, tmp_path / "pair", heldout_length=32)  # 10 documents of 12 tokens
+    whole = tokenize(texts, tokenizer, tmp_path / "whole").tokens.tolist()
+    assert [*train.tokens, *held.tokens] == whole
+    assert train.bounds.tolist() == [*range(0, 88, 12), 88] and held.bounds.tolist() == [0, 8, 20, 32]
+    # a whole document is held out, but a row is longer: it stays so, and the tail joins it
+    judge = next(text for text in (f"document {number:02}" for number in range(99)) if held_out(text))
+    train, held = tokenize_split([judge, *texts], tokenizer, tmp_path / "other", heldout_length=32)
+    assert held.bounds.tolist() == [0, 12, 20, 32, 44] and len(train) == 88
+
+
+def test_a_source_too_short_to_hold_some_out_is_named(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("short " * 20)
+    spec = DataSpec({str(tmp_path / "a.txt"): 1.0}, None, str(tmp_path / "data"))
+    with pytest.raises(ValueError, match=r"a\.txt' has 121 tokens, too few to hold out 64 .*data\.heldout"):
+        open_data(spec, "teacher", tokenizer, 64, 64)
+    (train,), (held,) = open_data(spec, "teacher", tokenizer, 64, 32)
+    assert len(train) == 89 and len(held) == 32
+
+
+@pytest.mark.parametrize("heldout", [None, "b.txt"])
+def test_changed_text_is_refused(tmp_path, tokenizer, monkeypatch, heldout):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("some text " * 100)
+    spec = DataSpec({"a.txt": 1.0}, heldout, "data")
+    (train,), (held,) = open_data(spec, "teacher", tokenizer, 64, 16)
+    text, tokens = train.tokens.tolist(), len(held)
+    same = DataSpec({f"{tmp_path}/./a.txt": 1.0}, heldout and f"./{heldout}", "data")
+    assert open_data(same, "teacher", tokenizer, 64, 16)[0][0].tokens.tolist() == text
+    assert len(list((tmp_path / "data").glob("*/*"))) == (1 if heldout is None else 2)
+    changed = tmp_path / (heldout or "a.txt")
+    content, times = changed.read_text(), (changed.stat().st_atime_ns, changed.stat().st_mtime_ns)
+    changed.write_text(content + "more")
+    os.utime(changed, ns=times)  # the size alone differs
+    with pytest.raises(ValueError, match=rf"{changed.name} changed since it was tokenized into data/.*delete that"):
+        open_data(spec, "teacher", tokenizer, 64, 16)
+    changed.write_text(content)
+    os.utime(changed, ns=(times[0], times[1] + 1))  # the time alone differs
+    with pytest.raises(ValueError, match="changed since"):
+        open_data(spec, "teacher", tokenizer, 64, 16)
+    changed.unlink()  # text that is gone leaves the tokens as they are
+    (train,), (held,) = open_data(spec, "teacher", tokenizer, 64, 16)
+    assert train.tokens.tolist() == text and len(held) == tokens
+
+
+def test_a_new_file_in_a_folder_is_a_change(tmp_path, tokenizer):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("some text " * 100)
+    spec = DataSpec({str(tmp_path / "texts"): 1.0}, None, str(tmp_path / "data"))
+    open_data(spec, "teacher", tokenizer, 64, 16)
+    (tmp_path / "texts" / "b.rst").write_text("not read, so no change")
+    open_data(spec, "teacher", tokenizer, 64, 16)
+    (tmp_path / "texts" / "b.txt").write_text("")
+    with pytest.raises(ValueError, match="changed since"):
+        open_data(spec, "teacher", tokenizer, 64, 16)
+
+
+def test_similar_names_do_not_share_token_files(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.txt").write_text("one text " * 100)
+    (tmp_path / "a_b.txt").write_text("another text " * 100)
+    spec = DataSpec({"a/b.txt": 1.0, "a_b.txt": 1.0}, None, "data")
+    (one, other), _ = open_data(spec, "t", tokenizer, 64, 16)
+    assert one.tokens[:3].tolist() == tokenizer("one")["input_ids"]
+    assert other.tokens[:3].tolist() == tokenizer("ano")["input_ids"]
+    single = DataSpec({"a_b.txt": 1.0}, None, "data")
+    open_data(single, "o/t", tokenizer, 64, 16)
+    open_data(single, "o_t", tokenizer, 64, 16)
+    (tmp_path / "t").mkdir()
+    for name in ("./t", "t", str(tmp_path / "t")):
+        open_data(single, name, tokenizer, 64, 16)
+    # t and o/t of the hub, o_t, and the folder t
+    assert len(list((tmp_path / "data").iterdir())) == 4
+
+
+def test_meta_says_what_a_token_file_was_made_from(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    spec = DataSpec({str(tmp_path / "a.txt"): 1.0}, None, str(tmp_path / "data"), 500)
+    open_data(spec, "teacher", tokenizer, 64, 16)
+    metas = [json.loads(path.read_text()) for path in sorted((tmp_path / "data").rglob("meta.json"))]
+    assert [meta["split"] for meta in metas] == ["heldout", "train"]
+    for meta in metas:
+        assert meta["source"] == str(tmp_path / "a.txt") and meta["max_tokens"] == 500 and len(meta["files"]) == 16

@@ -1,27 +1,32 @@
 """Runs: every recipe in small, resuming after a kill, and what goes wrong."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
 from deltify import checkpoint, distill, read_recipe
 from deltify.cli import main
-from deltify.config import STAGES, Recipe, RunSpec, Stage, StudentSpec, TeacherSpec, smoke, write_recipe
+from deltify.config import STAGES, DataSpec, Recipe, RunSpec, Stage, StudentSpec, TeacherSpec, smoke, write_recipe
 from deltify.data import Batch, TokenFile
 from deltify.distill import align_step, hidden_states, match_step, next_tokens
 from deltify.evaluate import count_models
 from deltify.teacher import random_teacher
 
+DISTILL = import_module("deltify.distill")
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 
 
@@ -38,6 +43,38 @@ def tiny_recipe(folder: Path, **changes) -> Recipe:
     )
     data = replace(recipe.data, folder=str(folder / "data"), max_tokens=5000)
     return replace(recipe, data=data, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The tiny recipe's run, unbroken."""
+    return distill(tiny_recipe(tmp_path_factory.mktemp("whole")))
+
+
+def assert_same_weights(run: Path, other: Path, *stages: str) -> None:
+    for stage in stages:
+        got, want = (load_file(folder / stage / "model.safetensors") for folder in (run, other))
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want), stage
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def die_in_step(recipe: Recipe, step: int) -> None:
+    """Runs the recipe until the first stage's `step`, which ends it like a kill."""
+    calls = []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) > step:
+            raise KeyboardInterrupt
+        return align_step(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DISTILL, "align_step", dies)
+        distill(recipe)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -61,9 +98,8 @@ def test_training_lowers_the_loss_of_each_stage(tmp_path):
         assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), stage
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, whole):
     recipe = tiny_recipe(tmp_path)
-    whole = distill(replace(recipe, name="whole"))
     write_recipe(recipe, tmp_path / "recipe.yaml")
     command = [sys.executable, "-m", "deltify.cli", "distill", str(tmp_path / "recipe.yaml")]
     for stage, steps in (("align", 3), ("match", 5)):
@@ -74,11 +110,8 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
         process.wait()
         assert not (tmp_path / "tiny" / stage / "config.json").exists()
     distill(recipe, resume=True)
-    for stage in ("align", "match"):
-        got, want = (load_file(folder / stage / "model.safetensors") for folder in (tmp_path / "tiny", whole))
-        assert got.keys() == want.keys()
-        assert all(torch.equal(got[name], want[name]) for name in want)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert_same_weights(tmp_path / "tiny", whole, "align", "match")
+    steps = [record["step"] for record in records(tmp_path / "tiny")]
     assert steps == [0, *range(1, 9), *range(1, 9)]
 
 
@@ -92,16 +125,182 @@ def wait_for_step(process, metrics: Path, stage: str, step: int) -> None:
     raise AssertionError(f"{stage} never came to step {step}")
 
 
-def test_stopped_by_the_clock_goes_on_later(tmp_path):
+def test_stopped_by_the_clock_goes_on_later(tmp_path, whole):
     recipe = tiny_recipe(tmp_path)
-    whole = distill(replace(recipe, name="whole"))
     run = distill(recipe, max_minutes=0)
     assert (run / "align" / "unfinished.json").is_file() and not (run / "match").exists()
     AutoModelForCausalLM.from_pretrained(run / "align")
     distill(recipe, resume=True)
     assert not (run / "align" / "unfinished.json").exists()
-    got, want = (load_file(folder / "match" / "model.safetensors") for folder in (run, whole))
-    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert_same_weights(run, whole, "match")
+
+
+def test_a_stage_stopped_by_the_clock_is_never_taken_for_done(tmp_path, monkeypatch, whole):
+    recipe, publish = tiny_recipe(tmp_path), checkpoint.publish
+
+    def dies_after(unfinished, folder):
+        publish(unfinished, folder)
+        if folder.name == "align":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "publish", dies_after)
+    with pytest.raises(KeyboardInterrupt):
+        distill(recipe, max_minutes=0)
+    monkeypatch.undo()
+    assert_same_weights(distill(recipe, resume=True), whole, "match")
+
+
+def test_a_folder_that_is_replaced_is_whole_at_any_time(tmp_path, monkeypatch):
+    for name, text in (("model", "old"), ("model.unfinished", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+
+    def dies(folder, **options):
+        if folder.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", dies)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.publish(tmp_path / "model.unfinished", tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").read_text() == "new"
+
+
+def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
+    judgements = iter([9.0, 5.0, 6.0, 7.0, 4.0])  # of the conversion, then of steps 2, 4, 6 and 8
+    judge = lambda *args: {"heldout_kl": next(judgements), "heldout_perplexity": 1.0}  # noqa: E731
+    monkeypatch.setattr(DISTILL, "judge", judge)
+    run = RunSpec("cpu", "fp32", heldout_tokens=64, heldout_length=32, heldout_steps=2, checkpoint_steps=3, keep=1)
+    folder = distill(tiny_recipe(tmp_path, match=Stage(), run=run))
+    assert [path.name for path in checkpoint.checkpoints(folder, "align")] == ["align-0000002", "align-0000006"]
+
+
+def test_a_run_that_dies_before_its_first_checkpoint_starts_the_stage_again(tmp_path, whole):
+    recipe = tiny_recipe(tmp_path)
+    die_in_step(recipe, 1)
+    metrics = recipe.folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"stage": "align", "st')
+    run = distill(recipe, resume=True)
+    assert [record["step"] for record in records(run)] == [0, *range(1, 9), *range(1, 9)]
+    assert_same_weights(run, whole, "match")
+
+
+def test_a_damaged_line_of_metrics_is_named(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    die_in_step(recipe, 1)
+    (recipe.folder / "metrics.jsonl").write_text('{"stage"\n{"stage": "align", "step": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: '\{\"stage\"' is not a JSON object"):
+        distill(recipe, resume=True)
+
+
+def truncate(folder: Path) -> None:
+    for path in folder.glob("*.distcp"):
+        path.write_bytes(path.read_bytes()[:1000])
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, whole):
+    recipe = tiny_recipe(tmp_path)
+    die_in_step(recipe, 5)
+    truncate(recipe.folder / "checkpoints" / "align-0000004")
+    run = distill(recipe, resume=True)
+    said = capsys.readouterr().out
+    assert "align-0000004 cannot be read" in said and "going on from step 2" in said
+    assert_same_weights(run, whole, "align", "match")
+    assert (run / "checkpoints" / "align-0000004.damaged").is_dir()
+
+
+def test_damaged_checkpoints_alone_are_named(tmp_path, whole):
+    recipe = tiny_recipe(tmp_path)
+    die_in_step(recipe, 5)
+    folders = checkpoint.checkpoints(recipe.folder, "align")
+    truncate(folders[1])
+    (folders[0] / "progress.json").write_text('{"stage')
+    for _ in range(2):  # a second try must not start the stage again unasked
+        with pytest.raises(ValueError, match=r"no checkpoint of align .*align-0000004, align-0000002.*delete them"):
+            distill(recipe, resume=True)
+    shutil.rmtree(recipe.folder / "checkpoints")
+    assert_same_weights(distill(recipe, resume=True), whole, "align")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"data": DataSpec(train={"absent.txt": 1.0})},
+        {"teacher": TeacherSpec(model="gpt-nowhere")},
+        {"match": Stage(tokens=2 * 4096, length=4096, batch=2)},  # a row longer than the text
+        {"student": StudentSpec(full_attention_layers="KX", calibration_tokens=256, calibration_length=32)},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_mistyped_first_run_does_not_take_the_name(wrong, tmp_path, monkeypatch):
+    right, text = tiny_recipe(tmp_path, match=Stage()), tmp_path / "text.txt"
+    text.write_text("A short text. " * 200)
+    right = replace(right, data=replace(right.data, train={str(text): 1.0}, heldout=str(text), max_tokens=None))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, OSError)):
+        distill(replace(right, **wrong))
+    assert not (right.folder / "converted").exists()
+    assert (distill(right) / "align" / "config.json").is_file()
+
+
+def test_learning_rates_may_change_on_the_way_and_nothing_else(tmp_path, capsys):
+    recipe = tiny_recipe(tmp_path)
+    distill(recipe, max_minutes=0)
+    lower = replace(recipe.align, lr_mixers=2e-4, lr_end=0.5, warmup=0.0, clip=0.7)
+    for changes, message in (
+        ({"align": replace(lower, weight_decay=0.1)}, r"align\.weight_decay: 0\.0 then, 0\.1 now\)"),
+        ({"match": replace(recipe.match, lr_rest=0.0)}, r"match\.lr_rest: 0\.0001 then, 0\.0 now\)"),
+        ({"seed": 5}, r"seed: 0 then, 5 now\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            distill(replace(recipe, **changes), resume=True)
+    run = distill(replace(recipe, align=lower), resume=True)
+    said = capsys.readouterr().out
+    assert "align.lr_mixers: 0.001 until now, 0.0002 from here on" in said
+    assert "align.clip: 1.0 until now, 0.7 from here on" in said
+    rates = [record["lr_mixers"] for record in records(run) if record["stage"] == "align" and record["step"]]
+    assert rates[:2] == [1e-3, 2e-4] and 1e-4 < rates[-1] < rates[-2] < 2e-4
+    assert read_recipe(run / "recipe.yaml").align.lr_mixers == 2e-4
+
+
+def test_another_precision_on_the_way_is_said(tmp_path, capsys):
+    recipe = tiny_recipe(tmp_path, match=Stage())
+    distill(recipe, max_minutes=0)
+    run = replace(recipe.run, precision="bf16")
+    distill(replace(recipe, run=run), max_minutes=0, resume=True)
+    assert "warning: the run was on cpu in fp32, and goes on on cpu in bf16" in capsys.readouterr().out
+    distill(replace(recipe, run=run), resume=True)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_one_tracker_sees_the_whole_run(tmp_path, monkeypatch):
+    opened, logged, finished = [], [], []
+    stub = SimpleNamespace(
+        init=lambda **settings: opened.append(settings),
+        log=lambda figures, step: logged.append((step, figures)),
+        finish=lambda: finished.append(True),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    recipe = tiny_recipe(tmp_path)
+    distill(replace(recipe, run=replace(recipe.run, log_to="wandb")))
+    assert [settings["name"] for settings in opened] == ["tiny"] and finished == [True]
+    assert [step for step, _ in logged] == list(range(17))
+    assert logged[0][1].keys() == {"converted/tokens", "converted/heldout_kl", "converted/heldout_perplexity"}
+    assert "align/loss" in logged[8][1] and "match/lr_rest" in logged[9][1]
+
+
+def test_nothing_is_loaded_for_a_recipe_that_cannot_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(DISTILL, "open_teacher", lambda *args: pytest.fail("the teacher was loaded"))
+    monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not installed
+    recipe = tiny_recipe(tmp_path)
+    for changes, message in (
+        ({"run": replace(recipe.run, log_to="paper")}, "run.log_to='paper'; choose trackio, wandb or tensorboard"),
+        ({"run": replace(recipe.run, log_to="trackio")}, "run.log_to='trackio' needs.*pip install trackio"),
+        ({"run": replace(recipe.run, device="cuda:99")}, "device 'cuda:99' is not there.*choose auto or cpu"),
+        ({"student": StudentSpec(start="cold")}, "start='cold'; choose one of calibrated"),
+        ({"run": replace(recipe.run, heldout_steps=0)}, "run.heldout_steps=0 must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            distill(replace(recipe, **changes))
 
 
 def test_count_models_equal_counting_by_hand():
@@ -118,8 +317,8 @@ def test_an_existing_run_is_not_overwritten_nor_mixed_with_another_recipe(tmp_pa
     distill(recipe)
     with pytest.raises(FileExistsError, match="--resume"):
         distill(recipe)
-    with pytest.raises(ValueError, match=r"match.lr_mixers: 0.001 then, 0.5 now"):
-        distill(replace(recipe, match=replace(recipe.match, lr_mixers=0.5)), resume=True)
+    with pytest.raises(ValueError, match=r"match.batch: 2 then, 1 now"):
+        distill(replace(recipe, match=replace(recipe.match, batch=1)), resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch):
@@ -130,22 +329,23 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch
         losses = align_step(*args)
         return {"loss": losses["loss"] * float("nan")} if len(calls) == 6 else losses
 
-    monkeypatch.setattr(sys.modules["deltify.distill"], "align_step", poisoned)
-    with pytest.raises(FloatingPointError, match=r"align, step 5.*align-0000004"):
-        distill(tiny_recipe(tmp_path))
+    recipe = tiny_recipe(tmp_path)
+    monkeypatch.setattr(DISTILL, "align_step", poisoned)
+    with pytest.raises(FloatingPointError, match=r"align, step 5.*align-0000004.*--resume --align.lr_mixers 0\.0005"):
+        distill(recipe)
     monkeypatch.undo()
-    run = distill(tiny_recipe(tmp_path), resume=True)
+    run = distill(replace(recipe, align=replace(recipe.align, lr_mixers=5e-4)), resume=True)
     assert (run / "match" / "config.json").is_file()
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, whole):
     recipe, saves, save = tiny_recipe(tmp_path), [], checkpoint.dcp.save
 
     def full(state, checkpoint_id):
         saves.append(1)
         if len(saves) == 3:
             (checkpoint_id / "half-written").write_bytes(b"x")
-            raise OSError(28, "No space left on device")
+            raise CheckpointException("", {0: (OSError(28, "No space left on device"), None)})  # torch's wrapper
         return save(state, checkpoint_id=checkpoint_id)
 
     monkeypatch.setattr(checkpoint.dcp, "save", full)
@@ -154,10 +354,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     left = [path.name for path in sorted((tmp_path / "tiny" / "checkpoints").iterdir())]
     assert left == ["align-0000002", "align-0000004"]
     monkeypatch.undo()
-    whole = distill(replace(recipe, name="whole"))
-    run = distill(recipe, resume=True)
-    got, want = (load_file(folder / "match" / "model.safetensors") for folder in (run, whole))
-    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert_same_weights(distill(recipe, resume=True), whole, "match")
 
 
 def test_each_layer_is_trained_on_the_teachers_own_input():
@@ -202,6 +399,17 @@ def test_match_compares_packed_documents_apart():
         (["distill", "{recipe}", "--data.train", '{"absent.txt": 1}'], "no text at 'absent.txt'"),
         (["distill", "{recipe}", "--run.log_to", "paper"], "run.log_to='paper'"),
         (["distill", "{recipe}", "--student.start", "cold"], "start='cold'"),
+        (["distill", "{recipe}", "--run.device", "cuda:99"], "device 'cuda:99' is not there"),
+        (["distill", "{recipe}", "--run.heldout_steps", "0"], "run.heldout_steps=0 must be at least 1"),
+        (["distill", "{recipe}", "--run.heldout_length", "1"], "run.heldout_length=1 must be at least 2"),
+        (["distill", "{recipe}", "--run.heldout_tokens", "8"], "run.heldout_tokens=8 must be at least run.heldout_len"),
+        (["distill", "{recipe}", "--run.checkpoint_steps", "-1"], "run.checkpoint_steps=-1 must be at least 0"),
+        (["distill", "{recipe}", "--run.checkpoint_minutes", "0"], "run.checkpoint_minutes=0.0 must be above 0"),
+        (["distill", "{recipe}", "--align.clip", "0"], "align.clip=0.0 must be above 0"),
+        (["generate", "{folder}", "Hello", "--device", "gpu"], "device 'gpu' is unknown; choose auto, cpu, cuda"),
+        (["read", "{folder}", "a.txt", "-o", "b", "--device", "cuda:99"], "choose auto or cpu"),
+        (["chat", "{folder}", "--device", "cuda:x"], "device 'cuda:x' is unknown"),
+        (["serve", "{folder}", "--device", "gpu"], "device 'gpu' is unknown"),
         (["report", "absent"], "deltify evaluate absent"),
         (["generate", "{folder}", "Hello"], "holds neither a model"),
     ],
@@ -220,6 +428,23 @@ def test_unknown_fields_in_a_file_name_the_nearest(tmp_path):
         read_recipe(tmp_path / "bad.yaml")
     (tmp_path / "bad.yaml").write_text("name: x\nalign: {tokens: 64, length: 64, batch: 4}\n")
     with pytest.raises(ValueError, match=r"align\.tokens=64 is less than one step"):
+        read_recipe(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("name: [x", r"bad\.yaml is not YAML: .*line 1.*recipes/ has examples"),
+        ("- name: x", r"bad\.yaml holds a list.*a recipe is fields and their values"),
+        ("my recipe", r"bad\.yaml holds a str, 'my recipe'"),
+        ("# no more than a remark", r"bad\.yaml holds nothing"),
+        ("name: x\nalign: 5", r"align=5 is not a section; give it fields, which are: tokens, length"),
+        ("name: x\nmatch:", r"match=None is not a section"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(text, message, tmp_path):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
         read_recipe(tmp_path / "bad.yaml")
 
 

@@ -3,11 +3,13 @@
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,10 +28,24 @@ class Progress:
 
 
 def publish(unfinished: Path, folder: Path) -> None:
-    """Moves a finished folder to its place; an older one there goes away."""
+    """Moves a finished folder to its place; an older one there goes away, and is never seen half-removed."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)
     unfinished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What went wrong inside torch.distributed.checkpoint, whose CheckpointException wraps even Ctrl-C."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
@@ -50,38 +66,83 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, progre
             dcp.save({"model": weights, "optimizer": optimizer_state}, checkpoint_id=unfinished)
         (unfinished / "progress.json").write_text(json.dumps(asdict(progress)))
         publish(unfinished, folder)
-    except Exception as error:  # torch wraps a full disk into its own exception types
+    except (Exception, CheckpointException) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        cause = cause_of(error)
+        if not isinstance(cause, Exception):
+            raise cause from None
         raise OSError(
-            f"could not save {folder}: {error}. Checkpoints written before are untouched; free some space and go on "
+            f"could not save {folder}: {cause}. Checkpoints written before are untouched; free some space and go on "
             "with --resume"
         ) from error
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
-    """Puts a checkpoint's weights and optimizer state into `model` and `optimizer`."""
+    """Puts a checkpoint's weights and optimizer state into `model` and `optimizer`.
+
+    Raises:
+        ValueError: if the checkpoint is damaged; `model` may then hold a part of it.
+    """
     weights, optimizer_state = get_state_dict(model, optimizer)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load({"model": weights, "optimizer": optimizer_state}, checkpoint_id=folder)
+    try:
+        progress = Progress(**json.loads((folder / "progress.json").read_text()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load({"model": weights, "optimizer": optimizer_state}, checkpoint_id=folder)
+    except (Exception, CheckpointException) as error:
+        cause = cause_of(error)
+        if not isinstance(cause, Exception):
+            raise cause from None
+        reason = next(iter(str(cause).splitlines()), "") or type(cause).__name__
+        raise ValueError(f"checkpoint {folder} cannot be read ({reason})") from error
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=optimizer_state)
-    return read_progress(folder)
+    return progress
 
 
-def read_progress(folder: Path) -> Progress:
-    return Progress(**json.loads((folder / "progress.json").read_text()))
+def load_last(
+    run: Path, stage: str, model: nn.Module, optimizer: Optimizer, report: Callable[[str], None]
+) -> Progress | None:
+    """Loads the newest checkpoint of a stage that can be read; None if the stage has none at all.
+
+    Newer ones that cannot be read are told to `report` and moved aside, so that `prune` does not count them.
+
+    Raises:
+        ValueError: if there are checkpoints, and none can be read.
+    """
+    damaged: list[Path] = []
+    for folder in reversed(checkpoints(run, stage)):
+        try:
+            progress = load_checkpoint(folder, model, optimizer)
+        except ValueError as error:
+            report(f"{stage}: {error}; trying the one before")
+            damaged.append(folder)
+            continue
+        for newer in damaged:
+            publish(newer, newer.with_name(newer.name + ".damaged"))
+        return progress
+    if damaged:
+        raise ValueError(
+            f"no checkpoint of {stage} in {run / 'checkpoints'} can be read ({', '.join(p.name for p in damaged)}); "
+            f"delete them and --resume to train {stage} from its start"
+        )
+    return None
 
 
 def checkpoints(run: Path, stage: str) -> list[Path]:
     """Finished checkpoints of a stage, oldest first."""
-    found = (run / "checkpoints").glob(f"{stage}-[0-9]*")
-    return sorted(path for path in found if (path / "progress.json").is_file())
+    found = (run / "checkpoints").glob(f"{stage}-*")
+    return sorted((path for path in found if step_of(path).isdecimal()), key=lambda path: int(step_of(path)))
+
+
+def step_of(checkpoint: Path) -> str:
+    """The step in a checkpoint's name; that of one not finished, or moved aside, is no number."""
+    return checkpoint.name.rpartition("-")[2]
 
 
 def prune(run: Path, stage: str, keep: int, best_step: int | None) -> None:
     """Removes all but the last `keep` checkpoints of a stage and the best one."""
     for path in checkpoints(run, stage)[:-keep]:
-        if read_progress(path).step != best_step:
+        if int(step_of(path)) != best_step:
             shutil.rmtree(path)
 
 
@@ -89,17 +150,30 @@ def checkpoint_folder(run: Path, progress: Progress) -> Path:
     return run / "checkpoints" / f"{progress.stage}-{progress.step:07d}"
 
 
-def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_model(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, stopped_at: Progress | None = None
+) -> None:
     """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads; safetensors, in the model's dtypes.
 
     The folder carries the model's code: where deltify is not installed, `trust_remote_code=True` loads it.
+
+    Args:
+        stopped_at: of a stage that was stopped early; written to unfinished.json, so that the stage is not taken for
+            done.
     """
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        if stopped_at is not None:
+            (unfinished / "unfinished.json").write_text(json.dumps(asdict(stopped_at)))
         publish(unfinished, folder)
     except Exception as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"could not save {folder}: {error}; free some space and go on with --resume") from error
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether `folder` holds a model that was trained to its last step."""
+    return (folder / "config.json").is_file() and not (folder / "unfinished.json").is_file()

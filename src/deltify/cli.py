@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
         "distill", help="run a recipe: convert, align, match, extend", formatter_class=raw, epilog=recipe_fields()
     )
     distill.add_argument("recipe", help="YAML file")
-    distill.add_argument("--resume", action="store_true", help="go on with the run that is in the folder")
+    distill.add_argument("--resume", action="store_true", help="go on with the folder's run; learning rates may change")
     distill.add_argument("--smoke", action="store_true", help="two steps a stage on a tiny random model, on the CPU")
     distill.add_argument("--max-minutes", type=float, help="stop training after this time; --resume goes on")
 
@@ -182,16 +182,16 @@ def run_report(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def run_generate(options: argparse.Namespace, _: list[str]) -> None:
-    from .distill import pick_device
     from .generate import generate
+    from .runs import pick_device
 
     settings = {k: v for k, v in vars(options).items() if k not in ("command", "model", "prompt", "device")}
     generate(options.model, options.prompt, device=str(pick_device(options.device)), **settings)
 
 
 def run_read(options: argparse.Namespace, _: list[str]) -> None:
-    from .distill import pick_device
     from .generate import read_file
+    from .runs import pick_device
 
     read_file(options.model, options.text, options.output, device=str(pick_device(options.device)))
 
@@ -204,14 +204,16 @@ def run_export(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def run_serve(options: argparse.Namespace, _: list[str]) -> None:
+    from .runs import pick_device
     from .serve import serve
 
+    pick_device(options.device)  # the server's own auto may spread a model over several GPUs
     serve(options.model, host=options.host, port=options.port, device=options.device)
 
 
 def run_chat(options: argparse.Namespace, _: list[str]) -> None:
     from .chat import chat
-    from .distill import pick_device
+    from .runs import pick_device
 
     device = str(pick_device(options.device))
     chat(options.model, device=device, temperature=options.temperature, top_p=options.top_p)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 STAGES = ("align", "match", "extend")
 
@@ -100,6 +100,10 @@ class Stage:
     clip: float = 1.0
     checkpoint_layers: bool = False
 
+    @property
+    def steps(self) -> int:
+        return self.tokens // (self.batch * self.length)
+
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -174,8 +178,7 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no recipe {path}; recipes ship in the folder recipes/")
-    content = yaml.safe_load(Path(path).read_text()) or {}
-    reject_unknown(content, str(path))
+    reject_unknown(read_mapping(Path(path)), str(path))
     for name in (item[2:].split("=")[0] for item in overrides or [] if item.startswith("--")):
         nested: dict = {}
         target = nested
@@ -189,8 +192,26 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         config = parser.parse_args(["--recipe", str(path), *(overrides or [])])
     except ArgumentError as error:
         raise ValueError(f"{path}: {error}") from None
+    for section in fields(Recipe):
+        if is_dataclass(section.type) and not isinstance(value := config[section.name], Namespace):
+            known = ", ".join(f.name for f in fields(section.type))
+            raise ValueError(f"{path}: {section.name}={value!r} is not a section; give it fields, which are: {known}")
     recipe = parser.instantiate(config)
     return check(Recipe(**{f.name: getattr(recipe, f.name) for f in fields(Recipe)}))
+
+
+def read_mapping(path: Path) -> dict:
+    """A YAML file's fields; ValueError if it is not YAML, or no mapping of fields."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}; recipes/ has examples") from None
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else f"a {type(content).__name__}, {str(content)[:40]!r}"
+        raise ValueError(
+            f"{path} holds {found}; a recipe is fields and their values, such as name: my-run; recipes/ has examples"
+        )
+    return content
 
 
 def reject_unknown(content: dict, where: str, cls: type = Recipe, prefix: str = "") -> None:
@@ -212,6 +233,15 @@ def check(recipe: Recipe) -> Recipe:
         (all(w > 0 for w in recipe.data.train.values()), "data.train", "weights must be positive"),
         (recipe.run.precision in ("auto", "fp32", "bf16"), "run.precision", "is one of auto, fp32, bf16"),
         (recipe.run.keep >= 1, "run.keep", "must be at least 1"),
+        (recipe.run.heldout_steps >= 1, "run.heldout_steps", "must be at least 1"),
+        (recipe.run.heldout_length >= 2, "run.heldout_length", "must be at least 2"),
+        (
+            recipe.run.heldout_tokens >= recipe.run.heldout_length,
+            "run.heldout_tokens",
+            f"must be at least run.heldout_length={recipe.run.heldout_length}",
+        ),
+        (recipe.run.checkpoint_steps >= 0, "run.checkpoint_steps", "must be at least 0; 0 is for by time alone"),
+        (recipe.run.checkpoint_minutes > 0, "run.checkpoint_minutes", "must be above 0"),
         (any(recipe.stage(s).tokens for s in STAGES), "align.tokens", "or another stage's must be above 0"),
     ]
     for name in STAGES:
@@ -219,6 +249,11 @@ def check(recipe: Recipe) -> Recipe:
         rules += [
             (stage.length >= 2, f"{name}.length", "must be at least 2"),
             (stage.batch >= 1, f"{name}.batch", "must be at least 1"),
+            (stage.lr_mixers >= 0, f"{name}.lr_mixers", "must be at least 0"),
+            (stage.lr_rest >= 0, f"{name}.lr_rest", "must be at least 0"),
+            (0 <= stage.lr_end <= 1, f"{name}.lr_end", "must be in [0, 1]"),
+            (0 <= stage.warmup <= 1, f"{name}.warmup", "must be in [0, 1]"),
+            (stage.clip > 0, f"{name}.clip", "must be above 0"),
             (0 <= stage.ce_weight <= 1, f"{name}.ce_weight", "must be in [0, 1]"),
             (not stage.micro_batch or stage.batch % stage.micro_batch == 0, f"{name}.micro_batch", "must divide batch"),
             (
@@ -237,7 +272,9 @@ def check(recipe: Recipe) -> Recipe:
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    path.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False))
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False))
+    unfinished.replace(path)
 
 
 def smoke(recipe: Recipe) -> Recipe:

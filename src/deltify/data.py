@@ -1,4 +1,4 @@
-"""Text to one packed token file, and from it batches that are a pure function of the step.
+"""Text to packed token files, and from them batches that are a pure function of the step.
 
 A token file is a folder: `tokens.bin` (uint16 or uint32, the documents one after the other), `bounds.npy` ([documents
 + 1] int64) and `meta.json` (what it was made from). Resuming a run needs nothing but the step number.
@@ -6,14 +6,11 @@ A token file is a folder: `tokens.bin` (uint16 or uint32, the documents one afte
 Legend: B batch, T tokens of a row.
 """
 
-import gzip
 import hashlib
-import importlib
-import io
 import json
-import pkgutil
-import sys
-from collections.abc import Iterable, Iterator
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,116 +20,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-PYTHON_DOCS = "python-docs"
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+from .config import DataSpec
+from .text import PYTHON_DOCS, documents, held_out, text_files
 
-
-# ---- documents -------------------------------------------------------------------------------------------------------
-
-
-def documents(source: str) -> Iterator[str]:
-    """The documents of a source, in a fixed order.
-
-    Args:
-        source: a text file (one document), a .jsonl[.gz|.zst] file (the field `text` of each line), a folder of such
-            files, `python-docs` (CPython's own manual topics and the standard library's docstrings, 1.7 MB that every
-            machine has), or `hf:NAME[:CONFIG][:SPLIT]`, a dataset of the Hugging Face hub, streamed.
-    """
-    if source == PYTHON_DOCS:
-        yield from python_docs()
-    elif source.startswith("hf:"):
-        yield from hub_documents(source)
-    else:
-        path = Path(source).expanduser()
-        if not path.exists():
-            raise FileNotFoundError(
-                f"there is no text at {source!r}; give a file ({', '.join(TEXT_SUFFIXES)}), a folder, "
-                f"{PYTHON_DOCS!r} or hf:NAME"
-            )
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.name.endswith(TEXT_SUFFIXES):
-                yield from file_documents(file)
-
-
-def file_documents(path: Path) -> Iterator[str]:
-    if path.suffix in (".txt", ".md"):
-        yield path.read_text(encoding="utf-8")
-        return
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)["text"]
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f"{path}, line {number}: {line[:60]!r} is not a JSON object with a field 'text'"
-                    ) from error
-
-
-def open_text(path: Path) -> io.TextIOBase:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.suffix == ".zst":
-        import zstandard
-
-        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(path.open("rb")), encoding="utf-8")
-    return path.open(encoding="utf-8")
-
-
-def python_docs() -> Iterator[str]:
-    """CPython's manual topics and the docstrings of the standard library's modules, classes and functions."""
-    from pydoc_data.topics import topics
-
-    yield from (topics[name] for name in sorted(topics))
-    skipped = ("test", "idlelib", "lib2to3", "turtledemo", "antigravity", "this", "__main__")
-    for name in sorted(sys.stdlib_module_names):
-        if name.startswith("_") or name in skipped:
-            continue
-        try:
-            module = importlib.import_module(name)
-        except Exception:  # a module that another system lacks
-            continue
-        yield from module_docstrings(module)
-        for info in pkgutil.iter_modules(getattr(module, "__path__", [])):
-            if not info.name.startswith("_") and info.name != "tests":
-                try:
-                    yield from module_docstrings(importlib.import_module(f"{name}.{info.name}"))
-                except Exception:
-                    continue
-
-
-def module_docstrings(module) -> Iterator[str]:
-    """One text with the docstrings of a module and of what it defines, if it is longer than a remark."""
-    parts = [module.__doc__ or ""]
-    for name, item in sorted(vars(module).items()):
-        if getattr(item, "__module__", None) == module.__name__ and callable(item) and not name.startswith("_"):
-            parts.append(f"{name}: {item.__doc__}" if item.__doc__ else "")
-            for key, method in sorted(vars(item).items()) if isinstance(item, type) else ():
-                if callable(method) and not key.startswith("_") and method.__doc__:
-                    parts.append(f"{name}.{key}: {method.__doc__}")
-    text = "\n\n".join(part.strip() for part in parts if part.strip())
-    if len(text) > 200:
-        yield text
-
-
-def hub_documents(source: str) -> Iterator[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ValueError(f"{source!r} is read with the package datasets; run: pip install datasets") from None
-
-    name, config, split = ([*source.split(":")[1:], None, None])[:3]
-    for row in load_dataset(name, config or None, split=split or "train", streaming=True):
-        yield row["text"]
-
-
-def split_heldout(texts: Iterable[str], every: int = 20) -> tuple[list[str], list[str]]:
-    """(training, held-out): a document is held out by the hash of its text, one in `every`, on any machine."""
-    train, heldout = [], []
-    for text in texts:
-        digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
-        (heldout if digest % every == 0 else train).append(text)
-    return train, heldout
+HELDOUT_TOKENS = 2**16  # held out of a source even if fewer are asked for, so that most recipes share its token files
+PATIENCE = 1000  # documents in a row without a held-out one (chance 5e-23), after which a source must repeat itself
 
 
 # ---- token files -----------------------------------------------------------------------------------------------------
@@ -149,45 +41,158 @@ class TokenFile:
         return len(self.tokens)
 
 
+class TokenWriter:
+    """A token file that grows document by document; after `finish`, `open_tokens` reads it."""
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.tokenizer = folder, tokenizer
+        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        self.bounds = array("q", [0])
+        self.out = (folder / "tokens.bin").open("wb")
+
+    def __len__(self) -> int:
+        return self.bounds[-1]
+
+    def add(self, text: str) -> None:
+        """Appends a document, ended by the end-of-sequence token; an empty one is left out."""
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        if not ids:
+            return
+        end = self.tokenizer.eos_token_id
+        if end is not None and ids[-1] != end:
+            ids.append(end)
+        self.out.write(np.asarray(ids, self.dtype).tobytes())
+        self.bounds.append(len(self) + len(ids))
+
+    def move(self, cut: int, to: "TokenWriter") -> None:
+        """Moves the tokens from `cut` on to the end of another file; a document cut in two becomes two."""
+        size = self.dtype.itemsize
+        self.out.flush()
+        to.out.write(np.fromfile(self.folder / "tokens.bin", self.dtype, offset=cut * size).tobytes())
+        self.out.truncate(cut * size)
+        first, shift = bisect_left(self.bounds, cut), len(to) - cut
+        to.bounds.extend(bound + shift for bound in self.bounds[first:] if bound > cut)
+        self.bounds = self.bounds[:first] + array("q", [cut])
+
+    def finish(self, about: dict) -> None:
+        self.out.close()
+        np.save(self.folder / "bounds.npy", np.asarray(self.bounds, np.int64))
+        meta = {"tokenizer": tokenizer_fingerprint(self.tokenizer), "dtype": self.dtype.name}
+        meta |= {"documents": len(self.bounds) - 1, "tokens": len(self)} | about
+        (self.folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
 def tokenize(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, folder: Path, *, max_tokens: int | None = None
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    max_tokens: int | None = None,
+    origin: dict | None = None,
 ) -> TokenFile:
     """Writes the token file `folder` from texts, each ended by the end-of-sequence token, and opens it.
 
-    A folder appears only when complete. One made from the same tokenizer is opened as it is; `folder` should therefore
-    name the text it holds.
+    A folder appears only when complete. One made from the same tokenizer and files is opened as it is; `folder` should
+    therefore name the text it holds.
+
+    Args:
+        max_tokens: the file ends with the document that reaches them.
+        origin: where the texts are from (`origin_of`), kept in meta.json.
 
     Raises:
-        ValueError: if there is no text, or the folder was made with another tokenizer.
+        ValueError: if there is no text, or the folder was made with another tokenizer or from files that changed since.
     """
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    if (folder / "meta.json").is_file():
-        meta = json.loads((folder / "meta.json").read_text())
-        if meta["tokenizer"] != fingerprint:
-            raise ValueError(f"{folder} was made with another tokenizer; delete it, or name another data folder")
+    origin = origin or {}
+    if folder.exists():
+        check_made_from(folder, folder, tokenizer, origin)
         return open_tokens(folder)
     unfinished = folder.with_name(folder.name + ".unfinished")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-    bounds = [0]
-    with (unfinished / "tokens.bin").open("wb") as out:
-        for text in texts:
-            ids = tokenizer(text, verbose=False)["input_ids"]
-            if not ids:
-                continue
-            if tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
-                ids.append(tokenizer.eos_token_id)
-            out.write(np.asarray(ids, dtype).tobytes())
-            bounds.append(bounds[-1] + len(ids))
-            if max_tokens is not None and bounds[-1] >= max_tokens:
-                break
-    if len(bounds) == 1:
+    writer = TokenWriter(unfinished, tokenizer)
+    for text in texts:
+        writer.add(text)
+        if max_tokens is not None and len(writer) >= max_tokens:
+            break
+    if not len(writer):
         raise ValueError(f"there is no text for {folder.name!r}: every document is empty, or there is none")
-    np.save(unfinished / "bounds.npy", np.asarray(bounds, np.int64))
-    meta = {"tokenizer": fingerprint, "dtype": dtype.name, "documents": len(bounds) - 1, "tokens": bounds[-1]}
-    (unfinished / "meta.json").write_text(json.dumps(meta, indent=1))
+    writer.finish(origin | {"max_tokens": max_tokens, "split": "all"})
     unfinished.rename(folder)
     return open_tokens(folder)
+
+
+def tokenize_split(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    max_tokens: int | None = None,
+    heldout_tokens: int = HELDOUT_TOKENS,
+    heldout_length: int = 1,
+    origin: dict | None = None,
+) -> tuple[TokenFile, TokenFile]:
+    """The token files `folder`/train and `folder`/heldout, written as `tokenize` does, in one pass over the texts.
+
+    Reading ends when training has `max_tokens` and `heldout_tokens` are held out; what either has no room for is left
+    out. Where the documents are so few that one side has none of them, or `heldout_length` tokens are not held out, a
+    twentieth of the tokens is held out instead, or `heldout_length` if that is more.
+
+    Raises:
+        ValueError: as `tokenize` does, or if there is too little text to hold some out.
+    """
+    origin = origin or {}
+    parts = folder / "train", folder / "heldout"
+    if folder.exists():
+        for part in parts:
+            check_made_from(part, folder, tokenizer, origin)
+        return open_tokens(parts[0]), open_tokens(parts[1])
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    train, held = (TokenWriter(unfinished / part.name, tokenizer) for part in parts)
+    full, skipped = False, 0
+    for text in texts:
+        if held_out(text):
+            skipped = 0
+            if len(held) < heldout_tokens:
+                held.add(text)
+        elif full:
+            skipped += 1
+        else:
+            train.add(text)
+            full = max_tokens is not None and len(train) >= max_tokens
+        if full and (len(held) >= heldout_tokens or skipped >= PATIENCE):
+            break
+    if not len(train) or len(held) < heldout_length:
+        name, total = origin.get("source", folder.name), len(train) + len(held)
+        if not total:
+            raise ValueError(f"there is no text in {name!r}: every document is empty, or there is none")
+        share = max(total // 20, heldout_length)
+        if 2 * share > max(len(train), len(held)):
+            raise ValueError(
+                f"{name!r} has {total} tokens, too few to hold out {share} of them; give data.heldout, a text that "
+                "judges, or more text"
+            )
+        if len(train):
+            train.move(len(train) - share, held)
+        else:
+            held.move(share, train)
+    for writer in (train, held):
+        writer.finish(origin | {"max_tokens": max_tokens, "split": writer.folder.name})
+    unfinished.rename(folder)
+    return open_tokens(parts[0]), open_tokens(parts[1])
+
+
+def check_made_from(folder: Path, whole: Path, tokenizer: PreTrainedTokenizerBase, origin: dict) -> None:
+    """Raises ValueError if a token file, part of the folder `whole`, is of another tokenizer or of other text."""
+    if not (folder / "meta.json").is_file():
+        raise ValueError(f"{folder} is not a whole token file; delete {whole}, or name another data.folder")
+    meta = json.loads((folder / "meta.json").read_text())
+    if meta["tokenizer"] != tokenizer_fingerprint(tokenizer):
+        raise ValueError(f"{whole} was made with another tokenizer; delete it, or name another data.folder")
+    # text that is gone has not changed: its tokens go on to serve
+    if origin.get("files") and meta.get("files") != origin["files"]:
+        raise ValueError(
+            f"the text at {origin['source']} changed since it was tokenized into {whole}; delete that folder, or name "
+            "another data.folder"
+        )
 
 
 def open_tokens(folder: Path) -> TokenFile:
@@ -202,6 +207,72 @@ def open_tokens(folder: Path) -> TokenFile:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash that differs whenever two tokenizers give a text different ids."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------------
+
+
+def open_data(
+    spec: DataSpec,
+    teacher_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    heldout_tokens: int,
+    heldout_length: int = 512,
+) -> tuple[list[TokenFile], list[TokenFile]]:
+    """The training sources and the held-out texts as token files, made at the first use.
+
+    Args:
+        heldout_tokens: that will judge; 65,536 or so are held out of each source at least, if it has them.
+        heldout_length: tokens in a row of them, for sources of too few documents to hold out whole ones.
+
+    Raises:
+        ValueError: if a source has too little text, or changed since it was tokenized.
+    """
+    room = max(heldout_tokens, HELDOUT_TOKENS)
+    teacher = Path(teacher_name).expanduser()
+    folder = Path(spec.folder) / short_name(str(teacher.resolve()) if teacher.exists() else teacher_name)
+    if spec.max_tokens:
+        folder = folder.with_name(f"{folder.name}-{spec.max_tokens}")
+    train, held = [], []
+    for source in spec.train:
+        origin = origin_of(source)
+        name, limits = short_name(origin["source"]), {"max_tokens": spec.max_tokens, "origin": origin}
+        if spec.heldout is None:
+            limits |= {"heldout_tokens": room, "heldout_length": heldout_length}
+            pair = tokenize_split(documents(source), tokenizer, folder / f"{name}-split{room}", **limits)
+            train.append(pair[0])
+            held.append(pair[1])
+        else:
+            train.append(tokenize(documents(source), tokenizer, folder / f"{name}-all", **limits))
+    if spec.heldout is not None:
+        origin = origin_of(spec.heldout)
+        here = folder / f"{short_name(origin['source'])}-first{room}"
+        held = [tokenize(documents(spec.heldout), tokenizer, here, max_tokens=room, origin=origin)]
+    return train, held
+
+
+def origin_of(source: str) -> dict:
+    """What meta.json says of a source: `source`, a path made absolute, and `files`, which differs when the files do.
+
+    `files` is a hash of their names, sizes and times of change; None if there are none, or none any more.
+    """
+    if source == PYTHON_DOCS or source.startswith("hf:"):
+        return {"source": source, "files": None}
+    path = Path(source).expanduser().resolve()
+    if not path.exists():
+        return {"source": str(path), "files": None}
+    states = [(str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in text_files(str(path))]
+    return {"source": str(path), "files": hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]}
+
+
+def short_name(text: str) -> str:
+    """A file name for a source or a model: its last part to read, and a hash of the whole to tell it from others."""
+    return f"{file_name(text.rsplit('/', 1)[-1])[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def file_name(text: str) -> str:
+    """A text as a file name."""
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in text).strip("._")
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -250,13 +321,23 @@ class Mix:
         """Token ids and positions of the row with this global index, both [T] int64."""
         which, turn = self.source_of(index)
         file = self.files[which]
-        windows = len(file) // self.length
-        epoch, place = divmod(turn, windows)
-        order = np.random.default_rng([self.seed, which, epoch])
+        epoch, place = divmod(turn, len(file) // self.length)
+        if which not in self.orders or self.orders[which][0] != epoch:
+            self.orders[which] = epoch, *self.order(which, epoch)
+        _, offset, windows = self.orders[which]
+        return window(file, offset + int(windows[place]) * self.length, self.length)
+
+    def order(self, which: int, epoch: int) -> tuple[int, np.ndarray]:
+        """Where the first window of a file begins in an epoch, and the order of its windows."""
+        windows, spare = divmod(len(self.files[which]), self.length)
+        random = np.random.default_rng([self.seed, which, epoch])
         # a new offset each epoch, so that rows do not always break at the same tokens
-        offset = int(order.integers(0, len(file) - windows * self.length + 1))
-        start = offset + int(order.permutation(windows)[place]) * self.length
-        return window(file, start, self.length)
+        return int(random.integers(0, spare + 1)), random.permutation(windows)
+
+    @cached_property
+    def orders(self) -> dict[int, tuple[int, int, np.ndarray]]:
+        """Of each file, the epoch that was asked for last, and its order: to shuffle a large file takes a while."""
+        return {}
 
     def source_of(self, index: int) -> tuple[int, int]:
         """The file of a row, and how many rows that file gave before."""
@@ -285,7 +366,10 @@ def heldout_batches(files: list[TokenFile], length: int, rows: int, limit: int) 
     stretches = []
     for file in files:
         if len(file) < length:
-            raise ValueError(f"a held-out text has {len(file)} tokens, fewer than one row of length={length}")
+            raise ValueError(
+                f"a held-out text has {len(file)} tokens, fewer than one row of length={length}; lower "
+                "run.heldout_length, or give data.heldout, a longer text that judges"
+            )
         count = max(1, min(limit // len(files), len(file)) // length)
         stretches += [window(file, index * length, length) for index in range(count)]
     groups = (stretches[start : start + rows] for start in range(0, len(stretches), rows))

@@ -14,6 +14,7 @@ import platform
 import shlex
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,12 +26,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .benchmarks import paired, read_items, run_benchmarks
 from .config import STAGES, Recipe, read_recipe
-from .data import PYTHON_DOCS, Batch, TokenFile, documents, heldout_batches
-from .distill import console, file_name, hidden_states, next_tokens, open_data, open_teacher, pick_device
+from .data import Batch, TokenFile, file_name, heldout_batches, open_data
+from .distill import hidden_states, next_tokens, open_teacher
 from .generate import model_folder
 from .longcontext import by_position, controls, decode_cost, device_name
+from .metrics import console
 from .needle import NeedleMaker, ask_needles, summarise
+from .runs import pick_device
 from .teacher import Teacher, load_teacher
+from .text import PYTHON_DOCS, documents
 
 PROMPTS = ("The capital of France is", "To open a file in Python, you", "Once upon a time, there was a")
 CHUNK = 256  # tokens whose logits exist at a time
@@ -154,6 +158,7 @@ def evaluate(
             last = list(students)[-1]
             everyone |= {name.replace("student", last): m for name, m in controls(reference, students[last]).items()}
     everyone |= students
+    results.add(students=[describe(name, model, results.content) for name, model in students.items()])
     tokenizer = reference.tokenizer if reference else load_tokenizer(model_folder(sources[0]))
     if samples:
         compared = {name: model for name, model in everyone.items() if name == "teacher" or name in students}
@@ -184,6 +189,19 @@ def evaluate(
         timed = {name: model for name, model in everyone.items() if name == "teacher" or name in students}
         results.add(decode=decode_cost(timed, contexts, report=say))
     return results.path
+
+
+def describe(name: str, model: PreTrainedModel, measured: dict) -> dict:
+    """What a student is, for the head of its report."""
+    words = {"linear_attention": "KDA", "full_attention": "full attention", "sliding_attention": "sliding attention"}
+    counts = Counter(getattr(model.config, "layer_types", None) or ())
+    tokens = {score["name"]: score["tokens"] for score in measured.get("scores", [])}
+    return {
+        "name": name,
+        "layers": ", ".join(f"{count} layers of {words.get(kind, kind)}" for kind, count in counts.items()),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": tokens.get(name, 0),
+    }
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -274,7 +292,9 @@ def open_books(source: str, count: int, tokenizer) -> list[list[int]]:
 def heldout_scores(teacher: Teacher, recipes: list[Recipe], models: dict[str, PreTrainedModel]) -> dict:
     """Perplexity and agreement on the held-out text of the first run's recipe, with n-gram models beside."""
     recipe = recipes[0]
-    train, held = open_data(recipe, teacher)
+    train, held = open_data(
+        recipe.data, recipe.teacher.model, teacher.tokenizer, recipe.run.heldout_tokens, recipe.run.heldout_length
+    )
     heldout = heldout_batches(held, recipe.run.heldout_length, 8, recipe.run.heldout_tokens)
     perplexity, _, _ = agreement(teacher.model, teacher.model, heldout)
     scores = [Score("teacher", perplexity, 0.0, 1.0), *count_models(train, heldout, teacher.config.vocab_size)]

@@ -10,7 +10,7 @@ from itertools import chain
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .data import documents
+from .text import documents
 
 # ---- tokens, word by word --------------------------------------------------------------------------------------------
 

@@ -24,9 +24,9 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import PYTHON_DOCS
 from .haystack import Haystack, Words, distinct, draw, fill, line_haystack, text_haystack
 from .reading import new_cache, prefill, rows_at_once
+from .text import PYTHON_DOCS
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 

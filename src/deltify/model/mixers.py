@@ -58,28 +58,29 @@ def find_packing(attention_mask: Tensor | None, position_ids: Tensor | None, tok
     """
     if tokens == 1 and cached:
         return None
-    index = None
+    placed = position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == tokens
     if attention_mask is not None and attention_mask.dim() == 2:
         mask = attention_mask[:, -tokens:].bool()
         if not mask.all():
-            index, ends = mask.flatten().nonzero().squeeze(1), F.pad(mask.sum(1).cumsum(0), (1, 0)).int()
-            if cached or position_ids is None or position_ids.dim() != 2:
-                return Packing(index, ends)
-    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != tokens:
+            return padded_packing(mask, position_ids if placed and not cached else None)
+    if not placed or not (jumps := position_ids.diff(dim=-1) != 1).any():
         return None
-    if index is None:
-        jumps = position_ids.diff(dim=-1) != 1
-        if not jumps.any():
-            return None
-        if cached:
-            raise ValueError("position_ids start again within a row: packed documents cannot go on from a cache")
-        starts = F.pad(jumps, (1, 0), value=True).flatten().nonzero().squeeze(1)
-        return Packing(None, F.pad(starts, (0, 1), value=position_ids.numel()).int())
-    rows = index // tokens
-    places = position_ids.expand(len(mask), -1).flatten()[index]
-    starts = F.pad((places.diff() != 1) | (rows.diff() != 0), (1, 0), value=True).nonzero().squeeze(1)
-    bounds = F.pad(starts, (0, 1), value=len(index)).int()
-    return Packing(index, bounds if len(bounds) > len(ends) else ends)
+    if cached:
+        raise ValueError("position_ids start again within a row: packed documents cannot go on from a cache")
+    starts = F.pad(jumps, (1, 0), value=True).flatten().nonzero().squeeze(1)
+    return Packing(None, F.pad(starts, (0, 1), value=position_ids.numel()).int())
+
+
+def padded_packing(mask_BT: Tensor, position_ids: Tensor | None) -> Packing:
+    """Packing of rows with padding: each a document, or several, where positions start again."""
+    index = mask_BT.flatten().nonzero().squeeze(1)
+    rows = F.pad(mask_BT.sum(1).cumsum(0), (1, 0)).int()
+    if position_ids is None:
+        return Packing(index, rows)
+    places, row = position_ids.expand(len(mask_BT), -1).flatten()[index], index // mask_BT.shape[1]
+    starts = F.pad((places.diff() != 1) | (row.diff() != 0), (1, 0), value=True).nonzero().squeeze(1)
+    documents = F.pad(starts, (0, 1), value=len(index)).int()
+    return Packing(index, documents if len(documents) > len(rows) else rows)
 
 
 class DeltifyRMSNorm(nn.Module):

@@ -1,0 +1,106 @@
+"""A run's folder and machine: what a recipe may go on with, and the device and precision that its numbers come from."""
+
+import json
+from dataclasses import asdict
+
+import torch
+
+from .checkpoint import write_text
+from .config import STAGES, Recipe, read_recipe, write_recipe
+
+RATES = ("lr_mixers", "lr_rest", "lr_end", "warmup", "clip")
+
+
+def check_run(recipe: Recipe, resume: bool, device: torch.device, precision: str) -> list[str]:
+    """What differs from the run that the recipe's folder holds, a line each; nothing is written.
+
+    A folder without a model or checkpoint holds no run yet, whatever an attempt that failed has left there.
+
+    Raises:
+        FileExistsError: if the folder holds a run and `resume` was not asked for.
+        ValueError: if the run there was made from another recipe; names the fields that differ.
+    """
+    folder = recipe.folder
+    made = [*folder.glob("*/config.json"), *folder.glob("checkpoints/*/progress.json")]
+    if not (folder / "recipe.yaml").is_file() or not made:
+        return []
+    if not resume:
+        raise FileExistsError(f"{folder} holds a run already; add --resume to go on with it, or --name for another one")
+    old, new = flatten(asdict(read_recipe(folder / "recipe.yaml"))), flatten(asdict(recipe))
+    changed = [key for key in new if old.get(key) != new[key] and not key.startswith(("run.", "output"))]
+    if refused := [key for key in changed if not may_change(key, old.get(key), new[key])]:
+        changes = ", ".join(f"{key}: {old.get(key)!r} then, {new[key]!r} now" for key in refused)
+        raise ValueError(
+            f"{folder} was made from another recipe ({changes}); use another --name. Only a stage's {', '.join(RATES)} "
+            "may change on the way, lr_rest not to or from 0"
+        )
+    lines = [f"{key}: {old[key]!r} until now, {new[key]!r} from here on" for key in changed]
+    now = machine(device, precision)
+    then = json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else now
+    if then != now:
+        described = [f"{how['device']} in {how['precision']}" for how in (then, now)]
+        lines.append(
+            f"warning: the run was on {described[0]}, and goes on on {described[1]}; its numbers will not be equal to "
+            "those of an unbroken run"
+        )
+    return lines
+
+
+def may_change(key: str, old: object, new: object) -> bool:
+    """Whether a run may go on with this field changed."""
+    stage, _, field = key.partition(".")
+    if stage not in STAGES or field not in RATES:
+        return False
+    return field != "lr_rest" or bool(old) == bool(new)  # 0 freezes: the checkpoint's optimizer has other tensors
+
+
+def write_run(recipe: Recipe, device: torch.device, precision: str) -> None:
+    """Makes the run's folder, with what it is made from and on."""
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    write_text(recipe.folder / "run.json", json.dumps(machine(device, precision)))
+    write_recipe(recipe, recipe.folder / "recipe.yaml")
+
+
+def machine(device: torch.device, precision: str) -> dict[str, str]:
+    return {"device": device.type, "precision": precision}
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and key != "train"
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of this name; for auto, a GPU if there is one.
+
+    Raises:
+        ValueError: if the name is unknown, or this machine has no such device.
+    """
+    gpus, apple = torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
+    if wanted == "auto":
+        return torch.device("cuda" if gpus else "mps" if apple else "cpu")
+    kind, _, index = wanted.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (":" in wanted and not index.isdecimal()):
+        raise ValueError(f"device {wanted!r} is unknown; choose auto, cpu, cuda, cuda:0 (or another number), or mps")
+    missing = {"cpu": False, "cuda": int(index or 0) >= gpus, "mps": not apple}
+    if missing[kind]:
+        seen = f"{gpus} CUDA GPUs and {'an' if apple else 'no'} Apple GPU"
+        raise ValueError(
+            f"device {wanted!r} is not there: PyTorch {torch.__version__} sees {seen}; choose auto or cpu, or install "
+            "a PyTorch built for your GPU"
+        )
+    return torch.device(wanted)
+
+
+def pick_precision(wanted: str, device: torch.device) -> str:
+    """fp32 or bf16: what was asked for; for auto, bf16 where its matrix products are faster than fp32's."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return "bf16" if fast else "fp32"

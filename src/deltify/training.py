@@ -1,0 +1,55 @@
+"""What a stage trains, and how fast: the optimizer's groups and the learning rates over the steps."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .config import Stage
+from .model import DeltifyForCausalLM
+
+
+def make_optimizer(student: DeltifyForCausalLM, stage: Stage, name: str) -> torch.optim.AdamW:
+    """AdamW over two groups, mixers and the rest; what is not trained gets no gradient."""
+    mixers, rest = [], []
+    for layer in student.model.layers:
+        nope = layer.kind == "full_attention" and not student.config.use_rope[layer.self_attn.layer_idx]
+        if layer.linear or nope:
+            mixers += layer.self_attn.parameters()
+    known = {id(p) for p in mixers}
+    rest = [p for p in student.parameters() if id(p) not in known]
+    train_rest = name != "align" and stage.lr_rest > 0
+    if not mixers and not train_rest:
+        raise ValueError(
+            f"{name} has nothing to train: no layer of the student replaces attention; set {name}.tokens to 0"
+        )
+    student.requires_grad_(False)
+    for parameter in mixers + (rest if train_rest else []):
+        parameter.requires_grad_(True)
+    options = []
+    for group, parameters in [("mixers", mixers)] + ([("rest", rest)] if train_rest else []):
+        matrices = [p for p in parameters if p.dim() == 2]
+        vectors = [p for p in parameters if p.dim() != 2]
+        options.append({"name": group, "params": matrices, "weight_decay": stage.weight_decay})
+        options.append({"name": f"{group}_vectors", "params": vectors, "weight_decay": 0.0})
+    return torch.optim.AdamW([o for o in options if o["params"]], lr=0.0, betas=(0.9, 0.95), fused=True)
+
+
+def trained(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    return (p for group in optimizer.param_groups for p in group["params"])
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, stage: Stage, step: int) -> None:
+    """Linear warm-up, then cosine to `lr_end` of the peak; a function of the stage and the step alone.
+
+    The peaks are the stage's, not the optimizer's: a checkpoint must not bring back rates that the recipe changed.
+    """
+    warm = max(1, round(stage.warmup * stage.steps))
+    if step < warm:
+        factor = (step + 1) / warm
+    else:
+        along = (step - warm) / max(1, stage.steps - warm)
+        factor = stage.lr_end + (1 - stage.lr_end) * (1 + math.cos(math.pi * along)) / 2
+    for group in optimizer.param_groups:
+        group["lr"] = factor * (stage.lr_mixers if group["name"].startswith("mixers") else stage.lr_rest)
