@@ -176,7 +176,9 @@ def draw_heat_map(
     items = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     line = f"; red line: trained to {short(trained)}" if trained is not None and marked else ""
     line += "; -: not asked" if unasked else ""
-    figure.suptitle(f"{', '.join(tasks)}: values found, %\n{items} values a cell{line}", fontsize=10)
+    figure.suptitle(
+        f"{', '.join(tasks)}: values found, %\n{items} value{'s' * (counts != {1})} a cell{line}", fontsize=10
+    )
     figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, format=lambda value, _: f"{100 * value:.0f}%")
     return save(figure, stem)
 

@@ -340,7 +340,7 @@ def main_metric(rows: list[dict], task: str) -> str:
 def trained_tokens(recipe: Recipe) -> dict[str, int]:
     """Tokens that each stage's model has seen, earlier stages included."""
     seen, total = {}, 0
-    lines = (recipe.folder / "metrics.jsonl").read_text().splitlines()
+    lines = (recipe.folder / "metrics.jsonl").read_text().split("\n")[:-1]  # a last line without its end was cut
     last = {record["stage"]: record["tokens"] for record in map(json.loads, lines)}
     for name in STAGES:
         total += last.get(name, 0)

@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 
 from .config import STAGES
 from .curves import draw_by_length, draw_by_position, draw_decode_cost, draw_heat_map, draw_training, short
-from .distill import console
+from .metrics import console
 
 
 @dataclass(frozen=True)
