@@ -119,3 +119,13 @@ def test_plans_split_only_where_the_chip_would_idle():
 
 def few_segments(plan, tokens):
     return -(-tokens // 64 // plan.segment)
+
+
+def test_the_check_at_first_use_tells_right_kernels_from_wrong_ones(monkeypatch):
+    import deltify.ops.triton as kernels
+
+    right = kernels.forward
+    assert kernels.largest_error("cpu", torch.float32) < 1e-5
+    for wrong in (1.02, float("nan")):
+        monkeypatch.setattr(kernels, "forward", lambda *a, by=wrong: tuple(x * by for x in right(*a)))
+        assert not kernels.largest_error("cpu", torch.float32) < kernels.TOLERANCE
