@@ -198,5 +198,5 @@ def test_documents_stay_apart_beside_padding_and_under_a_mask_of_ones():
 
 def test_options_reach_the_configuration(model, tmp_path):
     model.save_pretrained(tmp_path / "sub")
-    again = DeltifyForCausalLM.from_pretrained(tmp_path, subfolder="sub", use_cache=False)
-    assert again.config.use_cache is False
+    again = DeltifyForCausalLM.from_pretrained(tmp_path, subfolder="sub", use_cache=False, dtype="auto")
+    assert again.config.use_cache is False and again.dtype == torch.float32

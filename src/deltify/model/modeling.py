@@ -126,10 +126,10 @@ class DeltifyPreTrainedModel(PreTrainedModel):
         if shapes is None:
             return super().from_pretrained(source, *args, config=config, **kwargs)
         if not isinstance(config, PreTrainedConfig):
-            place = source if config is None else config
-            hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-            config, rest = cls.config_class.from_pretrained(place, return_unused_kwargs=True, **kwargs)
-            kwargs = rest | hub
+            hub = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
+            facts = {n: v for n, v in kwargs.items() if hasattr(cls.config_class, n) and n not in ("dtype", *hub)}
+            config = cls.config_class.from_pretrained(source if config is None else config, **hub, **facts)
+            kwargs = {name: value for name, value in kwargs.items() if name not in facts}
         shapes = with_prefix(shapes)
         config.layer_types = layer_types_of(shapes, config.num_hidden_layers, config.layer_types or ())
         with torch.device("meta"):
