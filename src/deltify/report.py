@@ -191,8 +191,16 @@ def letter_tables(rows: list[dict]) -> list[Table]:
             for model in dict.fromkeys(row["model"] for row in mine)
         ]
         lines.append(("random chance", *(percent(values[mine[0]["model"], metric]["chance"]) for metric in metrics)))
-        tables.append(Table(f"{task}: generated letters, options in every order, %", ("model", *metrics), lines))
+        names = [LETTER_COLUMNS.get(metric, metric.removeprefix("share_")) for metric in metrics]
+        tables.append(Table(f"{task}: letters by generation, %", ("model", *names), lines, LETTERS))
     return tables
+
+
+LETTER_COLUMNS = {"acc_generated": "right", "acc_rotated": "right, all orders", "same_content": "same content"}
+LETTERS = (
+    "Right with the options in their own order, and over all orders; share of each letter in the answers; share of "
+    "answers that choose the same content in another order."
+)
 
 
 def needle_table(summary: list[dict]) -> Table:
