@@ -14,14 +14,7 @@ from deltify.longcontext import by_position, controls, decode_cost, equal_window
 from deltify.reading import cache_bytes, key_value_bytes, new_cache, prefill, read_pieces
 from deltify.teacher import random_teacher
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models are no faster on more, and far slower where other programs want the processor."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -25,13 +25,7 @@ LLAMA3 = (
 ROOM = 16
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models are no faster on more, and far slower where other programs want the processor."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made_text(sentences: int = 4000) -> str:

@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .benchmarks import paired, read_items, run_benchmarks
+from .checkpoint import write_text
 from .config import STAGES, Recipe, read_recipe
 from .data import Batch, TokenFile, file_name, heldout_batches, open_data
 from .distill import hidden_states, next_tokens, open_teacher
@@ -159,15 +160,15 @@ def evaluate(
             everyone |= {name.replace("student", last): m for name, m in controls(reference, students[last]).items()}
     everyone |= students
     results.add(students=[describe(name, model, results.content) for name, model in students.items()])
-    tokenizer = reference.tokenizer if reference else load_tokenizer(model_folder(sources[0]))
+    tokenizer = reference.tokenizer if reference else AutoTokenizer.from_pretrained(model_folder(sources[0]))
+    no_controls = {name: model for name, model in everyone.items() if name == "teacher" or name in students}
     if samples:
-        compared = {name: model for name, model in everyone.items() if name == "teacher" or name in students}
-        results.add(samples={name: sample(tokenizer, model) for name, model in compared.items()})
+        results.add(samples={name: sample(tokenizer, model) for name, model in no_controls.items()})
     if tasks:
         rows = []
         for name, model in everyone.items():
             items = folder / "items" / file_name(name)
-            log = lambda line, name=name: console.print(f"{name}: {line}", highlight=False)  # noqa: E731
+            log = lambda line, name=name: say(f"{name}: {line}")  # noqa: E731
             new = run_benchmarks(model, tokenizer, tasks, items_folder=items, data=data, limit=limit, log=log)
             rows += [{"model": name, **row} for row in new]
             results.add(benchmarks=rows)
@@ -186,8 +187,7 @@ def evaluate(
             )
         )
     if contexts:
-        timed = {name: model for name, model in everyone.items() if name == "teacher" or name in students}
-        results.add(decode=decode_cost(timed, contexts, report=say))
+        results.add(decode=decode_cost(no_controls, contexts, report=say))
     return results.path
 
 
@@ -236,9 +236,7 @@ class Results:
     def add(self, **measured) -> None:
         self.content |= measured
         self.content["seconds"] = round(time.time() - self.started, 1)
-        unfinished = self.path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(self.content, indent=1))
-        unfinished.replace(self.path)
+        write_text(self.path, json.dumps(self.content, indent=1))
 
 
 def versions() -> dict[str, str]:
@@ -277,12 +275,6 @@ def open_models(sources: list[str], runs: dict[str, Recipe], device, dtype) -> d
     return found
 
 
-def load_tokenizer(source: str):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(source)
-
-
 def open_books(source: str, count: int, tokenizer) -> list[list[int]]:
     """Token ids of the longest of a source's first documents."""
     texts = sorted((text for _, text in zip(range(20 * count), documents(source))), key=len, reverse=True)
@@ -311,11 +303,13 @@ def compare(rows: list[dict], items: Path) -> list[dict]:
     """The rows with each model's ratio to the teacher, plain and above chance, and their 95% intervals, paired."""
     if not any(row["model"] == "teacher" for row in rows):
         return rows
+    main = {task: main_metric(rows, task) for task in dict.fromkeys(row["task"] for row in rows)}
+    teachers = {task: items_of(items / "teacher", task) for task in main}
     compared = []
     for row in rows:
-        row = dict(row, main=row["metric"] == main_metric(rows, row["task"]))
+        row = dict(row, main=row["metric"] == main[row["task"]])
         if row["model"] != "teacher" and row["main"]:
-            mine, theirs = (items_of(items / file_name(name), row["task"]) for name in (row["model"], "teacher"))
+            mine, theirs = items_of(items / file_name(row["model"]), row["task"]), teachers[row["task"]]
             row["ratio"] = paired(mine, theirs, row["metric"])
             row["ratio_above_chance"] = paired(mine, theirs, row["metric"], above_chance=True)
         compared.append(row)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .model.mixers import store
 from .model.modeling import DeltifyCache, DeltifyPreTrainedModel
 from .model.sliding import SinkLayer
+from .reading import read_pieces
 
 FORMAT = "deltify-state-3"
 
@@ -92,8 +93,8 @@ def read(
     if row.shape[1] == 0:
         raise ValueError("there is nothing to read: the text has no tokens")
     cache = DeltifyCache(config=model.config) if state is None else state.cache(model)
-    for part in row.split(piece, dim=1):
-        model.model(input_ids=part, past_key_values=cache, use_cache=True)
+    for _ in read_pieces(model, row, cache, piece):
+        pass
     seen = row.shape[1] + (0 if state is None else state.tokens)
     return State([tensors_of(layer) for layer in cache.layers], fingerprint(model), seen, sample_weights(model))
 
