@@ -38,6 +38,13 @@ FORWARD = [
     ((1, 16384, 4), ("library",)),
     ((8, 1024, 64), ("library",)),
 ]
+# forward and backward: gates, shape
+TRAINING = [
+    ((1, 32768, 20), ("library", "slow", "fast", "bounded")),
+    ((1, 2048, 20), ("library",)),
+    ((1, 8192, 20), ("library",)),
+    ((8, 1024, 20), ("library",)),
+]
 ATTENTION = [(1, 2048, 20), (1, 4096, 20), (1, 8192, 20), (1, 16384, 20), (1, 32768, 20)]
 DECODE = [1, 8, 64, 256]
 
@@ -100,6 +107,29 @@ def forward_rows(wanted: str) -> Iterator[list[dict]]:
         yield rows
 
 
+def training_rows(wanted: str) -> Iterator[list[dict]]:
+    """Forward and backward through autograd, and the most memory it takes besides inputs that require no copy."""
+    for (B, T, H), regimes in TRAINING:
+        for gates in regimes:
+            case = f"training/{gates}/B{B}-T{T}-H{H}-K{K}"
+            if wanted not in case:
+                continue
+            inputs, lower_bound = make_inputs(B, T, H, gates), -5.0 if gates == "bounded" else None
+            leaves, do = [x.requires_grad_() for x in inputs], torch.randn_like(inputs[2])
+            ours = lambda: torch.autograd.grad(kda(*leaves, lower_bound=lower_bound, backend="triton")[0], leaves, do)
+            theirs = lambda: torch.autograd.grad(peer_forward(leaves, lower_bound)[0], leaves, do)
+            times, peaks = [], []
+            for function in (ours, theirs):
+                if function is theirs and not chunk_kda:
+                    times, peaks = [*times, None], [*peaks, None]
+                    continue
+                times.append(eager_seconds(function, calls=5))
+                torch.cuda.reset_peak_memory_stats()
+                function()
+                peaks.append(torch.cuda.max_memory_allocated() / 2**20)
+            yield [row(case, "eager seconds", *times, PEER), row(case, "peak MiB", *peaks, PEER)]
+
+
 @torch.no_grad()
 def attention_rows(wanted: str) -> Iterator[list[dict]]:
     """One forward of ours against one of cuDNN's causal attention: where the lines cross."""
@@ -156,7 +186,7 @@ def decode_rows(wanted: str) -> Iterator[list[dict]]:
 
 if __name__ == "__main__":
     wanted, rows = sys.argv[1] if len(sys.argv) > 1 else "", []
-    for part in (decode_rows, forward_rows, attention_rows):
+    for part in (decode_rows, training_rows, forward_rows, attention_rows):
         for new in part(wanted):
             rows += new
             keep("kda_gpu", rows)

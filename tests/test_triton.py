@@ -1,5 +1,8 @@
 """The GPU kernels in Triton's interpreter, on a CPU, against the token loop in float64."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 
@@ -9,10 +12,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if torch.cuda.is_available():
     pytest.skip("compiled kernels are tested in test_gpu.py", allow_module_level=True)
 
-from deltify.ops.triton import Plan, forward, layer_step, make_plan
+from deltify.ops.triton import layer_step
+from deltify.ops.triton.launch import Plan, backward, forward
+from deltify.ops.triton.operator import make_plan, parts, run_backward, run_forward
 
 GATES = ("library", "fast", "zero", "strong", "mixed", "collinear")
-WHOLE, SPLIT = Plan(64, 100, False), Plan(32, 2, True)
+WHOLE, SPLIT = Plan(100, False), Plan(2, True)
 
 
 @pytest.fixture(autouse=True)
@@ -51,9 +56,9 @@ def error(got, want):
 def check(inputs, plan, bound, state=None, cu_seqlens=None, lower_bound=None):
     options = {"cu_seqlens": cu_seqlens, "lower_bound": lower_bound, "backend": "reference"}
     want = kda(*(x.double() for x in inputs), state=None if state is None else state.double(), **options)
-    got = forward(*inputs, state, cu_seqlens, lower_bound, inputs[0].shape[-1] ** -0.5, plan)
-    for x, y in zip(got, want):
-        assert error(x, y) < bound
+    o = torch.empty_like(inputs[2])
+    final = forward(*inputs, state, cu_seqlens, lower_bound, inputs[0].shape[-1] ** -0.5, plan, o)
+    assert error(o, want[0]) < bound and error(final, want[1]) < bound
 
 
 @pytest.mark.parametrize("plan", [WHOLE, SPLIT], ids=["whole", "split"])
@@ -64,13 +69,13 @@ def test_all_gates_in_float32_and_float16(gates, plan):
         check(inputs, plan, bound, state=torch.randn(1, 1, 64, 64))
 
 
-@pytest.mark.parametrize("plan", [WHOLE, Plan(32, 1, True)], ids=["whole", "split"])
+@pytest.mark.parametrize("plan", [WHOLE, Plan(1, True)], ids=["whole", "split"])
 def test_documents_of_a_packed_row(plan):
     bounds = torch.tensor([0, 70, 70, 150, 151, 290], dtype=torch.int32)
     check(make_inputs(1, 290, 2, 64, 64), plan, 2e-6, torch.randn(5, 2, 64, 64), bounds)
 
 
-@pytest.mark.parametrize("plan", [WHOLE, Plan(32, 1, True)], ids=["whole", "split"])
+@pytest.mark.parametrize("plan", [WHOLE, Plan(1, True)], ids=["whole", "split"])
 @pytest.mark.parametrize("K, V", [(64, 128), (128, 64)])
 def test_rows_of_odd_length_with_other_widths_and_the_bounded_gate(plan, K, V):
     check(make_inputs(2, 131, 2, K, V), plan, 2e-6, lower_bound=-5.0)
@@ -86,8 +91,10 @@ def test_the_future_changes_no_bit_of_the_past():
     changed = [x.clone() for x in inputs]
     for x in changed[:5]:
         x[:, 130:] = torch.randn_like(x[:, 130:]) * 20
-    a, b = (forward(*x, None, None, None, 0.125, SPLIT)[0][:, :128] for x in (inputs, changed))
-    assert torch.equal(a, b)
+    a, b = (torch.empty_like(inputs[2]) for _ in range(2))
+    for x, o in ((inputs, a), (changed, b)):
+        forward(*x, None, None, None, 0.125, SPLIT, o)
+    assert torch.equal(a[:, :128], b[:, :128])
 
 
 @pytest.mark.parametrize("lower_bound", [None, -5.0])
@@ -109,23 +116,134 @@ def test_a_layer_step_in_one_kernel_equals_the_torch_form(lower_bound):
         assert torch.allclose(want, got, atol=1e-5)
 
 
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """The interpreter with products and rounding of bfloat16, which its own lacks."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast = InterpreterBuilder.cast_impl
+
+    def widened(x):
+        return (x.data.astype(np.uint32) << 16).view(np.float32) if x.dtype.scalar == tl.bfloat16 else x.data
+
+    def rounded(x):
+        bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+        return np.where(np.isnan(x), 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+    def dot(self, a, b, d, *_):
+        return TensorHandle(np.matmul(widened(a), widened(b), dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+    def convert(self, x, to):
+        pair = (x.dtype.scalar, to.scalar)
+        if pair == (tl.bfloat16, tl.float32):
+            return TensorHandle(widened(x), tl.float32)
+        return TensorHandle(rounded(x.data), tl.bfloat16) if pair == (tl.float32, tl.bfloat16) else cast(self, x, to)
+
+    def product(self, a, b):
+        x = widened(a) * widened(b)
+        return TensorHandle(rounded(x) if a.dtype.scalar == tl.bfloat16 else x, a.dtype.scalar)
+
+    for name, method in {"create_dot": dot, "create_fmul": product}.items():
+        monkeypatch.setattr(InterpreterBuilder, name, method)
+    for name in ("cast_impl", "create_fp_ext", "create_fp_trunc"):
+        monkeypatch.setattr(InterpreterBuilder, name, convert)
+
+
+# RMS of the difference over RMS of the reference, as the field's tests have it
+BOUNDS = {"q": 8e-3, "k": 8e-3, "v": 8e-3, "f": 2e-2, "b": 2e-2, "A_log": 2e-2, "dt_bias": 1e-2, "state": 8e-3}
+
+
+@pytest.mark.parametrize("gates", ["library", "fast", "zero", "bounded"])
+def test_gradients_in_bfloat16(gates, bfloat16):
+    T, H, K, lower_bound = 256, 2, 64, -5.0 if gates == "bounded" else None
+    inputs = [
+        *make_inputs(1, T, H, K, K, "fast" if gates == "bounded" else gates, torch.bfloat16),
+        torch.randn(1, H, K, K),
+    ]
+    weights = torch.randn(1, T, H, K).bfloat16(), torch.randn(1, H, K, K)
+
+    def exact(leaves):
+        return kda(*leaves[:7], state=leaves[7], lower_bound=lower_bound, backend="chunked")
+
+    want = gradients(exact, [x.double().requires_grad_() for x in inputs], [w.double() for w in weights])
+    call, o = (*inputs, None, lower_bound, K**-0.5, WHOLE), torch.empty_like(inputs[2])
+    out = [torch.empty_like(x) for x in inputs[:5]]
+    forward(*call, o)
+    for name, x, y in zip(BOUNDS, [*out, *backward(*call, o, *weights, out)], want):
+        assert error(x, y) < BOUNDS[name], name
+
+
 def test_plans_split_only_where_the_chip_would_idle():
-    assert not make_plan(1, 32768, 20, 128, 132).split  # 80 narrow tiles
-    assert make_plan(1, 8192, 64, 128, 132) == Plan(64, 128, False)
-    few = make_plan(1, 16384, 4, 128, 132)  # 16 narrow tiles
-    assert few.split and few.segment * few_segments(few, 16384) >= 256 and few_segments(few, 16384) <= 132 // 16
-    assert not make_plan(8, 64, 1, 64, 132).split  # nothing to split
+    assert make_plan(1, 32768, 20, 128, 132).segment == 171  # 40 tiles: three segments fill the chip
+    assert make_plan(1, 16384, 4, 128, 132).segment == 16  # 8 tiles
+    assert not make_plan(1, 8192, 64, 128, 132).split  # 128 tiles
+    assert not make_plan(1, 2048, 20, 128, 132).split  # too short for a second pass
+    assert not make_plan(8, 64, 1, 64, 132).split
 
 
-def few_segments(plan, tokens):
-    return -(-tokens // 64 // plan.segment)
+@pytest.mark.parametrize("tokens", [64, 200, 1000])
+def test_long_rows_go_through_in_equal_parts(tokens, monkeypatch):
+    v = torch.empty(1, tokens, 2, 64)
+    cut = parts(v, None, 256)
+    assert cut[0].start == 0 and cut[-1].stop == tokens
+    assert all(a.stop == b.start and a.stop % 64 == 0 for a, b in itertools.pairwise(cut))
+    assert max(s.stop - s.start for s in cut) <= 128
+    assert parts(v, torch.tensor([0, tokens]), 256) == parts(v.expand(2, -1, -1, -1), None, 256) == [slice(0, tokens)]
+
+
+def test_a_row_in_parts_equals_the_row_as_a_whole(monkeypatch):
+    import deltify.ops.triton.operator as operator
+
+    monkeypatch.setattr(operator, "processors", lambda device: 1)
+    inputs, state = make_inputs(1, 200, 1, 64, 64), torch.randn(1, 1, 64, 64)
+    do, dstate = torch.randn(1, 200, 1, 64), torch.randn(1, 1, 64, 64)
+    found = []
+    for limit in (10**6, 64):
+        monkeypatch.setattr(operator, "PART_BACKWARD", limit)
+        call = (*inputs, state, None, None, 0.125)
+        o, states = run_forward(*call, keep=True)
+        found.append([o, states[-1], *run_backward(*call, o, states[:-1], do, dstate)])
+        assert len(states) == (1 if limit > 64 else 4)
+    for whole, split in zip(*found):
+        assert torch.allclose(whole, split, atol=2e-5, rtol=1e-4)
+
+
+def gradients(run, leaves, weights):
+    """Of every leaf, for a loss that reads both the output and the final states."""
+    o, state = run(leaves)
+    return torch.autograd.grad((o * weights[0]).sum() + (state * weights[1]).sum(), leaves)
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 70, 70, 131, 180]], ids=["rows", "packed"])
+@pytest.mark.parametrize("gates", [*GATES, "bounded"])
+def test_gradients_equal_those_of_the_token_loop(gates, bounds):
+    B, T, H, K, V = (2, 100, 1, 64, 128) if bounds is None else (1, 180, 2, 64, 64)
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    documents = B if bounds is None else len(bounds) - 1
+    lower_bound = -5.0 if gates == "bounded" else None
+    inputs = [*make_inputs(B, T, H, K, V, gates), torch.randn(documents, H, K, V)]
+    weights = torch.randn(B, T, H, V), torch.randn(documents, H, K, V)
+
+    def reference(leaves):
+        return kda(*leaves[:7], state=leaves[7], cu_seqlens=cu_seqlens, lower_bound=lower_bound, backend="reference")
+
+    want = gradients(reference, [x.double().requires_grad_() for x in inputs], [w.double() for w in weights])
+    call = (*inputs, cu_seqlens, lower_bound, K**-0.5, WHOLE)
+    o, out = torch.empty_like(inputs[2]), [torch.empty_like(x) for x in inputs[:5]]
+    forward(*call, o)
+    got = [*out, *backward(*call, o, *weights, out)]
+    for name, x, y in zip("q k v f b A_log dt_bias state".split(), got, want):
+        largest = float(y.abs().max())  # where nothing is forgotten or all is, some gradients are zero but for rounding
+        assert float((x.double() - y).abs().max()) < 1e-4 * largest + 1e-5, name
 
 
 def test_the_check_at_first_use_tells_right_kernels_from_wrong_ones(monkeypatch):
     import deltify.ops.triton as kernels
 
     right = kernels.forward
+    monkeypatch.setattr(kernels, "WIDTHS", (64,))
     assert kernels.largest_error("cpu", torch.float32) < 1e-5
-    for wrong in (1.02, float("nan")):
-        monkeypatch.setattr(kernels, "forward", lambda *a, by=wrong: tuple(x * by for x in right(*a)))
+    for wrong in (1.05, float("nan")):
+        monkeypatch.setattr(kernels, "forward", lambda *a, by=wrong: right(*a) * by)
         assert not kernels.largest_error("cpu", torch.float32) < kernels.TOLERANCE

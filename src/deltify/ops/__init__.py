@@ -71,8 +71,8 @@ def kda(
     inputs = (q, k, v, f, b, A_log, dt_bias, state)
     gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if backend == "auto":
-        backend = "chunked" if gradients or refused(q, v) else "triton"
-    elif backend == "triton" and (reason := "gradients are not there yet" if gradients else refused(q, v)):
+        backend = "chunked" if refused(q, v, gradients) else "triton"
+    elif backend == "triton" and (reason := refused(q, v, gradients)):
         raise ValueError(f"backend='triton' cannot run this: {reason}; choose 'auto' or 'chunked'")
     if backend == "triton":
         return triton_kernels().kda_triton(*inputs, cu_seqlens, lower_bound, scale)
@@ -94,12 +94,12 @@ def triton_kernels() -> ModuleType | None:
         return None
 
 
-def refused(q: Tensor, v: Tensor) -> str | None:
+def refused(q: Tensor, v: Tensor, gradients: bool) -> str | None:
     """Why the GPU kernels cannot take these inputs, or None; on a GPU said once."""
     if q.device.type != "cuda":
         return f"the inputs are on {q.device}, not on an NVIDIA GPU"
     kernels = triton_kernels()
-    reason = "Triton is not installed" if kernels is None else kernels.refusal(q, v)
+    reason = "Triton is not installed" if kernels is None else kernels.refusal(q, v, gradients)
     if reason:
         notice(f"deltify: KDA runs without its GPU kernels: {reason}")
     return reason

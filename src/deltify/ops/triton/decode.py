@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import L2NORM_EPS
-from .forward import LOG2E, log2_decay
+from .tiles import LOG2E, log2_decay
 
 EPS = tl.constexpr(L2NORM_EPS)
 

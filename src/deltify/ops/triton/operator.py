@@ -1,0 +1,159 @@
+"""The operator and its gradients on a GPU: long rows in parts, and what torch needs to know of them.
+
+Legend: B batch, T tokens, H heads, K key width, V value width, N documents (rows, or packed).
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .launch import C, Plan, backward, forward
+
+# token-heads of a part: what a part's intermediate results take, 1 KB and 2.5 KB a token-head, bounds the memory
+PART, PART_BACKWARD = 2**20, 2**18
+
+
+@functools.cache
+def processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def make_plan(documents: int, tokens: int, heads: int, V: int, count: int) -> Plan:
+    """How to cut up documents of `tokens` tokens on average for a chip of `count` multiprocessors.
+
+    Splitting the sequence costs a pass more: it pays where less than half of the chip would work.
+    """
+    chunks, tiles = -(-tokens // C), documents * heads * V // 64
+    parts = max(1, min(count // tiles, chunks // 16)) if tiles * 2 <= count and chunks >= 64 else 1
+    return Plan(max(1, -(-chunks // parts)), parts > 1)
+
+
+def plan_for(v: Tensor, cu_seqlens: Tensor | None) -> Plan:
+    batch, tokens, heads, V = v.shape
+    documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    return make_plan(documents, batch * tokens // documents, heads, V, processors(v.device.index or 0))
+
+
+def parts(v: Tensor, cu_seqlens: Tensor | None, limit: int) -> list[slice]:
+    """Tokens to work on at a time, in equal parts of whole chunks; all of them unless there is one long row."""
+    batch, tokens, heads, _ = v.shape
+    count = -(-tokens * heads // limit) if batch == 1 and cu_seqlens is None else 1
+    size = -(-tokens // (count * C)) * C
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def run_forward(
+    q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale, *, keep: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """o and the states after each part, the last of which are the final ones; smaller parts if the backward follows."""
+    rows, gates = [x.contiguous() for x in (q, k, v, f, b)], (A_log.contiguous(), dt_bias.contiguous())
+    o, states = torch.empty_like(rows[2]), []
+    state = None if state is None else state.contiguous()
+    for part in parts(v, cu_seqlens, PART_BACKWARD if keep else PART):
+        now = [x[:, part] for x in rows]
+        plan = plan_for(now[2], cu_seqlens)
+        state = forward(*now, *gates, state, cu_seqlens, lower_bound, scale, plan, o[:, part])
+        states.append(state)
+    return o, states
+
+
+def run_backward(
+    q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale, o, between, do, dstate
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, f, b, A_log, dt_bias and the initial states. `between`: the states after all parts but the
+    last, `dstate`: the gradient of the final states, or None."""
+    rows, gates = [x.contiguous() for x in (q, k, v, f, b)], (A_log.contiguous(), dt_bias.contiguous())
+    out = [torch.empty_like(x) for x in rows]
+    do, dstate = do.contiguous(), None if dstate is None else dstate.contiguous()
+    states = [None if state is None else state.contiguous(), *between]
+    shares = []
+    for part, begin in reversed(list(zip(parts(v, cu_seqlens, PART_BACKWARD), states))):
+        now, here = [x[:, part] for x in rows], [x[:, part] for x in out]
+        plan, gradients = plan_for(now[2], cu_seqlens), (o[:, part], do[:, part], dstate, here)
+        *share, dstate = backward(*now, *gates, begin, cu_seqlens, lower_bound, scale, plan, *gradients)
+        shares.append(share)
+    dA_log, ddt_bias = (functools.reduce(torch.add, x) for x in zip(*shares))
+    return *out, dA_log.to(A_log.dtype), ddt_bias.to(dt_bias.dtype), dstate
+
+
+class _Kda(torch.autograd.Function):
+    """Saves its inputs, its output and one state for each part."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        o, states = run_forward(*arguments, keep=True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arguments[:9], o, *states[:-1])
+        ctx.options = arguments[9:]
+        return o, states[-1]
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        do, dstate = gradients
+        *arguments, o = ctx.saved_tensors[:10]
+        do = torch.zeros_like(o) if do is None else do
+        found = run_backward(*arguments, *ctx.options, o, ctx.saved_tensors[10:], do, dstate)
+        return *found[:7], found[7] if arguments[7] is not None else None, None, None, None
+
+
+# ---- for torch.compile, which looks at shapes alone ------------------------------------------------------------------
+
+
+@torch.library.custom_op("deltify::kda", mutates_args=())
+def kda_op(
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, state: Tensor | None,
+    cu_seqlens: Tensor | None, lower_bound: float | None, scale: float,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    o, states = run_forward(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale, keep=True)
+    return o, states[-1], states[:-1]
+
+
+@torch.library.custom_op("deltify::kda_backward", mutates_args=())
+def kda_backward_op(
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, state: Tensor | None,
+    cu_seqlens: Tensor | None, lower_bound: float | None, scale: float, o: Tensor, between: list[Tensor], do: Tensor,
+    dstate: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return run_backward(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale, o, between, do, dstate)
+
+
+def new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    documents = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return q.new_empty(documents, *q.shape[2:], v.shape[-1], dtype=torch.float32)
+
+
+@kda_op.register_fake
+def _(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale):
+    between = [new_state(q, v, cu_seqlens) for _ in parts(v, cu_seqlens, PART_BACKWARD)[1:]]
+    return torch.empty_like(v), new_state(q, v, cu_seqlens), between
+
+
+@kda_backward_op.register_fake
+def _(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale, o, between, do, dstate):
+    return *(torch.empty_like(x) for x in (q, k, v, f, b, A_log, dt_bias)), new_state(q, v, cu_seqlens)
+
+
+def save_for_op(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:9], output[0], *output[2])
+    ctx.options = inputs[9:]
+
+
+def differentiate_op(ctx, do, dstate, _):
+    *arguments, o = ctx.saved_tensors[:10]
+    found = torch.ops.deltify.kda_backward(*arguments, *ctx.options, o, list(ctx.saved_tensors[10:]), do, dstate)
+    return *found[:7], found[7] if arguments[7] is not None else None, None, None, None
+
+
+kda_op.register_autograd(differentiate_op, setup_context=save_for_op)
+
+
+def kda_triton(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale) -> tuple[Tensor, Tensor]:
+    """Output and final states of KDA; arguments are those of `deltify.ops.kda`, `state` may be None."""
+    arguments = (q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale)
+    if torch.compiler.is_compiling():
+        return torch.ops.deltify.kda(*arguments)[:2]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:8]):
+        return _Kda.apply(*arguments)
+    o, states = run_forward(*arguments, keep=False)
+    return o, states[-1]

@@ -1,0 +1,138 @@
+"""What the kernels share: where a chunk lies, the gate, sums of gates, and spans of tokens.
+
+Legend: B batch, T tokens, H heads, K key width, V value width, C tokens of a chunk, N documents (rows, or packed).
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from ..reference import L2NORM_EPS
+
+CHUNK = tl.constexpr(64)
+EPS = tl.constexpr(L2NORM_EPS)
+LOG2E = tl.constexpr(1.4426950408889634)
+# log2 of the largest factor of a span anchored once: what the range of the products' type allows
+SAFE_EXPONENT = tl.constexpr(100.0)
+SAFE_EXPONENT_FP16 = tl.constexpr(4.0)
+
+
+@triton.jit
+def locate(unit, bounds, documents, tokens, size, LEAST: tl.constexpr, PACKED: tl.constexpr, N2: tl.constexpr):
+    """Of a unit (a chunk, or a segment of `size` tokens): its document, its place there, and that document's tokens.
+
+    Every document has at least LEAST units. Returns document -1 for a unit past the last.
+    """
+    if PACKED:
+        n = tl.arange(0, N2)
+        begins = tl.minimum(tl.load(bounds + n, mask=n < documents, other=0), tokens)
+        ends = tl.minimum(tl.load(bounds + n + 1, mask=n < documents, other=0), tokens)
+        counts = tl.where(n < documents, tl.maximum(tl.cdiv(ends - begins, size), LEAST), 0)
+        after = tl.cumsum(counts, 0)
+        document = tl.sum((after <= unit).to(tl.int32), 0)
+        document = tl.where(document < documents, document, -1)
+        mine = n == document
+        place = unit - tl.sum(tl.where(mine, after - counts, 0), 0)
+        begin, end = tl.sum(tl.where(mine, begins, 0), 0), tl.sum(tl.where(mine, ends, 0), 0)
+    else:
+        per_row = tl.maximum(tl.cdiv(tokens, size), LEAST)
+        document = unit // per_row
+        place = unit % per_row
+        begin = document * tokens
+        end = begin + tokens
+        document = tl.where(document < documents, document, -1)
+    return document, place, begin, end
+
+
+@triton.jit
+def units_before(
+    document, bounds, documents, tokens, size, LEAST: tl.constexpr, PACKED: tl.constexpr, N2: tl.constexpr
+):
+    """How many units all documents before this one have."""
+    if PACKED:
+        n = tl.arange(0, N2)
+        begins = tl.minimum(tl.load(bounds + n, mask=n < document, other=0), tokens)
+        ends = tl.minimum(tl.load(bounds + n + 1, mask=n < document, other=0), tokens)
+        return tl.sum(tl.where(n < document, tl.maximum(tl.cdiv(ends - begins, size), LEAST), 0), 0)
+    else:
+        return document * tl.maximum(tl.cdiv(tokens, size), LEAST)
+
+
+@triton.jit
+def log2_decay(f, bias, rate, lower_bound, BOUNDED: tl.constexpr):
+    """Base-2 logarithm of the decay from gate logits; `rate` = exp(A_log)."""
+    if BOUNDED:
+        return 1.0 / (1.0 + tl.exp2((f + bias) * (rate * -LOG2E))) * lower_bound * LOG2E
+    else:
+        x = f * LOG2E + bias * LOG2E  # softplus in base 2: max(x, 0) + log2(1 + 2^-|x|)
+        e = tl.exp2(-tl.abs(x))
+        # log2(1 + e) = e p(e), p fitted at Chebyshev nodes of [0, 1]: 3e-7 relative, however small e is
+        p = e * -0.012370643 + 0.063787594
+        p = p * e - 0.155599967
+        p = p * e + 0.256179690
+        p = p * e - 0.353454679
+        p = p * e + 0.480073750
+        p = p * e - 0.721310735
+        p = p * e + 1.442694783
+        return -rate * (tl.maximum(x, 0.0) + e * p)
+
+
+@triton.jit
+def table(tables, n, W: tl.constexpr, C: tl.constexpr):
+    """Matrix number n of `make_tables`. Loaded, not computed: 64 x 64 comparisons cost more than 16 KB from a cache.
+
+    Stored in float32 although W would do: Triton 3.6 feeds a product straight from what it loaded, and goes astray with
+    slices of 32 columns then (illegal memory access).
+    """
+    return tl.load(tables + n * C * C + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]).to(W)
+
+
+@triton.jit
+def sums(signs, g):
+    """signs @ g for signs [C, C] of -1, 0 and 1: in two halves of g, which the matrix units add exactly enough."""
+    W: tl.constexpr = signs.dtype
+    high = g.to(W)
+    low = (g - high.to(tl.float32)).to(W)
+    return tl.dot(signs, low, tl.dot(signs, high, input_precision="ieee"), input_precision="ieee")
+
+
+@triton.jit
+def span_factors(X, once):
+    """Decay factors of rows and of columns from X, the log-decay from the middle of their span.
+
+    For all pairs of a span (once), or else for those across its middle alone, and then at most 1.
+    """
+    shrunk = -tl.abs(X)
+    return tl.exp2(tl.where(once, X, shrunk)), tl.exp2(tl.where(once, -X, shrunk))
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+LEVELS = tl.constexpr(6)  # spans of 64, 32 ... 2 tokens
+# which sums of gates, and which pairs of tokens; from FROM_MIDDLE on a matrix for each level, and for those from
+# ACROSS on one more, LEVELS later, for a span whose pairs are all taken at once
+THROUGH, BEFORE, FROM, FROM_MIDDLE, ACROSS, PAIRS = (tl.constexpr(n) for n in (0, 1, 2, 3, 9, 21))
+
+
+@functools.cache
+def make_tables(device: torch.device) -> torch.Tensor:
+    """The matrices [33, C, C] of -1, 0 and 1 that the kernels sum with and choose by; i is the row, j the column.
+
+    FROM_MIDDLE: sums to the log-decay between a token and the middle of its span. ACROSS: sums, for each gate, what
+    rows from it on and columns before it have to say. PAIRS: j < i in the same span, across its middle or all.
+    """
+    C = CHUNK.value
+    i, j = torch.arange(C)[:, None], torch.arange(C)[None, :]
+    signs, across, across_once, pairs, pairs_once = [], [], [], [], []
+    for half in (C // 2 >> n for n in range(LEVELS.value)):
+        middle = i // (2 * half) * (2 * half) + half - 1  # the last token of the left half
+        same_span, same_half = (i ^ j) < 2 * half, (i ^ j) < half
+        signs.append((j <= i).float() - (j <= middle).float())
+        across.append(same_half & torch.where(i > middle, j >= i, j < i))
+        across_once.append(same_span & (j >= i))
+        pairs.append(same_span & ~same_half & (j < i))
+        pairs_once.append(same_span & (j < i))
+    all_of_them = [j <= i, j < i, j >= i, *signs, *across, *across_once, *pairs, *pairs_once]
+    return torch.stack([x.float() for x in all_of_them]).to(device)
