@@ -14,12 +14,12 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
-from ..ops import gated_rms_norm, kda, kda_layer_step, short_conv
+from ..ops import gated_rms_norm, kda, kda_layer_step, rms_norm, short_conv_split
 from .configuration import DeltifyConfig
 from .sliding import Rotary, Slots, sliding_attention, sliding_step
 
 # torch.compile takes the rest of a layer: inside the operator it would find nothing to fuse, and break at every loop
-kda, kda_layer_step = torch.compiler.disable(kda), torch.compiler.disable(kda_layer_step)
+kda, kda_layer_step, short_conv_split = map(torch.compiler.disable, (kda, kda_layer_step, short_conv_split))
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,7 @@ class DeltifyRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float() if x.dtype != torch.float64 else x
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class DeltifyGatedRMSNorm(DeltifyRMSNorm):
@@ -110,6 +108,24 @@ class DeltifyTaps(nn.Conv1d):
 
     def forward(self) -> Tensor:
         return self.weight
+
+
+def project(x: Tensor, *linears: nn.Module) -> Tensor:
+    """Products of x [B, T, D] with several linear layers side by side; in one matrix product, where that is cheaper.
+
+    One needs their weights in one piece, a copy that a single token does not repay.
+    """
+    if x.shape[1] == 1 or not all(is_plain(linear) for linear in linears):
+        return torch.cat([linear(x) for linear in linears], dim=-1)
+    biases = [linear.bias for linear in linears]
+    bias = None if biases[0] is None else torch.cat(biases)
+    return F.linear(x, torch.cat([linear.weight for linear in linears]), bias)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a call is x W^T + b with the weight at hand: no adapter, quantized or offloaded weight, or hook."""
+    plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not linear.weight.is_meta
+    return plain and not linear._forward_hooks and not linear._forward_pre_hooks
 
 
 class DeltifyKDA(nn.Module):
@@ -144,17 +160,23 @@ class DeltifyKDA(nn.Module):
         conv_state = state = None
         if past is not None and past.has_previous_state[0]:
             conv_state, state = past.conv_states[0], past.recurrent_states[0]
-        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        qkv = project(x, self.q_proj, self.k_proj, self.v_proj)
         taps = torch.cat([self.q_conv1d(), self.k_conv1d(), self.v_conv1d()])
-        f, b, gate = self.f_proj(x), self.b_proj(x), self.g_proj(x)
+        narrow = self.f_proj[0], self.g_proj[0], self.b_proj
+        if x.shape[1] == 1:
+            low_f, low_gate, b = (linear(x) for linear in narrow)
+        else:  # a product with a bias takes rows that lie apart in two passes
+            parts = project(x, *narrow).tensor_split((self.head_dim, 2 * self.head_dim), dim=-1)
+            low_f, low_gate, b = (part.contiguous() for part in parts)
+        f, gate = self.f_proj[1](low_f), self.g_proj[1](low_gate)
         one_more = state is not None and x.shape[1] == 1 and packing is None and not torch.is_grad_enabled()
         if one_more and not self.o_norm.weight.is_meta:  # an offloaded weight is fetched for modules that are called
             inputs = (qkv[:, 0], conv_state, taps, f[:, 0], b[:, 0], gate[:, 0], self.A_log, self.dt_bias)
             norm = {"norm_eps": self.o_norm.eps, "lower_bound": self.lower_bound}
             return kda_layer_step(*inputs, self.o_norm.weight, state, **norm).unsqueeze(1)
         bounds = None if packing is None else packing.cu_seqlens
-        qkv, conv_state = short_conv(qkv, taps, state=conv_state, cu_seqlens=bounds)
-        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).chunk(3, dim=2)
+        qkv, conv_state = short_conv_split(qkv, taps, 3, state=conv_state, cu_seqlens=bounds)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
         gates = {"lower_bound": self.lower_bound, "cu_seqlens": bounds}
         o, state = kda(q, k, v, f.view_as(q), b, self.A_log, self.dt_bias, state=state, **gates)
         if past is not None:

@@ -13,13 +13,25 @@ import torch
 from torch import Tensor
 
 from .chunked import kda_chunked
-from .conv import short_conv, short_conv_step
-from .reference import gated_rms_norm, kda_reference
+from .conv import short_conv, short_conv_split_torch, short_conv_step
+from .reference import gated_rms_norm as gated_rms_norm_torch
+from .reference import kda_reference
 from .step import kda_step, layer_step_torch
 
-__all__ = ["BACKENDS", "gated_rms_norm", "kda", "kda_layer_step", "kda_step", "short_conv", "short_conv_step"]
+__all__ = [
+    "BACKENDS",
+    "gated_rms_norm",
+    "kda",
+    "kda_layer_step",
+    "kda_step",
+    "rms_norm",
+    "short_conv",
+    "short_conv_split",
+    "short_conv_step",
+]
 
 BACKENDS = {"reference": kda_reference, "chunked": kda_chunked}
+LAYER_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 logger = logging.getLogger(__name__)
 
 
@@ -58,7 +70,7 @@ def kda(
         cu_seqlens: document bounds of a packed row, [documents + 1] int32, from 0 to T; then B = 1.
         lower_bound: in [-5, 0); selects g = lower_bound * sigmoid(exp(A_log) (f + dt_bias)) instead.
         scale: of the output, K^-1/2 if absent.
-        backend: "auto", "triton" (kernels for NVIDIA GPUs, without gradients), "chunked" or "reference".
+        backend: "auto", "triton" (kernels for NVIDIA GPUs), "chunked" or "reference".
 
     Returns:
         (o, state): [B, T, H, V] in v's dtype, and [N, H, K, V] in the state's dtype.
@@ -148,6 +160,76 @@ def kda_layer_step(
             x, taps, f, b, gate = (t.contiguous() for t in (x, taps, f, b, gate))
     arguments = (x, conv_state, taps, f, b, gate, A_log, dt_bias, norm_weight, state)
     return step(*arguments, norm_eps=norm_eps, lower_bound=lower_bound)
+
+
+def short_conv_split(
+    x: Tensor, taps: Tensor, parts: int, *, state: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """`short_conv` of inputs that lie side by side, each part's outputs apart; on a GPU in one launch.
+
+    Args:
+        x: inputs, [B, T, D]; B = 1 with `cu_seqlens`.
+        taps: [D, 1, W], no bias; the kernels take W = 4, as many as three parts, and use them in float32.
+        parts: how many of equal width there are; a divisor of D.
+        state: the W - 1 inputs before each document, [N, D, W - 1]; zeros if absent.
+        cu_seqlens: document bounds of a packed row, [N + 1] int32; empty documents keep their state.
+
+    Returns:
+        (parts, state): contiguous tensors [B, T, D / parts], and [N, D, W - 1], in x's dtype.
+
+    Raises:
+        ValueError: if D is not a multiple of `parts`.
+    """
+    if x.shape[-1] % parts:
+        raise ValueError(f"x has {x.shape[-1]} channels, which are not {parts} parts of equal width")
+    kernels = layer_kernels(x, taps, x if state is None else state)
+    if kernels is None or taps.shape[-1] != kernels.TAPS or parts > kernels.MAX_PARTS:
+        return short_conv_split_torch(x, taps, parts, state, cu_seqlens)
+    with torch.cuda.device_of(x):
+        return kernels.short_conv_split(x, taps, parts, state, cu_seqlens)
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * RMSNorm(x) * sigmoid(gate) over the last dimension, computed in float32, in x's dtype.
+
+    Args:
+        x, gate: [..., V]. weight: [V].
+    """
+    kernels = layer_kernels(x, gate, weight)
+    if kernels is None or x.shape[-1] > kernels.MAX_WIDTH:
+        return gated_rms_norm_torch(x, gate, weight, eps)
+    with torch.cuda.device_of(x):
+        return kernels.norm(x, gate, weight, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * RMSNorm(x) over the last dimension; what the weight meets is computed in float32 and in x's dtype.
+
+    Args:
+        x: [..., D]. weight: [D].
+
+    Returns:
+        [..., D], in the dtype that x's and the weight's promote to.
+    """
+    kernels = layer_kernels(x, weight)
+    if kernels is None or x.shape[-1] > kernels.MAX_WIDTH:
+        work = x.to(torch.promote_types(x.dtype, torch.float32))
+        work = work * torch.rsqrt(work.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * work.to(x.dtype)
+    with torch.cuda.device_of(x):
+        return kernels.norm(x, None, weight, eps)
+
+
+def layer_kernels(*tensors: Tensor) -> ModuleType | None:
+    """The GPU kernels around the operator, if they take these tensors; torch.compile fuses the PyTorch forms itself."""
+    if any(not x.is_cuda or x.dtype not in LAYER_DTYPES for x in tensors) or not tensors[0].numel():
+        return None
+    if torch.compiler.is_compiling() or (kernels := triton_kernels()) is None:
+        return None
+    if reason := kernels.failure(tensors[0].device.index):
+        notice(f"deltify: KDA runs without its GPU kernels: {reason}")
+        return None
+    return kernels
 
 
 def check_arguments(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound) -> None:

@@ -43,6 +43,14 @@ def short_conv(
     return F.silu(y)[None], padded[last].transpose(1, 2)
 
 
+def short_conv_split_torch(
+    x_BTD: Tensor, weight_D1W: Tensor, parts: int, state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """As `deltify.ops.short_conv_split`, on any device."""
+    y, state = short_conv(x_BTD, weight_D1W, state=state, cu_seqlens=cu_seqlens)
+    return [part.contiguous() for part in y.chunk(parts, dim=-1)], state
+
+
 class _Convolve(torch.autograd.Function):
     """[B, P + T, D] and [D, 1, W] -> [B, T, D]; saves its inputs alone."""
 

@@ -10,12 +10,16 @@ import triton
 from torch import Tensor
 
 from ..chunked import kda_chunked
+from ..conv import short_conv_split_torch
+from ..reference import gated_rms_norm
 from ..step import layer_step_torch
+from .conv import MAX_PARTS, TAPS, short_conv_split
 from .decode import layer_step
 from .launch import Plan, backward, forward
+from .norms import MAX_WIDTH, norm
 from .operator import kda_triton
 
-__all__ = ["kda_triton", "layer_step", "refusal"]
+__all__ = ["MAX_PARTS", "MAX_WIDTH", "TAPS", "kda_triton", "layer_step", "norm", "refusal", "short_conv_split"]
 
 WIDTHS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -75,5 +79,33 @@ def largest_error(place: str, dtype: torch.dtype) -> float:
             arguments = (x.to(where), states[0], taps.to(where), *(t.to(where) for t in rest), states[1])
             results.append([step(*arguments, norm_eps=1e-5, lower_bound=None) for _ in range(4)] + states)
         pairs += zip(results[1], results[0])
+        x, past, gate = draw(1, 300, 3 * width), draw(1, 3 * width, 3), draw(1, 300, width)
+        for run, reference, tensors in (
+            (
+                lambda x, w, s: short_conv_split(x, w, 3, s, None)[0],
+                short_conv_split_reference,
+                (x, taps[: 3 * width], past),
+            ),
+            (
+                lambda x, g, w: [norm(x, g, w, 1e-5)],
+                lambda x, g, w: [gated_rms_norm(x, g, w, 1e-5)],
+                (do[:, :, 0], gate, taps[:width, 0, 0]),
+            ),
+        ):
+            pairs += gradient_pairs(run, reference, tensors, place, dtype)
     errors = [(x.cpu().double() - y.detach()).square().mean() / y.detach().double().square().mean() for x, y in pairs]
     return float(torch.stack(errors).max().sqrt())  # NaN, if any is
+
+
+def short_conv_split_reference(x: Tensor, taps: Tensor, state: Tensor) -> list[Tensor]:
+    return short_conv_split_torch(x, taps, 3, state, None)[0]
+
+
+def gradient_pairs(run, reference, tensors, place: str, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Outputs of two functions and gradients of their squares' sum: on the device, and in float64 on the CPU."""
+    results = []
+    for function, where, kind in ((run, place, dtype), (reference, "cpu", torch.float64)):
+        leaves = [x.to(where, kind).requires_grad_() for x in tensors]
+        outputs = function(*leaves)
+        results.append([*outputs, *torch.autograd.grad(sum(o.double().square().sum() for o in outputs), leaves)])
+    return [(got.detach(), want.detach()) for got, want in zip(*results)]

@@ -111,7 +111,7 @@ def finish_kernel(
     bias = tl.load(dt_bias_ptr + head * K + channels).to(tl.float32)[None, :]
     x = tl.load(f_ptr + at, mask=have, other=0.0).to(tl.float32)
     g = tl.where(have, tl.maximum(log2_decay(x, bias, rate, lower_bound, BOUNDED), -200.0), 0.0)
-    G = sums(table(tables, THROUGH, W, C), g)
+    G = sums(table(tables, THROUGH, C), g)
     whole = tl.sum(g, 0)
     k = tl.load(k_ptr + at, mask=have, other=0.0).to(tl.float32) * tl.load(of_rows + K_NORM * C)[:, None]
     q = tl.load(q_ptr + at, mask=have, other=0.0).to(tl.float32) * tl.load(of_rows + Q_NORM * C)[:, None]
@@ -120,22 +120,22 @@ def finish_kernel(
     dwhole = tl.exp2(whole) * tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
     dk_cols = tl.dot(tl.load(u_ptr + at_values, mask=have, other=0.0), dS, input_precision="ieee")
     dk_cols *= tl.exp2(whole[None, :] - G)
-    dg = sums(table(tables, BEFORE, W, C), k * dk_cols) + dwhole[None, :]
+    dg = sums(table(tables, BEFORE, C), k * dk_cols) + dwhole[None, :]
     decay = tl.exp2(G)
     dk_rows = -tl.dot(tl.load(dv_ptr + at_values, mask=have, other=0.0), S, input_precision="ieee") * decay
     dq = tl.dot(tl.load(do_ptr + at_values, mask=have, other=0.0), S, input_precision="ieee") * (decay * scale)
-    dg += sums(table(tables, FROM, W, C), q * dq + k * dk_rows)
+    dg += sums(table(tables, FROM, C), q * dq + k * dk_rows)
     dk = dk_rows + dk_cols
 
     dP_at = pairs_ptr + slot * C * C + rows[:, None] * C + rows[None, :]
     dM_at = dP_at + slots.to(tl.int64) * C * C
     level = 0
     while level < LEVELS:
-        X = sums(table(tables, FROM_MIDDLE + level, W, C), g)
+        X = sums(table(tables, FROM_MIDDLE + level, C), g)
         once = tl.max(tl.abs(X)) < SAFE_GRADIENT
         row_factor, col_factor = span_factors(X, once)
         kind = level + tl.where(once, LEVELS, 0)
-        pairs = table(tables, PAIRS + kind, W, C)
+        pairs = table(tables, PAIRS + kind, C)
         cols = (k * col_factor).to(W)
         new = tl.dot(tl.load(dP_at) * pairs, cols, input_precision="ieee") * row_factor
         dq += new
@@ -148,7 +148,7 @@ def finish_kernel(
         new *= col_factor
         dk += new
         across += tl.where(once, -k, k) * new
-        dg += sums(table(tables, ACROSS + kind, W, C), across)
+        dg += sums(table(tables, ACROSS + kind, C), across)
         level = tl.where(once, LEVELS, level + 1)
 
     diagonal = tl.load(of_rows + DIAGONAL * C)[:, None]

@@ -13,7 +13,7 @@ from .scan import combine_kernel, reverse_kernel, scan_kernel
 from .tiles import CHUNK, make_tables
 
 C = CHUNK.value
-COMBINE_BV = 16
+BV, COMBINE_BV = 64, 16  # value columns of a program of the scan, which four warps hold, and of combine
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,8 @@ class Plan:
 
     segment: int  # chunks of a segment
     split: bool  # whether a document has several segments
-    tile: int = 64  # value columns of a scan's program; four warps hold 64
     stages: int = 3  # loads in flight in the scan
-    prepare_channels: int = 64
-    finish_channels: int = 32
-    finish_warps: int = 4
+    channels: int = 64  # of a slice, in prepare and finish; Triton 3.6 computes slices of 32 and 16 wrong on Hopper
 
 
 class Prepared:
@@ -49,12 +46,12 @@ class Prepared:
         square = torch.empty(2 * self.slots * C, C, dtype=q.dtype, device=q.device)
         self.ends = torch.empty(self.slots, K, dtype=torch.float32, device=q.device)
         strong = torch.empty(self.slots, dtype=torch.int8, device=q.device)
-        tables = make_tables(q.device)
+        tables = make_tables(q.device, q.dtype)
         for only_strong in (False, True):
             prepare_kernel[(self.chunks, heads)](
                 tables, q, k, f, b, A_log, dt_bias, cu_seqlens, wide, square, self.ends, strong,
                 *self.sizes, self.slots, *self.gate,
-                K=K, BK=plan.prepare_channels, **self.bounded, STRONG=only_strong, **self.documents_are, num_warps=4,
+                K=K, BK=plan.channels, **self.bounded, STRONG=only_strong, **self.documents_are, num_warps=4,
             )  # fmt: skip
         self.wide = TensorDescriptor.from_tensor(wide, [C, K])
         self.square = TensorDescriptor.from_tensor(square, [C, C])
@@ -73,13 +70,12 @@ class Prepared:
             maps = torch.empty(units, self.heads, K, K, **numbers)
             local = torch.empty(units, self.heads, V, K, **numbers)
         for is_first in (True, False) if plan.split else (False,):
-            tile = min(plan.tile, V)
-            tiles = (K + V if is_first else V) // tile
+            tiles = (K + V if is_first else V) // BV
             scan_kernel[(self.heads * tiles, units)](
                 self.wide, self.square, self.ends, v, self.bounds, state, maps, local, out, final, states,
                 *self.sizes, self.slots, plan.segment,
-                **self.widths, BV=tile, MAPS=is_first, KEEP=keep and not is_first, SPLIT=plan.split,
-                HAS_STATE=state is not None, **self.documents_are, STAGES=plan.stages, num_warps=tile // 16,
+                **self.widths, BV=BV, MAPS=is_first, KEEP=keep and not is_first, SPLIT=plan.split,
+                HAS_STATE=state is not None, **self.documents_are, STAGES=plan.stages, num_warps=4,
             )  # fmt: skip
             if is_first:
                 combine_kernel[(self.heads * V // COMBINE_BV, self.documents)](
@@ -112,10 +108,9 @@ def backward(
     K, V = p.widths.values()
     dstates = torch.empty_like(states)
     dstate = torch.empty(p.documents, p.heads, K, V, dtype=torch.float32, device=v.device)
-    tile = min(plan.tile, V)
-    reverse_kernel[(p.heads * (V // tile), p.documents)](
+    reverse_kernel[(p.heads * (V // BV), p.documents)](
         p.wide, p.square, p.ends, do, cu_seqlens, dfinal, dv, dstate, dstates, *p.sizes, p.slots,
-        **p.widths, BV=tile, HAS_DFINAL=dfinal is not None, **p.documents_are, STAGES=plan.stages, num_warps=tile // 16,
+        **p.widths, BV=BV, HAS_DFINAL=dfinal is not None, **p.documents_are, STAGES=plan.stages, num_warps=4,
     )  # fmt: skip
     del p.wide, p.square, p.ends
     numbers = {"dtype": torch.float32, "device": v.device}
@@ -126,9 +121,9 @@ def backward(
         **p.widths, **p.documents_are, num_warps=4,
     )  # fmt: skip
     dA_log, ddt_bias = (torch.empty(p.chunks, p.heads, K, **numbers) for _ in range(2))
-    finish_kernel[(p.chunks, p.heads * (K // plan.finish_channels))](
-        make_tables(q.device), q, k, f, A_log, dt_bias, cu_seqlens, u, do, dv, states, dstates, pairs, rows,
+    finish_kernel[(p.chunks, p.heads * (K // plan.channels))](
+        make_tables(q.device, q.dtype), q, k, f, A_log, dt_bias, cu_seqlens, u, do, dv, states, dstates, pairs, rows,
         dq, dk, df, dA_log, ddt_bias, *p.sizes, p.slots, *p.gate,
-        **p.widths, BK=plan.finish_channels, **p.bounded, **p.documents_are, num_warps=plan.finish_warps,
+        **p.widths, BK=plan.channels, **p.bounded, **p.documents_are, num_warps=4,
     )  # fmt: skip
     return dA_log.sum((0, 2)), ddt_bias.sum(0).flatten(), dstate

@@ -8,7 +8,8 @@ import functools
 import torch
 from torch import Tensor
 
-from .launch import C, Plan, backward, forward
+from .launch import BV, C, Plan, backward, forward
+from .tiles import wants_gradients
 
 # token-heads of a part: what a part's intermediate results take, 1 KB and 2.5 KB a token-head, bounds the memory
 PART, PART_BACKWARD = 2**20, 2**18
@@ -24,7 +25,7 @@ def make_plan(documents: int, tokens: int, heads: int, V: int, count: int) -> Pl
 
     Splitting the sequence costs a pass more: it pays where less than half of the chip would work.
     """
-    chunks, tiles = -(-tokens // C), documents * heads * V // 64
+    chunks, tiles = -(-tokens // C), documents * heads * V // BV
     parts = max(1, min(count // tiles, chunks // 16)) if tiles * 2 <= count and chunks >= 64 else 1
     return Plan(max(1, -(-chunks // parts)), parts > 1)
 
@@ -153,7 +154,7 @@ def kda_triton(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, sc
     arguments = (q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale)
     if torch.compiler.is_compiling():
         return torch.ops.deltify.kda(*arguments)[:2]
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:8]):
+    if wants_gradients(*arguments[:8]):
         return _Kda.apply(*arguments)
     o, states = run_forward(*arguments, keep=False)
     return o, states[-1]

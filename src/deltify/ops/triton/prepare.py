@@ -99,7 +99,7 @@ def prepare_kernel(
         g = tl.maximum(log2_decay(f, bias[None, :], rate, lower_bound, BOUNDED), -200.0)
         g = tl.where(have, g, 0.0)
         whole = tl.sum(g, 0)
-        G = sums(table(tables, THROUGH, W, C), g)
+        G = sums(table(tables, THROUGH, C), g)
         k = tl.load(k_ptr + at, mask=have, other=0.0).to(tl.float32) * k_norm[:, None]
         decay = tl.exp2(G)
         decayed_k = (k * decay).to(W)
@@ -111,10 +111,10 @@ def prepare_kernel(
             # half <= i ^ j < 2 half says that i is in the right half and j in the left half of the same span
             level = 0
             while level < LEVELS:
-                X = sums(table(tables, FROM_MIDDLE + level, W, C), g)
+                X = sums(table(tables, FROM_MIDDLE + level, C), g)
                 once = tl.max(tl.abs(X)) < SAFE
                 row_factor, col_factor = span_factors(X, once)
-                pairs = table(tables, PAIRS + level + tl.where(once, LEVELS, 0), W, C) > 0.5
+                pairs = table(tables, PAIRS + level + tl.where(once, LEVELS, 0), C) > 0.5
                 cols = tl.trans((k * col_factor).to(W))
                 P += tl.where(pairs, tl.dot((q * row_factor).to(W), cols, input_precision="ieee"), 0.0)
                 M += tl.where(pairs, tl.dot((k * row_factor).to(W), cols, input_precision="ieee"), 0.0)

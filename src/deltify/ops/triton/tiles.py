@@ -80,13 +80,9 @@ def log2_decay(f, bias, rate, lower_bound, BOUNDED: tl.constexpr):
 
 
 @triton.jit
-def table(tables, n, W: tl.constexpr, C: tl.constexpr):
-    """Matrix number n of `make_tables`. Loaded, not computed: 64 x 64 comparisons cost more than 16 KB from a cache.
-
-    Stored in float32 although W would do: Triton 3.6 feeds a product straight from what it loaded, and goes astray with
-    slices of 32 columns then (illegal memory access).
-    """
-    return tl.load(tables + n * C * C + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]).to(W)
+def table(tables, n, C: tl.constexpr):
+    """Matrix number n of `make_tables`. Loaded, not computed: 64 x 64 comparisons cost more than 8 KB from a cache."""
+    return tl.load(tables + n * C * C + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :])
 
 
 @triton.jit
@@ -108,6 +104,13 @@ def span_factors(X, once):
     return tl.exp2(tl.where(once, X, shrunk)), tl.exp2(tl.where(once, -X, shrunk))
 
 
+@triton.jit
+def sigmoid(x):
+    # rsqrt is one instruction where a division is many
+    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
+    return root * root
+
+
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 LEVELS = tl.constexpr(6)  # spans of 64, 32 ... 2 tokens
@@ -117,7 +120,7 @@ THROUGH, BEFORE, FROM, FROM_MIDDLE, ACROSS, PAIRS = (tl.constexpr(n) for n in (0
 
 
 @functools.cache
-def make_tables(device: torch.device) -> torch.Tensor:
+def make_tables(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The matrices [33, C, C] of -1, 0 and 1 that the kernels sum with and choose by; i is the row, j the column.
 
     FROM_MIDDLE: sums to the log-decay between a token and the middle of its span. ACROSS: sums, for each gate, what
@@ -135,4 +138,8 @@ def make_tables(device: torch.device) -> torch.Tensor:
         pairs.append(same_span & ~same_half & (j < i))
         pairs_once.append(same_span & (j < i))
     all_of_them = [j <= i, j < i, j >= i, *signs, *across, *across_once, *pairs, *pairs_once]
-    return torch.stack([x.float() for x in all_of_them]).to(device)
+    return torch.stack([x.float() for x in all_of_them]).to(device, dtype)
+
+
+def wants_gradients(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
