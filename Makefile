@@ -5,7 +5,7 @@ RUN := runs/smollm2-135m-demo
 MEASURES := --needles niah_single_1 --lengths 512,1024 --needle-samples 4 --books python-docs --book-tokens 1024 \
 	--book-count 2 --contexts 256,1024
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -32,6 +32,10 @@ lint: .venv/developing
 # one thread: the models are tiny, and idle threads that spin would take the processors from others
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# a tiny run killed at 20 random moments and resumed, bit for bit; two minutes
+soak: .venv/developing
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
 clean:
 	rm -rf .venv runs

@@ -1,11 +1,11 @@
 """Runs: every recipe in small, resuming after a kill, and what goes wrong."""
 
 import json
+import os
+import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from soak import soak
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +25,7 @@ from deltify.config import STAGES, DataSpec, Recipe, RunSpec, Stage, StudentSpec
 from deltify.data import Batch, TokenFile
 from deltify.distill import align_step, hidden_states, match_step, next_tokens
 from deltify.evaluate import count_models
+from deltify.stopping import Stopped
 from deltify.teacher import random_teacher
 
 DISTILL = import_module("deltify.distill")
@@ -49,6 +51,14 @@ def tiny_recipe(folder: Path, **changes) -> Recipe:
 def whole(tmp_path_factory) -> Path:
     """The tiny recipe's run, unbroken."""
     return distill(tiny_recipe(tmp_path_factory.mktemp("whole")))
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> Path:
+    """The tiny recipe's run, which died in the sixth step of align: it has checkpoints of steps 2 and 4."""
+    recipe = tiny_recipe(tmp_path_factory.mktemp("broken"))
+    die_in_step(recipe, 5)
+    return recipe.folder
 
 
 def assert_same_weights(run: Path, other: Path, *stages: str) -> None:
@@ -98,31 +108,120 @@ def test_training_lowers_the_loss_of_each_stage(tmp_path):
         assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), stage
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path, whole):
+def test_a_run_killed_at_random_moments_resumes_to_the_same_bits(tmp_path):
+    assert len(list(soak(tmp_path, 3, seed=80))) == 3  # two of them while a folder is written; `make soak` does 20
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_after_the_step_and_ends_the_run(number, code, tmp_path, monkeypatch, capsys, whole):
     recipe = tiny_recipe(tmp_path)
     write_recipe(recipe, tmp_path / "recipe.yaml")
-    command = [sys.executable, "-m", "deltify.cli", "distill", str(tmp_path / "recipe.yaml")]
-    for stage, steps in (("align", 3), ("match", 5)):
-        resume = ["--resume"] if stage == "match" else []
-        process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for_step(process, tmp_path / "tiny" / "metrics.jsonl", stage, steps)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (tmp_path / "tiny" / stage / "config.json").exists()
+    monkeypatch.setattr(DISTILL, "align_step", signalled(2, number))  # in the third step
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    assert main(["distill", str(tmp_path / "recipe.yaml")]) == code
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    assert f"stopped by {number.name}: saved {recipe.folder}/checkpoints/align-0000003; --resume goes on" in (
+        capsys.readouterr().err
+    )
+    assert [record["step"] for record in records(recipe.folder)] == [0, 1, 2, 3]
+    monkeypatch.undo()
+    assert_same_weights(distill(recipe, resume=True), whole, "align", "match")
+    assert [record["step"] for record in records(recipe.folder)] == [0, *range(1, 9), *range(1, 9)]
+    assert "going on from step 3" in capsys.readouterr().out
+
+
+def signalled(calls: int, *numbers: signal.Signals):
+    """`align_step`, which sends this process signals after so many calls."""
+    done = []
+
+    def step(*args):
+        done.append(1)
+        if len(done) == calls + 1:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return align_step(*args)
+
+    return step
+
+
+def test_a_second_ctrl_c_does_not_wait_and_a_second_sigterm_does(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path)
+    monkeypatch.setattr(DISTILL, "align_step", signalled(2, signal.SIGTERM, signal.SIGTERM))
+    with pytest.raises(Stopped, match="SIGTERM: saved"):
+        distill(recipe)
+    monkeypatch.setattr(DISTILL, "align_step", signalled(1, signal.SIGINT, signal.SIGINT))
+    with pytest.raises(Stopped, match="SIGINT: what was saved can be taken up"):
+        distill(recipe, resume=True)
+    assert checkpoint.checkpoints(recipe.folder, "align")[-1].name == "align-0000004"
+
+
+def test_a_signal_outside_the_steps_ends_the_run_at_once(tmp_path, monkeypatch):
+    def load(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(DISTILL, "open_teacher", load)
+    with pytest.raises(Stopped, match="stopped by SIGTERM") as stopped:
+        distill(tiny_recipe(tmp_path))
+    assert stopped.value.exit_code == 143
+
+
+def test_a_gpu_out_of_memory_names_the_settings_to_change(tmp_path, monkeypatch, capsys, whole):
+    recipe = tiny_recipe(tmp_path)
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+
+    def too_large(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(DISTILL, "match_step", too_large)
+    assert main(["distill", str(tmp_path / "recipe.yaml")]) == 1
+    said = capsys.readouterr().err
+    assert "match does not fit in the GPU's memory: micro_batch=0 (2 rows at a time), length=32, checkpoint" in said
+    advice = ["--resume --match.micro_batch 1", "--resume --match.checkpoint_layers true", "--match.length 16"]
+    assert all(way in said for way in advice) and "(CUDA out of memory. Tried to allocate 2.00 GiB.)" in said
+    monkeypatch.undo()
+    # the advice works, and what it changes is memory alone
+    options = ["--resume", "--match.micro_batch", "1", "--match.checkpoint_layers", "true"]
+    assert main(["distill", str(tmp_path / "recipe.yaml"), *options]) == 0
+    got, want = (load_file(run / "match" / "model.safetensors") for run in (recipe.folder, whole))
+    assert all(torch.allclose(got[name], want[name], atol=1e-5) for name in want)
+
+
+def test_out_of_memory_where_nothing_is_left_to_lower_but_the_length():
+    stage = Stage(length=4096, batch=8, micro_batch=1, checkpoint_layers=True)
+    with pytest.raises(MemoryError) as error, DISTILL.naming_memory("extend", stage):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert "go on with --extend.length 2048 and another --name" in str(error.value)
+    fewer = pytest.raises(MemoryError, match=r"--align.micro_batch 2, or with --align\.length")
+    with fewer, DISTILL.naming_memory("align", replace(stage, micro_batch=4)):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_tokens_that_changed_since_the_start_are_refused(tmp_path, whole):
+    recipe, text = tiny_recipe(tmp_path), tmp_path / "text.txt"
+    text.write_text("A short text. " * 200)
+    recipe = replace(recipe, data=replace(recipe.data, train={str(text): 1.0}, heldout="python-docs"))
+    distill(recipe, max_minutes=0)
+    text.write_text("Another text. " * 200)
+    with pytest.raises(ValueError, match="changed since it was tokenized"):
+        distill(recipe, resume=True)
+    shutil.rmtree(tmp_path / "data")  # made anew, the tokens are others
+    with pytest.raises(ValueError, match=r"the tokens of .*text\.txt are not those that .*tiny began with"):
+        distill(recipe, resume=True)
+    (tokens,) = (tmp_path / "data").rglob("*-all*/tokens.bin")
+    flip(tokens, 100)
+    with pytest.raises(ValueError, match=r"is damaged: its checksum is not the one that was written; delete it"):
+        distill(recipe, resume=True)
+    shutil.rmtree(tmp_path / "data")
+    text.write_text("A short text. " * 200)
     distill(recipe, resume=True)
-    assert_same_weights(tmp_path / "tiny", whole, "align", "match")
-    steps = [record["step"] for record in records(tmp_path / "tiny")]
-    assert steps == [0, *range(1, 9), *range(1, 9)]
 
 
-def wait_for_step(process, metrics: Path, stage: str, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if metrics.is_file() and f'"stage": "{stage}", "step": {step},' in metrics.read_text():
-            return
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
-    raise AssertionError(f"{stage} never came to step {step}")
+def flip(path: Path, place: int) -> None:
+    """Changes one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
 
 
 def test_stopped_by_the_clock_goes_on_later(tmp_path, whole):
@@ -197,15 +296,28 @@ def truncate(folder: Path) -> None:
         path.write_bytes(path.read_bytes()[:1000])
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, whole):
-    recipe = tiny_recipe(tmp_path)
-    die_in_step(recipe, 5)
-    truncate(recipe.folder / "checkpoints" / "align-0000004")
-    run = distill(recipe, resume=True)
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (truncate, r"__0_0\.distcp has 1,000 bytes of"),
+        (lambda folder: flip(folder / "__0_0.distcp", -500), "the checksum of __0_0.distcp is not the one"),
+        (lambda folder: flip(folder / "progress.json", 30), "the checksum of progress.json is not the one"),
+        (lambda folder: (folder / ".metadata").unlink(), r"\.metadata has 0 bytes of"),
+        (lambda folder: (folder / "manifest.json").unlink(), "it has no manifest.json, which is written last"),
+        (lambda folder: (folder / "manifest.json").write_text('{"progr'), "align-0000004 cannot be read"),
+    ],
+    ids=["cut", "bit", "progress", "gone", "no-manifest", "half-manifest"],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, reason, tmp_path, broken, capsys, whole):
+    recipe = replace(tiny_recipe(tmp_path), data=tiny_recipe(broken.parent).data)
+    shutil.copytree(broken, recipe.folder)
+    damage(recipe.folder / "checkpoints" / "align-0000004")
+    run = distill(recipe, resume=True, max_minutes=None if damage is truncate else 0)
     said = capsys.readouterr().out
-    assert "align-0000004 cannot be read" in said and "going on from step 2" in said
-    assert_same_weights(run, whole, "align", "match")
-    assert (run / "checkpoints" / "align-0000004.damaged").is_dir()
+    assert "align-0000004 cannot be read" in said and re.search(reason, said) and "going on from step 2" in said
+    assert "trying the one before" in said and (run / "checkpoints" / "align-0000004.damaged").is_dir()
+    if damage is truncate:
+        assert_same_weights(run, whole, "align", "match")
 
 
 def test_damaged_checkpoints_alone_are_named(tmp_path, whole):

@@ -1,4 +1,7 @@
-"""What a run leaves on disk: resume state, and Hugging Face folders. Everything appears whole or not at all."""
+"""What a run leaves on disk: resume state, and Hugging Face folders. Everything appears whole or not at all.
+
+A checkpoint ends with manifest.json, the size and checksum of each of its files; one that does not match is not used.
+"""
 
 import json
 import shutil
@@ -14,6 +17,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .files import check_manifest, publish, write_manifest, write_text
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -25,22 +30,6 @@ class Progress:
     seconds: float
     best_kl: float | None = None  # lowest held-out KL so far, and the step it was seen at
     best_step: int | None = None
-
-
-def publish(unfinished: Path, folder: Path) -> None:
-    """Moves a finished folder to its place; an older one there goes away, and is never seen half-removed."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    unfinished.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -64,7 +53,8 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, progre
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that no process group is set up, which is so on purpose
             dcp.save({"model": weights, "optimizer": optimizer_state}, checkpoint_id=unfinished)
-        (unfinished / "progress.json").write_text(json.dumps(asdict(progress)))
+        write_text(unfinished / "progress.json", json.dumps(asdict(progress)))
+        write_manifest(unfinished)
         publish(unfinished, folder)
     except (Exception, CheckpointException) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -81,10 +71,11 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> Pro
     """Puts a checkpoint's weights and optimizer state into `model` and `optimizer`.
 
     Raises:
-        ValueError: if the checkpoint is damaged; `model` may then hold a part of it.
+        ValueError: if the checkpoint is damaged; says which file.
     """
     weights, optimizer_state = get_state_dict(model, optimizer)
     try:
+        check_manifest(folder)
         progress = Progress(**json.loads((folder / "progress.json").read_text()))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -167,7 +158,7 @@ def save_model(
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         if stopped_at is not None:
-            (unfinished / "unfinished.json").write_text(json.dumps(asdict(stopped_at)))
+            write_text(unfinished / "unfinished.json", json.dumps(asdict(stopped_at)))
         publish(unfinished, folder)
     except Exception as error:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from .stopping import Stopped
+
 DESCRIPTION = """\
 Turn a pretrained transformer into a Kimi Delta Attention (KDA) language model by distillation.
 
@@ -32,9 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
     disable_progress_bar()
     try:
         COMMANDS[options.command](options, extra)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"deltify: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"deltify: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("deltify: stopped; what was saved can be taken up with --resume", file=sys.stderr)
         return 130

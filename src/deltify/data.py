@@ -1,7 +1,7 @@
 """Text to packed token files, and from them batches that are a pure function of the step.
 
 A token file is a folder: `tokens.bin` (uint16 or uint32, the documents one after the other), `bounds.npy` ([documents
-+ 1] int64) and `meta.json` (what it was made from). Resuming a run needs nothing but the step number.
++ 1] int64) and `meta.json` (what it was made from, and checksums). Resuming a run needs nothing but the step number.
 
 Legend: B batch, T tokens of a row.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .config import DataSpec
+from .files import digest
 from .text import PYTHON_DOCS, documents, held_out, text_files
 
 HELDOUT_TOKENS = 2**16  # held out of a source even if fewer are asked for, so that most recipes share its token files
@@ -36,6 +37,7 @@ class TokenFile:
 
     tokens: np.ndarray  # [total] uint16 or uint32
     bounds: np.ndarray  # [documents + 1] int64
+    digest: str = ""  # differs when the tokens or bounds do
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -79,7 +81,7 @@ class TokenWriter:
         self.out.close()
         np.save(self.folder / "bounds.npy", np.asarray(self.bounds, np.int64))
         meta = {"tokenizer": tokenizer_fingerprint(self.tokenizer), "dtype": self.dtype.name}
-        meta |= {"documents": len(self.bounds) - 1, "tokens": len(self)} | about
+        meta |= {"documents": len(self.bounds) - 1, "tokens": len(self), "digest": digest_of(self.folder)} | about
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
@@ -201,7 +203,15 @@ def open_tokens(folder: Path) -> TokenFile:
     bounds = np.load(folder / "bounds.npy")
     if len(tokens) != bounds[-1] or len(tokens) != meta["tokens"]:
         raise ValueError(f"{folder} is damaged: {len(tokens)} tokens on disk, {meta['tokens']} recorded; delete it")
-    return TokenFile(tokens, bounds)
+    found = digest_of(folder)
+    if meta.get("digest", found) != found:  # folders that deltify 0.1 made have none
+        raise ValueError(f"{folder} is damaged: its checksum is not the one that was written; delete it")
+    return TokenFile(tokens, bounds, found)
+
+
+def digest_of(folder: Path) -> str:
+    """A checksum of a token file's tokens and bounds."""
+    return digest(folder / "tokens.bin")[:32] + digest(folder / "bounds.npy")[:32]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

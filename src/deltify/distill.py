@@ -12,7 +12,8 @@ Legend: B batch, T tokens, N = B * T, D model width.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,8 @@ from .losses import linear_kl, mixer_loss
 from .metrics import Metrics, console, progress_bar, tracker_module
 from .model import DeltifyForCausalLM
 from .model.modeling import find_packing
-from .runs import check_run, pick_device, pick_precision, write_run
+from .runs import check_data, check_run, pick_device, pick_precision, write_run
+from .stopping import Stopped, Stopper
 from .teacher import Teacher, load_teacher, random_teacher
 from .training import make_optimizer, set_learning_rates, trained
 
@@ -52,6 +54,8 @@ def distill(
         FileExistsError: if the folder holds a run and `resume` was not asked for.
         ValueError: if a value of the recipe does not fit, or the run there was made from another recipe; names it.
         FloatingPointError: if the loss or a gradient is not finite; says at which step.
+        MemoryError: if the GPU's memory is too small; names the settings to change.
+        Stopped: at SIGTERM or Ctrl-C, a KeyboardInterrupt. Between two steps a checkpoint is saved first.
     """
     started = time.monotonic()
     deadline = math.inf if max_minutes is None else started + 60 * max_minutes
@@ -65,6 +69,16 @@ def distill(
     console.print(f"[bold]{recipe.name}[/]: {recipe.teacher.model} on {device}, {precision}")
     for line in changes:
         say(line)
+    with Stopper() as stopper:
+        run_stages(recipe, device, precision, stages, deadline, stopper)
+    console.print(f"models, metrics and checkpoints are in {recipe.folder}")
+    return recipe.folder
+
+
+def run_stages(
+    recipe: Recipe, device: torch.device, precision: str, stages: tuple[str, ...], deadline: float, stopper: Stopper
+) -> None:
+    """Opens teacher and text, and makes every model of the run that is not there yet, each from the one before."""
     teacher = open_teacher(recipe, device, torch.bfloat16 if precision == "bf16" else torch.float32)
     train, heldout = open_data(
         recipe.data, recipe.teacher.model, teacher.tokenizer, recipe.run.heldout_tokens, recipe.run.heldout_length
@@ -73,7 +87,9 @@ def distill(
     mixes = {name: stage_mix(recipe, name, train) for name in stages if recipe.stage(name).tokens}
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")  # noqa: E731
 
-    write_run(recipe, device, precision)
+    data = data_digests(recipe, train, heldout)
+    check_data(recipe, data)
+    write_run(recipe, device, precision, data)
     student = None
     with Metrics(recipe) as metrics:
         for name in ("converted", *mixes):
@@ -91,15 +107,20 @@ def distill(
                 console.print(f"converted: held-out KL {judged['heldout_kl']:.3f}, before any training")
                 continue
             loop = Loop(name, recipe, teacher, student, mixes[name], heldout_rows, autocast, deadline, metrics)
-            loop.run()
+            with stopper.held():
+                loop.run(stopper)
             student.eval()
             stopped_at = loop.progress if loop.stopped_early else None
             checkpoint.save_model(folder, student, teacher.tokenizer, stopped_at=stopped_at)
             if stopped_at is not None:
                 console.print(f"{name}: stopped by --max-minutes after {stopped_at.tokens:,} tokens; --resume goes on")
                 break
-    console.print(f"models, metrics and checkpoints are in {recipe.folder}")
-    return recipe.folder
+
+
+def data_digests(recipe: Recipe, train: list[TokenFile], heldout: list[TokenFile]) -> dict[str, str]:
+    """A checksum of the tokens of every training source, and of those held out."""
+    digests = {source: file.digest for source, file in zip(recipe.data.train, train)}
+    return digests | {f"held-out text {number}": file.digest for number, file in enumerate(heldout, 1)}
 
 
 def say(line: str) -> None:
@@ -162,8 +183,12 @@ class Loop:
         if self.stage.checkpoint_layers and name != "align":
             student.gradient_checkpointing_enable()
 
-    def run(self) -> None:
-        """Trains; leaves the student with the last step's weights."""
+    def run(self, stopper: Stopper) -> None:
+        """Trains; leaves the student with the last step's weights. A signal ends it after the step, with a checkpoint.
+
+        Raises:
+            Stopped: if `stopper` was told to.
+        """
         run, stage = self.recipe.run, self.stage
         saved = checkpoint.load_last(self.recipe.folder, self.name, self.student, self.optimizer, say)
         if saved is not None:
@@ -176,11 +201,12 @@ class Loop:
         with progress_bar(self.name, stage.steps) as show:
             for step in range(self.progress.step, stage.steps):
                 set_learning_rates(self.optimizer, stage, step)
-                losses = self.accumulate(self.mix.batch(step).to(device))
-                norm = nn.utils.clip_grad_norm_(trained(self.optimizer), stage.clip)
-                self.check_finite(step, losses, norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
+                with naming_memory(self.name, stage):
+                    losses = self.accumulate(self.mix.batch(step).to(device))
+                    norm = nn.utils.clip_grad_norm_(trained(self.optimizer), stage.clip)
+                    self.check_finite(step, losses, norm)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad(set_to_none=True)
 
                 now = time.monotonic()
                 tokens = self.progress.tokens + stage.batch * stage.length
@@ -201,9 +227,12 @@ class Loop:
                 due = now - last_save > 60 * run.checkpoint_minutes
                 due = due or (run.checkpoint_steps and (step + 1) % run.checkpoint_steps == 0)
                 due = due or self.progress.best_step == step + 1  # the best weights stay, whatever comes after
-                if (due and not last_step) or self.stopped_early:
+                if (due and not last_step) or self.stopped_early or stopper.signal:
                     self.save()
                     last_save = last_clock = time.monotonic()
+                if stopper.signal:
+                    saved = checkpoint.checkpoint_folder(self.recipe.folder, self.progress)
+                    raise Stopped(stopper.signal, f"saved {saved}; --resume goes on")
                 if self.stopped_early:
                     return
 
@@ -245,6 +274,31 @@ class Loop:
             checkpoint.checkpoint_folder(folder, self.progress), self.student, self.optimizer, self.progress
         )
         checkpoint.prune(folder, self.name, self.recipe.run.keep, self.progress.best_step)
+
+
+@contextmanager
+def naming_memory(name: str, stage: Stage) -> Iterator[None]:
+    """Turns a GPU's lack of memory into an error that says which of the stage's settings to change.
+
+    Raises:
+        MemoryError: in place of torch.OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        rows = stage.micro_batch or stage.batch
+        ways = []
+        if rows > 1:
+            fewer = max(count for count in range(1, rows) if stage.batch % count == 0)
+            ways.append(f"--resume --{name}.micro_batch {fewer}")
+        if name != "align" and not stage.checkpoint_layers:
+            ways.append(f"--resume --{name}.checkpoint_layers true")
+        ways.append(f"--{name}.length {stage.length // 2} and another --name")
+        raise MemoryError(
+            f"{name} does not fit in the GPU's memory: micro_batch={stage.micro_batch} ({rows} rows at a time), "
+            f"length={stage.length}, checkpoint_layers={stage.checkpoint_layers}; go on with "
+            f"{', or with '.join(ways)} ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def align_step(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, stage: Stage, scale: float):

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import Progress as ProgressBar
 from rich.progress import TextColumn, TimeRemainingColumn
 
-from .checkpoint import write_text
 from .config import STAGES, Recipe
+from .files import write_text
 
 TRACKERS = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
 console = Console()

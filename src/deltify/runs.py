@@ -2,13 +2,15 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
-from .checkpoint import write_text
 from .config import STAGES, Recipe, read_recipe, write_recipe
+from .files import write_text
 
 RATES = ("lr_mixers", "lr_rest", "lr_end", "warmup", "clip")
+MEMORY = ("micro_batch", "checkpoint_layers")  # the same training, but for rounding; align scales by micro-batch
 
 
 def check_run(recipe: Recipe, resume: bool, device: torch.device, precision: str) -> list[str]:
@@ -21,8 +23,7 @@ def check_run(recipe: Recipe, resume: bool, device: torch.device, precision: str
         ValueError: if the run there was made from another recipe; names the fields that differ.
     """
     folder = recipe.folder
-    made = [*folder.glob("*/config.json"), *folder.glob("checkpoints/*/progress.json")]
-    if not (folder / "recipe.yaml").is_file() or not made:
+    if not holds_run(folder):
         return []
     if not resume:
         raise FileExistsError(f"{folder} holds a run already; add --resume to go on with it, or --name for another one")
@@ -31,12 +32,12 @@ def check_run(recipe: Recipe, resume: bool, device: torch.device, precision: str
     if refused := [key for key in changed if not may_change(key, old.get(key), new[key])]:
         changes = ", ".join(f"{key}: {old.get(key)!r} then, {new[key]!r} now" for key in refused)
         raise ValueError(
-            f"{folder} was made from another recipe ({changes}); use another --name. Only a stage's {', '.join(RATES)} "
-            "may change on the way, lr_rest not to or from 0"
+            f"{folder} was made from another recipe ({changes}); use another --name. Only a stage's "
+            f"{', '.join(RATES + MEMORY)} may change on the way, lr_rest not to or from 0"
         )
     lines = [f"{key}: {old[key]!r} until now, {new[key]!r} from here on" for key in changed]
     now = machine(device, precision)
-    then = json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else now
+    then = {name: read_run(folder).get(name, value) for name, value in now.items()}
     if then != now:
         described = [f"{how['device']} in {how['precision']}" for how in (then, now)]
         lines.append(
@@ -49,15 +50,35 @@ def check_run(recipe: Recipe, resume: bool, device: torch.device, precision: str
 def may_change(key: str, old: object, new: object) -> bool:
     """Whether a run may go on with this field changed."""
     stage, _, field = key.partition(".")
-    if stage not in STAGES or field not in RATES:
+    if stage not in STAGES or field not in RATES + MEMORY:
         return False
     return field != "lr_rest" or bool(old) == bool(new)  # 0 freezes: the checkpoint's optimizer has other tensors
 
 
-def write_run(recipe: Recipe, device: torch.device, precision: str) -> None:
-    """Makes the run's folder, with what it is made from and on."""
+def holds_run(folder: Path) -> bool:
+    made = [*folder.glob("*/config.json"), *folder.glob("checkpoints/*/progress.json")]
+    return (folder / "recipe.yaml").is_file() and bool(made)
+
+
+def check_data(recipe: Recipe, data: dict[str, str]) -> None:
+    """Raises ValueError if the tokens, of which `data` has the checksums, are not those that the run began with."""
+    then = read_run(recipe.folder).get("data", data) if holds_run(recipe.folder) else data
+    if changed := [name for name in data if then.get(name) != data[name]]:
+        raise ValueError(
+            f"the tokens of {', '.join(changed)} are not those that {recipe.folder} began with; bring the text, "
+            f"{recipe.data.folder} and run.heldout_tokens back as they were, or use another --name"
+        )
+
+
+def read_run(folder: Path) -> dict:
+    """What run.json says; nothing if there is none."""
+    return json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {}
+
+
+def write_run(recipe: Recipe, device: torch.device, precision: str, data: dict[str, str]) -> None:
+    """Makes the run's folder, with what it is made from and on; `data` has a checksum of each source's tokens."""
     recipe.folder.mkdir(parents=True, exist_ok=True)
-    write_text(recipe.folder / "run.json", json.dumps(machine(device, precision)))
+    write_text(recipe.folder / "run.json", json.dumps(machine(device, precision) | {"data": data}))
     write_recipe(recipe, recipe.folder / "recipe.yaml")
 
 

@@ -1,0 +1,75 @@
+"""Files and folders that appear whole or not at all, and checksums that tell whether they still are."""
+
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+PIECE_BYTES = 2**26
+
+
+def publish(unfinished: Path, folder: Path) -> None:
+    """Moves a finished folder to its place; an older one there goes away, and is never seen half-removed.
+
+    Its bytes are on the disk before its name is: a machine that loses power must not keep the name alone.
+    """
+    for path in [*unfinished.rglob("*"), unfinished]:
+        sync(path)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    unfinished.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def digest(path: Path) -> str:
+    """A checksum of a file's every byte: the SHA-256 of the SHA-256s of its pieces, which are taken side by side."""
+
+    def of_piece(start: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(PIECE_BYTES)).digest()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        pieces = pool.map(of_piece, range(0, path.stat().st_size, PIECE_BYTES))
+        return hashlib.sha256(b"".join(pieces)).hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes manifest.json: of every file in `folder`, its size and checksum."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    table = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "digest": digest(p)} for p in files}
+    write_text(folder / MANIFEST, json.dumps(table, indent=1))
+
+
+def check_manifest(folder: Path) -> None:
+    """Raises ValueError if a file of `folder` is not what manifest.json says, and names it; or if there is none."""
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"it has no {MANIFEST}, which is written last")
+    for name, entry in json.loads((folder / MANIFEST).read_text()).items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else 0
+        if size != entry["bytes"]:
+            raise ValueError(f"{name} has {size:,} bytes of {entry['bytes']:,}")
+        if digest(path) != entry["digest"]:
+            raise ValueError(f"the checksum of {name} is not the one that was written")
+
+
+def write_text(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
