@@ -3,6 +3,8 @@
 Legend: B batch, T tokens, D model width, H heads, K head width (keys and values), N documents.
 """
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -29,6 +31,8 @@ from .mixers import (
 )
 from .sliding import SinkLayer, Slots, find_slots, rotary_positions
 
+# what create_causal_mask calls a cache: since transformers 5.24 as the others do
+MASK_CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 MIXERS = {
     "linear_attention": DeltifyKDA,
     "full_attention": DeltifyAttention,
@@ -51,6 +55,11 @@ class DeltifyCache(DynamicCache):
         for i, kind in enumerate(config.layer_types or ()):
             if kind == "sliding_attention":
                 self.layers[i] = SinkLayer(config.sliding_window, config.sink_tokens)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of no layer: since 5.24, generate does not leave out what a cache of linear layers alone has seen."""
+        return [False] * len(self.layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         if self.layers and all(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
@@ -171,12 +180,15 @@ class DeltifyModel(DeltifyPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Last hidden states [B, T, D], normalised, and the cache.
 
-        `position_ids` [B, T] that restart mark packed documents, which do not see each other in any layer.
+        `position_ids` [B, T] that restart mark packed documents, which do not see each other in any layer. `cache` is
+        what transformers 5.24 and later call `past_key_values`.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -211,8 +223,8 @@ class DeltifyModel(DeltifyPreTrainedModel):
                 config=self.config,
                 inputs_embeds=x,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{MASK_CACHE: past_key_values},
             )
             if self.rotary_emb is not None:
                 position_embeddings = self.rotary_emb(x, position_ids=position_ids)
@@ -270,6 +282,7 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocabulary] (of the last `logits_to_keep` tokens, if not 0) and, with labels, the loss.
@@ -277,6 +290,7 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, GenerationMixin):
         With `logits_to_keep=1`, as generation asks for, they are of each row's last token, on whichever side the
         padding is.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         plain = labels is None and not (kwargs.get("output_hidden_states") or kwargs.get("output_attentions"))
         if plain and (logits := captured_logits(self, input_ids, past_key_values)) is not None:
             return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
@@ -310,8 +324,9 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, GenerationMixin):
         if (kind := generation_config.cache_implementation) not in (None, "dynamic"):
             raise ValueError(f"cache_implementation={kind!r} cannot hold KDA and sliding layers; leave it out")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        if type(model_kwargs.get("past_key_values")) is DynamicCache:
-            model_kwargs["past_key_values"] = DeltifyCache(config=self.config)
+        for name in ("past_key_values", "cache"):  # as versions before 5.24 call it, and since
+            if type(model_kwargs.get(name)) is DynamicCache:
+                model_kwargs[name] = DeltifyCache(config=self.config)
 
 
 def last_of_rows(hidden_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:
