@@ -184,7 +184,9 @@ def test_a_gpu_out_of_memory_names_the_settings_to_change(tmp_path, monkeypatch,
     options = ["--resume", "--match.micro_batch", "1", "--match.checkpoint_layers", "true"]
     assert main(["distill", str(tmp_path / "recipe.yaml"), *options]) == 0
     got, want = (load_file(run / "match" / "model.safetensors") for run in (recipe.folder, whole))
-    assert all(torch.allclose(got[name], want[name], atol=1e-5) for name in want)
+    # as a whole: Adam turns the rounding of a gradient near zero, which differs between CPUs, into a step of any size
+    for name in want:
+        assert (got[name] - want[name]).norm() <= 1e-3 * want[name].norm(), name
 
 
 def test_out_of_memory_where_nothing_is_left_to_lower_but_the_length():

@@ -79,8 +79,9 @@ def test_widths_up_to_256(width):
 @pytest.mark.parametrize("gates", ["random", "zero", "mixed", "collinear"])
 @pytest.mark.parametrize("T", [65, 1000])
 def test_float32_is_as_good_as_the_float32_token_loop(T, gates):
-    exact_inputs = make_inputs(1, T, 2, 32, 32, torch.float64, gates)
-    state = torch.randn(1, 2, 32, 32, dtype=torch.float64)
+    H = 8  # dA_log is one number a head: of two, the loop's error may be small by chance
+    exact_inputs = make_inputs(1, T, H, 32, 32, torch.float64, gates)
+    state = torch.randn(1, H, 32, 32, dtype=torch.float64)
     exact_inputs = [x.float().double() for x in exact_inputs]
     inputs = [x.float() for x in exact_inputs]
     want = run(exact_inputs, state.float().double(), "reference")

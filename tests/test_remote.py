@@ -31,6 +31,7 @@ def run_elsewhere(tmp_path, folder, block: str) -> tuple[str, tuple]:
     out = str(tmp_path / "out.pt")
     script = SCRIPT.format(folder=str(folder), out=out, block=block)
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "", "HOME": str(tmp_path)}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # of which the last bits of a product depend
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip(), torch.load(out)
