@@ -53,12 +53,12 @@ def failure(device: int) -> str | None:
 
 
 @torch.enable_grad()
-def largest_error(place: str, dtype: torch.dtype) -> float:
+def largest_error(place: str, dtype: torch.dtype, tokens: int = 300) -> float:
     """RMS of the difference over RMS of the reference, the largest of outputs and states of all kernels."""
     generator, pairs = torch.Generator().manual_seed(0), []
     draw = functools.partial(torch.randn, generator=generator)
     for width in WIDTHS:
-        raw = [draw(1, 300, 2, width) for _ in range(4)] + [draw(1, 300, 2)]
+        raw = [draw(1, tokens, 2, width) for _ in range(4)] + [draw(1, tokens, 2)]
         gates = [torch.rand(2, generator=generator), draw(2 * width)]
         zeros = torch.zeros(1, 2, width, width, dtype=torch.float64)
         leaves = [x.double().requires_grad_() for x in raw + gates]
@@ -67,7 +67,7 @@ def largest_error(place: str, dtype: torch.dtype) -> float:
         for plan in (Plan(8, False), Plan(2, True)):
             o, call = torch.empty_like(inputs[2]), (*inputs, None, None, None, width**-0.5, plan)
             pairs += zip((o, forward(*call, o)), want)
-        do, out = draw(1, 300, 2, width), [torch.empty_like(x) for x in inputs[:5]]
+        do, out = draw(1, tokens, 2, width), [torch.empty_like(x) for x in inputs[:5]]
         rest = backward(*call, o, do.to(o), None, out)
         pairs += zip([*out, *rest], torch.autograd.grad(want[0], leaves, do.double()))
 
@@ -79,7 +79,7 @@ def largest_error(place: str, dtype: torch.dtype) -> float:
             arguments = (x.to(where), states[0], taps.to(where), *(t.to(where) for t in rest), states[1])
             results.append([step(*arguments, norm_eps=1e-5, lower_bound=None) for _ in range(4)] + states)
         pairs += zip(results[1], results[0])
-        x, past, gate = draw(1, 300, 3 * width), draw(1, 3 * width, 3), draw(1, 300, width)
+        x, past, gate = draw(1, tokens, 3 * width), draw(1, 3 * width, 3), draw(1, tokens, width)
         for run, reference, tensors in (
             (
                 lambda x, w, s: short_conv_split(x, w, 3, s, None)[0],

@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .finish import ROWS, finish_kernel, pairs_kernel
 from .prepare import prepare_kernel
 from .scan import combine_kernel, reverse_kernel, scan_kernel
-from .tiles import CHUNK, make_tables
+from .tiles import CHUNK, gate_dtype, make_tables
 
 C = CHUNK.value
 BV, COMBINE_BV = 64, 16  # value columns of a program of the scan, which four warps hold, and of combine
@@ -45,16 +45,15 @@ class Prepared:
         wide = torch.empty(3 * self.slots * C, K, dtype=q.dtype, device=q.device)
         square = torch.empty(2 * self.slots * C, C, dtype=q.dtype, device=q.device)
         self.ends = torch.empty(self.slots, K, dtype=torch.float32, device=q.device)
-        strong = torch.empty(self.slots, dtype=torch.int8, device=q.device)
-        tables = make_tables(q.device, q.dtype)
-        for only_strong in (False, True):
-            prepare_kernel[(self.chunks, heads)](
-                tables, q, k, f, b, A_log, dt_bias, cu_seqlens, wide, square, self.ends, strong,
-                *self.sizes, self.slots, *self.gate,
-                K=K, BK=plan.channels, **self.bounded, STRONG=only_strong, **self.documents_are, num_warps=4,
-            )  # fmt: skip
         self.wide = TensorDescriptor.from_tensor(wide, [C, K])
         self.square = TensorDescriptor.from_tensor(square, [C, C])
+        self.tables = make_tables(q.device, gate_dtype(q.dtype)), make_tables(q.device, q.dtype)
+        slices = TensorDescriptor.from_tensor(wide, [C, plan.channels])
+        prepare_kernel[(self.chunks, heads)](
+            *self.tables, q, k, f, b, A_log, dt_bias, cu_seqlens, slices, self.square, self.ends,
+            *self.sizes, self.slots, *self.gate,
+            K=K, BK=plan.channels, **self.bounded, **self.documents_are, num_warps=4,
+        )  # fmt: skip
 
     def scan(self, v: Tensor, state: Tensor | None, plan: Plan, out: Tensor, keep: bool = False):
         """Writes o, or with `keep` u, to `out`; returns the final states, and with `keep` those before each chunk."""
@@ -114,16 +113,18 @@ def backward(
     )  # fmt: skip
     del p.wide, p.square, p.ends
     numbers = {"dtype": torch.float32, "device": v.device}
-    pairs = torch.empty(2, p.slots, C, C, dtype=v.dtype, device=v.device)
+    pairs = torch.empty(4, p.slots, C, C, dtype=v.dtype, device=v.device)
     rows = torch.empty(p.slots, ROWS.value, C, **numbers)
     pairs_kernel[(p.chunks, p.heads)](
         q, k, v, b, cu_seqlens, u, o, do, dv, db, pairs, rows, *p.sizes, p.slots, scale,
         **p.widths, **p.documents_are, num_warps=4,
     )  # fmt: skip
     dA_log, ddt_bias = (torch.empty(p.chunks, p.heads, K, **numbers) for _ in range(2))
-    finish_kernel[(p.chunks, p.heads * (K // plan.channels))](
-        make_tables(q.device, q.dtype), q, k, f, A_log, dt_bias, cu_seqlens, u, do, dv, states, dstates, pairs, rows,
-        dq, dk, df, dA_log, ddt_bias, *p.sizes, p.slots, *p.gate,
-        **p.widths, BK=plan.channels, **p.bounded, **p.documents_are, num_warps=4,
-    )  # fmt: skip
+    partial = torch.empty(q.shape, **numbers)
+    for queries in (True, False):
+        finish_kernel[(p.chunks, p.heads * (K // plan.channels))](
+            *p.tables, q, k, f, A_log, dt_bias, cu_seqlens, u, do, dv, states, dstates, pairs, rows,
+            partial, dq, dk, df, dA_log, ddt_bias, *p.sizes, p.slots, *p.gate,
+            **p.widths, BK=plan.channels, **p.bounded, **p.documents_are, QUERIES=queries, num_warps=4,
+        )  # fmt: skip
     return dA_log.sum((0, 2)), ddt_bias.sum(0).flatten(), dstate

@@ -1,6 +1,6 @@
 """The serial part, forward and in reverse: one program per head, tile of value columns and segment of chunks.
 
-        u = A v - W S            A = (I + beta M)^-1 beta,  W = A (k e^G)
+        u = A (v - (k e^G) S)    A = (I + beta M)^-1 beta
         o = (q e^G) S + P u      S' = e^{G_C} S + (k e^{G_C - G})^T u
 
 The state is held transposed, values by keys: it and u^T then come out of one product in the registers in which the next
@@ -73,9 +73,8 @@ def scan_kernel(
         there = (token < end)[:, None]
         S_w = S.to(W)
         v = tl.load(v_ptr + v_at, mask=there & (values < V)[None, :], other=0.0)
-        A = square.load([slot * C, 0])
-        u = tl.dot(tl.trans(v), tl.trans(A), input_precision="ieee")
-        u = tl.dot(S_w, tl.trans(wide.load([slot * C, 0])), u, input_precision="ieee").to(W)
+        r = tl.trans(v) - tl.dot(S_w, tl.trans(wide.load([slot * C, 0])), input_precision="ieee")
+        u = tl.dot(r.to(W), tl.trans(square.load([slot * C, 0])), input_precision="ieee").to(W)
         if KEEP:
             tl.store(keep_at, S_w)
             keep_at += heads * K * V
@@ -134,7 +133,7 @@ def reverse_kernel(
 ):  # fmt: skip
     """The gradient dS of the state, from the last chunk to the first.
 
-        du = P^T do + (k e^{G_C - G}) dS'        dv = A^T du        dS = e^{G_C} dS' + (q e^G)^T do - W^T du
+        du = P^T do + (k e^{G_C - G}) dS'        dv = A^T du        dS = e^{G_C} dS' + (q e^G)^T do - (k e^G)^T dv
 
     Writes dv, dS' of each chunk as [slots, V, K], and the gradient of the initial states.
     """
@@ -164,11 +163,11 @@ def reverse_kernel(
         do = tl.trans(tl.load(do_ptr + at, mask=there, other=0.0))
         du = tl.dot(do, square.load([(slots + slot) * C, 0]), input_precision="ieee")
         du = tl.dot(dS_w, tl.trans(wide.load([(2 * slots + slot) * C, 0])), du, input_precision="ieee").to(W)
-        dv = tl.dot(du, square.load([slot * C, 0]), input_precision="ieee")
-        tl.store(dv_ptr + at, tl.trans(dv.to(W)), mask=there)
+        dv = tl.dot(du, square.load([slot * C, 0]), input_precision="ieee").to(W)
+        tl.store(dv_ptr + at, tl.trans(dv), mask=there)
         dS *= tl.load(end_at)[None, :]
         dS = tl.dot(do, wide.load([(slots + slot) * C, 0]), dS, input_precision="ieee")
-        dS = tl.dot(du, wide.load([slot * C, 0]), dS, input_precision="ieee")
+        dS -= tl.dot(dv, wide.load([slot * C, 0]), input_precision="ieee")
         slot -= heads
         end_at -= heads * K
         keep_at -= heads * K * V

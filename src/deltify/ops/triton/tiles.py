@@ -81,17 +81,27 @@ def log2_decay(f, bias, rate, lower_bound, BOUNDED: tl.constexpr):
 
 @triton.jit
 def table(tables, n, C: tl.constexpr):
-    """Matrix number n of `make_tables`. Loaded, not computed: 64 x 64 comparisons cost more than 8 KB from a cache."""
+    """Matrix number n of `make_tables`, or of others that lie behind each other. Loaded, not computed: 64 x 64
+    comparisons cost more than 8 KB from a cache."""
     return tl.load(tables + n * C * C + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :])
 
 
 @triton.jit
-def sums(signs, g):
-    """signs @ g for signs [C, C] of -1, 0 and 1: in two halves of g, which the matrix units add exactly enough."""
+def gate_tile(x, bias, rate, have, lower_bound, BOUNDED: tl.constexpr, D: tl.constexpr):
+    """Log-decays of a chunk as the matrix units sum them: rounded to D, float16 holding them 8 times finer than
+    bfloat16 holds the logits x; 2^-48 and less, which no float32 sum with a neighbour would show, is 2^-48."""
+    g = tl.maximum(log2_decay(x, bias, rate, lower_bound, BOUNDED), -48.0)
+    return tl.where(have, g, 0.0).to(D)
+
+
+@triton.jit
+def sums(total, signs, x):
+    """total + signs @ x for signs [C, C] of -1, 0 and 1: in two halves of x, which the matrix units add exactly enough
+    for what is summed over all tokens afterwards."""
     W: tl.constexpr = signs.dtype
-    high = g.to(W)
-    low = (g - high.to(tl.float32)).to(W)
-    return tl.dot(signs, low, tl.dot(signs, high, input_precision="ieee"), input_precision="ieee")
+    high = x.to(W)
+    low = (x - high.to(tl.float32)).to(W)
+    return tl.dot(signs, low, tl.dot(signs, high, total, input_precision="ieee"), input_precision="ieee")
 
 
 @triton.jit
@@ -114,17 +124,21 @@ def sigmoid(x):
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 LEVELS = tl.constexpr(6)  # spans of 64, 32 ... 2 tokens
-# which sums of gates, and which pairs of tokens; from FROM_MIDDLE on a matrix for each level, and for those from
-# ACROSS on one more, LEVELS later, for a span whose pairs are all taken at once
-THROUGH, BEFORE, FROM, FROM_MIDDLE, ACROSS, PAIRS = (tl.constexpr(n) for n in (0, 1, 2, 3, 9, 21))
+# which sums, and which pairs of tokens; from FROM_MIDDLE on a matrix for each level, and for those from ACROSS on one
+# more, LEVELS later, for a span whose pairs are all taken at once. EYE, as a left factor, is how a tile that was loaded
+# gets into the registers in which the matrix units leave their results: far cheaper than a change of layout.
+THROUGH, AFTER, BEFORE, FROM, EYE, FROM_MIDDLE, ACROSS, PAIRS, PAIRS_T = (
+    tl.constexpr(n) for n in (0, 1, 2, 3, 4, 5, 11, 23, 35)
+)
 
 
 @functools.cache
 def make_tables(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The matrices [33, C, C] of -1, 0 and 1 that the kernels sum with and choose by; i is the row, j the column.
+    """The matrices [47, C, C] of -1, 0 and 1 that the kernels sum with and choose by; i is the row, j the column.
 
     FROM_MIDDLE: sums to the log-decay between a token and the middle of its span. ACROSS: sums, for each gate, what
-    rows from it on and columns before it have to say. PAIRS: j < i in the same span, across its middle or all.
+    rows from it on and columns before it have to say. PAIRS: j < i in the same span, across its middle or all; PAIRS_T
+    are their transposes.
     """
     C = CHUNK.value
     i, j = torch.arange(C)[:, None], torch.arange(C)[None, :]
@@ -137,8 +151,14 @@ def make_tables(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         across_once.append(same_span & (j >= i))
         pairs.append(same_span & ~same_half & (j < i))
         pairs_once.append(same_span & (j < i))
-    all_of_them = [j <= i, j < i, j >= i, *signs, *across, *across_once, *pairs, *pairs_once]
+    pairs += pairs_once
+    all_of_them = [j <= i, j > i, j < i, j >= i, i == j, *signs, *across, *across_once, *pairs, *(x.T for x in pairs)]
     return torch.stack([x.float() for x in all_of_them]).to(device, dtype)
+
+
+def gate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What gates are summed in: see `gate_tile`."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
 
 
 def wants_gradients(*tensors: torch.Tensor | None) -> bool:
