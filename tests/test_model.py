@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from deltify.convert import convert
 from deltify.model import DeltifyConfig, DeltifyForCausalLM
+from deltify.model.mixers import in_one_piece, put_in_one_piece
 from deltify.model.modeling import DeltifyCache
 from deltify.teacher import FAMILIES, random_teacher
 
@@ -200,3 +201,26 @@ def test_options_reach_the_configuration(model, tmp_path):
     model.save_pretrained(tmp_path / "sub")
     again = DeltifyForCausalLM.from_pretrained(tmp_path, subfolder="sub", use_cache=False, dtype="auto")
     assert again.config.use_cache is False and again.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_projections_in_one_piece_change_no_result_and_no_file(tmp_path):
+    model = DeltifyForCausalLM(DeltifyConfig(**TINY, layer_types=PURE)).eval()
+    layer, ids = model.model.layers[0].self_attn, torch.randint(0, 97, (2, 20))
+
+    def logits():
+        cache = DeltifyCache(config=model.config)
+        return torch.cat([model(part, past_key_values=cache).logits for part in ids.split([18, 1, 1], dim=1)], 1)
+
+    want, before = logits(), {name: x.clone() for name, x in model.state_dict().items()}
+    assert in_one_piece(layer.projections) is None
+    put_in_one_piece(layer.projections)
+    assert in_one_piece(layer.projections).shape == (3 * 64 + 2 * 16 + 4, 64)
+    assert torch.allclose(logits(), want, atol=1e-6)
+    with torch.enable_grad():
+        assert in_one_piece(layer.projections) is None
+        model(ids).logits.sum().backward()
+    assert all(x.grad is not None for x in layer.parameters())
+    model.save_pretrained(tmp_path)
+    again = DeltifyForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(x, again[name]) for name, x in before.items())

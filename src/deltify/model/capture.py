@@ -10,11 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
+from .mixers import DeltifyKDA, put_in_one_piece
+
 
 class CapturedStep:
     """One token through a model of KDA layers and its head, on the states of one cache."""
 
     def __init__(self, model: PreTrainedModel, cache: Cache, rows: int):
+        for module in model.modules():
+            if isinstance(module, DeltifyKDA):
+                put_in_one_piece(module.projections)
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
         self.addresses = addresses(cache)
         self.graph, seen = torch.cuda.CUDAGraph(), cache.seen_tokens

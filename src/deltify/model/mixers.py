@@ -113,13 +113,40 @@ class DeltifyTaps(nn.Conv1d):
 def project(x: Tensor, *linears: nn.Module) -> Tensor:
     """Products of x [B, T, D] with several linear layers side by side; in one matrix product, where that is cheaper.
 
-    One needs their weights in one piece, a copy that a single token does not repay.
+    One needs their weights in one piece: as they lie (see `put_in_one_piece`), or by a copy, which a single token does
+    not repay.
     """
+    if (whole := in_one_piece(linears)) is not None:
+        return F.linear(x, whole)
     if x.shape[1] == 1 or not all(is_plain(linear) for linear in linears):
         return torch.cat([linear(x) for linear in linears], dim=-1)
     biases = [linear.bias for linear in linears]
     bias = None if biases[0] is None else torch.cat(biases)
     return F.linear(x, torch.cat([linear.weight for linear in linears]), bias)
+
+
+def in_one_piece(linears: tuple[nn.Module, ...]) -> Tensor | None:
+    """The weights of linear layers without biases as one matrix, if they lie behind each other; not where gradients
+    are wanted, which would reach the first alone."""
+    if torch.is_grad_enabled() or not all(is_plain(linear) and linear.bias is None for linear in linears):
+        return None
+    weights = [linear.weight for linear in linears]
+    storage, end = weights[0].untyped_storage().data_ptr(), weights[0].data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != storage or not weight.is_contiguous():
+            return None
+        end += weight.nbytes
+    width = weights[0].size(1)
+    return weights[0].detach().as_strided((sum(len(w) for w in weights), width), (width, 1))
+
+
+@torch.no_grad()
+def put_in_one_piece(linears: tuple[nn.Module, ...]) -> None:
+    """Moves the weights of linear layers behind each other. They stay parameters of their own, and as large."""
+    if in_one_piece(linears) is None and all(is_plain(linear) and linear.bias is None for linear in linears):
+        parts = torch.cat([linear.weight for linear in linears]).split([len(linear.weight) for linear in linears])
+        for linear, part in zip(linears, parts):
+            linear.weight.data = part
 
 
 def is_plain(linear: nn.Module) -> bool:
@@ -148,6 +175,11 @@ class DeltifyKDA(nn.Module):
         self.o_norm = DeltifyGatedRMSNorm(head, config.rms_norm_eps)
         self.o_proj = nn.Linear(inner, width, bias=config.attention_out_bias)
 
+    @property
+    def projections(self) -> tuple[nn.Module, ...]:
+        """All that read the layer's input: three wide ones, three narrow ones."""
+        return self.q_proj, self.k_proj, self.v_proj, self.f_proj[0], self.g_proj[0], self.b_proj
+
     def forward(self, hidden_states: Tensor, cache: Cache | None = None, packing: Packing | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; reads and writes the layer's convolution and recurrent state in `cache`."""
         x = hidden_states if packing is None else packing.gather(hidden_states)
@@ -160,14 +192,18 @@ class DeltifyKDA(nn.Module):
         conv_state = state = None
         if past is not None and past.has_previous_state[0]:
             conv_state, state = past.conv_states[0], past.recurrent_states[0]
-        qkv = project(x, self.q_proj, self.k_proj, self.v_proj)
+        wide, narrow = self.projections[:3], self.projections[3:]
         taps = torch.cat([self.q_conv1d(), self.k_conv1d(), self.v_conv1d()])
-        narrow = self.f_proj[0], self.g_proj[0], self.b_proj
-        if x.shape[1] == 1:
-            low_f, low_gate, b = (linear(x) for linear in narrow)
-        else:  # a product with a bias takes rows that lie apart in two passes
+        if x.shape[1] > 1:  # a product with a bias takes rows that lie apart in two passes
+            qkv = project(x, *wide)
             parts = project(x, *narrow).tensor_split((self.head_dim, 2 * self.head_dim), dim=-1)
             low_f, low_gate, b = (part.contiguous() for part in parts)
+        elif (whole := in_one_piece(self.projections)) is not None:
+            inner = len(self.dt_bias)
+            at = 3 * inner, 3 * inner + self.head_dim, 3 * inner + 2 * self.head_dim
+            qkv, low_f, low_gate, b = (part.contiguous() for part in F.linear(x, whole).tensor_split(at, dim=-1))
+        else:
+            qkv, (low_f, low_gate, b) = project(x, *wide), (linear(x) for linear in narrow)
         f, gate = self.f_proj[1](low_f), self.g_proj[1](low_gate)
         one_more = state is not None and x.shape[1] == 1 and packing is None and not torch.is_grad_enabled()
         if one_more and not self.o_norm.weight.is_meta:  # an offloaded weight is fetched for modules that are called

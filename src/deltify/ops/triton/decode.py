@@ -12,58 +12,89 @@ from ..reference import L2NORM_EPS
 from .tiles import LOG2E, log2_decay
 
 EPS = tl.constexpr(L2NORM_EPS)
+BV = 128  # columns of the state at a time, at most
 
 
 @triton.jit
-def convolve(x_ptr, past_ptr, taps_ptr, channel, row, width, W: tl.constexpr, W2: tl.constexpr):
-    """SiLU of the convolution of some channels at the new token, and their next past, which is for the caller to store.
-
-    Not here: threads may hold the same channel, and one would read what another has stored.
-    """
-    w = tl.arange(0, W2)[None, :]
-    past_at = past_ptr + (row * width + channel[:, None]) * (W - 1) + w
-    x = tl.load(x_ptr + row * width + channel)[:, None]
-    window = tl.where(w == W - 1, x, tl.load(past_at, mask=w < W - 1, other=0.0))
-    taps = tl.load(taps_ptr + channel[:, None] * W + w, mask=w < W, other=0.0)
-    y = tl.sum(window.to(tl.float32) * taps.to(tl.float32), 1)
-    moved = tl.where(w == W - 2, x, tl.load(past_at + 1, mask=w < W - 2, other=0.0))
-    return y / (1.0 + tl.exp2(y * -LOG2E)), moved, past_at
+def convolve(x_ptr, past_ptr, taps_ptr, channel, row, width, W: tl.constexpr):
+    """SiLU of the convolution of some channels at the new token."""
+    past_at = past_ptr + (row * width + channel) * (W - 1)
+    x = tl.load(x_ptr + row * width + channel).to(tl.float32)
+    y = x * tl.load(taps_ptr + channel * W + W - 1).to(tl.float32)
+    for w in tl.static_range(W - 1):
+        y += tl.load(past_at + w).to(tl.float32) * tl.load(taps_ptr + channel * W + w).to(tl.float32)
+    return y / (1.0 + tl.exp2(y * -LOG2E))
 
 
 @triton.jit
 def decode_kernel(
-    x_ptr, past_ptr, taps_ptr, f_ptr, b_ptr, gate_ptr, A_log_ptr, dt_bias_ptr, weight_ptr, state_ptr, out_ptr,
+    x_ptr, past_ptr, taps_ptr, f_ptr, b_ptr, gate_ptr, A_log_ptr, dt_bias_ptr, weight_ptr, state_ptr, out_ptr, row_ptr,
     heads, scale, lower_bound, norm_eps,
-    K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, W2: tl.constexpr, BOUNDED: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
+    """One program per head and row. Works through the state in tiles of BV columns: fewer registers a program, and so
+    more programs whose loads are on their way."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     keys, values = tl.arange(0, K), tl.arange(0, V)
-    state_at = state_ptr + ((row * heads + head) * K + keys[:, None]) * V + values[None, :]
-    S = tl.load(state_at)
+    of_tile = keys[:, None] * V + tl.arange(0, BV)[None, :]
+    state_ptr += (row * heads + head) * K * V
+    S = tl.load(state_ptr + of_tile)
     width = heads * (2 * K + V)
-    q, q_past, q_at = convolve(x_ptr, past_ptr, taps_ptr, head * K + keys, row, width, W, W2)
-    k, k_past, k_at = convolve(x_ptr, past_ptr, taps_ptr, (heads + head) * K + keys, row, width, W, W2)
-    v, v_past, v_at = convolve(x_ptr, past_ptr, taps_ptr, 2 * heads * K + head * V + values, row, width, W, W2)
-    tl.debug_barrier()
-    kept = tl.arange(0, W2)[None, :] < W - 1
-    tl.store(q_at, q_past, mask=kept)
-    tl.store(k_at, k_past, mask=kept)
-    tl.store(v_at, v_past, mask=kept)
+    of_q, of_k, of_v = head * K + keys, (heads + head) * K + keys, 2 * heads * K + head * V + values
+    q = convolve(x_ptr, past_ptr, taps_ptr, of_q, row, width, W)
+    k = convolve(x_ptr, past_ptr, taps_ptr, of_k, row, width, W)
+    v = convolve(x_ptr, past_ptr, taps_ptr, of_v, row, width, W)
     q *= scale * tl.rsqrt(tl.sum(q * q, 0) + EPS)
     k *= tl.rsqrt(tl.sum(k * k, 0) + EPS)
     f = tl.load(f_ptr + (row * heads + head) * K + keys).to(tl.float32)
     bias = tl.load(dt_bias_ptr + head * K + keys).to(tl.float32)
     rate = tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
+    decay = tl.exp2(log2_decay(f, bias, rate, lower_bound, BOUNDED))
+    # each number was computed once; through memory it reaches all threads that hold a piece of its row of the state
+    mine = row_ptr + (row * heads + head) * (3 * K + 2 * V)
+    tl.store(mine + keys, q)
+    tl.store(mine + K + keys, k)
+    tl.store(mine + 2 * K + keys, decay)
+    tl.store(mine + 3 * K + values, v)
+    tl.debug_barrier()
+    q, k, decay = tl.load(mine + keys), tl.load(mine + K + keys), tl.load(mine + 2 * K + keys)
     beta = tl.sigmoid(tl.load(b_ptr + row * heads + head).to(tl.float32))
-    S *= tl.exp2(log2_decay(f, bias, rate, lower_bound, BOUNDED))[:, None]
-    u = beta * (v - tl.sum(S * k[:, None], 0))
-    S += k[:, None] * u[None, :]
-    tl.store(state_at, S)
-    o = tl.sum(S * q[:, None], 0)
+    squares = 0.0
+    for tile in tl.static_range(V // BV):
+        at = mine + 3 * K + tile * BV + tl.arange(0, BV)
+        S *= decay[:, None]
+        u = beta * (tl.load(at) - tl.sum(S * k[:, None], 0))
+        S += k[:, None] * u[None, :]
+        o = tl.sum(S * q[:, None], 0)
+        tl.store(state_ptr + tile * BV + of_tile, S)
+        if tile + 1 < V // BV:
+            S = tl.load(state_ptr + (tile + 1) * BV + of_tile)
+        squares += tl.sum(o * o, 0)
+        tl.store(at + V, o)
+    tl.debug_barrier()
     at = (row * heads + head) * V + values
     gate = tl.load(gate_ptr + at).to(tl.float32)
-    o *= tl.rsqrt(tl.sum(o * o, 0) / V + norm_eps) * tl.load(weight_ptr + values).to(tl.float32)
+    o = (
+        tl.load(mine + 3 * K + V + values)
+        * tl.rsqrt(squares / V + norm_eps)
+        * tl.load(weight_ptr + values).to(tl.float32)
+    )
     tl.store(out_ptr + at, (o / (1.0 + tl.exp2(gate * -LOG2E))).to(out_ptr.dtype.element_ty))
+    # threads may hold the same channel, and one would read what another has stored: hence a barrier before each store
+    x_at, past_at = x_ptr + row * width, past_ptr + row * width * (W - 1)
+    for w in tl.static_range(W - 1):
+        if w < W - 2:
+            new_q, new_k, new_v = (
+                tl.load(past_at + of_q * (W - 1) + w + 1),
+                tl.load(past_at + of_k * (W - 1) + w + 1),
+                tl.load(past_at + of_v * (W - 1) + w + 1),
+            )
+        else:
+            new_q, new_k, new_v = tl.load(x_at + of_q), tl.load(x_at + of_k), tl.load(x_at + of_v)
+        tl.debug_barrier()
+        tl.store(past_at + of_q * (W - 1) + w, new_q)
+        tl.store(past_at + of_k * (W - 1) + w, new_k)
+        tl.store(past_at + of_v * (W - 1) + w, new_v)
 
 
 def layer_step(
@@ -73,10 +104,11 @@ def layer_step(
     """As `deltify.ops.kda_layer_step`, on contiguous tensors."""
     batch, heads, K, V = state.shape
     out = torch.empty(batch, heads * V, dtype=x.dtype, device=x.device)
+    row = torch.empty(batch, heads, 3 * K + 2 * V, dtype=torch.float32, device=x.device)
     decode_kernel[(heads, batch)](
-        x, past, taps, f, b, gate, A_log, dt_bias, weight, state, out,
+        x, past, taps, f, b, gate, A_log, dt_bias, weight, state, out, row,
         heads, K**-0.5, lower_bound or 0.0, norm_eps,
-        K=K, V=V, W=taps.shape[-1], W2=triton.next_power_of_2(taps.shape[-1]), BOUNDED=lower_bound is not None,
-        num_warps=8 if K * V > 4096 else 4,
+        K=K, V=V, BV=min(V, BV), W=taps.shape[-1], BOUNDED=lower_bound is not None,
+        num_warps=4,
     )  # fmt: skip
     return out
