@@ -8,6 +8,7 @@ from deltify import convert, kda
 from deltify.config import Stage
 from deltify.data import Batch
 from deltify.distill import align_step, match_step
+from deltify.losses import DIVERGENCES, linear_kl
 from deltify.model import DeltifyConfig, DeltifyForCausalLM, modeling
 from deltify.teacher import freeze, random_teacher
 
@@ -214,3 +215,22 @@ def test_conversion_and_one_step_of_each_stage():
             assert torch.isfinite(step(teacher, student, batch, Stage(), 1.0)["loss"])
     ids = batch.input_ids[:, :20]
     assert student.eval().generate(ids, max_new_tokens=4, do_sample=False).shape[0] == 4
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_the_loss_equals_float64(kind):
+    N, D, W = 700, 128, 50_000
+    student, teacher = (torch.randn(N, D, device="cuda") for _ in range(2))
+    head, t_head = (torch.randn(W, D, device="cuda") * 0.3 for _ in range(2))
+    labels, mask = torch.randint(0, W, (N,), device="cuda"), torch.rand(N, device="cuda") < 0.8
+    options = {"labels": labels, "ce_weight": 0.3, "divergence": kind, "temperature": 2.0, "mask": mask}
+    results = []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        kind_of = torch.float64 if dtype is torch.float64 else torch.float32
+        rounded = [x.bfloat16().to(kind_of) for x in (student, head, teacher, t_head)]
+        leaves = [x.requires_grad_() for x in rounded[:2]]
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            loss, kl, ce = linear_kl(*leaves, *rounded[2:], **options)
+        results.append([loss.detach(), kl, ce, *torch.autograd.grad(loss, leaves)])
+    for want, single, half in zip(*results):
+        assert error(single, want.double()) < 1e-3 and error(half, want.double()) < 5e-3

@@ -1,5 +1,7 @@
 """The losses against dense formulas."""
 
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,19 +17,27 @@ def make(N=50, D=8, W=40, dtype=torch.float64):
     return student.requires_grad_(), head.requires_grad_(), teacher, t_head, labels
 
 
-def dense(student, head, teacher, t_head, labels, ce_weight):
-    log_p, log_q = (teacher @ t_head.t()).log_softmax(-1), (student @ head.t()).log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    ce = -log_q[labels >= 0, labels[labels >= 0]].sum() / len(labels)
-    return (1 - ce_weight) * kl + ce_weight * ce, kl, ce
+def dense(student, head, teacher, t_head, labels, ce_weight, kind="forward", T=1.0, mask=None):
+    log_p, log_q = (teacher @ t_head.t() / T).log_softmax(-1), (student @ head.t() / T).log_softmax(-1)
+    middle = torch.logaddexp(log_p, log_q) - math.log(2)
+    kl = lambda a, b: (a.exp() * (a - b)).sum(-1)  # noqa: E731
+    rows = {"forward": kl(log_p, log_q), "reverse": kl(log_q, log_p)}.get(kind)
+    rows = (kl(log_p, middle) + kl(log_q, middle)) / 2 if rows is None else rows
+    said = (student @ head.t()).log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    mask = torch.ones(len(rows), dtype=torch.bool) if mask is None else mask
+    kl, ce = rows[mask].mean(), -(said * (labels >= 0))[mask].mean()
+    return (1 - ce_weight) * T**2 * kl + ce_weight * ce, kl, ce
 
 
-@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
-def test_value_and_gradients_equal_the_dense_formula(ce_weight, monkeypatch):
+@pytest.mark.parametrize("ce_weight, temperature, masked", [(0.0, 1.0, False), (0.3, 1.0, True), (0.3, 2.0, False)])
+@pytest.mark.parametrize("kind", losses.DIVERGENCES)
+def test_value_and_gradients_equal_the_dense_formula(kind, ce_weight, temperature, masked, monkeypatch):
     monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 4 * 40 * 7)  # seven tokens at a time
     student, head, teacher, t_head, labels = make()
-    got = linear_kl(student, head, teacher, t_head, labels=labels, ce_weight=ce_weight)
-    want = dense(student, head, teacher, t_head, labels, ce_weight)
+    mask = torch.rand(50) < 0.7 if masked else None
+    options = {"ce_weight": ce_weight, "divergence": kind, "temperature": temperature, "mask": mask}
+    got = linear_kl(student, head, teacher, t_head, labels=labels, **options)
+    want = dense(student, head, teacher, t_head, labels, ce_weight, kind, temperature, mask)
     for g, w in zip(got, want):
         assert torch.allclose(g, w, atol=1e-12)
     got = torch.autograd.grad(2 * got[0], (student, head))
@@ -81,3 +91,27 @@ def test_mixer_loss_is_relative_to_the_teachers_variance():
     assert float(mixer_loss(mean, teacher)) == pytest.approx(1.0, rel=1e-5)
     assert float(mixer_loss(teacher, teacher)) == 0
     assert float(mixer_loss(10 * mean, 10 * teacher)) == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled kernels are tested in test_gpu.py")
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", losses.DIVERGENCES)
+def test_the_kernel_in_the_interpreter_equals_the_torch_form(kind, temperature):
+    kernels = pytest.importorskip("deltify.ops.triton.kl", reason="Triton is not installed")
+    t, s = torch.randn(9, 5000) * 4, torch.randn(9, 5000) * 4  # two blocks, the last one not full
+    labels, counts = torch.randint(0, 5000, (9,)), (torch.rand(9) < 0.6).float()
+    labels[::3] = -100
+    for chosen in ((labels, counts), (None, None)):
+        want = losses.gradients_of_rows(t, s, *chosen, kind, temperature, (0.7, 0.3), torch.float32)
+        d, settings = torch.empty_like(s), (kind, temperature, 0.7, 0.3)
+        got = (*kernels.divergence_rows(t, s, *chosen, d, *settings), d)
+        for name, x, y in zip(("divergence", "cross-entropy", "gradient"), got, want):
+            assert torch.allclose(x, y, atol=2e-5), name
+        value = kernels.divergence_rows(t, s, *chosen, None, *settings)[0]
+        assert torch.allclose(value, want[0], atol=2e-5)
+
+
+def test_an_unknown_divergence_is_named():
+    student, head, teacher, t_head, _ = make()
+    with pytest.raises(ValueError, match="divergence='kl' is unknown; choose one of forward"):
+        linear_kl(student, head, teacher, t_head, divergence="kl")

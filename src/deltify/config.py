@@ -8,6 +8,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 STAGES = ("align", "match", "extend")
+DIVERGENCES = ("forward", "reverse", "jensen-shannon")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,10 @@ class Stage:
         lr_rest: of everything else; 0 freezes it. Has no meaning in align.
         warmup: share of the steps in which the rate rises.
         lr_end: last learning rate, as a share of the peak (cosine).
-        ce_weight: share of cross-entropy in the loss, the rest being KL.
+        ce_weight: share of cross-entropy in the loss, the rest being the divergence.
+        divergence: of the two distributions of the next token: forward (KL of the student from the teacher), reverse
+            or jensen-shannon.
+        temperature: that both models' logits are divided by before it.
         weight_decay: of matrices.
         clip: largest norm of the gradient.
         checkpoint_layers: recompute activations layer by layer to save memory.
@@ -96,6 +100,8 @@ class Stage:
     warmup: float = 0.05
     lr_end: float = 0.05
     ce_weight: float = 0.0
+    divergence: str = "forward"
+    temperature: float = 1.0
     weight_decay: float = 0.0
     clip: float = 1.0
     checkpoint_layers: bool = False
@@ -255,6 +261,8 @@ def check(recipe: Recipe) -> Recipe:
             (0 <= stage.warmup <= 1, f"{name}.warmup", "must be in [0, 1]"),
             (stage.clip > 0, f"{name}.clip", "must be above 0"),
             (0 <= stage.ce_weight <= 1, f"{name}.ce_weight", "must be in [0, 1]"),
+            (stage.divergence in DIVERGENCES, f"{name}.divergence", f"is one of {', '.join(DIVERGENCES)}"),
+            (stage.temperature > 0, f"{name}.temperature", "must be above 0"),
             (not stage.micro_batch or stage.batch % stage.micro_batch == 0, f"{name}.micro_batch", "must divide batch"),
             (
                 stage.tokens == 0 or stage.tokens >= stage.length * stage.batch,

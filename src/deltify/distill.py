@@ -4,7 +4,7 @@
 
 align:  each layer that replaces attention gets the teacher's input of that layer and learns the teacher's output.
         Layers are independent, so each has its own backward and only one layer's graph is alive.
-match:  the whole student learns the teacher's next-token distribution (forward KL).
+match:  the whole student learns the teacher's next-token distribution (forward KL, unless the stage says otherwise).
 extend: the same, on longer rows.
 
 Legend: B batch, T tokens, N = B * T, D model width.
@@ -332,7 +332,7 @@ def align_step(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, stag
 
 
 def match_step(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, stage: Stage, scale: float):
-    """Forward KL of the whole student, with a share of cross-entropy if the stage asks for it."""
+    """The whole student's divergence, with a share of cross-entropy if the stage asks for it."""
     with torch.no_grad():
         wanted = hidden_states(teacher.model, batch)
     labels = next_tokens(batch).flatten() if stage.ce_weight else None
@@ -343,6 +343,8 @@ def match_step(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, stag
         teacher.model.lm_head.weight,
         labels=labels,
         ce_weight=stage.ce_weight,
+        divergence=stage.divergence,
+        temperature=stage.temperature,
     )
     with torch.autocast(loss.device.type, enabled=False):
         (loss * scale).backward()
