@@ -2,7 +2,7 @@
 
 Both sides start from the same raw inputs; L2 norms, gate and sigmoid are inside. Beside each time of ours stands its
 error against float64. Attention has 20 query heads over 4 key/value heads, as AFM-4.5B has.
-Run: python benchmarks/kda_gpu.py [part of a case's name] (needs a CUDA GPU; flash-linear-attention==0.6.0 for the peer)
+Run: python benchmarks/kda_gpu.py [parts of cases' names] (needs a CUDA GPU; flash-linear-attention==0.6.0 for the peer)
 """
 
 import sys
@@ -86,13 +86,13 @@ def peer_forward(inputs: list[Tensor], lower_bound: float | None, cu_seqlens: Te
 
 
 @torch.no_grad()
-def forward_rows(wanted: str) -> Iterator[list[dict]]:
+def forward_rows(wanted: list[str]) -> Iterator[list[dict]]:
     cases = [(shape, g, None) for shape, gates in FORWARD for g in gates]
     bounds = torch.tensor([0, 100, 5000, 5000, 6024, 14000, 20000, 32768], device="cuda", dtype=torch.int32)
     cases.append(((1, 32768, 20), "library", bounds))
     for (B, T, H), gates, packed in cases:
         case = f"forward/{gates}/B{B}-T{T}-H{H}-K{K}" + ("" if packed is None else "-packed7")
-        if wanted not in case:
+        if not any(part in case for part in wanted):
             continue
         inputs, lower_bound = make_inputs(B, T, H, gates), -5.0 if gates == "bounded" else None
         rows = []
@@ -107,12 +107,12 @@ def forward_rows(wanted: str) -> Iterator[list[dict]]:
         yield rows
 
 
-def training_rows(wanted: str) -> Iterator[list[dict]]:
+def training_rows(wanted: list[str]) -> Iterator[list[dict]]:
     """Forward and backward through autograd, and the most memory it takes besides inputs that require no copy."""
     for (B, T, H), regimes in TRAINING:
         for gates in regimes:
             case = f"training/{gates}/B{B}-T{T}-H{H}-K{K}"
-            if wanted not in case:
+            if not any(part in case for part in wanted):
                 continue
             inputs, lower_bound = make_inputs(B, T, H, gates), -5.0 if gates == "bounded" else None
             leaves, do = [x.requires_grad_() for x in inputs], torch.randn_like(inputs[2])
@@ -131,11 +131,11 @@ def training_rows(wanted: str) -> Iterator[list[dict]]:
 
 
 @torch.no_grad()
-def attention_rows(wanted: str) -> Iterator[list[dict]]:
+def attention_rows(wanted: list[str]) -> Iterator[list[dict]]:
     """One forward of ours against one of cuDNN's causal attention: where the lines cross."""
     for B, T, H in ATTENTION:
         case = f"crossover/library/B{B}-T{T}-H{H}-K{K}"
-        if wanted not in case:
+        if not any(part in case for part in wanted):
             continue
         inputs = make_inputs(B, T, H, "library")
         q, k, v = (torch.randn(B, heads, T, K, device="cuda", dtype=torch.bfloat16) for heads in (H, 4, 4))
@@ -146,13 +146,13 @@ def attention_rows(wanted: str) -> Iterator[list[dict]]:
 
 
 @torch.no_grad()
-def decode_rows(wanted: str) -> Iterator[list[dict]]:
+def decode_rows(wanted: list[str]) -> Iterator[list[dict]]:
     """One token. Ours is the whole layer between its projections, convolutions and gated norm included; fla's is the
     recurrence alone. The rate counts the state, read and written, for both."""
     H = 20
     for B in DECODE:
         case = f"decode/library/B{B}-T1-H{H}-K{K}"
-        if wanted not in case:
+        if not any(part in case for part in wanted):
             continue
         q, k, v, f, b, A_log, dt_bias = make_inputs(B, 1, H, "library")
         state = torch.zeros(B, H, K, K, device="cuda")
@@ -185,7 +185,7 @@ def decode_rows(wanted: str) -> Iterator[list[dict]]:
 
 
 if __name__ == "__main__":
-    wanted, rows = sys.argv[1] if len(sys.argv) > 1 else "", []
+    wanted, rows = sys.argv[1:] or [""], []
     for part in (decode_rows, training_rows, forward_rows, attention_rows):
         for new in part(wanted):
             rows += new

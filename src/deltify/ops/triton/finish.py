@@ -38,7 +38,7 @@ from .tiles import (
 )
 
 # log2 of the largest factor of a span whose pairs are all taken at once, its gates' gradients being differences then
-SAFE_GRADIENT = tl.constexpr(24.0)
+SAFE_GRADIENT = tl.constexpr(16.0)
 # of each token: q . dq, k . dk, do . u, and the factors that normalise q and k
 Q_DQ, K_DK, DIAGONAL, Q_NORM, K_NORM, ROWS = (tl.constexpr(n) for n in range(6))
 
