@@ -122,6 +122,10 @@ def all_results(inputs, state, weights, backend, **options):
     return [x.detach() for x in (o, final, *torch.autograd.grad(loss, leaves))]
 
 
+def too_large(errors: dict[str, float]) -> dict[str, float]:
+    return {name: e for name, e in errors.items() if not e < GRADIENT_BOUNDS[name]}
+
+
 def check_gradients(B, T, H, K, V, gates, bounds=None, dtype=torch.bfloat16):
     documents = B if bounds is None else len(bounds) - 1
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device="cuda")
@@ -138,12 +142,12 @@ def check_gradients(B, T, H, K, V, gates, bounds=None, dtype=torch.bfloat16):
 @pytest.mark.parametrize("B, T, H, K, V", [(2, 1000, 3, 128, 128), (1, 333, 2, 64, 64), (1, 2048, 2, 128, 64)])
 def test_gradients_of_the_kernels_equal_float64(B, T, H, K, V, gates):
     errors = check_gradients(B, T, H, K, V, gates)
-    assert all(e < GRADIENT_BOUNDS[name] for name, e in errors.items()), errors
+    assert not too_large(errors)
 
 
 def test_gradients_of_packed_documents():
     errors = check_gradients(1, 5000, 3, 64, 64, "library", [0, 100, 100, 333, 700, 5000])
-    assert all(e < GRADIENT_BOUNDS[name] for name, e in errors.items()), errors
+    assert not too_large(errors)
 
 
 def test_gradients_of_long_rows_are_as_good_as_of_short_ones():

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from deltify.ops import kda, kda_layer_step
 
@@ -207,6 +208,28 @@ def test_a_row_in_parts_equals_the_row_as_a_whole(monkeypatch):
         assert len(states) == (1 if limit > 64 else 4)
     for whole, split in zip(*found):
         assert torch.allclose(whole, split, atol=2e-5, rtol=1e-4)
+
+
+def test_a_document_much_longer_than_the_others_is_one_segment(monkeypatch):
+    import deltify.ops.triton.operator as operator
+
+    monkeypatch.setattr(operator, "processors", lambda device: 1)
+    bounds = torch.tensor([0, 10, 700], dtype=torch.int32)
+    inputs = make_inputs(1, 700, 1, 64, 64)
+    o, states = run_forward(*inputs, None, bounds, None, 0.125, keep=False)
+    want = kda(*(x.double() for x in inputs), cu_seqlens=bounds, backend="reference")
+    assert error(o, want[0]) < 2e-6 and error(states[-1], want[1]) < 2e-6
+
+
+def test_layers_may_be_checkpointed(monkeypatch):
+    import deltify.ops.triton.operator as operator
+
+    monkeypatch.setattr(operator, "processors", lambda device: 1)
+    leaves = [x.requires_grad_() for x in make_inputs(1, 70, 1, 64, 64)]
+    run = lambda *x: operator._Kda.apply(*x, None, None, None, 0.125)[0].square()  # noqa: E731
+    want = torch.autograd.grad(run(*leaves).sum(), leaves)
+    got = torch.autograd.grad(checkpoint(run, *leaves, use_reentrant=False).sum(), leaves)
+    assert all(torch.equal(x, y) for x, y in zip(got, want))
 
 
 def gradients(run, leaves, weights):

@@ -4,6 +4,7 @@ Legend: B batch, T tokens, H heads, K key width, V value width, N documents (row
 """
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,8 +33,13 @@ def make_plan(documents: int, tokens: int, heads: int, V: int, count: int) -> Pl
 
 def plan_for(v: Tensor, cu_seqlens: Tensor | None) -> Plan:
     batch, tokens, heads, V = v.shape
-    documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    return make_plan(documents, batch * tokens // documents, heads, V, processors(v.device.index or 0))
+    count = processors(v.device.index or 0)
+    if cu_seqlens is None:
+        return make_plan(batch, tokens, heads, V, count)
+    documents = len(cu_seqlens) - 1
+    plan = make_plan(documents, tokens // documents, heads, V, count)
+    # how long each document is would have to be asked of the GPU: one may have all tokens
+    return plan if plan.split else replace(plan, segment=-(-tokens // C))
 
 
 def parts(v: Tensor, cu_seqlens: Tensor | None, limit: int) -> list[slice]:
@@ -92,9 +98,10 @@ class _Kda(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         do, dstate = gradients
-        *arguments, o = ctx.saved_tensors[:10]
+        saved = ctx.saved_tensors  # once: a checkpointed layer gives each of them out once
+        *arguments, o = saved[:10]
         do = torch.zeros_like(o) if do is None else do
-        found = run_backward(*arguments, *ctx.options, o, ctx.saved_tensors[10:], do, dstate)
+        found = run_backward(*arguments, *ctx.options, o, saved[10:], do, dstate)
         return *found[:7], found[7] if arguments[7] is not None else None, None, None, None
 
 
@@ -141,8 +148,9 @@ def save_for_op(ctx, inputs, output):
 
 
 def differentiate_op(ctx, do, dstate, _):
-    *arguments, o = ctx.saved_tensors[:10]
-    found = torch.ops.deltify.kda_backward(*arguments, *ctx.options, o, list(ctx.saved_tensors[10:]), do, dstate)
+    saved = ctx.saved_tensors
+    *arguments, o = saved[:10]
+    found = torch.ops.deltify.kda_backward(*arguments, *ctx.options, o, list(saved[10:]), do, dstate)
     return *found[:7], found[7] if arguments[7] is not None else None, None, None, None
 
 
