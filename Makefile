@@ -29,9 +29,9 @@ lint: .venv/developing
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 
-# one thread: the models are tiny, and idle threads that spin would take the processors from others
+# two processes of one thread: the models are tiny, and idle threads that spin would take the processors from others
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # a tiny run killed at 20 random moments and resumed, bit for bit; two minutes
 soak: .venv/developing

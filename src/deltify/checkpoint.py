@@ -13,10 +13,16 @@ from pathlib import Path
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import parallel
 from .files import check_manifest, publish, write_manifest, write_text
 
 
@@ -45,17 +51,22 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, progre
     Raises:
         OSError: if the disk is full or not writable; says how to go on.
     """
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished, first = folder.with_name(folder.name + ".unfinished"), parallel.rank() == 0
+    if first:
+        shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        unfinished.mkdir(parents=True)
+        if first:
+            unfinished.mkdir(parents=True)
+        parallel.barrier()
         weights, optimizer_state = get_state_dict(model, optimizer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that no process group is set up, which is so on purpose
             dcp.save({"model": weights, "optimizer": optimizer_state}, checkpoint_id=unfinished)
-        write_text(unfinished / "progress.json", json.dumps(asdict(progress)))
-        write_manifest(unfinished)
-        publish(unfinished, folder)
+        if first:
+            write_text(unfinished / "progress.json", json.dumps(asdict(progress)))
+            write_manifest(unfinished)
+            publish(unfinished, folder)
+        parallel.barrier()
     except (Exception, CheckpointException) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         cause = cause_of(error)
@@ -108,7 +119,7 @@ def load_last(
             report(f"{stage}: {error}; trying the one before")
             damaged.append(folder)
             continue
-        for newer in damaged:
+        for newer in damaged if parallel.rank() == 0 else ():
             publish(newer, newer.with_name(newer.name + ".damaged"))
         return progress
     if damaged:
@@ -132,6 +143,8 @@ def step_of(checkpoint: Path) -> str:
 
 def prune(run: Path, stage: str, keep: int, best_step: int | None) -> None:
     """Removes all but the last `keep` checkpoints of a stage and the best one."""
+    if parallel.rank() > 0:
+        return
     for path in checkpoints(run, stage)[:-keep]:
         if int(step_of(path)) != best_step:
             shutil.rmtree(path)
@@ -153,9 +166,14 @@ def save_model(
             done.
     """
     unfinished = folder.with_name(folder.name + ".unfinished")
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the first rank; nothing on the others
+    weights = get_model_state_dict(model, options=whole) if parallel.count() > 1 else None
+    if parallel.rank() > 0:
+        parallel.barrier()
+        return
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        model.save_pretrained(unfinished)
+        model.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)
         if stopped_at is not None:
             write_text(unfinished / "unfinished.json", json.dumps(asdict(stopped_at)))
@@ -163,6 +181,7 @@ def save_model(
     except Exception as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"could not save {folder}: {error}; free some space and go on with --resume") from error
+    parallel.barrier()
 
 
 def is_finished(folder: Path) -> bool:

@@ -146,8 +146,11 @@ def recipe_fields() -> str:
 def run_distill(options: argparse.Namespace, overrides: list[str]) -> None:
     from .config import read_recipe, smoke
     from .distill import distill
+    from .parallel import start_ranks
 
     recipe = read_recipe(options.recipe, overrides)
+    if not options.smoke and recipe.run.device in ("auto", "cuda"):
+        start_ranks()
     distill(smoke(recipe) if options.smoke else recipe, resume=options.resume, max_minutes=options.max_minutes)
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from . import checkpoint
+from . import checkpoint, parallel
 from .checkpoint import Progress
 from .config import STAGES, Recipe, Stage, check
 from .convert import STARTS, convert
@@ -34,7 +34,7 @@ from .model.modeling import find_packing
 from .runs import check_data, check_run, pick_device, pick_precision, write_run
 from .stopping import Stopped, Stopper
 from .teacher import Teacher, load_teacher, random_teacher
-from .training import make_optimizer, set_learning_rates, trained
+from .training import choose_trained, make_optimizer, set_learning_rates, trained
 
 # ---- the whole run ---------------------------------------------------------------------------------------------------
 
@@ -63,16 +63,32 @@ def distill(
     if recipe.student.start not in STARTS:
         raise ValueError(f"student.start={recipe.student.start!r}; choose one of {', '.join(STARTS)}")
     tracker_module(recipe.run.log_to)
-    device = pick_device(recipe.run.device)
-    precision = pick_precision(recipe.run.precision, device)
-    changes = check_run(recipe, resume, device, precision)
-    console.print(f"[bold]{recipe.name}[/]: {recipe.teacher.model} on {device}, {precision}")
-    for line in changes:
-        say(line)
-    with Stopper() as stopper:
-        run_stages(recipe, device, precision, stages, deadline, stopper)
-    console.print(f"models, metrics and checkpoints are in {recipe.folder}")
+    with parallel.process_group(pick_device(recipe.run.device)) as device:
+        console.quiet = parallel.rank() > 0
+        check_ranks(recipe)
+        precision = pick_precision(recipe.run.precision, device)
+        changes = check_run(recipe, resume, device, precision)
+        parallel.barrier()  # nobody writes while another still looks
+        shared = f" of {parallel.count()}" if parallel.count() > 1 else ""
+        console.print(f"[bold]{recipe.name}[/]: {recipe.teacher.model} on {device}{shared}, {precision}")
+        for line in changes:
+            say(line)
+        with Stopper() as stopper:
+            run_stages(recipe, device, precision, stages, deadline, stopper)
+        console.print(f"models, metrics and checkpoints are in {recipe.folder}")
     return recipe.folder
+
+
+def check_ranks(recipe: Recipe) -> None:
+    """Raises ValueError if a stage's batch cannot be shared by all ranks in equal micro-batches."""
+    for name in STAGES:
+        stage = recipe.stage(name)
+        share, rest = divmod(stage.batch, parallel.count())
+        if stage.tokens and (rest or (stage.micro_batch and share % stage.micro_batch)):
+            raise ValueError(
+                f"{name}.batch={stage.batch} cannot be shared by {parallel.count()} processes in micro-batches of "
+                f"{stage.micro_batch or 'any size'}; make it a multiple of their product"
+            )
 
 
 def run_stages(
@@ -80,8 +96,9 @@ def run_stages(
 ) -> None:
     """Opens teacher and text, and makes every model of the run that is not there yet, each from the one before."""
     teacher = open_teacher(recipe, device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    train, heldout = open_data(
-        recipe.data, recipe.teacher.model, teacher.tokenizer, recipe.run.heldout_tokens, recipe.run.heldout_length
+    judging = recipe.run.heldout_tokens, recipe.run.heldout_length
+    train, heldout = parallel.first_then_others(
+        lambda: open_data(recipe.data, recipe.teacher.model, teacher.tokenizer, *judging)
     )
     heldout_rows = heldout_batches(heldout, recipe.run.heldout_length, 8, recipe.run.heldout_tokens)
     mixes = {name: stage_mix(recipe, name, train) for name in stages if recipe.stage(name).tokens}
@@ -89,14 +106,16 @@ def run_stages(
 
     data = data_digests(recipe, train, heldout)
     check_data(recipe, data)
-    write_run(recipe, device, precision, data)
-    student = None
+    parallel.barrier()
+    if parallel.rank() == 0:
+        write_run(recipe, device, precision, data)
+    student, teacher_is_whole = None, True
     with Metrics(recipe) as metrics:
         for name in ("converted", *mixes):
             folder = recipe.folder / name
             if checkpoint.is_finished(folder):
                 console.print(f"{name}: done already, in {folder}")
-                student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+                student = load_student(folder, device)
                 continue
             if name == "converted":
                 student = convert_with(recipe, teacher, train).eval()
@@ -106,6 +125,9 @@ def run_stages(
                 checkpoint.save_model(folder, student, teacher.tokenizer)
                 console.print(f"converted: held-out KL {judged['heldout_kl']:.3f}, before any training")
                 continue
+            if teacher_is_whole:  # the conversion looks into it
+                parallel.shard_teacher(teacher.model)
+                teacher_is_whole = False
             loop = Loop(name, recipe, teacher, student, mixes[name], heldout_rows, autocast, deadline, metrics)
             with stopper.held():
                 loop.run(stopper)
@@ -115,6 +137,12 @@ def run_stages(
             if stopped_at is not None:
                 console.print(f"{name}: stopped by --max-minutes after {stopped_at.tokens:,} tokens; --resume goes on")
                 break
+            if parallel.count() > 1:  # what is trained must be decided before a model is cut up
+                student = load_student(folder, device)
+
+
+def load_student(folder: Path, device: torch.device) -> DeltifyForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
 
 
 def data_digests(recipe: Recipe, train: list[TokenFile], heldout: list[TokenFile]) -> dict[str, str]:
@@ -178,6 +206,8 @@ class Loop:
         self.teacher, self.student, self.mix, self.heldout = teacher, student, mix, heldout
         self.autocast, self.metrics = autocast, metrics
         self.deadline, self.stopped_early = deadline, False
+        choose_trained(student, self.stage, name)
+        parallel.shard_student(student)
         self.optimizer = make_optimizer(student, self.stage, name)
         self.progress = Progress(name, 0, 0, 0.0)
         if self.stage.checkpoint_layers and name != "align":
@@ -202,8 +232,8 @@ class Loop:
             for step in range(self.progress.step, stage.steps):
                 set_learning_rates(self.optimizer, stage, step)
                 with naming_memory(self.name, stage):
-                    losses = self.accumulate(self.mix.batch(step).to(device))
-                    norm = nn.utils.clip_grad_norm_(trained(self.optimizer), stage.clip)
+                    losses = self.accumulate(self.mix.batch(step, parallel.rank(), parallel.count()).to(device))
+                    norm = parallel.whole(nn.utils.clip_grad_norm_(trained(self.optimizer), stage.clip))
                     self.check_finite(step, losses, norm)
                     self.optimizer.step()
                     self.optimizer.zero_grad(set_to_none=True)
@@ -218,32 +248,36 @@ class Loop:
                 rates = {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
                 speed = stage.batch * stage.length / spent
                 last_step = step + 1 == stage.steps
-                self.stopped_early = not last_step and now > self.deadline
+                signal = int(parallel.largest(stopper.signal, device))
+                self.stopped_early = bool(parallel.largest(not last_step and now > self.deadline, device))
                 if (step + 1) % run.heldout_steps == 0 or last_step or self.stopped_early:
                     record |= self.judge()
                     last_clock = time.monotonic()
                 self.metrics.write(**record, **rates, tokens_per_second=speed, seconds=self.progress.seconds)
                 show(step + 1, losses["loss"], speed)
-                due = now - last_save > 60 * run.checkpoint_minutes
+                due = bool(parallel.largest(now - last_save > 60 * run.checkpoint_minutes, device))
                 due = due or (run.checkpoint_steps and (step + 1) % run.checkpoint_steps == 0)
                 due = due or self.progress.best_step == step + 1  # the best weights stay, whatever comes after
-                if (due and not last_step) or self.stopped_early or stopper.signal:
+                if (due and not last_step) or self.stopped_early or signal:
                     self.save()
                     last_save = last_clock = time.monotonic()
-                if stopper.signal:
+                if signal:
                     saved = checkpoint.checkpoint_folder(self.recipe.folder, self.progress)
-                    raise Stopped(stopper.signal, f"saved {saved}; --resume goes on")
+                    raise Stopped(signal, f"saved {saved}; --resume goes on")
                 if self.stopped_early:
                     return
 
     def accumulate(self, batch: Batch) -> dict[str, float]:
         """Adds the gradients of a batch, micro-batch by micro-batch; returns the mean losses."""
-        rows = self.stage.micro_batch or self.stage.batch
+        rows = self.stage.micro_batch or len(batch.input_ids)
         parts = [Batch(*pair) for pair in zip(batch.input_ids.split(rows), batch.position_ids.split(rows))]
         compute = align_step if self.name == "align" else match_step
         with self.autocast():
             losses = [compute(self.teacher, self.student, part, self.stage, 1 / len(parts)) for part in parts]
-        return {key: sum(float(loss[key]) for loss in losses) / len(losses) for key in losses[0]}
+        means = parallel.mean(
+            torch.stack([torch.stack([loss[key].float() for key in loss]) for loss in losses]).mean(0)
+        )
+        return dict(zip(losses[0], means.tolist()))
 
     def check_finite(self, step: int, losses: dict[str, float], norm: Tensor) -> None:
         if math.isfinite(losses["loss"]) and math.isfinite(float(norm)):
@@ -303,7 +337,7 @@ def naming_memory(name: str, stage: Stage) -> Iterator[None]:
 
 def align_step(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, stage: Stage, scale: float):
     """Runs the teacher; behind each of its attention layers, the student's mixer there learns its output."""
-    losses = []
+    losses: list[Tensor] = []
 
     def learn(module, args, kwargs, output):
         layer = student.model.layers[module.layer_idx]
@@ -321,30 +355,29 @@ def align_step(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, stag
         losses.append(loss.detach())
 
     packing = find_packing(None, batch.position_ids, batch.input_ids.shape[1], cached=False)
-    hooks = [layer.self_attn.register_forward_hook(learn, with_kwargs=True) for layer in teacher.model.model.layers]
-    try:
-        with torch.no_grad():
-            teacher.model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {"loss": torch.stack(losses).mean()}
+
+    def read(student: DeltifyForCausalLM) -> Tensor:
+        hooks = [layer.self_attn.register_forward_hook(learn, with_kwargs=True) for layer in teacher.model.model.layers]
+        try:
+            with torch.no_grad():
+                teacher.model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(losses).mean()
+
+    return {"loss": student.whole(read)}
 
 
 def match_step(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, stage: Stage, scale: float):
     """The whole student's divergence, with a share of cross-entropy if the stage asks for it."""
     with torch.no_grad():
         wanted = hidden_states(teacher.model, batch)
+    head = parallel.whole(teacher.model.lm_head.weight)
     labels = next_tokens(batch).flatten() if stage.ce_weight else None
-    loss, kl, ce = linear_kl(
-        hidden_states(student, batch),
-        student.lm_head.weight,
-        wanted,
-        teacher.model.lm_head.weight,
-        labels=labels,
-        ce_weight=stage.ce_weight,
-        divergence=stage.divergence,
-        temperature=stage.temperature,
+    options = {"ce_weight": stage.ce_weight, "divergence": stage.divergence, "temperature": stage.temperature}
+    loss, kl, ce = student.whole(
+        lambda s: linear_kl(hidden_states(s, batch), s.lm_head.weight, wanted, head, labels=labels, **options)
     )
     with torch.autocast(loss.device.type, enabled=False):
         (loss * scale).backward()
@@ -364,15 +397,17 @@ def next_tokens(batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def judge(teacher: Teacher, student: nn.Module, heldout: list[Batch], autocast: Callable) -> dict[str, float]:
+def judge(teacher: Teacher, student: DeltifyForCausalLM, heldout: list[Batch], autocast: Callable) -> dict[str, float]:
     """Token KL and perplexity on held-out text."""
     kl = ce = tokens = labelled = 0.0
     for batch in heldout:
         batch = batch.to(student.device)
         labels = next_tokens(batch).flatten()
         with autocast():
-            hidden, wanted = hidden_states(student, batch), hidden_states(teacher.model, batch)
-            parts = linear_kl(hidden, student.lm_head.weight, wanted, teacher.model.lm_head.weight, labels=labels)
+            wanted, head = hidden_states(teacher.model, batch), parallel.whole(teacher.model.lm_head.weight)
+            parts = student.whole(
+                lambda s: linear_kl(hidden_states(s, batch), s.lm_head.weight, wanted, head, labels=labels)  # noqa: B023
+            )
         kl += float(parts[1]) * labels.numel()
         ce += float(parts[2]) * labels.numel()
         tokens += labels.numel()

@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import parallel
 from .config import DIVERGENCES
 
 # of one [chunk, W] float32 matrix of logits: on a CPU small enough for the cache, on a GPU enough to fill the chip
@@ -17,10 +18,15 @@ CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
 
 
 def mixer_loss(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:
-    """Mean squared difference of two mixer outputs over the variance of the teacher's: its mean alone would score 1."""
-    teacher = teacher_BTD.float().flatten(0, -2)
-    variance = teacher.var(dim=0, unbiased=False).sum().clamp(min=1e-12)
-    return (student_BTD.float().flatten(0, -2) - teacher).square().sum(-1).mean() / variance
+    """Mean squared difference of two mixer outputs over the variance of the teacher's: its mean alone would score 1.
+
+    The variance is that of all ranks' tokens, so that their mean loss is the loss of all.
+    """
+    teacher = teacher_BTD.float() if teacher_BTD.dtype != torch.float64 else teacher_BTD
+    teacher, student = teacher.flatten(0, -2), student_BTD.to(teacher.dtype).flatten(0, -2)
+    center = parallel.mean(teacher.mean(0))
+    variance = parallel.mean((teacher - center).square().mean(0)).sum().clamp(min=1e-12)
+    return (student - teacher).square().sum(-1).mean() / variance
 
 
 def linear_kl(

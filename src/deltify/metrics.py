@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress as ProgressBar
 from rich.progress import TextColumn, TimeRemainingColumn
 
+from . import parallel
 from .config import STAGES, Recipe
 from .files import write_text
 
@@ -27,7 +28,8 @@ class Metrics:
         for stage in STAGES:
             self.steps_before[stage] = total
             total += recipe.stage(stage).steps
-        self.log, self.close = open_tracker(recipe)
+        self.silent = parallel.rank() > 0  # the first rank speaks for all
+        self.log, self.close = (lambda figures, step: None, lambda: None) if self.silent else open_tracker(recipe)
 
     def __enter__(self) -> "Metrics":
         return self
@@ -36,6 +38,8 @@ class Metrics:
         self.close()
 
     def write(self, stage: str, step: int, **record) -> None:
+        if self.silent:
+            return
         with self.path.open("a") as out:
             out.write(json.dumps({"stage": stage, "step": step, **record}) + "\n")
         self.log({f"{stage}/{key}": value for key, value in record.items()}, self.steps_before[stage] + step)
@@ -46,6 +50,8 @@ class Metrics:
         Raises:
             ValueError: if another line is damaged; says which.
         """
+        if self.silent:
+            return
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
         kept = []
         for number, line in enumerate(lines, 1):

@@ -10,25 +10,33 @@ from .config import Stage
 from .model import DeltifyForCausalLM
 
 
-def make_optimizer(student: DeltifyForCausalLM, stage: Stage, name: str) -> torch.optim.AdamW:
-    """AdamW over two groups, mixers and the rest; what is not trained gets no gradient."""
-    mixers, rest = [], []
+def choose_trained(student: DeltifyForCausalLM, stage: Stage, name: str) -> dict[str, list[nn.Parameter]]:
+    """The parameters that a stage trains, mixers and the rest; all others are frozen.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    mixers: list[nn.Parameter] = []
     for layer in student.model.layers:
         nope = layer.kind == "full_attention" and not student.config.use_rope[layer.self_attn.layer_idx]
         if layer.linear or nope:
             mixers += layer.self_attn.parameters()
     known = {id(p) for p in mixers}
-    rest = [p for p in student.parameters() if id(p) not in known]
-    train_rest = name != "align" and stage.lr_rest > 0
-    if not mixers and not train_rest:
+    rest = [p for p in student.parameters() if id(p) not in known] if name != "align" and stage.lr_rest > 0 else []
+    if not mixers and not rest:
         raise ValueError(
             f"{name} has nothing to train: no layer of the student replaces attention; set {name}.tokens to 0"
         )
     student.requires_grad_(False)
-    for parameter in mixers + (rest if train_rest else []):
+    for parameter in mixers + rest:
         parameter.requires_grad_(True)
+    return {"mixers": mixers, "rest": rest}
+
+
+def make_optimizer(student: DeltifyForCausalLM, stage: Stage, name: str) -> torch.optim.AdamW:
+    """AdamW over two groups, mixers and the rest; what is not trained gets no gradient."""
     options = []
-    for group, parameters in [("mixers", mixers)] + ([("rest", rest)] if train_rest else []):
+    for group, parameters in choose_trained(student, stage, name).items():
         matrices = [p for p in parameters if p.dim() == 2]
         vectors = [p for p in parameters if p.dim() != 2]
         options.append({"name": group, "params": matrices, "weight_decay": stage.weight_decay})

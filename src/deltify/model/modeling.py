@@ -320,6 +320,10 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def whole(self, function):
+        """`function` of this model. Weights that are sharded over processes are in one piece inside, as in forward."""
+        return function(self)
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         if (kind := generation_config.cache_implementation) not in (None, "dynamic"):
             raise ValueError(f"cache_implementation={kind!r} cannot hold KDA and sliding layers; leave it out")

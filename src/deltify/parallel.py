@@ -1,0 +1,116 @@
+"""Several processes, started by torchrun: who this one is, what it shares with the others, how models are cut up.
+
+Each rank trains on its share of every batch. Weights, gradients and optimizer states are sharded over the ranks
+(FSDP2), layer by layer, and within a layer the mixer by itself, since align runs mixers alone. The order matters: what
+is trained is decided first (a gathered copy keeps the flag it was made with), then models are sharded, then the
+optimizer is made, of the shards.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
+
+
+def start_ranks() -> None:
+    """Where several GPUs are visible, runs this command again under torchrun, a process each, and does not return.
+
+    On several nodes, start torchrun there yourself: torchrun --nnodes 2 ... -m deltify.cli distill recipe.yaml.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus > 1 and "RANK" not in os.environ:
+        options = ["--standalone", f"--nproc-per-node={gpus}", "-m", "deltify.cli", *sys.argv[1:]]
+        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *options])
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[torch.device]:
+    """Joins the other processes, if torchrun started this one; gives the device that is this one's."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def first_then_others(function: Callable[[], T]) -> T:
+    """Calls `function` on the first rank, and on the others when it is done there: it may leave files for them."""
+    if rank():
+        dist.barrier()
+    result = function()
+    if count() > 1 and not rank():
+        dist.barrier()
+    return result
+
+
+def barrier() -> None:
+    if count() > 1:
+        dist.barrier()
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean over all ranks."""
+    if count() == 1:
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x / count()
+
+
+def largest(number: float, device: torch.device) -> float:
+    """The largest over all ranks: what one decides, all do."""
+    if count() == 1:
+        return number
+    x = torch.tensor(float(number), dtype=torch.float64, device=device)
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return float(x)
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor that may be sharded, in one piece."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def shard(model: nn.Module, layers: nn.ModuleList, root: nn.Module) -> None:
+    """Cuts up `root`, a part of `model` or all of it, over the ranks: mixer by mixer, layer by layer, then the rest."""
+    if count() == 1:
+        return
+    device = next(model.parameters()).device.type
+    mesh = init_device_mesh(device, (count(),))
+    for layer in layers:
+        fully_shard(layer.self_attn, mesh=mesh)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(root, mesh=mesh)
+
+
+def shard_student(student: nn.Module) -> None:
+    shard(student, student.model.layers, student)
+    register_fsdp_forward_method(student, "whole")  # of a student that is not sharded, this changes nothing
+
+
+def shard_teacher(teacher: nn.Module) -> None:
+    shard(teacher, teacher.model.layers, teacher.model)

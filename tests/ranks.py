@@ -1,0 +1,56 @@
+"""What test_parallel.py runs in one process, and in two under torchrun.
+
+ranks.py steps STAGE OUT     ten steps in float64; writes the gradients of the first and the weights after the last
+ranks.py distill RECIPE [--resume] [--stop]    a run; --stop ends it after one step
+"""
+
+import contextlib
+import sys
+import time
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from deltify import distill, parallel, read_recipe
+from deltify.config import Recipe, Stage
+from deltify.convert import convert
+from deltify.data import Mix, TokenFile
+from deltify.distill import Loop
+from deltify.teacher import random_teacher
+
+
+def steps(name: str, out: Path) -> None:
+    torch.manual_seed(0)
+    teacher = random_teacher("llama")
+    student = convert(teacher, full_attention_layers="3:1", start="library").double()
+    teacher.model.double()
+    stage = Stage(tokens=10 * 4 * 32, length=32, batch=4, micro_batch=1 if name == "match" else 0, ce_weight=0.2)
+    recipe = replace(Recipe("steps", output=str(out.parent / f"{out.stem}-run")), **{name: stage})
+    tokens = torch.randint(0, 250, (4000,), generator=torch.Generator().manual_seed(1)).numpy()
+    bounds = torch.arange(0, 4001, 50).numpy()
+    mix = Mix([TokenFile(tokens, bounds, "")], [1.0], stage.length, stage.batch, 0)
+    quiet = SimpleNamespace(cut=lambda *_: None, write=lambda **_: None)
+    with parallel.process_group(torch.device("cpu")):
+        loop = Loop(name, recipe, teacher, student, mix, [], contextlib.nullcontext, inf, quiet)
+        parallel.shard_teacher(teacher.model)
+        loop.judge = dict
+        batch = mix.batch(0, parallel.rank(), parallel.count())
+        loop.accumulate(batch)
+        gradients = {n: parallel.whole(p.grad) for n, p in student.named_parameters() if p.grad is not None}
+        loop.optimizer.zero_grad(set_to_none=True)
+        loop.run(SimpleNamespace(signal=0))
+        weights = {n: parallel.whole(p.detach()) for n, p in student.named_parameters()}
+        if parallel.rank() == 0:
+            torch.save((gradients, weights), out)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "steps":
+        steps(sys.argv[2], Path(sys.argv[3]))
+    else:
+        minutes = -time.monotonic() / 60 if "--stop" in sys.argv else None  # a deadline that has passed
+        distill(read_recipe(sys.argv[2]), resume="--resume" in sys.argv, max_minutes=minutes)

@@ -1,0 +1,58 @@
+"""Two processes on a CPU do what one does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_distill import tiny_recipe
+
+from deltify import distill
+from deltify.config import Stage, write_recipe
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def run(processes: int, *arguments: object) -> str:
+    script = [str(Path(__file__).parent / "ranks.py"), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *(TORCHRUN if processes > 1 else ()), *script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("stage", ["align", "match"])
+def test_gradients_and_weights_after_ten_steps_are_those_of_one_process(stage, tmp_path):
+    for processes in (1, 2):
+        run(processes, "steps", stage, tmp_path / f"{processes}.pt")
+    for want, got in zip(*(torch.load(tmp_path / f"{n}.pt") for n in (1, 2))):
+        assert want.keys() == got.keys() and len(want) > 20
+        for name in want:
+            assert (want[name] - got[name]).norm() <= 1e-10 * want[name].norm(), name
+
+
+def test_a_run_goes_on_from_two_processes_to_one_and_back(tmp_path):
+    recipe = tiny_recipe(tmp_path / "broken")
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    said = run(2, "distill", tmp_path / "recipe.yaml", "--stop")
+    assert said.count("stopped by --max-minutes after 64 tokens") == 1  # by the first process alone
+    run(1, "distill", tmp_path / "recipe.yaml", "--resume", "--stop")
+    assert "going on from step 2" in run(2, "distill", tmp_path / "recipe.yaml", "--resume")
+    whole = distill(tiny_recipe(tmp_path / "whole"))
+    for name in ("align", "match"):
+        got, want = (load_file(folder / name / "model.safetensors") for folder in (recipe.folder, whole))
+        assert got.keys() == want.keys()
+        for key in want:
+            assert (got[key] - want[key]).norm() <= 1e-3 * want[key].norm(), key
+    metrics = [(folder / "metrics.jsonl").read_text().count("\n") for folder in (recipe.folder, whole)]
+    assert metrics[0] == metrics[1]
+
+
+def test_a_batch_that_two_processes_cannot_share_is_named(tmp_path):
+    write_recipe(tiny_recipe(tmp_path, align=Stage(3 * 32, 32, 3)), tmp_path / "r.yaml")
+    with pytest.raises(AssertionError, match=r"align\.batch=3 cannot be shared by 2 processes"):
+        run(2, "distill", tmp_path / "r.yaml")
