@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import ArceeConfig, ArceeForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import eager_seconds, row, write
+from common import eager_seconds, keep, row, write
 
 from deltify.config import Stage
 from deltify.convert import layer_kinds, model_class, student_config
@@ -116,6 +116,7 @@ def step_rate(shape: str, name: str, rows: int, length: int) -> tuple[float, flo
 
 def main(wanted: str) -> None:
     rows = loss_rows() if wanted in "loss/forward-kl" else []
+    print(*rows, sep="\n", flush=True)
     for shape, name, count, length in STEPS:
         case = f"{name}/{shape}/B{count}-T{length}"
         if wanted in case:
@@ -123,6 +124,7 @@ def main(wanted: str) -> None:
             rate, peak = step_rate(shape, name, count, length)
             print(f"{case}: {rate:,.0f} tokens/s, {peak:.1f} GiB", flush=True)
             rows += [row(case, "tokens/s", rate, None, "", rate=True), row(case, "peak GiB", peak, None, "")]
+            keep("distill_gpu", rows)
     write("distill_gpu", rows)
 
 

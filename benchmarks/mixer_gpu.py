@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import eager_seconds, row, write
+from common import eager_seconds, keep, row, write
 
 from deltify.model import ArceeKDAConfig
 from deltify.model.mixers import DeltifyKDA, library_gates
@@ -60,6 +60,8 @@ def main() -> None:
             theirs = measure(peer, lambda x, peer=peer: peer(x)[0], tokens)
         for what, metric, a, b in zip(("forward", "training", "training"), ("s", "s", "peak MiB"), mine, theirs):
             rows.append(row(f"mixer/{what}/B1-T{tokens}-D{WIDTH}", metric, a, b, PEER))
+        keep("mixer_gpu", rows)
+        print(*rows[-3:], sep="\n", flush=True)
     write("mixer_gpu", rows)
 
 
