@@ -28,7 +28,7 @@ All fields:
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     options, extra = parser.parse_known_args(arguments)
-    if extra and options.command not in ("distill", "convert", "plan"):
+    if extra and options.command not in ("distill", "convert", "plan", "capture"):
         parser.error(f"{options.command} does not know {' '.join(extra)}")
     from transformers.utils.logging import disable_progress_bar
 
@@ -69,6 +69,16 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("recipe", help="YAML file")
     convert.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     convert.add_argument("--smoke", action="store_true", help="of a tiny random model")
+
+    capture = commands.add_parser(
+        "capture",
+        help="write the teacher's hidden states of a recipe's text to files, for training without the teacher",
+        formatter_class=raw,
+        epilog=recipe_fields(),
+    )
+    capture.add_argument("recipe", help="YAML file")
+    capture.add_argument("-o", "--output", type=Path, required=True, help="folder, for --teacher.targets")
+    capture.add_argument("--format", default="int8", help="int8, with a scale a token, or bf16")
 
     plan = commands.add_parser(
         "plan",
@@ -173,6 +183,17 @@ def run_convert(options: argparse.Namespace, overrides: list[str]) -> None:
     distill(smoke(recipe) if options.smoke else recipe, resume=options.resume, stages=())
 
 
+def run_capture(options: argparse.Namespace, overrides: list[str]) -> None:
+    from .config import read_recipe
+    from .distill import capture_recipe
+
+    found = capture_recipe(read_recipe(options.recipe, overrides), options.output, options.format)
+    print(
+        f"{options.output}: {found['rows']:,} rows, {found['tokens']:,} tokens, {found['bytes_per_token']:,.0f} bytes "
+        f"a token; KL of what is stored from what the teacher says: {found['kl']:.2g} nats/token"
+    )
+
+
 def run_plan(options: argparse.Namespace, overrides: list[str]) -> None:
     from .config import read_recipe
     from .plan import plan
@@ -249,6 +270,7 @@ COMMANDS = {
     "distill": run_distill,
     "convert": run_convert,
     "plan": run_plan,
+    "capture": run_capture,
     "evaluate": run_evaluate,
     "report": run_report,
     "generate": run_generate,

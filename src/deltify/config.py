@@ -20,12 +20,14 @@ class TeacherSpec:
         architecture: its model_type, for --smoke, which must not need the model.
         trust_remote_code: whether code that comes with the model may run.
         revision: commit or branch on the hub.
+        targets: folder that `deltify capture` wrote; match and extend then run without the teacher.
     """
 
     model: str = "smollm2-135m-instruct"
     architecture: str = "llama"
     trust_remote_code: bool = False
     revision: str | None = None
+    targets: str | None = None
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from .model import DeltifyForCausalLM
 from .model.modeling import find_packing
 from .runs import check_data, check_run, pick_device, pick_precision, write_run
 from .stopping import Stopped, Stopper
+from .targets import capture, open_targets
 from .teacher import Teacher, load_teacher, random_teacher
 from .training import choose_trained, make_optimizer, set_learning_rates, trained
 
@@ -95,7 +96,13 @@ def run_stages(
     recipe: Recipe, device: torch.device, precision: str, stages: tuple[str, ...], deadline: float, stopper: Stopper
 ) -> None:
     """Opens teacher and text, and makes every model of the run that is not there yet, each from the one before."""
-    teacher = open_teacher(recipe, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    stored = Path(recipe.teacher.targets).expanduser() if recipe.teacher.targets else None
+    early = [recipe.folder / name for name in ("converted", "align") if name != "align" or recipe.align.tokens]
+    if stored and all(map(checkpoint.is_finished, early)):
+        teacher, stored = open_targets(stored, device, dtype), None
+    else:
+        teacher = open_teacher(recipe, device, dtype)
     judging = recipe.run.heldout_tokens, recipe.run.heldout_length
     train, heldout = parallel.first_then_others(
         lambda: open_data(recipe.data, recipe.teacher.model, teacher.tokenizer, *judging)
@@ -109,7 +116,7 @@ def run_stages(
     parallel.barrier()
     if parallel.rank() == 0:
         write_run(recipe, device, precision, data)
-    student, teacher_is_whole = None, True
+    student, teacher_is_whole = None, isinstance(teacher.model, nn.Module)
     with Metrics(recipe) as metrics:
         for name in ("converted", *mixes):
             folder = recipe.folder / name
@@ -125,6 +132,8 @@ def run_stages(
                 checkpoint.save_model(folder, student, teacher.tokenizer)
                 console.print(f"converted: held-out KL {judged['heldout_kl']:.3f}, before any training")
                 continue
+            if stored and name != "align":
+                teacher, stored, teacher_is_whole = open_targets(stored, device, dtype), None, False
             if teacher_is_whole:  # the conversion looks into it
                 parallel.shard_teacher(teacher.model)
                 teacher_is_whole = False
@@ -139,6 +148,17 @@ def run_stages(
                 break
             if parallel.count() > 1:  # what is trained must be decided before a model is cut up
                 student = load_student(folder, device)
+
+
+def capture_recipe(recipe: Recipe, folder: Path, format: str) -> dict[str, float]:
+    """Captures what a recipe's match and extend will ask of the teacher; see `deltify.targets.capture`."""
+    check(recipe)
+    device = pick_device(recipe.run.device)
+    precision = pick_precision(recipe.run.precision, device)
+    teacher = open_teacher(recipe, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    judging = recipe.run.heldout_tokens, recipe.run.heldout_length
+    data = open_data(recipe.data, recipe.teacher.model, teacher.tokenizer, *judging)
+    return capture(recipe, folder, format=format, teacher=teacher, data=data)
 
 
 def load_student(folder: Path, device: torch.device) -> DeltifyForCausalLM:

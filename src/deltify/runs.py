@@ -33,7 +33,7 @@ def check_run(recipe: Recipe, resume: bool, device: torch.device, precision: str
         changes = ", ".join(f"{key}: {old.get(key)!r} then, {new[key]!r} now" for key in refused)
         raise ValueError(
             f"{folder} was made from another recipe ({changes}); use another --name. Only a stage's "
-            f"{', '.join(RATES + MEMORY)} may change on the way, lr_rest not to or from 0"
+            f"{', '.join(RATES + MEMORY)} and teacher.targets may change on the way, lr_rest not to or from 0"
         )
     lines = [f"{key}: {old[key]!r} until now, {new[key]!r} from here on" for key in changed]
     now = machine(device, precision)
@@ -49,6 +49,8 @@ def check_run(recipe: Recipe, resume: bool, device: torch.device, precision: str
 
 def may_change(key: str, old: object, new: object) -> bool:
     """Whether a run may go on with this field changed."""
+    if key == "teacher.targets":  # the same teacher, but for rounding
+        return True
     stage, _, field = key.partition(".")
     if stage not in STAGES or field not in RATES + MEMORY:
         return False

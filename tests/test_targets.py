@@ -1,0 +1,92 @@
+"""A teacher on file: what is stored, how near it is, and runs that need no other."""
+
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_distill import records, tiny_recipe
+
+from deltify import distill, targets
+from deltify.cli import main
+from deltify.config import write_recipe
+from deltify.data import open_data
+from deltify.distill import capture_recipe
+from deltify.targets import open_targets, pack, row_key, unpack
+
+DISTILL = import_module("deltify.distill")
+
+
+@pytest.mark.parametrize("format, bound", [("int8", 0.01), ("bf16", 0.004)])
+def test_stored_rows_are_near_the_exact_ones(format, bound):
+    hidden = torch.randn(2, 30, 64) * torch.rand(2, 30, 1) * 10
+    assert float((unpack(pack(hidden, format)) - hidden).norm() / hidden.norm()) < bound
+
+
+def test_a_run_goes_on_without_its_teacher_and_learns_the_same(tmp_path, monkeypatch, capsys):
+    recipe = tiny_recipe(tmp_path / "runs")
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    folder = tmp_path / "targets"
+    assert main(["capture", str(tmp_path / "recipe.yaml"), "-o", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "20 rows, 640 tokens" in said  # 16 rows of match and 4 held-out ones
+    distill(recipe)
+    want = records(recipe.folder)
+    stored = replace(recipe, name="stored", teacher=replace(recipe.teacher, targets=str(folder)))
+    distill(replace(stored, match=replace(stored.match, tokens=0)))
+    (tmp_path / "runs" / "stored" / "recipe.yaml").unlink()  # the run above had no match
+
+    def gone(*_):
+        raise AssertionError("the teacher was asked for")
+
+    monkeypatch.setattr(DISTILL, "open_teacher", gone)
+    write_recipe(stored, tmp_path / "runs" / "stored" / "recipe.yaml")
+    distill(stored, resume=True)
+    got = [r for r in records(stored.folder) if r["stage"] == "match"]
+    want = [r for r in want if r["stage"] == "match"]
+    assert [r["step"] for r in got] == [r["step"] for r in want]
+    for a, b in zip(got, want):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.01)
+    assert got[-1]["heldout_kl"] == pytest.approx(want[-1]["heldout_kl"], rel=0.01)
+    assert load_file(stored.folder / "match" / "model.safetensors")
+
+
+def test_a_capture_that_was_cut_short_goes_on_and_stores_no_row_twice(tmp_path, monkeypatch):
+    recipe, folder = tiny_recipe(tmp_path), tmp_path / "targets"
+    monkeypatch.setattr(targets, "SHARD_BYTES", 1)  # a shard for each batch
+    asked, read_rows = [], targets.read_rows
+
+    def dies(teacher, batch):
+        asked.append(len(batch.input_ids))
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return read_rows(teacher, batch)
+
+    monkeypatch.setattr(targets, "read_rows", dies)
+    with pytest.raises(KeyboardInterrupt):
+        capture_recipe(recipe, folder, "bf16")
+    kept = len(targets.read_index(folder))
+    assert 0 < kept < 20
+    found = capture_recipe(recipe, folder, "bf16")
+    assert found["rows"] == 20 and found["kl"] < 1e-3 and 2 * 64 <= found["bytes_per_token"] < 3 * 64
+    names = [name for path in folder.glob("rows-*") for name in load_file(path)]
+    assert len(names) == len(set(names)) == 20
+    with pytest.raises(ValueError, match=r"holds targets of .*bf16.*, not of .*int8"):
+        capture_recipe(recipe, folder, "int8")
+
+
+def test_rows_that_were_not_captured_are_an_error_that_says_what_to_do(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    capture_recipe(recipe, tmp_path / "targets", "int8")
+    teacher = open_targets(tmp_path / "targets", torch.device("cpu"), torch.float32)
+    ids, positions = torch.zeros(1, 32, dtype=torch.long), torch.arange(32)[None]
+    with pytest.raises(ValueError, match=r"no targets for a row of 32 tokens .* run deltify capture again"):
+        teacher.model.model(ids, positions)
+    assert row_key(ids[0], positions[0]) != row_key(ids[0], positions[0] * 0)
+    train, _ = open_data(recipe.data, recipe.teacher.model, teacher.tokenizer, 128, 32)
+    assert len(train[0]) > 0  # the tokenizer came along
+    with pytest.raises(FileNotFoundError, match="there are no targets"):
+        open_targets(tmp_path / "nothing", torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="format='fp4' is unknown; choose one of int8, bf16"):
+        capture_recipe(recipe, tmp_path / "targets", "fp4")
