@@ -78,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     capture.add_argument("recipe", help="YAML file")
     capture.add_argument("-o", "--output", type=Path, required=True, help="folder, for --teacher.targets")
-    capture.add_argument("--format", default="int8", help="int8, with a scale a token, or bf16")
+    capture.add_argument("--format", default="int8", help="int8, with a scale for 32 channels, or bf16")
 
     plan = commands.add_parser(
         "plan",

@@ -1,14 +1,15 @@
 """What a teacher has to say, on file: its last hidden states of every row that a run will train on or be judged by.
 
 `capture` writes them once; `open_targets` gives a teacher that looks them up instead of computing them, so that match
-and extend run without one in memory. With the teacher's head they give its whole distribution, in D + 2 bytes a token
-(int8) or 2 D (bf16), where logits in bfloat16 would take 2 W: for SmolLM2-135M 578, 1,152 and 98,304.
+and extend run without one in memory. With the teacher's head they give its whole distribution, in D + D / 16 bytes a
+token (int8) or 2 D (bf16), where logits in bfloat16 would take 2 W: for SmolLM2-135M 612, 1,152 and 98,304.
 
 Legend: B rows, T tokens, D model width, W vocabulary.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from .teacher import Teacher, family_of
 
 FORMATS = ("int8", "bf16")
 SHARD_BYTES = 2**28
+GROUP = 32  # channels with one scale
 
 
 @torch.no_grad()
@@ -37,7 +39,7 @@ def capture(recipe: Recipe, folder: Path, *, format: str = "int8", teacher: Teac
     """Writes the teacher's hidden states of all rows of match, extend and the held-out text; goes on where it stopped.
 
     Args:
-        format: int8, with one scale a token, or bf16.
+        format: int8, with one scale for 32 channels, or bf16.
         data: training and held-out token files, as `deltify.data.open_data` gives them.
 
     Returns:
@@ -116,15 +118,21 @@ def row_key(ids_T: Tensor, positions_T: Tensor) -> str:
 
 
 def pack(hidden_BTD: Tensor, format: str) -> dict[str, Tensor]:
+    """hidden [B, T, D] as it is stored; in int8 with a scale for every 32 channels, as a few are much larger."""
     if format == "bf16":
         return {"hidden": hidden_BTD.bfloat16()}
-    scale = hidden_BTD.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-    return {"hidden": (hidden_BTD / scale).round().to(torch.int8), "scale": scale[..., 0].half()}
+    groups = hidden_BTD.float().unflatten(-1, (-1, math.gcd(hidden_BTD.shape[-1], GROUP)))
+    scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-7).half()
+    whole = (groups / scale.float()).round().clamp(-127, 127)
+    return {"hidden": whole.to(torch.int8).flatten(-2), "scale": scale[..., 0]}
 
 
 def unpack(packed: dict[str, Tensor]) -> Tensor:
     hidden = packed["hidden"].float()
-    return hidden * packed["scale"].float()[..., None] if "scale" in packed else hidden
+    if "scale" not in packed:
+        return hidden
+    scale = packed["scale"].float()[..., None]
+    return (hidden.unflatten(-1, (scale.shape[-2], -1)) * scale).flatten(-2)
 
 
 def write_shards(folder: Path, rows: list[tuple[str, dict[str, Tensor]]]) -> list:
