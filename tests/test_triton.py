@@ -1,6 +1,10 @@
 """The GPU kernels in Triton's interpreter, on a CPU, against the token loop in float64."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,3 +274,11 @@ def test_the_check_at_first_use_tells_right_kernels_from_wrong_ones(monkeypatch)
     for wrong in (1.05, float("nan")):
         monkeypatch.setattr(kernels, "forward", lambda *a, by=wrong: right(*a) * by)
         assert not kernels.largest_error("cpu", torch.float32, 130) < kernels.TOLERANCE
+
+
+def test_every_kernel_compiles_for_a_gpu_that_is_not_here():
+    script = Path(__file__).parent / "compile_kernels.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("_kernel ") == 15
