@@ -19,7 +19,7 @@ from soak import soak
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
-from deltify import checkpoint, distill, read_recipe
+from deltify import checkpoint, distill, parallel, read_recipe
 from deltify.cli import main
 from deltify.config import STAGES, DataSpec, Recipe, RunSpec, Stage, StudentSpec, TeacherSpec, smoke, write_recipe
 from deltify.data import Batch, TokenFile
@@ -27,6 +27,7 @@ from deltify.distill import align_step, hidden_states, match_step, next_tokens
 from deltify.evaluate import count_models
 from deltify.stopping import Stopped
 from deltify.teacher import random_teacher
+from deltify.training import make_optimizer
 
 DISTILL = import_module("deltify.distill")
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
@@ -85,6 +86,27 @@ def die_in_step(recipe: Recipe, step: int) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DISTILL, "align_step", dies)
         distill(recipe)
+
+
+def test_eight_bit_moments_train_and_resume_to_the_same_bits(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    stage = replace(tiny_recipe(tmp_path).align, optimizer="adamw8bit")
+    runs = [tiny_recipe(tmp_path / name, align=stage, match=stage) for name in ("whole", "broken")]
+    distill(runs[0])
+    die_in_step(runs[1], 5)
+    distill(runs[1], resume=True)
+    assert_same_weights(runs[1].folder, runs[0].folder, "align", "match")
+    losses = [r["loss"] for r in records(runs[0].folder) if r["stage"] == "match" and r["step"]]
+    assert losses[-1] < losses[0]
+    model = AutoModelForCausalLM.from_pretrained(runs[0].folder / "match").requires_grad_(True)
+    optimizer = make_optimizer(model, stage, "match")
+    model(torch.arange(8)[None]).logits.sum().backward()
+    optimizer.step()
+    wide = model.model.layers[0].mlp.up_proj.weight
+    assert optimizer.state[wide]["state1"].dtype == torch.uint8
+    monkeypatch.setattr(parallel, "count", lambda: 2)
+    with pytest.raises(ValueError, match=r"match.optimizer='adamw8bit' cannot be sharded over processes"):
+        make_optimizer(model, stage, "match")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -8,6 +8,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 STAGES = ("align", "match", "extend")
+OPTIMIZERS = ("adamw", "adamw8bit")
 DIVERGENCES = ("forward", "reverse", "jensen-shannon")
 
 
@@ -88,6 +89,7 @@ class Stage:
         divergence: of the two distributions of the next token: forward (KL of the student from the teacher), reverse
             or jensen-shannon.
         temperature: that both models' logits are divided by before it.
+        optimizer: adamw, or adamw8bit, whose moments take 2 bytes a number instead of 8 (bitsandbytes; one process).
         weight_decay: of matrices.
         clip: largest norm of the gradient.
         checkpoint_layers: recompute activations layer by layer to save memory.
@@ -104,6 +106,7 @@ class Stage:
     ce_weight: float = 0.0
     divergence: str = "forward"
     temperature: float = 1.0
+    optimizer: str = "adamw"
     weight_decay: float = 0.0
     clip: float = 1.0
     checkpoint_layers: bool = False
@@ -264,6 +267,7 @@ def check(recipe: Recipe) -> Recipe:
             (stage.clip > 0, f"{name}.clip", "must be above 0"),
             (0 <= stage.ce_weight <= 1, f"{name}.ce_weight", "must be in [0, 1]"),
             (stage.divergence in DIVERGENCES, f"{name}.divergence", f"is one of {', '.join(DIVERGENCES)}"),
+            (stage.optimizer in OPTIMIZERS, f"{name}.optimizer", f"is one of {', '.join(OPTIMIZERS)}"),
             (stage.temperature > 0, f"{name}.temperature", "must be above 0"),
             (not stage.micro_batch or stage.batch % stage.micro_batch == 0, f"{name}.micro_batch", "must divide batch"),
             (

@@ -122,7 +122,7 @@ def plan_stage(name: str, stage: Stage, teacher: Teacher, student: nn.Module, gp
     sizes = {
         "teacher": 2 * count(teacher.model) // gpus,
         "student": 4 * weights // gpus + 2 * cast,
-        "gradients, Adam": 12 * trained // gpus,
+        "gradients, Adam": (4 + moment_bytes(stage)) * trained // gpus,
         "activations": tokens * activation_bytes(name, stage, student) + workspace_bytes(student, tokens),
         "loss": 0 if name == "align" else loss_bytes(config.vocab_size, config.hidden_size, tokens),
     }
@@ -131,6 +131,11 @@ def plan_stage(name: str, stage: Stage, teacher: Teacher, student: nn.Module, gp
     flops += 2 * weights if stage.checkpoint_layers and name != "align" else 0
     host = HOST_SECONDS * config.num_hidden_layers * (share // rows)
     return StagePlan(name, stage, sizes, max(share * stage.length * flops / (SHARE * GPUS[gpu]), host))
+
+
+def moment_bytes(stage: Stage) -> int:
+    """Of Adam's two moments, for a parameter."""
+    return 8 if stage.optimizer == "adamw" else 2
 
 
 def activation_bytes(name: str, stage: Stage, student: nn.Module) -> int:
@@ -167,7 +172,7 @@ def files(recipe: Recipe, student: nn.Module, plans: list[StagePlan]) -> dict[st
     table = {f"{recipe.data.folder}/": f"{width} bytes {text}"}
     for name in ("converted", *(p.name for p in plans)):
         table[f"{recipe.folder / name}/"] = f"{gib(model)}, a Hugging Face folder"
-    largest = max(p.bytes["gradients, Adam"] * 2 // 3 for p in plans)  # Adam's two moments
+    largest = max(p.bytes["gradients, Adam"] * moment_bytes(p.stage) // (4 + moment_bytes(p.stage)) for p in plans)
     kept = recipe.run.keep + 1
     table[f"{recipe.folder}/checkpoints/"] = f"up to {gib(kept * (model + largest))}: {kept} of a stage"
     table[f"{recipe.folder}/"] = "recipe.yaml, run.json, metrics.jsonl; results.json and report.html later"

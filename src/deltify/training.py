@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from . import parallel
 from .config import Stage
 from .model import DeltifyForCausalLM
 
@@ -33,15 +34,31 @@ def choose_trained(student: DeltifyForCausalLM, stage: Stage, name: str) -> dict
     return {"mixers": mixers, "rest": rest}
 
 
-def make_optimizer(student: DeltifyForCausalLM, stage: Stage, name: str) -> torch.optim.AdamW:
-    """AdamW over two groups, mixers and the rest; what is not trained gets no gradient."""
+def make_optimizer(student: DeltifyForCausalLM, stage: Stage, name: str) -> torch.optim.Optimizer:
+    """AdamW over two groups, mixers and the rest; what is not trained gets no gradient.
+
+    Raises:
+        ValueError: for adamw8bit, if bitsandbytes is not installed, or several processes share the work.
+    """
     options = []
     for group, parameters in choose_trained(student, stage, name).items():
         matrices = [p for p in parameters if p.dim() == 2]
         vectors = [p for p in parameters if p.dim() != 2]
         options.append({"name": group, "params": matrices, "weight_decay": stage.weight_decay})
         options.append({"name": f"{group}_vectors", "params": vectors, "weight_decay": 0.0})
-    return torch.optim.AdamW([o for o in options if o["params"]], lr=0.0, betas=(0.9, 0.95), fused=True)
+    options = [o for o in options if o["params"]]
+    if stage.optimizer == "adamw":
+        return torch.optim.AdamW(options, lr=0.0, betas=(0.9, 0.95), fused=True)
+    if parallel.count() > 1:
+        raise ValueError(f"{name}.optimizer={stage.optimizer!r} cannot be sharded over processes; choose adamw")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            f"{name}.optimizer={stage.optimizer!r} needs bitsandbytes ({error}); run: pip install bitsandbytes, or "
+            "choose adamw"
+        ) from None
+    return AdamW8bit(options, lr=0.0, betas=(0.9, 0.95))
 
 
 def trained(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
