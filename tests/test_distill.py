@@ -22,12 +22,13 @@ from transformers import AutoModelForCausalLM
 from deltify import checkpoint, distill, parallel, read_recipe
 from deltify.cli import main
 from deltify.config import STAGES, DataSpec, Recipe, RunSpec, Stage, StudentSpec, TeacherSpec, smoke, write_recipe
+from deltify.convert import convert
 from deltify.data import Batch, TokenFile
-from deltify.distill import align_step, hidden_states, match_step, next_tokens
+from deltify.distill import align_step, hidden_states, match_step, next_tokens, own_weights, share_frozen
 from deltify.evaluate import count_models
 from deltify.stopping import Stopped
 from deltify.teacher import random_teacher
-from deltify.training import make_optimizer
+from deltify.training import choose_trained, make_optimizer
 
 DISTILL = import_module("deltify.distill")
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
@@ -86,6 +87,25 @@ def die_in_step(recipe: Recipe, step: int) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DISTILL, "align_step", dies)
         distill(recipe)
+
+
+def test_align_keeps_one_copy_of_what_is_frozen(tmp_path):
+    teacher, rounded = random_teacher("llama"), random_teacher("llama").model.bfloat16()
+    student = convert(teacher, full_attention_layers="none", start="library")
+    choose_trained(student, Stage(), "align")
+    share_frozen(rounded, student)
+    assert student.model.layers[0].mlp.up_proj.weight.dtype == torch.float32  # which is not what was rounded
+    own_weights(student, rounded)
+    share_frozen(teacher.model, student)
+    theirs = {p.data_ptr() for p in teacher.model.parameters()}
+    shared = [name for name, p in student.named_parameters() if p.data_ptr() in theirs]
+    assert len(shared) == sum(not p.requires_grad for p in student.parameters()) > 8
+    own_weights(student, teacher.model)
+    assert not any(p.data_ptr() in theirs for p in student.parameters())
+    recipe = tiny_recipe(tmp_path, run=replace(tiny_recipe(tmp_path).run, precision="bf16"))
+    distill(recipe)
+    weights = load_file(recipe.folder / "align" / "model.safetensors")
+    assert all(x.dtype == torch.float32 for x in weights.values())
 
 
 def test_eight_bit_moments_train_and_resume_to_the_same_bits(tmp_path, monkeypatch):

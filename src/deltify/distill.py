@@ -140,7 +140,7 @@ def run_stages(
             loop = Loop(name, recipe, teacher, student, mixes[name], heldout_rows, autocast, deadline, metrics)
             with stopper.held():
                 loop.run(stopper)
-            student.eval()
+            own_weights(student.eval(), teacher.model)
             stopped_at = loop.progress if loop.stopped_early else None
             checkpoint.save_model(folder, student, teacher.tokenizer, stopped_at=stopped_at)
             if stopped_at is not None:
@@ -227,6 +227,8 @@ class Loop:
         self.autocast, self.metrics = autocast, metrics
         self.deadline, self.stopped_early = deadline, False
         choose_trained(student, self.stage, name)
+        if name == "align" and parallel.count() == 1:
+            share_frozen(teacher.model, student)
         parallel.shard_student(student)
         self.optimizer = make_optimizer(student, self.stage, name)
         self.progress = Progress(name, 0, 0, 0.0)
@@ -328,6 +330,25 @@ class Loop:
             checkpoint.checkpoint_folder(folder, self.progress), self.student, self.optimizer, self.progress
         )
         checkpoint.prune(folder, self.name, self.recipe.run.keep, self.progress.best_step)
+
+
+def share_frozen(teacher: nn.Module, student: DeltifyForCausalLM) -> None:
+    """Lets the student's frozen tensors that equal the teacher's be the teacher's own: one copy in memory, not two."""
+    theirs = dict(teacher.named_parameters())
+    for name, mine in student.named_parameters():
+        other = theirs.get(name)
+        if other is None or mine.requires_grad or mine.shape != other.shape:
+            continue
+        if torch.equal(mine, other.to(mine.dtype)):
+            mine.data = other.data
+
+
+def own_weights(student: DeltifyForCausalLM, teacher: nn.Module) -> None:
+    """Undoes `share_frozen`: what the student shares becomes a float32 copy, which the next stage may train."""
+    theirs = {p.data_ptr() for p in teacher.parameters()} if isinstance(teacher, nn.Module) else set()
+    for mine in student.parameters():
+        if parallel.count() == 1 and mine.data_ptr() in theirs:
+            mine.data = mine.data.to(torch.float32, copy=True)
 
 
 @contextmanager

@@ -119,9 +119,10 @@ def plan_stage(name: str, stage: Stage, teacher: Teacher, student: nn.Module, gp
     rows = stage.micro_batch or share
     tokens = rows * stage.length
     cast = trained if name == "align" else weights  # autocast keeps a bfloat16 copy of what it has multiplied with
+    own = trained if name == "align" and gpus == 1 else weights  # align shares what is frozen with the teacher
     sizes = {
         "teacher": 2 * count(teacher.model) // gpus,
-        "student": 4 * weights // gpus + 2 * cast,
+        "student": 4 * own // gpus + 2 * cast,
         "gradients, Adam": (4 + moment_bytes(stage)) * trained // gpus,
         "activations": tokens * activation_bytes(name, stage, student) + workspace_bytes(student, tokens),
         "loss": 0 if name == "align" else loss_bytes(config.vocab_size, config.hidden_size, tokens),
