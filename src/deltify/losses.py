@@ -160,8 +160,10 @@ def gradients_of_rows(
         d = None if wanted is None else torch.empty(t_NW.shape, dtype=wanted, device=t_NW.device)
         return *kernels.divergence_rows(t_NW, s_NW, labels, counts, d, kind, temperature, *scales), d
     plain = s_NW.log_softmax(-1) if labels is not None else None
-    log_q = (s_NW / temperature).log_softmax(-1) if temperature != 1 or plain is None else plain.clone()
-    kl, d = divergence_rows((t_NW / temperature).log_softmax(-1), log_q, kind)
+    if temperature != 1:
+        t_NW, s_NW = t_NW / temperature, s_NW / temperature
+    log_q = plain.clone() if plain is not None and temperature == 1 else s_NW.log_softmax(-1)
+    kl, d = divergence_rows(t_NW.log_softmax(-1), log_q, kind)
     ce, d = torch.zeros_like(kl), d.mul_(scales[0])
     if labels is not None and plain is not None:
         known, target = labels >= 0, labels.clamp(min=0).unsqueeze(1)
