@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import ArceeConfig, ArceeForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import RESULTS, row, write
+from common import RESULTS, keep, row, write
 
 from deltify.curves import draw_decode_cost
 from deltify.model import ArceeKDAConfig, ArceeKDAForCausalLM
@@ -105,6 +105,25 @@ def greedy_ids_are_equal(model) -> bool:
     return torch.equal(*results[1:])
 
 
+def rows_of(speeds: dict[tuple, float | None], sizes: dict[tuple, float]) -> list[dict]:
+    """The student's figures, each beside the teacher's where there is one."""
+    rows = []
+    for key in [k for k in speeds if k[-1] == "student"]:
+        peer = (*key[:-1], "teacher")
+        if key[0] == "step":
+            rows.append(row(f"decode/afm-4.5b/B{key[1]}-T{key[2]}", "ms, captured step", speeds[key], None, ""))
+            continue
+        if key[0] == "prefill":
+            case = f"prefill/afm-4.5b/B1-T{key[1]}"
+            rows.append(row(case, "tokens/s", speeds[key], speeds.get(peer), PEER, rate=True))
+            rows.append(row(case, "peak GiB", sizes[key], sizes.get(peer), PEER))
+        else:
+            case = f"decode/afm-4.5b/B{key[1]}-T{key[2]}"
+            rows.append(row(case, "ms per token", speeds[key], speeds.get(peer), PEER))
+            rows.append(row(case, "cache bytes", sizes[key], sizes.get(peer), PEER))
+    return rows
+
+
 @torch.no_grad()
 def main() -> None:
     speeds: dict[tuple, float | None] = {}
@@ -134,25 +153,12 @@ def main() -> None:
                 decode_rows.append(
                     {"model": kind, "context": context, "cache_bytes": size, "ms_per_token": ms, **facts}
                 )
+        keep("model_gpu", rows_of(speeds, sizes))
         del model
         torch.cuda.empty_cache()
-    rows = []
-    for key in [k for k in speeds if k[-1] == "student"]:
-        peer = (*key[:-1], "teacher")
-        if key[0] == "step":
-            rows.append(row(f"decode/afm-4.5b/B{key[1]}-T{key[2]}", "ms, captured step", speeds[key], None, ""))
-            continue
-        if key[0] == "prefill":
-            case = f"prefill/afm-4.5b/B1-T{key[1]}"
-            rows.append(row(case, "tokens/s", speeds[key], speeds.get(peer), PEER, rate=True))
-            rows.append(row(case, "peak GiB", sizes[key], sizes.get(peer), PEER))
-        else:
-            case = f"decode/afm-4.5b/B{key[1]}-T{key[2]}"
-            rows.append(row(case, "ms per token", speeds[key], speeds.get(peer), PEER))
-            rows.append(row(case, "cache bytes", sizes[key], sizes.get(peer), PEER))
     RESULTS.mkdir(exist_ok=True)
     draw_decode_cost(decode_rows, RESULTS / "model_gpu_decode")
-    write("model_gpu", rows)
+    write("model_gpu", rows_of(speeds, sizes))
 
 
 if __name__ == "__main__":
