@@ -49,7 +49,7 @@ def cases():
     yield scan.scan_kernel, {**of_scan, "MAPS": False, "KEEP": True, "SPLIT": True, "HAS_STATE": True}
     yield scan.combine_kernel, {"K": K, "V": K, "BV": 16, **documents}
     yield finish.pairs_kernel, {"K": K, "V": K, **documents}
-    yield decode.decode_kernel, {"K": K, "V": K, "BV": K, "W": 4, "BOUNDED": False}
+    yield decode.decode_kernel, {"K": K, "V": K, "W": 4, "BOUNDED": False}
     for kind in range(3):
         yield kl.divergence_kernel, {"KIND": kind, "BLOCK": 4096, "LABELS": True, "COUNTS": True, "GRADIENT": True}
 

@@ -52,41 +52,30 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("deltify", description=DESCRIPTION, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    distill = commands.add_parser(
-        "distill", help="run a recipe: convert, align, match, extend", formatter_class=raw, epilog=recipe_fields()
-    )
-    distill.add_argument("recipe", help="YAML file")
+    def add_recipe_command(name: str, what: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=what, formatter_class=raw, epilog=fields)
+        command.add_argument("recipe", help="YAML file")
+        return command
+
+    fields = recipe_fields()
+    distill = add_recipe_command("distill", "run a recipe: convert, align, match, extend")
     distill.add_argument("--resume", action="store_true", help="go on with the folder's run; learning rates may change")
     distill.add_argument("--smoke", action="store_true", help="two steps a stage on a tiny random model, on the CPU")
     distill.add_argument("--max-minutes", type=float, help="stop training after this time; --resume goes on")
 
-    convert = commands.add_parser(
-        "convert",
-        help="the conversion alone: where each tensor comes from, and the KL before training",
-        formatter_class=raw,
-        epilog=recipe_fields(),
+    convert = add_recipe_command(
+        "convert", "the conversion alone: where each tensor comes from, and the KL before training"
     )
-    convert.add_argument("recipe", help="YAML file")
     convert.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     convert.add_argument("--smoke", action="store_true", help="of a tiny random model")
 
-    capture = commands.add_parser(
-        "capture",
-        help="write the teacher's hidden states of a recipe's text to files, for training without the teacher",
-        formatter_class=raw,
-        epilog=recipe_fields(),
+    capture = add_recipe_command(
+        "capture", "write the teacher's hidden states of a recipe's text to files, for training without the teacher"
     )
-    capture.add_argument("recipe", help="YAML file")
     capture.add_argument("-o", "--output", type=Path, required=True, help="folder, for --teacher.targets")
     capture.add_argument("--format", default="int8", help="int8, with a scale for 32 channels, or bf16")
 
-    plan = commands.add_parser(
-        "plan",
-        help="what a recipe will take: memory, hours, disk; nothing is loaded",
-        formatter_class=raw,
-        epilog=recipe_fields(),
-    )
-    plan.add_argument("recipe", help="YAML file")
+    plan = add_recipe_command("plan", "what a recipe will take: memory, hours, disk; nothing is loaded")
     plan.add_argument("--gpu", default="h100", help="h100 or h200, whose speed the hours come from")
     plan.add_argument("--gpus", type=int, default=1, help="processes that share the work")
 

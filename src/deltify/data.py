@@ -298,6 +298,10 @@ class Batch:
         """[B, T - 1]: whether token t + 1 goes on with the document of token t."""
         return self.position_ids[:, 1:] > 0
 
+    def split(self, rows: int) -> "list[Batch]":
+        """Micro-batches of `rows` rows."""
+        return [Batch(*pair) for pair in zip(self.input_ids.split(rows), self.position_ids.split(rows))]
+
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(self.input_ids.to(device), self.position_ids.to(device))
 

@@ -103,11 +103,7 @@ def run_stages(
         teacher, stored = open_targets(stored, device, dtype), None
     else:
         teacher = open_teacher(recipe, device, dtype)
-    judging = recipe.run.heldout_tokens, recipe.run.heldout_length
-    train, heldout = parallel.first_then_others(
-        lambda: open_data(recipe.data, recipe.teacher.model, teacher.tokenizer, *judging)
-    )
-    heldout_rows = heldout_batches(heldout, recipe.run.heldout_length, 8, recipe.run.heldout_tokens)
+    train, heldout, heldout_rows = parallel.first_then_others(lambda: open_text(recipe, teacher))
     mixes = {name: stage_mix(recipe, name, train) for name in stages if recipe.stage(name).tokens}
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")  # noqa: E731
 
@@ -156,9 +152,19 @@ def capture_recipe(recipe: Recipe, folder: Path, format: str) -> dict[str, float
     device = pick_device(recipe.run.device)
     precision = pick_precision(recipe.run.precision, device)
     teacher = open_teacher(recipe, device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    judging = recipe.run.heldout_tokens, recipe.run.heldout_length
-    data = open_data(recipe.data, recipe.teacher.model, teacher.tokenizer, *judging)
-    return capture(recipe, folder, format=format, teacher=teacher, data=data)
+    train, _, heldout_rows = open_text(recipe, teacher)
+    stages = {name: recipe.stage(name) for name in ("match", "extend") if recipe.stage(name).tokens}
+    mixes = {name: (stage, stage_mix(recipe, name, train)) for name, stage in stages.items()}
+    return capture(recipe.teacher.model, teacher, folder, format, heldout_rows, mixes)
+
+
+def open_text(recipe: Recipe, teacher: Teacher) -> tuple[list[TokenFile], list[TokenFile], list[Batch]]:
+    """Training sources, held-out texts, and the batches of these that judge."""
+    run = recipe.run
+    train, heldout = open_data(
+        recipe.data, recipe.teacher.model, teacher.tokenizer, run.heldout_tokens, run.heldout_length
+    )
+    return train, heldout, heldout_batches(heldout, run.heldout_length, 8, run.heldout_tokens)
 
 
 def load_student(folder: Path, device: torch.device) -> DeltifyForCausalLM:
@@ -292,7 +298,7 @@ class Loop:
     def accumulate(self, batch: Batch) -> dict[str, float]:
         """Adds the gradients of a batch, micro-batch by micro-batch; returns the mean losses."""
         rows = self.stage.micro_batch or len(batch.input_ids)
-        parts = [Batch(*pair) for pair in zip(batch.input_ids.split(rows), batch.position_ids.split(rows))]
+        parts = batch.split(rows)
         compute = align_step if self.name == "align" else match_step
         with self.autocast():
             losses = [compute(self.teacher, self.student, part, self.stage, 1 / len(parts)) for part in parts]

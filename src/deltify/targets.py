@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from .config import STAGES, Recipe
-from .data import Batch, Mix, TokenFile, heldout_batches
+from .config import Stage
+from .data import Batch, Mix
 from .files import write_text
 from .losses import linear_kl
 from .metrics import console
@@ -35,12 +36,16 @@ GROUP = 32  # channels with one scale
 
 
 @torch.no_grad()
-def capture(recipe: Recipe, folder: Path, *, format: str = "int8", teacher: Teacher, data: tuple) -> dict[str, float]:
-    """Writes the teacher's hidden states of all rows of match, extend and the held-out text; goes on where it stopped.
+def capture(
+    name: str, teacher: Teacher, folder: Path, format: str, heldout: list[Batch], mixes: dict[str, tuple[Stage, Mix]]
+) -> dict[str, float]:
+    """Writes the teacher's hidden states of all rows of some stages and the held-out text; goes on where it stopped.
 
     Args:
+        name: of the teacher, as the recipe has it.
         format: int8, with one scale for 32 channels, or bf16.
-        data: training and held-out token files, as `deltify.data.open_data` gives them.
+        heldout: batches that judge during training.
+        mixes: each stage that will ask the teacher, and its text.
 
     Returns:
         rows, tokens, bytes_per_token, and kl: of the stored distributions from the exact ones, nats per token, over the
@@ -52,7 +57,7 @@ def capture(recipe: Recipe, folder: Path, *, format: str = "int8", teacher: Teac
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is unknown; choose one of {', '.join(FORMATS)}")
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"teacher": recipe.teacher.model, "format": format}
+    about = {"teacher": name, "format": format}
     if (folder / "targets.json").is_file() and (there := json.loads((folder / "targets.json").read_text())) != about:
         raise ValueError(f"{folder} holds targets of {there}, not of {about}; use another folder")
     write_text(folder / "targets.json", json.dumps(about))
@@ -62,10 +67,10 @@ def capture(recipe: Recipe, folder: Path, *, format: str = "int8", teacher: Teac
     save_file({"head": head.detach().cpu().contiguous()}, folder / "head.safetensors")
     known, waiting, size = set(read_index(folder)), [], 0
     device, kl, judged = head.device, 0.0, 0
-    batches = list(wanted_batches(recipe, *data))
-    for is_heldout, batch in track(
-        batches, "capture", console=console, transient=True, disable=not console.is_terminal
-    ):
+    batches = chain(((True, batch) for batch in heldout), ((False, batch) for batch in training_batches(mixes)))
+    total = len(heldout) + sum(stage.steps * (stage.batch // micro_rows(stage)) for stage, _ in mixes.values())
+    silent = not console.is_terminal
+    for is_heldout, batch in track(batches, "capture", total, console=console, transient=True, disable=silent):
         keys = [row_key(ids, positions) for ids, positions in zip(batch.input_ids, batch.position_ids)]
         new = [i for i, key in enumerate(keys) if key not in known]
         if not new and not is_heldout:
@@ -88,21 +93,14 @@ def capture(recipe: Recipe, folder: Path, *, format: str = "int8", teacher: Teac
     return {"rows": len(known), "tokens": tokens, "bytes_per_token": sum(shards) / tokens, "kl": kl / max(judged, 1)}
 
 
-def wanted_batches(recipe: Recipe, train: list[TokenFile], heldout: list[TokenFile]) -> Iterator[tuple[bool, Batch]]:
-    """Every batch that match and extend will ask the teacher about, and whether it is held-out text."""
-    run = recipe.run
-    for batch in heldout_batches(heldout, run.heldout_length, 8, run.heldout_tokens):
-        yield True, batch
-    for name in ("match", "extend"):
-        stage = recipe.stage(name)
-        if stage.tokens:
-            weights = list(recipe.data.train.values())
-            mix = Mix(train, weights, stage.length, stage.batch, recipe.seed + STAGES.index(name))
-            for step in range(stage.steps):
-                batch = mix.batch(step)
-                rows = stage.micro_batch or stage.batch
-                for pair in zip(batch.input_ids.split(rows), batch.position_ids.split(rows)):
-                    yield False, Batch(*pair)
+def micro_rows(stage: Stage) -> int:
+    return stage.micro_batch or stage.batch
+
+
+def training_batches(mixes: dict[str, tuple[Stage, Mix]]) -> Iterator[Batch]:
+    for stage, mix in mixes.values():
+        for step in range(stage.steps):
+            yield from mix.batch(step).split(micro_rows(stage))
 
 
 def read_rows(teacher: Teacher, batch: Batch) -> Tensor:

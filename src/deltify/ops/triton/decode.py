@@ -12,7 +12,6 @@ from ..reference import L2NORM_EPS
 from .tiles import LOG2E, log2_decay
 
 EPS = tl.constexpr(L2NORM_EPS)
-BV = 128  # columns of the state at a time, at most
 
 
 @triton.jit
@@ -30,15 +29,14 @@ def convolve(x_ptr, past_ptr, taps_ptr, channel, row, width, W: tl.constexpr):
 def decode_kernel(
     x_ptr, past_ptr, taps_ptr, f_ptr, b_ptr, gate_ptr, A_log_ptr, dt_bias_ptr, weight_ptr, state_ptr, out_ptr, row_ptr,
     heads, scale, lower_bound, norm_eps,
-    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, BOUNDED: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """One program per head and row. Works through the state in tiles of BV columns: fewer registers a program, and so
-    more programs whose loads are on their way."""
+    """One program per head and row."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     keys, values = tl.arange(0, K), tl.arange(0, V)
-    of_tile = keys[:, None] * V + tl.arange(0, BV)[None, :]
+    of_state = keys[:, None] * V + values[None, :]
     state_ptr += (row * heads + head) * K * V
-    S = tl.load(state_ptr + of_tile)
+    S = tl.load(state_ptr + of_state)
     width = heads * (2 * K + V)
     of_q, of_k, of_v = head * K + keys, (heads + head) * K + keys, 2 * heads * K + head * V + values
     q = convolve(x_ptr, past_ptr, taps_ptr, of_q, row, width, W)
@@ -59,18 +57,14 @@ def decode_kernel(
     tl.debug_barrier()
     q, k, decay = tl.load(mine + keys), tl.load(mine + K + keys), tl.load(mine + 2 * K + keys)
     beta = tl.sigmoid(tl.load(b_ptr + row * heads + head).to(tl.float32))
-    squares = 0.0
-    for tile in tl.static_range(V // BV):
-        at = mine + 3 * K + tile * BV + tl.arange(0, BV)
-        S *= decay[:, None]
-        u = beta * (tl.load(at) - tl.sum(S * k[:, None], 0))
-        S += k[:, None] * u[None, :]
-        o = tl.sum(S * q[:, None], 0)
-        tl.store(state_ptr + tile * BV + of_tile, S)
-        if tile + 1 < V // BV:
-            S = tl.load(state_ptr + (tile + 1) * BV + of_tile)
-        squares += tl.sum(o * o, 0)
-        tl.store(at + V, o)
+    at = mine + 3 * K + values
+    S *= decay[:, None]
+    u = beta * (tl.load(at) - tl.sum(S * k[:, None], 0))
+    S += k[:, None] * u[None, :]
+    o = tl.sum(S * q[:, None], 0)
+    tl.store(state_ptr + of_state, S)
+    squares = tl.sum(o * o, 0)
+    tl.store(at + V, o)
     tl.debug_barrier()
     at = (row * heads + head) * V + values
     gate = tl.load(gate_ptr + at).to(tl.float32)
@@ -108,7 +102,7 @@ def layer_step(
     decode_kernel[(heads, batch)](
         x, past, taps, f, b, gate, A_log, dt_bias, weight, state, out, row,
         heads, K**-0.5, lower_bound or 0.0, norm_eps,
-        K=K, V=V, BV=min(V, BV), W=taps.shape[-1], BOUNDED=lower_bound is not None,
+        K=K, V=V, W=taps.shape[-1], BOUNDED=lower_bound is not None,
         num_warps=4,
     )  # fmt: skip
     return out
