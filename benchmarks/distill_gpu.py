@@ -1,7 +1,8 @@
 """Distillation steps on a GPU: the loss alone beside its matrix products, and whole steps of align and match.
 
 Weights are random; bfloat16 products, float32 master weights, AdamW, the optimizer's step included, loss on all tokens.
-Run: python benchmarks/distill_gpu.py [part of a case's name] (needs a CUDA GPU with 80 GB)
+Run: python benchmarks/distill_gpu.py [part of a case's name] (needs a CUDA GPU with 80 GB;
+flash-linear-attention==0.6.0 and liger-kernel==0.8.5 for the peers)
 """
 
 import sys
@@ -19,10 +20,20 @@ from deltify.config import Stage
 from deltify.convert import layer_kinds, model_class, student_config
 from deltify.data import Batch
 from deltify.distill import align_step, match_step
+from deltify.graphs import GraphedStep
 from deltify.losses import linear_kl
 from deltify.model.mixers import library_gates
 from deltify.teacher import FAMILIES, Teacher, freeze
 from deltify.training import make_optimizer, set_learning_rates, trained
+
+try:
+    from fla.modules.fused_kl_div import fused_kl_div_loss
+except ImportError:
+    fused_kl_div_loss = None
+try:
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+except ImportError:
+    LigerFusedLinearJSD = None
 
 SMOLLM2 = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -42,31 +53,52 @@ STEPS = [
 
 
 def loss_rows(N: int = 32768, D: int = 2560, W: int = 128004) -> list[dict]:
-    """The loss with both gradients, and its four matrix products alone."""
+    """The loss with both gradients, beside its four matrix products alone and other libraries' fused losses; and the
+    error of the gradient of the hidden states, on 1,024 tokens, against float64."""
     hidden, wanted = (torch.randn(N, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     head, t_head = (torch.randn(W, D, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(2))
     leaves = hidden.requires_grad_(), head.requires_grad_()
-    ours = lambda: torch.autograd.grad(linear_kl(*leaves, wanted, t_head)[0], leaves)
-    seconds = eager_seconds(ours, calls=1, repeats=3)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    ours()
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    part = torch.randn(1024, W, device="cuda", dtype=torch.bfloat16)
-    h = hidden[:1024].detach()
+    losses = {"": lambda h, t: linear_kl(h, head, t, t_head)[0]}
+    if fused_kl_div_loss:
+        losses["fla fused_kl_div_loss"] = lambda h, t: fused_kl_div_loss(h, t, head, t_head)
+    if LigerFusedLinearJSD:
+        liger = LigerFusedLinearJSD(jsd_beta=0.0, accum_dtype=torch.float32)
+        losses["Liger LigerFusedLinearJSD"] = lambda h, t: liger(h, head, t, t_head, None)
+
+    part, few = torch.randn(1024, W, device="cuda", dtype=torch.bfloat16), hidden[:1024].detach()
 
     def products() -> None:
         for _ in range(N // 1024):
             for weight in (t_head, head.detach()):
-                F.linear(h, weight)
+                F.linear(few, weight)
             part @ head.detach()
-            part.t() @ h
+            part.t() @ few
 
+    exact = few.double().requires_grad_()
+    student, teacher = exact @ head.detach().double().t(), wanted[:1024].double() @ t_head.double().t()
+    target = teacher.log_softmax(-1)
+    kl = F.kl_div(student.log_softmax(-1), target, log_target=True, reduction="batchmean")
+    exact = torch.autograd.grad(kl, exact)[0]
+    del student, teacher, target, kl
+    found = {}
+    for name, loss in losses.items():
+        torch.cuda.empty_cache()
+        step = lambda: torch.autograd.grad(loss(hidden, wanted), leaves)
+        seconds = eager_seconds(step, calls=1, repeats=3)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+        sample = few.clone().requires_grad_()
+        got = torch.autograd.grad(loss(sample, wanted[:1024]), sample)[0].double()
+        found[name] = seconds, peak, float((got - exact).norm() / exact.norm())
+        print(f"loss {name or 'ours'}: {found[name]}", flush=True)
     case = f"loss/forward-kl/N{N}-D{D}-W{W}"
-    return [
-        row(case, "s", seconds, eager_seconds(products, calls=1, repeats=3), "its four matrix products alone"),
-        row(case, "peak GiB above inputs", peak, None, ""),
-    ]
+    ours = found.pop("")
+    rows = [row(case, "s", ours[0], eager_seconds(products, calls=1, repeats=3), "its four matrix products alone")]
+    for metric, mine, place in zip(("s", "peak GiB above inputs", "relative error"), ours, range(3)):
+        rows += [row(case, metric, mine, theirs[place], name) for name, theirs in found.items()]
+    return rows
 
 
 def pair(shape: str, stage: str) -> tuple[Teacher, torch.nn.Module]:
@@ -96,19 +128,23 @@ def step_rate(shape: str, name: str, rows: int, length: int) -> tuple[float, flo
     stage = Stage(tokens=rows * length * 100, length=length, batch=rows)
     optimizer = make_optimizer(student, stage, name)
     compute = align_step if name == "align" else match_step
-    ids = torch.randint(0, 40000, (rows, length), device="cuda")
-    batch = Batch(ids, torch.arange(length, device="cuda").expand_as(ids))
+
+    def losses(batch: Batch) -> dict[str, torch.Tensor]:
+        with torch.autocast("cuda", torch.bfloat16):
+            return compute(teacher, student, batch, stage, 1.0)
+
+    step = GraphedStep(losses, trained(optimizer), print)
+    ids, positions = torch.randint(0, 40000, (rows, length)), torch.arange(length).expand(rows, length)
     times = []
     torch.cuda.reset_peak_memory_stats()
-    for step in range(13):
+    for number in range(13):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        set_learning_rates(optimizer, stage, step)
-        with torch.autocast("cuda", torch.bfloat16):
-            compute(teacher, student, batch, stage, 1.0)
+        set_learning_rates(optimizer, stage, number)
+        step(Batch(ids.roll(number, 1), positions), torch.device("cuda"))
         torch.nn.utils.clip_grad_norm_(trained(optimizer), stage.clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=False)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return rows * length / sorted(times[3:])[5], torch.cuda.max_memory_allocated() / 2**30

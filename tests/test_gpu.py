@@ -8,6 +8,7 @@ from deltify import convert, kda
 from deltify.config import Stage
 from deltify.data import Batch
 from deltify.distill import align_step, match_step
+from deltify.graphs import GraphedStep
 from deltify.losses import DIVERGENCES, linear_kl
 from deltify.model import DeltifyConfig, DeltifyForCausalLM, modeling
 from deltify.teacher import freeze, random_teacher
@@ -15,8 +16,9 @@ from deltify.teacher import freeze, random_teacher
 pytestmark = pytest.mark.gpu
 
 # RMS of the difference over RMS of the reference, as the field's tests have it. Where nothing is forgotten and keys
-# repeat, u = A v - W S is a small difference of large numbers, and shows the rounding of its bfloat16 operands.
-BOUNDS = {"zero": 8e-3, "collinear": 1.5e-2}
+# repeat, u = A v - W S is a small difference of large numbers, and shows the rounding of its bfloat16 operands. Bounded
+# gates of high rate are open or shut: few tokens add up in an output, and their roundings do not cancel.
+BOUNDS = {"zero": 8e-3, "collinear": 1.5e-2, "bounded": 6e-3}
 
 
 def make_inputs(B, T, H, K, V, gates="library", dtype=torch.bfloat16):
@@ -139,7 +141,7 @@ def check_gradients(B, T, H, K, V, gates, bounds=None, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("gates", ["library", "slow", "fast", "zero", "bounded"])
-@pytest.mark.parametrize("B, T, H, K, V", [(2, 1000, 3, 128, 128), (1, 333, 2, 64, 64), (1, 2048, 2, 128, 64)])
+@pytest.mark.parametrize("B, T, H, K, V", [(2, 1000, 3, 128, 128), (1, 333, 8, 64, 64), (1, 2048, 2, 128, 64)])
 def test_gradients_of_the_kernels_equal_float64(B, T, H, K, V, gates):
     errors = check_gradients(B, T, H, K, V, gates)
     assert not too_large(errors)
@@ -219,6 +221,36 @@ def test_conversion_and_one_step_of_each_stage():
             assert torch.isfinite(step(teacher, student, batch, Stage(), 1.0)["loss"])
     ids = batch.input_ids[:, :20]
     assert student.eval().generate(ids, max_new_tokens=4, do_sample=False).shape[0] == 4
+
+
+@pytest.mark.parametrize("compute", [align_step, match_step])
+def test_replayed_steps_give_the_eager_gradients(compute):
+    teacher = random_teacher("llama", hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    freeze(teacher.model.cuda())
+    ids = torch.randint(0, 250, (4, 4, 200))
+    cuts = (200, 90, 70, 30)  # where documents start again
+    batches = [Batch(x, (torch.arange(200) % cut).expand(4, 200)) for x, cut in zip(ids, cuts)]
+    student = convert(teacher, calibration=batches[0].to("cuda"), full_attention_layers="3:1")
+    student.requires_grad_(compute is match_step)
+    for layer in student.model.layers:
+        layer.self_attn.requires_grad_(True)
+    trained, complaints = [p for p in student.parameters() if p.requires_grad], []
+
+    def step(batch):
+        with torch.autocast("cuda", torch.bfloat16):
+            return compute(teacher, student, batch, Stage(ce_weight=0.2), 0.5)
+
+    results = []
+    for run in (lambda batch: step(batch.to("cuda")), GraphedStep(step, trained, complaints.append)):
+        for batch in batches * 2:
+            for parameter in trained:
+                parameter.grad = None if parameter.grad is None else parameter.grad.zero_()
+            loss = run(batch)["loss"] if len(results) < 8 else run(batch, torch.device("cuda"))["loss"]
+            results.append([loss.clone(), *(p.grad.clone() for p in trained)])
+    assert not complaints
+    for eager, replayed in zip(results[:8], results[8:]):
+        for want, got in zip(eager, replayed):
+            assert error(got, want.double()) < 1e-2
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)

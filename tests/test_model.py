@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from deltify.convert import convert
 from deltify.model import DeltifyConfig, DeltifyForCausalLM
-from deltify.model.mixers import in_one_piece, put_in_one_piece
+from deltify.model.mixers import fixed_documents, in_one_piece, put_in_one_piece
 from deltify.model.modeling import DeltifyCache
 from deltify.teacher import FAMILIES, random_teacher
 
@@ -101,6 +101,15 @@ def test_padded_rows_equal_single_rows(model, ids, side):
 
 
 @torch.no_grad()
+def test_a_fixed_number_of_documents_changes_nothing(model, ids):
+    positions = torch.cat([torch.arange(30), torch.arange(10)])[None].repeat(2, 1)
+    for places in (positions, torch.arange(40)[None].repeat(2, 1)):
+        want = model(ids[:, :40], position_ids=places).logits
+        with fixed_documents(16):
+            got = model(ids[:, :40], position_ids=places).logits
+        torch.testing.assert_close(got, want)
+
+
 def test_packed_documents_do_not_see_each_other(model, ids):
     packed = torch.cat([ids[0, :30], ids[1, :40]])[None].repeat(2, 1)
     positions = torch.cat([torch.arange(30), torch.arange(40)])[None].repeat(2, 1)

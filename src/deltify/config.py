@@ -129,6 +129,7 @@ class RunSpec:
         checkpoint_minutes: time between two checkpoints.
         checkpoint_steps: steps between two checkpoints; 0 for by time alone.
         keep: how many of the last checkpoints stay; the best one stays besides.
+        cuda_graphs: replay training steps as CUDA graphs on a GPU, where they can be captured.
         log_to: trackio, wandb or tensorboard, besides metrics.jsonl.
     """
 
@@ -140,6 +141,7 @@ class RunSpec:
     checkpoint_minutes: float = 10.0
     checkpoint_steps: int = 0
     keep: int = 2
+    cuda_graphs: bool = True
     log_to: str | None = None
 
 

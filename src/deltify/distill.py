@@ -10,6 +10,7 @@ extend: the same, on longer rows.
 Legend: B batch, T tokens, N = B * T, D model width.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from .checkpoint import Progress
 from .config import STAGES, Recipe, Stage, check
 from .convert import STARTS, convert
 from .data import Batch, Mix, TokenFile, heldout_batches, open_data
+from .graphs import GraphedStep
 from .losses import linear_kl, mixer_loss
 from .metrics import Metrics, console, progress_bar, tracker_module
 from .model import DeltifyForCausalLM
@@ -238,6 +240,7 @@ class Loop:
         parallel.shard_student(student)
         self.optimizer = make_optimizer(student, self.stage, name)
         self.progress = Progress(name, 0, 0, 0.0)
+        self.graphed: GraphedStep | None = None
         if self.stage.checkpoint_layers and name != "align":
             student.gradient_checkpointing_enable()
 
@@ -260,11 +263,11 @@ class Loop:
             for step in range(self.progress.step, stage.steps):
                 set_learning_rates(self.optimizer, stage, step)
                 with naming_memory(self.name, stage):
-                    losses = self.accumulate(self.mix.batch(step, parallel.rank(), parallel.count()).to(device))
+                    losses = self.accumulate(self.mix.batch(step, parallel.rank(), parallel.count()))
                     norm = parallel.whole(nn.utils.clip_grad_norm_(trained(self.optimizer), stage.clip))
                     self.check_finite(step, losses, norm)
                     self.optimizer.step()
-                    self.optimizer.zero_grad(set_to_none=True)
+                    self.optimizer.zero_grad(set_to_none=self.graphed is None)
 
                 now = time.monotonic()
                 tokens = self.progress.tokens + stage.batch * stage.length
@@ -299,13 +302,28 @@ class Loop:
         """Adds the gradients of a batch, micro-batch by micro-batch; returns the mean losses."""
         rows = self.stage.micro_batch or len(batch.input_ids)
         parts = batch.split(rows)
-        compute = align_step if self.name == "align" else match_step
-        with self.autocast():
-            losses = [compute(self.teacher, self.student, part, self.stage, 1 / len(parts)) for part in parts]
+        scale = 1 / len(parts)
+        if self.graphed is None and self.can_be_graphed():
+            step = functools.partial(self.step, scale=scale)
+            self.graphed = GraphedStep(step, trained(self.optimizer), say)
+        device = self.student.device
+        losses = [self.graphed(p, device) if self.graphed else self.step(p.to(device), scale) for p in parts]
         means = parallel.mean(
             torch.stack([torch.stack([loss[key].float() for key in loss]) for loss in losses]).mean(0)
         )
         return dict(zip(losses[0], means.tolist()))
+
+    def step(self, batch: Batch, scale: float) -> dict[str, Tensor]:
+        """Losses of a micro-batch, whose gradients, times `scale`, are added."""
+        compute = align_step if self.name == "align" else match_step
+        with self.autocast():
+            return compute(self.teacher, self.student, batch, self.stage, scale)
+
+    def can_be_graphed(self) -> bool:
+        """Whether nothing in a step looks at data from the host: recomputed layers and stored targets do."""
+        alone = self.student.device.type == "cuda" and parallel.count() == 1
+        again = self.stage.checkpoint_layers and self.name != "align"
+        return self.recipe.run.cuda_graphs and alone and not again and isinstance(self.teacher.model, nn.Module)
 
     def check_finite(self, step: int, losses: dict[str, float], norm: Tensor) -> None:
         if math.isfinite(losses["loss"]) and math.isfinite(float(norm)):

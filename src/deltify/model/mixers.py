@@ -4,6 +4,8 @@ Legend: B batch, T tokens, D model width, H heads, K head width (keys and values
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +49,28 @@ class Packing:
         return flat.index_copy(0, self.index, y_1ND[0]).view_as(like_BTD)
 
 
+FIXED: int | None = None  # documents, see `fixed_documents`
+
+
+@contextmanager
+def fixed_documents(count: int) -> Iterator[None]:
+    """Within, batches without padding are packed as `count` documents, the last ones empty: found without waiting for
+    the GPU and in tensors of fixed shape, as CUDA graphs need it. No batch may have more."""
+    global FIXED
+    FIXED = count
+    try:
+        yield
+    finally:
+        FIXED = None
+
+
+def fixed_packing(position_ids: Tensor, documents: int) -> Packing:
+    starts = F.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=True).flatten()
+    places = torch.arange(len(starts), device=starts.device)
+    bounds = torch.full((documents + 1,), len(starts), device=starts.device)
+    return Packing(None, bounds.scatter_reduce(0, starts.cumsum(0) - 1, places, "amin").int())
+
+
 def find_packing(attention_mask: Tensor | None, position_ids: Tensor | None, tokens: int, cached: bool):
     """Packing of the last `tokens` of each row, or None if every row is one document without padding.
 
@@ -63,6 +87,8 @@ def find_packing(attention_mask: Tensor | None, position_ids: Tensor | None, tok
         mask = attention_mask[:, -tokens:].bool()
         if not mask.all():
             return padded_packing(mask, position_ids if placed and not cached else None)
+    if FIXED is not None and placed and not cached:
+        return fixed_packing(position_ids, FIXED)
     if not placed or not (jumps := position_ids.diff(dim=-1) != 1).any():
         return None
     if cached:

@@ -87,6 +87,8 @@ def kda(
     elif backend == "triton" and (reason := refused(q, v, gradients)):
         raise ValueError(f"backend='triton' cannot run this: {reason}; choose 'auto' or 'chunked'")
     if backend == "triton":
+        if torch.compiler.is_compiling():
+            return torch.ops.deltify.kda(*inputs, cu_seqlens, lower_bound, scale)[:2]
         return triton_kernels().kda_triton(*inputs, cu_seqlens, lower_bound, scale)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {['auto', 'triton', *BACKENDS]}")
@@ -108,13 +110,18 @@ def triton_kernels() -> ModuleType | None:
 
 def refused(q: Tensor, v: Tensor, gradients: bool) -> str | None:
     """Why the GPU kernels cannot take these inputs, or None; on a GPU said once."""
-    if q.device.type != "cuda":
-        return f"the inputs are on {q.device}, not on an NVIDIA GPU"
+    return refusal(q.device.type, q.device.index or 0, q.dtype, v.dtype, q.shape[-1], v.shape[-1], gradients)
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks, and looks no further
+def refusal(place: str, index: int, dtype: torch.dtype, v_dtype: torch.dtype, K: int, V: int, gradients: bool):
+    if place != "cuda":
+        return f"the inputs are on {place}, not on an NVIDIA GPU"
     kernels = triton_kernels()
-    reason = "Triton is not installed" if kernels is None else kernels.refusal(q, v, gradients)
-    if reason:
-        notice(f"deltify: KDA runs without its GPU kernels: {reason}")
-    return reason
+    unfit = "Triton is not installed" if kernels is None else kernels.refusal(index, dtype, v_dtype, K, V, gradients)
+    if unfit:
+        notice(f"deltify: KDA runs without its GPU kernels: {unfit}")
+    return unfit
 
 
 @functools.cache

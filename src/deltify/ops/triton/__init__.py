@@ -26,15 +26,15 @@ DTYPES = (torch.bfloat16, torch.float16)
 TOLERANCE = 0.02  # RMS of the difference over RMS of the reference
 
 
-def refusal(q: Tensor, v: Tensor, gradients: bool) -> str | None:
-    """Why these inputs cannot run here, or None."""
-    if q.dtype not in DTYPES or v.dtype != q.dtype:
-        return f"{q.dtype} (fast are bfloat16 and float16)"
-    if gradients and q.dtype != torch.bfloat16:
+def refusal(device: int, dtype: torch.dtype, v_dtype: torch.dtype, K: int, V: int, gradients: bool) -> str | None:
+    """Why such inputs cannot run here, or None."""
+    if dtype not in DTYPES or v_dtype != dtype:
+        return f"{dtype} (fast are bfloat16 and float16)"
+    if gradients and dtype != torch.bfloat16:
         return "gradients in float16 (fast in bfloat16)"  # whose range small gradients leave
-    if q.shape[-1] not in WIDTHS or v.shape[-1] not in WIDTHS:
-        return f"heads of K={q.shape[-1]}, V={v.shape[-1]} (fast are 64 and 128)"
-    return failure(q.device.index or 0)
+    if K not in WIDTHS or V not in WIDTHS:
+        return f"heads of K={K}, V={V} (fast are 64 and 128)"
+    return failure(device)
 
 
 @functools.cache
