@@ -85,7 +85,8 @@ class Stage:
         lr_rest: of everything else; 0 freezes it. Has no meaning in align.
         warmup: share of the steps in which the rate rises.
         lr_end: last learning rate, as a share of the peak (cosine).
-        ce_weight: share of cross-entropy in the loss, the rest being the divergence.
+        ce_weight: share of cross-entropy in the loss. The rest is the divergence.
+        hidden_weight: share of the hidden states' loss: 1 - cosine with the teacher's, the mean over layers and tokens.
         divergence: of the two distributions of the next token: forward (KL of the student from the teacher), reverse
             or jensen-shannon.
         temperature: that both models' logits are divided by before it.
@@ -104,6 +105,7 @@ class Stage:
     warmup: float = 0.05
     lr_end: float = 0.05
     ce_weight: float = 0.0
+    hidden_weight: float = 0.0
     divergence: str = "forward"
     temperature: float = 1.0
     optimizer: str = "adamw"
@@ -268,6 +270,13 @@ def check(recipe: Recipe) -> Recipe:
             (0 <= stage.warmup <= 1, f"{name}.warmup", "must be in [0, 1]"),
             (stage.clip > 0, f"{name}.clip", "must be above 0"),
             (0 <= stage.ce_weight <= 1, f"{name}.ce_weight", "must be in [0, 1]"),
+            (0 <= stage.hidden_weight < 1, f"{name}.hidden_weight", "must be in [0, 1)"),
+            (stage.hidden_weight + stage.ce_weight <= 1, f"{name}.hidden_weight", "and ce_weight must not exceed 1"),
+            (
+                not (stage.hidden_weight and recipe.teacher.targets),
+                f"{name}.hidden_weight",
+                "needs teacher.targets null",
+            ),
             (stage.divergence in DIVERGENCES, f"{name}.divergence", f"is one of {', '.join(DIVERGENCES)}"),
             (stage.optimizer in OPTIMIZERS, f"{name}.optimizer", f"is one of {', '.join(OPTIMIZERS)}"),
             (stage.temperature > 0, f"{name}.temperature", "must be above 0"),

@@ -29,7 +29,7 @@ from .config import STAGES, Recipe, Stage, check
 from .convert import STARTS, convert
 from .data import Batch, Mix, TokenFile, heldout_batches, open_data
 from .graphs import GraphedStep
-from .losses import linear_kl, mixer_loss
+from .losses import hidden_loss, linear_kl, mixer_loss
 from .metrics import Metrics, console, progress_bar, tracker_module
 from .model import DeltifyForCausalLM
 from .model.modeling import find_packing
@@ -435,24 +435,40 @@ def align_step(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, stag
 
 
 def match_step(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, stage: Stage, scale: float):
-    """The whole student's divergence, with a share of cross-entropy if the stage asks for it."""
+    """The whole student's divergence, with shares of cross-entropy and of the hidden states' loss if the stage asks."""
+    layers = {"output_hidden_states": True} if stage.hidden_weight else {}
     with torch.no_grad():
-        wanted = hidden_states(teacher.model, batch)
+        wanted, *inner = layer_states(teacher.model, batch, **layers)
     head = parallel.whole(teacher.model.lm_head.weight)
     labels = next_tokens(batch).flatten() if stage.ce_weight else None
-    options = {"ce_weight": stage.ce_weight, "divergence": stage.divergence, "temperature": stage.temperature}
-    loss, kl, ce = student.whole(
-        lambda s: linear_kl(hidden_states(s, batch), s.lm_head.weight, wanted, head, labels=labels, **options)
-    )
+    options = {"ce_weight": stage.ce_weight / (1 - stage.hidden_weight)}
+    options |= {"divergence": stage.divergence, "temperature": stage.temperature}
+
+    def read(student: DeltifyForCausalLM) -> tuple[Tensor, ...]:
+        hidden, *mine = layer_states(student, batch, **layers)
+        loss, kl, ce = linear_kl(hidden, student.lm_head.weight, wanted, head, labels=labels, **options)
+        if not layers:
+            return loss, kl, ce
+        apart = hidden_loss(mine, inner)
+        return (1 - stage.hidden_weight) * loss + stage.hidden_weight * apart, kl, ce, apart.detach()
+
+    loss, kl, ce, *apart = student.whole(read)
     with torch.autocast(loss.device.type, enabled=False):
         (loss * scale).backward()
-    return {"loss": loss.detach(), "kl": kl} | ({"ce": ce} if stage.ce_weight else {})
+    found = {"loss": loss.detach(), "kl": kl} | ({"ce": ce} if stage.ce_weight else {})
+    return found | ({"hidden": apart[0]} if layers else {})
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """Last hidden states [N, D] of a language model, documents kept apart."""
-    output = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-    return output.last_hidden_state.flatten(0, 1)
+    return layer_states(model, batch)[0]
+
+
+def layer_states(model: nn.Module, batch: Batch, **options) -> list[Tensor]:
+    """The same, and behind them, with `output_hidden_states`, each layer's; not the embeddings, which no one trains."""
+    output = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **options)
+    inner = output.hidden_states[1:] if options.get("output_hidden_states") else ()
+    return [x.flatten(0, 1) for x in (output.last_hidden_state, *inner)]
 
 
 def next_tokens(batch: Batch) -> Tensor:

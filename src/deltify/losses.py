@@ -8,6 +8,7 @@ import importlib
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import parallel
@@ -27,6 +28,13 @@ def mixer_loss(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:
     center = parallel.mean(teacher.mean(0))
     variance = parallel.mean((teacher - center).square().mean(0)).sum().clamp(min=1e-12)
     return (student - teacher).square().sum(-1).mean() / variance
+
+
+def hidden_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    """1 - cosine of student's and teacher's hidden states, each a list of [N, D], the mean over layers and tokens."""
+    return torch.stack(
+        [1 - F.cosine_similarity(s.float(), t.float(), dim=-1).mean() for s, t in zip(student, teacher)]
+    ).mean()
 
 
 def linear_kl(

@@ -1,0 +1,170 @@
+"""Which recipe wins: variants of one conversion with equal tokens, judged by held-out KL, overall and by position.
+
+    python experiments/recipe.py --train openstax.jsonl.zst changelog.jsonl.zst --heldout heldout_dev.jsonl \\
+        --tokens 4000000 base align-none lr-double
+
+Every run trains on the same rows in the same order; only what its name says differs. Each result goes into
+experiments/results/recipe.json as soon as it is there, and what is there is not run again. Needs a GPU with 80 GB.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from deltify.config import STAGES, Recipe, read_recipe
+from deltify.convert import sliding_control
+from deltify.data import open_data
+from deltify.distill import distill, open_teacher
+from deltify.longcontext import by_position, device_name, equal_window
+from deltify.runs import pick_device
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results" / "recipe.json"
+LENGTH, HELDOUT = 2048, 131_072  # tokens of a held-out stretch, and of all of them
+OURS, ARCEE, RADLADS = "smollm2-135m-kda", "baselines/arcee", "baselines/radlads"
+# name: recipe, share of the tokens in each stage, overrides
+MATCH_ALL, WITH_ALIGN = {"match": 1.0}, {"align": 0.125, "match": 0.875}
+VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
+    "base": (OURS, WITH_ALIGN, {}),
+    "arcee": (ARCEE, {"match": 0.875, "extend": 0.125}, {}),
+    "arcee-lr-2e-3": (ARCEE, {"match": 0.875, "extend": 0.125}, {"match.lr_mixers": 2e-3}),
+    "radlads": (RADLADS, {"align": 1 / 6, "match": 5 / 6}, {}),
+    "radlads-lr-1e-4": (RADLADS, {"align": 1 / 6, "match": 5 / 6}, {"match.lr_mixers": 1e-4, "match.lr_rest": 1e-4}),
+    "start-library": (OURS, WITH_ALIGN, {"student.start": "library"}),
+    "start-arcee": (OURS, WITH_ALIGN, {"student.start": "arcee"}),
+    "align-none": (OURS, MATCH_ALL, {}),
+    "align-quarter": (OURS, {"align": 0.25, "match": 0.75}, {}),
+    "lr-mixers-2e-3": (OURS, WITH_ALIGN, {"match.lr_mixers": 2e-3}),
+    "lr-mixers-5e-4": (OURS, WITH_ALIGN, {"match.lr_mixers": 5e-4}),
+    "lr-rest-3e-4": (OURS, WITH_ALIGN, {"match.lr_rest": 3e-4}),
+    "lr-rest-1e-3": (OURS, WITH_ALIGN, {"match.lr_rest": 1e-3}),
+    "lr-both": (OURS, WITH_ALIGN, {"match.lr_mixers": 2e-3, "match.lr_rest": 3e-4}),
+    "lr-rest-3e-4-batch-4": (OURS, WITH_ALIGN, {"match.lr_rest": 3e-4, "match.batch": 4}),
+    "rest-frozen": (OURS, WITH_ALIGN, {"match.lr_rest": 0.0}),
+    "batch-4": (OURS, WITH_ALIGN, {"match.batch": 4}),
+    "batch-16": (OURS, WITH_ALIGN, {"match.batch": 16, "align.batch": 64}),
+    "temperature-2": (OURS, WITH_ALIGN, {"match.temperature": 2.0}),
+    "ce-0.2": (OURS, WITH_ALIGN, {"match.ce_weight": 0.2}),
+    "hidden-0.3": (OURS, WITH_ALIGN, {"match.hidden_weight": 0.3}),
+    "length-1024": (OURS, WITH_ALIGN, {"match.length": 1024, "match.batch": 16}),
+    "hybrid": ("smollm2-135m-hybrid", WITH_ALIGN, {}),
+}
+
+
+def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
+    """The variant's recipe on the texts and tokens of the command line."""
+    file, shares, changes = VARIANTS[name]
+    recipe = read_recipe(ROOT / "recipes" / f"{file}.yaml")
+    for key, value in changes.items():
+        section, field = key.split(".")
+        recipe = dataclasses.replace(
+            recipe, **{section: dataclasses.replace(getattr(recipe, section), **{field: value})}
+        )
+    stages = {
+        stage: dataclasses.replace(recipe.stage(stage), tokens=int(options.tokens * shares.get(stage, 0)))
+        for stage in STAGES
+    }
+    weights = dict(zip(options.train, options.weights or [1.0] * len(options.train)))
+    data = dataclasses.replace(
+        recipe.data, train=weights, heldout=options.heldout, folder=options.data, max_tokens=None
+    )
+    run = dataclasses.replace(recipe.run, heldout_tokens=HELDOUT, heldout_length=LENGTH, heldout_steps=options.every)
+    run = dataclasses.replace(run, checkpoint_minutes=60.0)
+    folder = f"{name}-{options.tokens}-seed{options.seed}"
+    return dataclasses.replace(recipe, name=folder, output=options.out, seed=options.seed, data=data, run=run, **stages)
+
+
+def windows(recipe: Recipe, tokenizer) -> list[torch.Tensor]:
+    """The held-out documents in stretches of LENGTH tokens, each read as a document of its own."""
+    _, held = open_data(recipe.data, recipe.teacher.model, tokenizer, HELDOUT, LENGTH)
+    found = []
+    for file in held:
+        for start, end in zip(file.bounds[:-1], file.bounds[1:]):
+            found += [
+                torch.from_numpy(file.tokens[a : a + LENGTH].astype("int64"))
+                for a in range(start, end - LENGTH + 1, LENGTH)
+            ]
+    return found
+
+
+def summary(rows: list[dict], name: str) -> dict[str, float]:
+    """KL in nats per token, overall and by position."""
+    mine = [row for row in rows if row["model"] == name]
+    total = sum(row["tokens"] for row in mine)
+    found = {"all": sum(row["kl"] * row["tokens"] for row in mine) / total}
+    return found | {f"{row['start']}-{row['end']}": row["kl"] for row in mine}
+
+
+def run(name: str, options: argparse.Namespace) -> dict:
+    recipe, device = make_recipe(name, options), pick_device("auto")
+    started = time.monotonic()
+    folder = distill(recipe, resume=(Path(recipe.folder) / "recipe.yaml").exists())
+    spent = time.monotonic() - started
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    curve, before = [], 0
+    for stage in ("converted", *STAGES):
+        mine = [r for r in records if r["stage"] == stage]
+        curve += [(before + r["tokens"], r["heldout_kl"]) for r in mine if "heldout_kl" in r]
+        before += mine[-1]["tokens"] if mine else 0
+    teacher = open_teacher(recipe, device, torch.bfloat16)
+    last = [stage for stage in STAGES if recipe.stage(stage).tokens][-1]
+    student = AutoModelForCausalLM.from_pretrained(folder / last, dtype=torch.bfloat16).to(device).eval()
+    models = {"student": student}
+    if options.window:
+        window = equal_window(teacher, student)
+        models[f"teacher, window {window}"] = sliding_control(teacher, window=window, sinks=4)
+    rows = by_position(models, teacher.model, windows(recipe, teacher.tokenizer), max_tokens=LENGTH)
+    return {
+        "variant": name, "tokens": options.tokens, "seed": options.seed, "seconds": spent, "curve": curve,
+        "kl": {model: summary(rows, model) for model in models},
+    }  # fmt: skip
+
+
+def table(results: list[dict]) -> str:
+    buckets = list(next(iter(results[0]["kl"].values())))
+    lines = [f"{'variant':24} {'tokens':>12} {'seed':>4} " + "".join(f"{bucket:>12}" for bucket in buckets)]
+    for result in sorted(results, key=lambda r: (-r["tokens"], r["kl"]["student"]["all"])):
+        for model, kl in result["kl"].items():
+            name = result["variant"] if model == "student" else model
+            lines.append(
+                f"{name:24} {result['tokens']:12,} {result['seed']:4} " + "".join(f"{kl[b]:12.4f}" for b in buckets)
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="+", choices=VARIANTS)
+    parser.add_argument("--train", nargs="+", required=True, help="texts, as data.train takes them")
+    parser.add_argument("--weights", nargs="+", type=float, help="of the texts; equal if absent")
+    parser.add_argument("--heldout", required=True, help="text that judges, the same for all")
+    parser.add_argument("--tokens", type=int, default=16_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=100, help="steps between two points of the curve")
+    parser.add_argument("--window", action="store_true", help="also the untrained window of equal state bytes")
+    parser.add_argument("--out", default="runs/recipe", help="folder of the runs")
+    parser.add_argument("--data", default="runs/data", help="folder of token files")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    results = json.loads(options.results.read_text()) if options.results.exists() else []
+    for name in options.variants:
+        if any((r["variant"], r["tokens"], r["seed"]) == (name, options.tokens, options.seed) for r in results):
+            continue
+        results.append(run(name, options) | {"device": device_name(pick_device("auto")), "torch": torch.__version__})
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        options.results.write_text(json.dumps(results, indent=1) + "\n")
+        print(json.dumps(results[-1]["kl"]), file=sys.stderr)
+        gc.collect()
+        torch.cuda.empty_cache()
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
