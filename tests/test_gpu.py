@@ -249,8 +249,8 @@ def test_replayed_steps_give_the_eager_gradients(compute):
             results.append([loss.clone(), *(p.grad.clone() for p in trained)])
     assert not complaints
     for eager, replayed in zip(results[:8], results[8:]):
-        for want, got in zip(eager, replayed):
-            assert error(got, want.double()) < 1e-2
+        for want, got in zip(eager, replayed):  # silent gates have gradients of 0
+            assert (got - want).norm() <= 1e-2 * want.norm()
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
