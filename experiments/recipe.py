@@ -31,8 +31,11 @@ LENGTH, HELDOUT = 2048, 131_072  # tokens of a held-out stretch, and of all of t
 OURS, ARCEE, RADLADS = "smollm2-135m-kda", "baselines/arcee", "baselines/radlads"
 # name: recipe, share of the tokens in each stage, overrides
 MATCH_ALL, WITH_ALIGN = {"match": 1.0}, {"align": 0.125, "match": 0.875}
+# what the variants of our recipe differ from; "default" is what the recipe has become
+BASE: dict[str, object] = {"match.batch": 8, "match.lr_rest": 1e-4}
 VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "base": (OURS, WITH_ALIGN, {}),
+    "default": (OURS, WITH_ALIGN, {}),
     "arcee": (ARCEE, {"match": 0.875, "extend": 0.125}, {}),
     "arcee-lr-2e-3": (ARCEE, {"match": 0.875, "extend": 0.125}, {"match.lr_mixers": 2e-3}),
     "radlads": (RADLADS, {"align": 1 / 6, "match": 5 / 6}, {}),
@@ -62,6 +65,8 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     """The variant's recipe on the texts and tokens of the command line."""
     file, shares, changes = VARIANTS[name]
     recipe = read_recipe(ROOT / "recipes" / f"{file}.yaml")
+    if file == OURS and name != "default":
+        changes = BASE | changes
     for key, value in changes.items():
         section, field = key.split(".")
         recipe = dataclasses.replace(

@@ -5,7 +5,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from deltify.convert import attention_stats, convert, layer_kinds, origins, repeat_heads, ridge
+from deltify.convert import (
+    CANDIDATES,
+    attention_stats,
+    choose_memory,
+    convert,
+    fit_output_gate,
+    layer_kinds,
+    origins,
+    repeat_heads,
+    ridge,
+    set_memory,
+)
 from deltify.data import Batch
 from deltify.losses import mixer_loss
 from deltify.model import ArceeKDAConfig, DeltifyConfig
@@ -121,6 +132,34 @@ def test_starts_are_what_their_names_say(teacher, rows):
         convert(teacher, start="random")
     with pytest.raises(ValueError, match="needs calibration text"):
         convert(teacher, start="calibrated")
+
+
+def test_each_head_gets_the_memory_that_predicts_it_best(teacher):
+    """Heads whose output is made by one of the candidates get that candidate."""
+    student = convert(teacher, start="library")
+    mixer, x = student.model.layers[0].self_attn, torch.randn(4, 64, student.config.hidden_size)
+    x += torch.randn(student.config.hidden_size)  # what all inputs agree in
+    one = ridge(x.flatten(0, 1), torch.ones(256, 1), 1e-3)[:, 0]
+    heads = student.config.num_attention_heads
+    distance, silent = torch.full((heads,), 8.0), torch.zeros(256, heads, mixer.head_dim)
+    for candidate in (CANDIDATES[0], CANDIDATES[-1]):
+        with torch.no_grad():
+            fit_output_gate(mixer, x.flatten(0, 1), silent)
+            set_memory(mixer, [candidate] * heads, one, distance)
+            wanted = mixer.inner(x).flatten(0, 1).unflatten(-1, (heads, -1))
+            assert choose_memory(mixer, x, None, one, distance, wanted) == [candidate] * heads
+
+
+def test_the_output_gate_follows_the_size_of_a_heads_output(teacher):
+    student = convert(teacher, start="library")
+    mixer, x = student.model.layers[0].self_attn, torch.randn(400, student.config.hidden_size)
+    heads, K = student.config.num_attention_heads, mixer.head_dim
+    size = torch.sigmoid(x @ torch.randn(student.config.hidden_size, heads) / 8 - 1)
+    with torch.no_grad():
+        fit_output_gate(mixer, x, size[..., None] * torch.nn.functional.normalize(torch.randn(400, heads, K), dim=-1))
+        gate = torch.sigmoid(mixer.g_proj(x)).unflatten(-1, (heads, K)).mean(-1)
+    for head in range(heads):
+        assert torch.corrcoef(torch.stack([gate[:, head], size[:, head]]))[0, 1] > 0.95
 
 
 def test_ridge_finds_the_map():

@@ -5,6 +5,7 @@ Legend: B batch, T tokens, D model width, H heads, K head width, N calibration t
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .data import Batch
 from .model import ArceeKDAConfig, DeltifyConfig, DeltifyForCausalLM, DeltifyKDA
-from .model.mixers import find_packing, inverse_softplus
+from .model.mixers import Packing, find_packing, inverse_softplus
 from .teacher import Teacher, freeze
 
 STARTS = ("calibrated", "library", "arcee")
@@ -167,8 +168,7 @@ def convert(
         keep_rope: whether full attention keeps its rotary positions; without, it is NoPE.
         sliding_window, sink_tokens: what sliding layers see, see `DeltifyConfig`.
         start: of the gates and convolutions: "library" (fla's default), "arcee" (the model card's: forgets at once) or
-            "calibrated" (decays from the teacher's attention distances, near-linear convolutions, output projections by
-            least squares), which needs `calibration`.
+            "calibrated" (memory, output gate and projection by least squares, see `calibrate`); needs `calibration`.
         calibration: rows of text, a few thousand tokens.
         report: called with a line for each group of tensors and each calibrated layer.
     """
@@ -283,65 +283,136 @@ def attention_stats(teacher: Teacher, batch: Batch) -> list[AttentionStats]:
     return [AttentionStats(s[0] / s[1].clamp(min=1e-6), s[2] / queries) for _, s in sorted(sums.items())]
 
 
+# Where a head's memory may start: beta of every token, half-life as a share of the mean distance the head looks back,
+# and by how many tokens keys and values lag (1: the head sees the token before, but not its own).
+CANDIDATES = (
+    *((beta, share, 0) for beta in (0.1, 0.2, 0.35, 0.6) for share in (0.3, 1.0, 3.0)),
+    *((beta, 0.1, 0) for beta in (0.2, 0.4)),
+    *((0.5, 0.03, 1), (0.3, 0.1, 1), (0.2, 0.3, 1)),
+)
+CHOICE_TOKENS = 2048  # that the candidates are compared on
+CONV_TAP = 0.03  # where SiLU is nearly linear; 0.3 and 0.1 start worse, 0.01 no better
+RIDGE_PENALTY, GATE_PENALTY = 1e-4, 1e-2
+
+
 @torch.no_grad()
 def calibrate(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, report: Callable[[str], None]) -> None:
     """Gives every KDA layer of the student a start that already resembles the attention it replaces.
 
-    - Convolutions pass the current token alone, scaled down to where SiLU is nearly linear (the L2 norm of q and k, and
-      o_norm, undo the scale).
-    - Decays: a head's half-life is a share of the mean distance its attention looks back; f_proj starts silent.
-    - beta 1/2, output gate 1/2, o_norm 1.
-    - o_proj: the ridge regression of the teacher's attention output on what the student's o_proj reads, both from the
-      teacher's own input of the layer. It takes in the scale per head that o_norm discards.
+    All by least squares on what the teacher's own layers read and write, layer by layer; docs/recipe.md says what each
+    part brings.
+
+    - Output gate: a linear guess from the layer's input at how large each head's output is, which o_norm takes away.
+    - Memory: each head gets the one of `CANDIDATES` from which its output in the teacher is predicted best. beta, whose
+      projection has no bias, is made constant by the direction in which all inputs agree; f_proj starts silent.
+    - Convolutions pass one token, scaled down (the L2 norms of q and k, and o_norm, undo the scale).
+    - o_proj: the ridge regression of the teacher's attention output on what the student's o_proj reads. It takes in the
+      scale per head that o_norm discards.
     """
-    batch = batch.to(student.device)
-    for layer, stats in zip(student.model.layers, attention_stats(teacher, batch)):
-        if layer.linear:
-            slow_gates(layer.self_attn, stats)
-    packing = find_packing(None, batch.position_ids, batch.input_ids.shape[1], cached=False)
-    shares = {}
+    batch, rows = batch.to(student.device), batch.input_ids.shape[1]
+    few = max(1, CHOICE_TOKENS // rows)
+    packing, few_packing = (
+        find_packing(None, positions, rows, cached=False)
+        for positions in (batch.position_ids, batch.position_ids[:few])
+    )
+    gather = lambda x, packing: x.flatten(0, 1) if packing is None else packing.gather(x)[0]  # noqa: E731
+    stats, heads, shares, chosen = attention_stats(teacher, batch), {}, {}, Counter()
+
+    def keep(module, args):
+        heads["output"] = args[0].float()
 
     def fit(module, args, kwargs, output):
         layer = student.model.layers[module.layer_idx]
         if not layer.linear:
             return
-        x, y = kwargs["hidden_states"].float(), output[0].float()
-        x, y = (x, y) if packing is None else (packing.gather(x), packing.gather(y))
-        mixer, target = layer.self_attn, y.flatten(0, 1)
+        mixer, x = layer.self_attn, kwargs["hidden_states"].float()
+        N, K = gather(x, packing), mixer.head_dim
+        fit_output_gate(mixer, N, gather(heads["output"], packing).unflatten(-1, (-1, K)))
+        wanted = gather(heads["output"][:few], few_packing).unflatten(-1, (-1, K))
+        one = ridge(N, torch.ones_like(N[:, :1]), 1e-3)[:, 0]
+        chosen.update(choose_memory(mixer, x[:few], few_packing, one, stats[module.layer_idx].distance_H, wanted))
+        target = gather(output[0].float(), packing)
         if mixer.o_proj.bias is not None:
             target = target - mixer.o_proj.bias
-        features = mixer.inner(x, None, packing).flatten(0, 1)
+        features = inner_of(mixer, x, packing).flatten(0, 1)
         weight = ridge(features, target, RIDGE_PENALTY)
         mixer.o_proj.weight.copy_(weight.t())
         residual = (features @ weight - target).square().sum() / (target - target.mean(0)).square().sum()
         shares[module.layer_idx] = 1 - float(residual)
 
-    hooks = [layer.self_attn.register_forward_hook(fit, with_kwargs=True) for layer in teacher.model.model.layers]
+    layers = [layer.self_attn for layer in teacher.model.model.layers]
+    hooks = [attention.o_proj.register_forward_pre_hook(keep) for attention in layers]
+    hooks += [attention.register_forward_hook(fit, with_kwargs=True) for attention in layers]
     teacher.model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     for hook in hooks:
         hook.remove()
     explained = ", ".join(f"{100 * share:.0f}%" for share in shares.values())
     report(f"variance of the teacher's attention outputs explained, layer by layer: {explained}")
+    for (beta, share, lag), count in chosen.most_common(5):
+        report(
+            f"{count} heads: beta {beta}, half-life {share} of the mean distance{', one token behind' if lag else ''}"
+        )
 
 
-# Measured on SmolLM2-135M-Instruct and python-docs, held-out KL before any training, 8,192 tokens of calibration:
-#   share 1.0: 2.75, 0.3: 2.57, 0.1: 2.64 (tap 0.1, CPU; another text for the rest, H200)
-#   tap 0.3: 2.04, 0.1: 1.92, 0.03: 1.88, 0.01: 1.86; share 0.2 at tap 0.03: 1.86; penalty 1e-3: 1.88
-HALF_LIFE_SHARE = 0.3
-CONV_TAP = 0.03
-RIDGE_PENALTY = 1e-4
+def inner_of(mixer: DeltifyKDA, x_BTD: Tensor, packing: Packing | None) -> Tensor:
+    return mixer.inner(x_BTD if packing is None else packing.gather(x_BTD), None, packing)
 
 
-def slow_gates(mixer: DeltifyKDA, stats: AttentionStats) -> None:
-    """Convolutions, decays and gates of the calibrated start."""
-    for conv in (mixer.q_conv1d, mixer.k_conv1d, mixer.v_conv1d):
-        conv.weight.zero_()
-        conv.weight[..., -1] = CONV_TAP
-    half_life = (HALF_LIFE_SHARE * stats.distance_H).clamp(min=1.0)
-    mixer.A_log.zero_()
-    mixer.dt_bias.copy_(inverse_softplus(math.log(2) / half_life).repeat_interleave(mixer.head_dim))
-    for silent in (mixer.f_proj[1].weight, mixer.b_proj.weight, mixer.g_proj[1].weight, mixer.g_proj[1].bias):
+def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor) -> None:
+    """The gate of all channels of a head follows the size of the head's output in the teacher, in logits, by ridge
+    regression from the layer's input. Silent where the low rank of g_proj has no room for all heads."""
+    low, high = mixer.g_proj
+    for silent in (low.weight, high.weight, high.bias):
         silent.zero_()
+    N, H, K = heads_NHK.shape
+    if len(low.weight) < H:
+        return
+    size = heads_NHK.norm(dim=-1)
+    largest = size.kthvalue(max(1, int(0.98 * N)), dim=0).values.clamp(min=1e-9)
+    logits = (size / largest).clamp(0.02, 0.95).logit()
+    middle, mean = x_ND.mean(0), logits.mean(0)
+    weight = ridge(x_ND - middle, logits - mean, GATE_PENALTY)
+    low.weight[:H] = weight.t()
+    high.weight[:, :H] = torch.eye(H, device=weight.device).repeat_interleave(K, dim=0)
+    high.bias.copy_((mean - middle @ weight).repeat_interleave(K))
+
+
+def choose_memory(
+    mixer: DeltifyKDA, x_BTD: Tensor, packing: Packing | None, one_D: Tensor, distance_H: Tensor, heads_NHK: Tensor
+) -> list[tuple[float, float, int]]:
+    """Gives each head the best of `CANDIDATES`, and says which: the one whose output of the head, normalised and gated,
+    leaves least of the teacher's unexplained. `one_D`: what maps every input to about 1."""
+    left = []
+    for candidate in CANDIDATES:
+        set_memory(mixer, [candidate] * len(distance_H), one_D, distance_H)
+        features = inner_of(mixer, x_BTD, packing).flatten(0, 1).unflatten(-1, (-1, mixer.head_dim))
+        left.append(unexplained(features.float(), heads_NHK))
+    best = [CANDIDATES[index] for index in torch.stack(left).argmin(0).tolist()]
+    set_memory(mixer, best, one_D, distance_H)
+    return best
+
+
+def set_memory(mixer: DeltifyKDA, choice: list[tuple[float, float, int]], one_D: Tensor, distance_H: Tensor) -> None:
+    """Decay, beta and convolutions of each head, as one of `CANDIDATES` has them."""
+    beta_H, share_H, lag_H = torch.tensor(choice, device=one_D.device, dtype=torch.float32).unbind(1)
+    half_life_H = (share_H * distance_H).clamp(min=0.5)
+    mixer.A_log.zero_()
+    mixer.dt_bias.copy_(inverse_softplus(math.log(2) / half_life_H).repeat_interleave(mixer.head_dim))
+    mixer.f_proj[1].weight.zero_()
+    mixer.b_proj.weight.copy_(beta_H.logit()[:, None] * one_D)
+    for conv, lag in ((mixer.q_conv1d, torch.zeros_like(lag_H)), (mixer.k_conv1d, lag_H), (mixer.v_conv1d, lag_H)):
+        taps = torch.arange(conv.weight.shape[-1] - 1, -1, -1, device=lag.device)
+        passes = CONV_TAP * (taps == lag[:, None]).float()  # [H, taps]
+        conv.weight.copy_(passes.repeat_interleave(mixer.head_dim, dim=0)[:, None])
+
+
+def unexplained(features_NHK: Tensor, wanted_NHK: Tensor) -> Tensor:
+    """[H] squares that the ridge regression of each head's `wanted` on its features leaves."""
+    gram = torch.einsum("nhk,nhj->hkj", features_NHK, features_NHK)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += RIDGE_PENALTY * diagonal.mean(-1, keepdim=True).clamp(min=1e-12)
+    weight = torch.linalg.solve(gram, torch.einsum("nhk,nhj->hkj", features_NHK, wanted_NHK))
+    return (torch.einsum("nhk,hkj->nhj", features_NHK, weight) - wanted_NHK).square().sum((0, 2))
 
 
 def ridge(X_ND: Tensor, Y_NE: Tensor, penalty: float) -> Tensor:
