@@ -292,7 +292,7 @@ CANDIDATES = (
 )
 CHOICE_TOKENS = 2048  # that the candidates are compared on
 CONV_TAP = 0.03  # where SiLU is nearly linear; 0.3 and 0.1 start worse, 0.01 no better
-RIDGE_PENALTY, GATE_PENALTY = 1e-4, 1e-2
+RIDGE_PENALTY, GATE_PENALTY = 1e-4, 0.1
 
 
 @torch.no_grad()
