@@ -96,8 +96,8 @@ def loss_rows(N: int = 32768, D: int = 2560, W: int = 128004) -> list[dict]:
     case = f"loss/forward-kl/N{N}-D{D}-W{W}"
     ours = found.pop("")
     rows = [row(case, "s", ours[0], eager_seconds(products, calls=1, repeats=3), "its four matrix products alone")]
-    for metric, mine, place in zip(("s", "peak GiB above inputs", "relative error"), ours, range(3)):
-        rows += [row(case, metric, mine, theirs[place], name) for name, theirs in found.items()]
+    for place, metric in enumerate(("s", "peak GiB above inputs", "relative error")):
+        rows += [row(case, metric, ours[place], theirs[place], name) for name, theirs in found.items()]
     return rows
 
 
@@ -152,7 +152,6 @@ def step_rate(shape: str, name: str, rows: int, length: int) -> tuple[float, flo
 
 def main(wanted: str) -> None:
     rows = loss_rows() if wanted in "loss/forward-kl" else []
-    print(*rows, sep="\n", flush=True)
     for shape, name, count, length in STEPS:
         case = f"{name}/{shape}/B{count}-T{length}"
         if wanted in case:

@@ -1,7 +1,7 @@
 """Which recipe wins: variants of one conversion with equal tokens, judged by held-out KL, overall and by position.
 
     python experiments/recipe.py --train openstax.jsonl.zst changelog.jsonl.zst --heldout heldout_dev.jsonl \\
-        --tokens 4000000 base align-none lr-double
+        --tokens 4000000 base align-none default
 
 Every run trains on the same rows in the same order; only what its name says differs. Each result goes into
 experiments/results/recipe.json as soon as it is there, and what is there is not run again. Needs a GPU with 80 GB.
@@ -22,6 +22,7 @@ from deltify.config import STAGES, Recipe, read_recipe
 from deltify.convert import sliding_control
 from deltify.data import open_data
 from deltify.distill import distill, open_teacher
+from deltify.generate import model_folder
 from deltify.longcontext import by_position, device_name, equal_window
 from deltify.runs import pick_device
 
@@ -64,14 +65,9 @@ VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
 def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     """The variant's recipe on the texts and tokens of the command line."""
     file, shares, changes = VARIANTS[name]
-    recipe = read_recipe(ROOT / "recipes" / f"{file}.yaml")
     if file == OURS and name != "default":
         changes = BASE | changes
-    for key, value in changes.items():
-        section, field = key.split(".")
-        recipe = dataclasses.replace(
-            recipe, **{section: dataclasses.replace(getattr(recipe, section), **{field: value})}
-        )
+    recipe = read_recipe(ROOT / "recipes" / f"{file}.yaml", [f"--{key}={value}" for key, value in changes.items()])
     stages = {
         stage: dataclasses.replace(recipe.stage(stage), tokens=int(options.tokens * shares.get(stage, 0)))
         for stage in STAGES
@@ -80,8 +76,8 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     data = dataclasses.replace(
         recipe.data, train=weights, heldout=options.heldout, folder=options.data, max_tokens=None
     )
-    run = dataclasses.replace(recipe.run, heldout_tokens=HELDOUT, heldout_length=LENGTH, heldout_steps=options.every)
-    run = dataclasses.replace(run, checkpoint_minutes=60.0)
+    judging = {"heldout_tokens": HELDOUT, "heldout_length": LENGTH, "heldout_steps": options.every}
+    run = dataclasses.replace(recipe.run, checkpoint_minutes=60.0, **judging)
     folder = f"{name}-{options.tokens}-seed{options.seed}"
     return dataclasses.replace(recipe, name=folder, output=options.out, seed=options.seed, data=data, run=run, **stages)
 
@@ -110,7 +106,7 @@ def summary(rows: list[dict], name: str) -> dict[str, float]:
 def run(name: str, options: argparse.Namespace) -> dict:
     recipe, device = make_recipe(name, options), pick_device("auto")
     started = time.monotonic()
-    folder = distill(recipe, resume=(Path(recipe.folder) / "recipe.yaml").exists())
+    folder = distill(recipe, resume=(recipe.folder / "recipe.yaml").exists())
     spent = time.monotonic() - started
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve, before = [], 0
@@ -119,8 +115,7 @@ def run(name: str, options: argparse.Namespace) -> dict:
         curve += [(before + r["tokens"], r["heldout_kl"]) for r in mine if "heldout_kl" in r]
         before += mine[-1]["tokens"] if mine else 0
     teacher = open_teacher(recipe, device, torch.bfloat16)
-    last = [stage for stage in STAGES if recipe.stage(stage).tokens][-1]
-    student = AutoModelForCausalLM.from_pretrained(folder / last, dtype=torch.bfloat16).to(device).eval()
+    student = AutoModelForCausalLM.from_pretrained(model_folder(str(folder)), dtype=torch.bfloat16).to(device).eval()
     models = {"student": student}
     if options.window:
         window = equal_window(teacher, student)

@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from deltify.convert import (
     CANDIDATES,
-    attention_stats,
+    attention_distances,
     choose_memory,
     convert,
     fit_output_gate,
@@ -82,7 +82,7 @@ def test_every_tensor_has_an_origin_and_all_numbers_are_counted(teacher):
 
 def test_attention_distances_are_those_of_the_weights(teacher, rows):
     row = Batch(rows.input_ids[:1], rows.position_ids[:1])
-    stats = attention_stats(teacher, row)
+    distances = attention_distances(teacher, row)
     teacher.model.set_attn_implementation("eager")
     out = teacher.model(row.input_ids, position_ids=row.position_ids, output_attentions=True, use_cache=False)
     teacher.model.set_attn_implementation("sdpa")
@@ -92,7 +92,7 @@ def test_attention_distances_are_those_of_the_weights(teacher, rows):
         for j in range(i + 1):
             if row.position_ids[0, j] > 0:
                 total, mass = total + float(weights[i, j]) * (i - j), mass + float(weights[i, j])
-    assert float(stats[2].distance_H[1]) == pytest.approx(total / mass, rel=1e-4)
+    assert float(distances[2][1]) == pytest.approx(total / mass, rel=1e-4)
 
 
 def test_the_calibrated_start_is_nearer_to_the_teacher_than_the_others(teacher, rows):

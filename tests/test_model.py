@@ -110,6 +110,7 @@ def test_a_fixed_number_of_documents_changes_nothing(model, ids):
         torch.testing.assert_close(got, want)
 
 
+@torch.no_grad()
 def test_packed_documents_do_not_see_each_other(model, ids):
     packed = torch.cat([ids[0, :30], ids[1, :40]])[None].repeat(2, 1)
     positions = torch.cat([torch.arange(30), torch.arange(40)])[None].repeat(2, 1)

@@ -242,17 +242,12 @@ def origins(student: DeltifyForCausalLM, start: str) -> list[str]:
 # ---- calibrated start ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class AttentionStats:
-    """Where a teacher's attention layer looks, first token of a document (the sink) left out."""
-
-    distance_H: Tensor  # mean distance in tokens
-    entropy_H: Tensor  # nats
-
-
 @torch.no_grad()
-def attention_stats(teacher: Teacher, batch: Batch) -> list[AttentionStats]:
-    """Per layer, over the rows of a batch."""
+def attention_distances(teacher: Teacher, batch: Batch) -> list[Tensor]:
+    """Per layer, the mean distance [H] in tokens that each head of the teacher looks back, over the rows of a batch.
+
+    The first token of a document, the sink, is left out.
+    """
     sums: dict[int, Tensor] = {}
 
     def measure(layer: int, positions_T: Tensor, weights_HTT: Tensor) -> None:
@@ -260,9 +255,7 @@ def attention_stats(teacher: Teacher, batch: Batch) -> list[AttentionStats]:
         place = torch.arange(tokens, device=weights_HTT.device)
         distance = (place[:, None] - place).clamp_(min=0)
         weights = weights_HTT.float() * (positions_T > 0)
-        mass = weights.sum(-1)
-        entropy = -(weights * weights.clamp(min=1e-9).log()).sum(-1)
-        sums[layer] = sums.get(layer, 0) + torch.stack([(weights * distance).sum((1, 2)), mass.sum(1), entropy.sum(1)])
+        sums[layer] = sums.get(layer, 0) + torch.stack([(weights * distance).sum((1, 2)), weights.sum((1, 2))])
 
     attention = teacher.config._attn_implementation
     teacher.model.set_attn_implementation("eager")
@@ -279,8 +272,7 @@ def attention_stats(teacher: Teacher, batch: Batch) -> list[AttentionStats]:
                 handle.remove()
     finally:
         teacher.model.set_attn_implementation(attention)
-    queries = batch.input_ids.numel()
-    return [AttentionStats(s[0] / s[1].clamp(min=1e-6), s[2] / queries) for _, s in sorted(sums.items())]
+    return [total / mass.clamp(min=1e-6) for _, (total, mass) in sorted(sums.items())]
 
 
 # Where a head's memory may start: beta of every token, half-life as a share of the mean distance the head looks back,
@@ -316,7 +308,7 @@ def calibrate(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, repor
         for positions in (batch.position_ids, batch.position_ids[:few])
     )
     gather = lambda x, packing: x.flatten(0, 1) if packing is None else packing.gather(x)[0]  # noqa: E731
-    stats, heads, shares, chosen = attention_stats(teacher, batch), {}, {}, Counter()
+    distances, heads, shares, chosen = attention_distances(teacher, batch), {}, {}, Counter()
 
     def keep(module, args):
         heads["output"] = args[0].float()
@@ -330,7 +322,7 @@ def calibrate(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, repor
         fit_output_gate(mixer, N, gather(heads["output"], packing).unflatten(-1, (-1, K)))
         wanted = gather(heads["output"][:few], few_packing).unflatten(-1, (-1, K))
         one = ridge(N, torch.ones_like(N[:, :1]), 1e-3)[:, 0]
-        chosen.update(choose_memory(mixer, x[:few], few_packing, one, stats[module.layer_idx].distance_H, wanted))
+        chosen.update(choose_memory(mixer, x[:few], few_packing, one, distances[module.layer_idx], wanted))
         target = gather(output[0].float(), packing)
         if mixer.o_proj.bias is not None:
             target = target - mixer.o_proj.bias

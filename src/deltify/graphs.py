@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import Batch
-from .model.mixers import fixed_documents
+from .model.mixers import document_starts, fixed_documents
 
 ROUND = 16  # documents: a graph serves all batches with up to as many
 
@@ -35,7 +35,7 @@ class GraphedStep:
 
     def __call__(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         """Losses of a batch that lies on the CPU."""
-        documents = -(-int((batch.position_ids == 0).sum()) // ROUND) * ROUND
+        documents = -(-int(document_starts(batch.position_ids).sum()) // ROUND) * ROUND
         key = (batch.input_ids.shape, documents)
         with fixed_documents(documents):
             if not self.works or key not in self.graphs:

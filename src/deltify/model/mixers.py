@@ -64,8 +64,13 @@ def fixed_documents(count: int) -> Iterator[None]:
         FIXED = None
 
 
+def document_starts(position_ids: Tensor) -> Tensor:
+    """[B * T] bool: whether a token begins a document, or its row, for positions [B, T]."""
+    return F.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=True).flatten()
+
+
 def fixed_packing(position_ids: Tensor, documents: int) -> Packing:
-    starts = F.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=True).flatten()
+    starts = document_starts(position_ids)
     places = torch.arange(len(starts), device=starts.device)
     bounds = torch.full((documents + 1,), len(starts), device=starts.device)
     return Packing(None, bounds.scatter_reduce(0, starts.cumsum(0) - 1, places, "amin").int())
@@ -89,12 +94,11 @@ def find_packing(attention_mask: Tensor | None, position_ids: Tensor | None, tok
             return padded_packing(mask, position_ids if placed and not cached else None)
     if FIXED is not None and placed and not cached:
         return fixed_packing(position_ids, FIXED)
-    if not placed or not (jumps := position_ids.diff(dim=-1) != 1).any():
+    if not placed or (starts := document_starts(position_ids)).sum() == len(position_ids):
         return None
     if cached:
         raise ValueError("position_ids start again within a row: packed documents cannot go on from a cache")
-    starts = F.pad(jumps, (1, 0), value=True).flatten().nonzero().squeeze(1)
-    return Packing(None, F.pad(starts, (0, 1), value=position_ids.numel()).int())
+    return Packing(None, F.pad(starts.nonzero().squeeze(1), (0, 1), value=position_ids.numel()).int())
 
 
 def padded_packing(mask_BT: Tensor, position_ids: Tensor | None) -> Packing:
