@@ -24,7 +24,7 @@ from deltify.graphs import GraphedStep
 from deltify.losses import linear_kl
 from deltify.model.mixers import library_gates
 from deltify.teacher import FAMILIES, Teacher, freeze
-from deltify.training import make_optimizer, set_learning_rates, trained
+from deltify.training import make_optimizers, set_learning_rates, trained
 
 try:
     from fla.modules.fused_kl_div import fused_kl_div_loss
@@ -126,25 +126,26 @@ def step_rate(shape: str, name: str, rows: int, length: int) -> tuple[float, flo
     """(tokens per second, median of ten steps; GiB at the peak)."""
     teacher, student = pair(shape, name)
     stage = Stage(tokens=rows * length * 100, length=length, batch=rows)
-    optimizer = make_optimizer(student, stage, name)
+    optimizers = make_optimizers(student, stage, name)
     compute = align_step if name == "align" else match_step
 
     def losses(batch: Batch) -> dict[str, torch.Tensor]:
         with torch.autocast("cuda", torch.bfloat16):
             return compute(teacher, student, batch, stage, 1.0)
 
-    step = GraphedStep(losses, trained(optimizer), print)
+    step = GraphedStep(losses, trained(optimizers), print)
     ids, positions = torch.randint(0, 40000, (rows, length)), torch.arange(length).expand(rows, length)
     times = []
     torch.cuda.reset_peak_memory_stats()
     for number in range(13):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        set_learning_rates(optimizer, stage, number)
+        set_learning_rates(optimizers, stage, number)
         step(Batch(ids.roll(number, 1), positions), torch.device("cuda"))
-        torch.nn.utils.clip_grad_norm_(trained(optimizer), stage.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        torch.nn.utils.clip_grad_norm_(trained(optimizers), stage.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return rows * length / sorted(times[3:])[5], torch.cuda.max_memory_allocated() / 2**30

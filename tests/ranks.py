@@ -40,7 +40,7 @@ def steps(name: str, out: Path) -> None:
         batch = mix.batch(0, parallel.rank(), parallel.count())
         loop.accumulate(batch)
         gradients = {n: parallel.whole(p.grad) for n, p in student.named_parameters() if p.grad is not None}
-        loop.optimizer.zero_grad(set_to_none=True)
+        loop.student.zero_grad(set_to_none=True)
         loop.run(SimpleNamespace(signal=0))
         weights = {n: parallel.whole(p.detach()) for n, p in student.named_parameters()}
         if parallel.rank() == 0:

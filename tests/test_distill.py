@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from soak import soak
 from torch.distributed.checkpoint.api import CheckpointException
@@ -28,7 +29,7 @@ from deltify.distill import align_step, hidden_states, match_step, next_tokens, 
 from deltify.evaluate import count_models
 from deltify.stopping import Stopped
 from deltify.teacher import random_teacher
-from deltify.training import choose_trained, make_optimizer
+from deltify.training import choose_trained, make_optimizers, trained
 
 DISTILL = import_module("deltify.distill")
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
@@ -119,14 +120,44 @@ def test_eight_bit_moments_train_and_resume_to_the_same_bits(tmp_path, monkeypat
     losses = [r["loss"] for r in records(runs[0].folder) if r["stage"] == "match" and r["step"]]
     assert losses[-1] < losses[0]
     model = AutoModelForCausalLM.from_pretrained(runs[0].folder / "match").requires_grad_(True)
-    optimizer = make_optimizer(model, stage, "match")
+    (optimizer,) = make_optimizers(model, stage, "match")
     model(torch.arange(8)[None]).logits.sum().backward()
     optimizer.step()
     wide = model.model.layers[0].mlp.up_proj.weight
     assert optimizer.state[wide]["state1"].dtype == torch.uint8
     monkeypatch.setattr(parallel, "count", lambda: 2)
     with pytest.raises(ValueError, match=r"match.optimizer='adamw8bit' cannot be sharded over processes"):
-        make_optimizer(model, stage, "match")
+        make_optimizers(model, stage, "match")
+
+
+def test_muon_trains_and_resumes_to_the_same_bits_and_equals_torchs(tmp_path):
+    stage = replace(tiny_recipe(tmp_path).align, optimizer="muon")
+    runs = [tiny_recipe(tmp_path / name, align=stage, match=stage) for name in ("whole", "broken")]
+    distill(runs[0])
+    die_in_step(runs[1], 5)
+    distill(runs[1], resume=True)
+    assert_same_weights(runs[1].folder, runs[0].folder, "align", "match")
+    losses = [r["loss"] for r in records(runs[0].folder) if r["stage"] == "match" and r["step"]]
+    assert losses[-1] < losses[0]
+    model = AutoModelForCausalLM.from_pretrained(runs[0].folder / "match").requires_grad_(True)
+    adamw, muon = make_optimizers(model, replace(stage, weight_decay=0.1), "match")
+    turned = {id(p) for p in trained([muon])}
+    words = {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
+    assert {id(p) for p in model.parameters() if p.dim() == 2} - turned == words
+    assert {id(p) for p in trained([adamw, muon])} == {id(p) for p in model.parameters()}
+    copies = [p.detach().clone() for p in trained([muon])]
+    theirs = torch.optim.Muon(copies, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for group in muon.param_groups:
+        group["lr"] = 0.01
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for mine, copy in zip(trained([muon]), copies):
+            mine.grad = torch.randn_like(mine)
+            copy.grad = mine.grad.clone()
+        muon.step()
+        theirs.step()
+    for mine, copy in zip(trained([muon]), copies):
+        torch.testing.assert_close(mine.detach(), copy, rtol=0, atol=2e-4)  # bfloat16 products in another order
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -543,6 +574,41 @@ def test_match_compares_packed_documents_apart():
     assert next_tokens(packed)[0, 19] == -100 and next_tokens(packed)[0, 18] == ids[0, 19]
     student.requires_grad_(True)
     assert float(match_step(teacher, student, packed, Stage(ce_weight=0.5), 1.0)["ce"]) > 0
+
+
+def test_behind_the_teachers_reach_the_text_alone_teaches():
+    teacher = random_teacher("llama")
+    student = convert(teacher, full_attention_layers="none", start="library").requires_grad_(True)
+    ids = torch.randint(0, 250, (2, 12))
+    batch, short = (Batch(ids[:, :n], torch.arange(n).expand(2, n)) for n in (12, 8))
+    teacher.model.config.max_position_embeddings = 8
+    found = match_step(teacher, student, batch, Stage(ce_weight=0.5), 1.0)
+    mine = [p.grad.clone() for p in student.parameters()]
+    near = match_step(teacher, student, short, Stage(), 1.0)
+    student.zero_grad()
+    labels = next_tokens(batch).flatten()
+    logits = student(ids).logits.flatten(0, 1)
+    ce = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / labels.numel()
+    torch.testing.assert_close(float(found["ce"]), float(ce.detach()))
+    torch.testing.assert_close(float(found["kl"]), float(near["kl"]))
+    torch.testing.assert_close(float(found["loss"]), float(0.5 * near["kl"] + 0.5 * ce.detach()))
+    (0.5 * ce).backward()
+    match_step(teacher, student, short, Stage(), 0.5)
+    for gradient, parameter in zip(mine, student.parameters()):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_run_starts_from_a_students_folder(tmp_path, whole):
+    start = StudentSpec(start=str(whole))
+    nothing = Stage()
+    run = distill(tiny_recipe(tmp_path, student=start, align=nothing))
+    first, last = load_file(run / "converted" / "model.safetensors"), load_file(whole / "match" / "model.safetensors")
+    assert all(torch.equal(first[name], last[name]) for name in last)
+    kls = {r["stage"]: r["heldout_kl"] for r in records(whole) if "heldout_kl" in r}
+    assert records(run)[0]["heldout_kl"] == pytest.approx(kls["match"], rel=1e-5)
+    hybrid = replace(start, full_attention_layers=[0])
+    with pytest.raises(ValueError, match=r"full_attention_layers=\[0\] are .*let both be the same"):
+        distill(tiny_recipe(tmp_path / "other", student=hybrid, align=nothing))
 
 
 @pytest.mark.parametrize(

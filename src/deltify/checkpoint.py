@@ -43,7 +43,7 @@ def cause_of(error: BaseException) -> BaseException:
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
+def save_checkpoint(folder: Path, model: nn.Module, optimizers: list[Optimizer], progress: Progress) -> None:
     """Writes weights, optimizer and progress; if that fails, what was there before is untouched.
 
     torch.distributed.checkpoint is used because it reads a checkpoint back on any number of ranks.
@@ -58,7 +58,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, progre
         if first:
             unfinished.mkdir(parents=True)
         parallel.barrier()
-        weights, optimizer_state = get_state_dict(model, optimizer)
+        weights, optimizer_state = get_state_dict(model, optimizers)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that no process group is set up, which is so on purpose
             dcp.save({"model": weights, "optimizer": optimizer_state}, checkpoint_id=unfinished)
@@ -78,13 +78,13 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, progre
         ) from error
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
-    """Puts a checkpoint's weights and optimizer state into `model` and `optimizer`.
+def load_checkpoint(folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> Progress:
+    """Puts a checkpoint's weights and optimizer state into `model` and `optimizers`.
 
     Raises:
         ValueError: if the checkpoint is damaged; says which file.
     """
-    weights, optimizer_state = get_state_dict(model, optimizer)
+    weights, optimizer_state = get_state_dict(model, optimizers)
     try:
         check_manifest(folder)
         progress = Progress(**json.loads((folder / "progress.json").read_text()))
@@ -97,12 +97,12 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> Pro
             raise cause from None
         reason = next(iter(str(cause).splitlines()), "") or type(cause).__name__
         raise ValueError(f"checkpoint {folder} cannot be read ({reason})") from error
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=optimizer_state)
+    set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=optimizer_state)
     return progress
 
 
 def load_last(
-    run: Path, stage: str, model: nn.Module, optimizer: Optimizer, report: Callable[[str], None]
+    run: Path, stage: str, model: nn.Module, optimizers: list[Optimizer], report: Callable[[str], None]
 ) -> Progress | None:
     """Loads the newest checkpoint of a stage that can be read; None if the stage has none at all.
 
@@ -114,7 +114,7 @@ def load_last(
     damaged: list[Path] = []
     for folder in reversed(checkpoints(run, stage)):
         try:
-            progress = load_checkpoint(folder, model, optimizer)
+            progress = load_checkpoint(folder, model, optimizers)
         except ValueError as error:
             report(f"{stage}: {error}; trying the one before")
             damaged.append(folder)

@@ -8,7 +8,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 STAGES = ("align", "match", "extend")
-OPTIMIZERS = ("adamw", "adamw8bit")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 DIVERGENCES = ("forward", "reverse", "jensen-shannon")
 
 
@@ -41,7 +41,8 @@ class StudentSpec:
         keep_rope: whether full attention keeps rotary positions; without, it is NoPE.
         sliding_window: tokens that sliding layers look back to, the current one included.
         sink_tokens: first tokens of a document that sliding layers always see.
-        start: of gates and convolutions: calibrated, library or arcee.
+        start: of gates and convolutions: calibrated, library or arcee; or the folder of a student, or of a run, to train on
+            with the stages here.
         calibration_tokens: training tokens that the calibrated start looks at.
         calibration_length: tokens in a row of them.
     """
@@ -90,7 +91,8 @@ class Stage:
         divergence: of the two distributions of the next token: forward (KL of the student from the teacher), reverse
             or jensen-shannon.
         temperature: that both models' logits are divided by before it.
-        optimizer: adamw, or adamw8bit, whose moments take 2 bytes a number instead of 8 (bitsandbytes; one process).
+        optimizer: adamw; adamw8bit, whose moments take 2 bytes a number instead of 8 (bitsandbytes; one process); or
+            muon, for matrices other than embeddings and head, which stay AdamW's (4 bytes a number; one process).
         weight_decay: of matrices.
         clip: largest norm of the gradient.
         checkpoint_layers: recompute activations layer by layer to save memory.

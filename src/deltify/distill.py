@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM
 from . import checkpoint, parallel
 from .checkpoint import Progress
 from .config import STAGES, Recipe, Stage, check
-from .convert import STARTS, convert
+from .convert import STARTS, convert, layer_kinds
 from .data import Batch, Mix, TokenFile, heldout_batches, open_data
+from .generate import model_folder
 from .graphs import GraphedStep
 from .losses import hidden_loss, linear_kl, mixer_loss
 from .metrics import Metrics, console, progress_bar, tracker_module
@@ -37,7 +38,7 @@ from .runs import check_data, check_run, pick_device, pick_precision, write_run
 from .stopping import Stopped, Stopper
 from .targets import capture, open_targets
 from .teacher import Teacher, load_teacher, random_teacher
-from .training import choose_trained, make_optimizer, set_learning_rates, trained
+from .training import choose_trained, groups, make_optimizers, set_learning_rates, trained
 
 # ---- the whole run ---------------------------------------------------------------------------------------------------
 
@@ -63,8 +64,10 @@ def distill(
     started = time.monotonic()
     deadline = math.inf if max_minutes is None else started + 60 * max_minutes
     check(recipe)
-    if recipe.student.start not in STARTS:
-        raise ValueError(f"student.start={recipe.student.start!r}; choose one of {', '.join(STARTS)}")
+    if recipe.student.start not in STARTS and not Path(recipe.student.start).expanduser().is_dir():
+        raise ValueError(
+            f"student.start={recipe.student.start!r}; choose one of {', '.join(STARTS)}, or the folder of a student"
+        )
     tracker_module(recipe.run.log_to)
     with parallel.process_group(pick_device(recipe.run.device)) as device:
         console.quiet = parallel.rank() > 0
@@ -208,6 +211,8 @@ def open_teacher(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Te
 
 def convert_with(recipe: Recipe, teacher: Teacher, train: list[TokenFile]) -> DeltifyForCausalLM:
     spec = recipe.student
+    if spec.start not in STARTS:
+        return trained_before(model_folder(spec.start), spec.full_attention_layers, teacher)
     rows = max(1, spec.calibration_tokens // spec.calibration_length)
     mix = Mix(train, list(recipe.data.train.values()), spec.calibration_length, rows, recipe.seed)
     return convert(
@@ -221,6 +226,22 @@ def convert_with(recipe: Recipe, teacher: Teacher, train: list[TokenFile]) -> De
         seed=recipe.seed,
         report=say,
     )
+
+
+def trained_before(folder: str, layers: str | list[int], teacher: Teacher) -> DeltifyForCausalLM:
+    """A student to train on.
+
+    Raises:
+        ValueError: if it has other layers than the recipe says.
+    """
+    student = load_student(Path(folder), next(teacher.model.parameters()).device)
+    kinds = layer_kinds(layers, student.config.num_hidden_layers)
+    if not isinstance(student, DeltifyForCausalLM) or list(student.config.layer_types) != kinds:
+        raise ValueError(
+            f"student.start={folder}: its layers are {student.config.layer_types}, the recipe's "
+            f"full_attention_layers={layers!r} are {kinds}; let both be the same"
+        )
+    return student
 
 
 # ---- one stage -------------------------------------------------------------------------------------------------------
@@ -238,7 +259,7 @@ class Loop:
         if name == "align" and parallel.count() == 1:
             share_frozen(teacher.model, student)
         parallel.shard_student(student)
-        self.optimizer = make_optimizer(student, self.stage, name)
+        self.optimizers = make_optimizers(student, self.stage, name)
         self.progress = Progress(name, 0, 0, 0.0)
         self.graphed: GraphedStep | None = None
         if self.stage.checkpoint_layers and name != "align":
@@ -251,7 +272,7 @@ class Loop:
             Stopped: if `stopper` was told to.
         """
         run, stage = self.recipe.run, self.stage
-        saved = checkpoint.load_last(self.recipe.folder, self.name, self.student, self.optimizer, say)
+        saved = checkpoint.load_last(self.recipe.folder, self.name, self.student, self.optimizers, say)
         if saved is not None:
             self.progress = saved
             console.print(f"{self.name}: going on from step {self.progress.step}")
@@ -261,13 +282,14 @@ class Loop:
         last_save = last_clock = time.monotonic()
         with progress_bar(self.name, stage.steps) as show:
             for step in range(self.progress.step, stage.steps):
-                set_learning_rates(self.optimizer, stage, step)
+                set_learning_rates(self.optimizers, stage, step)
                 with naming_memory(self.name, stage):
                     losses = self.accumulate(self.mix.batch(step, parallel.rank(), parallel.count()))
-                    norm = parallel.whole(nn.utils.clip_grad_norm_(trained(self.optimizer), stage.clip))
+                    norm = parallel.whole(nn.utils.clip_grad_norm_(trained(self.optimizers), stage.clip))
                     self.check_finite(step, losses, norm)
-                    self.optimizer.step()
-                    self.optimizer.zero_grad(set_to_none=self.graphed is None)
+                    for optimizer in self.optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad(set_to_none=self.graphed is None)
 
                 now = time.monotonic()
                 tokens = self.progress.tokens + stage.batch * stage.length
@@ -276,7 +298,7 @@ class Loop:
                     self.progress, step=step + 1, tokens=tokens, seconds=self.progress.seconds + spent
                 )
                 record = {"stage": self.name, "step": step + 1, "tokens": tokens, **losses, "grad_norm": float(norm)}
-                rates = {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+                rates = {f"lr_{group['name']}": group["lr"] for group in groups(self.optimizers)}
                 speed = stage.batch * stage.length / spent
                 last_step = step + 1 == stage.steps
                 signal = int(parallel.largest(stopper.signal, device))
@@ -305,7 +327,7 @@ class Loop:
         scale = 1 / len(parts)
         if self.graphed is None and self.can_be_graphed():
             step = functools.partial(self.step, scale=scale)
-            self.graphed = GraphedStep(step, trained(self.optimizer), say)
+            self.graphed = GraphedStep(step, trained(self.optimizers), say)
         device = self.student.device
         losses = [self.graphed(p, device) if self.graphed else self.step(p.to(device), scale) for p in parts]
         means = parallel.mean(
@@ -351,7 +373,7 @@ class Loop:
     def save(self) -> None:
         folder = self.recipe.folder
         checkpoint.save_checkpoint(
-            checkpoint.checkpoint_folder(folder, self.progress), self.student, self.optimizer, self.progress
+            checkpoint.checkpoint_folder(folder, self.progress), self.student, self.optimizers, self.progress
         )
         checkpoint.prune(folder, self.name, self.recipe.run.keep, self.progress.best_step)
 
@@ -435,22 +457,33 @@ def align_step(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, stag
 
 
 def match_step(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, stage: Stage, scale: float):
-    """The whole student's divergence, with shares of cross-entropy and of the hidden states' loss if the stage asks."""
+    """The whole student's divergence, with shares of cross-entropy and of the hidden states' loss if the stage asks.
+
+    On rows longer than the teacher can read, the divergence counts where it can.
+    """
     layers = {"output_hidden_states": True} if stage.hidden_weight else {}
     with torch.no_grad():
         wanted, *inner = layer_states(teacher.model, batch, **layers)
     head = parallel.whole(teacher.model.lm_head.weight)
     labels = next_tokens(batch).flatten() if stage.ce_weight else None
-    options = {"ce_weight": stage.ce_weight / (1 - stage.hidden_weight)}
-    options |= {"divergence": stage.divergence, "temperature": stage.temperature}
+    share = stage.ce_weight / (1 - stage.hidden_weight)
+    options = {"divergence": stage.divergence, "temperature": stage.temperature}
+    longest = teacher.config.max_position_embeddings
+    read_by_teacher = None if batch.input_ids.shape[1] <= longest else (batch.position_ids < longest).flatten()
 
     def read(student: DeltifyForCausalLM) -> tuple[Tensor, ...]:
         hidden, *mine = layer_states(student, batch, **layers)
-        loss, kl, ce = linear_kl(hidden, student.lm_head.weight, wanted, head, labels=labels, **options)
+        heads = hidden, student.lm_head.weight, wanted, head
+        if read_by_teacher is None:
+            loss, kl, ce = linear_kl(*heads, labels=labels, ce_weight=share, **options)
+        else:  # behind the teacher's reach the text alone teaches
+            apart, kl, _ = linear_kl(*heads, mask=read_by_teacher, **options)
+            loss, _, ce = linear_kl(*heads, labels=labels, ce_weight=1.0)
+            loss = (1 - share) * apart + share * loss
         if not layers:
             return loss, kl, ce
-        apart = hidden_loss(mine, inner)
-        return (1 - stage.hidden_weight) * loss + stage.hidden_weight * apart, kl, ce, apart.detach()
+        inside = hidden_loss(mine, inner)
+        return (1 - stage.hidden_weight) * loss + stage.hidden_weight * inside, kl, ce, inside.detach()
 
     loss, kl, ce, *apart = student.whole(read)
     with torch.autocast(loss.device.type, enabled=False):

@@ -1,10 +1,9 @@
 """What a stage trains, and how fast: the optimizer's groups and the learning rates over the steps."""
 
 import math
-from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import parallel
 from .config import Stage
@@ -34,38 +33,91 @@ def choose_trained(student: DeltifyForCausalLM, stage: Stage, name: str) -> dict
     return {"mixers": mixers, "rest": rest}
 
 
-def make_optimizer(student: DeltifyForCausalLM, stage: Stage, name: str) -> torch.optim.Optimizer:
-    """AdamW over two groups, mixers and the rest; what is not trained gets no gradient.
+def make_optimizers(student: DeltifyForCausalLM, stage: Stage, name: str) -> list[torch.optim.Optimizer]:
+    """The stage's optimizers over the groups mixers and rest; what is not trained gets no gradient.
+
+    With muon the matrices are Muon's (Jordan et al. 2024), but for the embeddings and the head, which with all that is
+    no matrix are AdamW's. Its updates are scaled to the size of AdamW's (Liu et al. 2025, 2502.16982, equation 4), so
+    that both take the same rates.
 
     Raises:
-        ValueError: for adamw8bit, if bitsandbytes is not installed, or several processes share the work.
+        ValueError: for adamw8bit, if bitsandbytes is not installed, or for any but adamw if several processes share
+            the work.
     """
-    options = []
+    words = {id(student.get_input_embeddings().weight), id(student.get_output_embeddings().weight)}
+    inner, others = [], []
     for group, parameters in choose_trained(student, stage, name).items():
-        matrices = [p for p in parameters if p.dim() == 2]
+        matrices = [p for p in parameters if p.dim() == 2 and (stage.optimizer != "muon" or id(p) in words)]
+        turned = [p for p in parameters if p.dim() == 2 and stage.optimizer == "muon" and id(p) not in words]
         vectors = [p for p in parameters if p.dim() != 2]
-        options.append({"name": group, "params": matrices, "weight_decay": stage.weight_decay})
-        options.append({"name": f"{group}_vectors", "params": vectors, "weight_decay": 0.0})
-    options = [o for o in options if o["params"]]
-    if stage.optimizer == "adamw":
-        return torch.optim.AdamW(options, lr=0.0, betas=(0.9, 0.95), fused=True)
-    if parallel.count() > 1:
+        inner.append({"name": f"{group}_muon", "params": turned, "weight_decay": stage.weight_decay})
+        others.append({"name": group, "params": matrices, "weight_decay": stage.weight_decay})
+        others.append({"name": f"{group}_vectors", "params": vectors, "weight_decay": 0.0})
+    inner, others = ([o for o in options if o["params"]] for options in (inner, others))
+    if stage.optimizer != "adamw" and parallel.count() > 1:
         raise ValueError(f"{name}.optimizer={stage.optimizer!r} cannot be sharded over processes; choose adamw")
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError(
-            f"{name}.optimizer={stage.optimizer!r} needs bitsandbytes ({error}); run: pip install bitsandbytes, or "
-            "choose adamw"
-        ) from None
-    return AdamW8bit(options, lr=0.0, betas=(0.9, 0.95))
+    if stage.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ValueError(
+                f"{name}.optimizer={stage.optimizer!r} needs bitsandbytes ({error}); run: pip install bitsandbytes, or "
+                "choose adamw"
+            ) from None
+        return [AdamW8bit(others, lr=0.0, betas=(0.9, 0.95))]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), fused=True)]
+    if inner:
+        found.append(StackedMuon(inner, lr=0.0, adjust_lr_fn="match_rms_adamw"))
+    return found
 
 
-def trained(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
-    return (p for group in optimizer.param_groups for p in group["params"])
+class StackedMuon(torch.optim.Muon):
+    """`torch.optim.Muon`, with matrices of one shape orthogonalised together: the same numbers, in a tenth of the time.
+
+    One after the other, the 360 matrices of a model of 30 layers take 9,000 launches a step.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in shapes.items():
+                grads = [p.grad for p in parameters]
+                for parameter in parameters:
+                    self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                moved = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
+                updates = orthogonalise(torch.stack(moved), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                size = group["lr"] * 0.2 * math.sqrt(max(shape))
+                torch._foreach_add_(parameters, list(updates.to(parameters[0].dtype)), alpha=-size)
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, stage: Stage, step: int) -> None:
+def orthogonalise(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """[M, A, B] bfloat16: near to the orthogonal factors of [M, A, B] matrices, by Newton-Schulz iterations."""
+    a, b, c = coefficients
+    tall = x.shape[1] > x.shape[2]
+    y = (x.mT if tall else x).bfloat16()
+    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return y.mT if tall else y
+
+
+def groups(optimizers: list[torch.optim.Optimizer]) -> list[dict]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def trained(optimizers: list[torch.optim.Optimizer]) -> list[nn.Parameter]:
+    return [p for group in groups(optimizers) for p in group["params"]]
+
+
+def set_learning_rates(optimizers: list[torch.optim.Optimizer], stage: Stage, step: int) -> None:
     """Linear warm-up, then cosine to `lr_end` of the peak; a function of the stage and the step alone.
 
     The peaks are the stage's, not the optimizer's: a checkpoint must not bring back rates that the recipe changed.
@@ -76,5 +128,5 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, stage: Stage, step: int
     else:
         along = (step - warm) / max(1, stage.steps - warm)
         factor = stage.lr_end + (1 - stage.lr_end) * (1 + math.cos(math.pi * along)) / 2
-    for group in optimizer.param_groups:
+    for group in groups(optimizers):
         group["lr"] = factor * (stage.lr_mixers if group["name"].startswith("mixers") else stage.lr_rest)
