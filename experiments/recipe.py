@@ -32,8 +32,9 @@ LENGTH, HELDOUT = 2048, 131_072  # tokens of a held-out stretch, and of all of t
 OURS, ARCEE, RADLADS = "smollm2-135m-kda", "baselines/arcee", "baselines/radlads"
 # name: recipe, share of the tokens in each stage, overrides
 MATCH_ALL, WITH_ALIGN = {"match": 1.0}, {"align": 0.125, "match": 0.875}
-# what the variants of our recipe differ from; "default" is what the recipe has become
+# what the variants of our recipe differ from, but for "default" and those named after it: what the recipe has become
 BASE: dict[str, object] = {"match.batch": 8, "match.lr_rest": 1e-4}
+MUON: dict[str, object] = {"match.optimizer": "muon"}
 VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "base": (OURS, WITH_ALIGN, {}),
     "default": (OURS, WITH_ALIGN, {}),
@@ -58,6 +59,13 @@ VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "ce-0.2": (OURS, WITH_ALIGN, {"match.ce_weight": 0.2}),
     "hidden-0.3": (OURS, WITH_ALIGN, {"match.hidden_weight": 0.3}),
     "length-1024": (OURS, WITH_ALIGN, {"match.length": 1024, "match.batch": 16}),
+    "default-muon": (OURS, WITH_ALIGN, MUON),
+    "default-muon-double": (OURS, WITH_ALIGN, MUON | {"match.lr_mixers": 2e-3, "match.lr_rest": 6e-4}),
+    "default-muon-half": (OURS, WITH_ALIGN, MUON | {"match.lr_mixers": 5e-4, "match.lr_rest": 1.5e-4}),
+    "default-muon-batch-2": (OURS, WITH_ALIGN, MUON | {"match.batch": 2}),
+    "default-batch-2": (OURS, WITH_ALIGN, {"match.batch": 2}),
+    "default-lr-end-0": (OURS, WITH_ALIGN, {"match.lr_end": 0.0}),
+    "default-start-library": (OURS, WITH_ALIGN, {"student.start": "library"}),
     "hybrid": ("smollm2-135m-hybrid", WITH_ALIGN, {}),
 }
 
@@ -65,7 +73,7 @@ VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
 def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     """The variant's recipe on the texts and tokens of the command line."""
     file, shares, changes = VARIANTS[name]
-    if file == OURS and name != "default":
+    if file == OURS and not name.startswith("default"):
         changes = BASE | changes
     recipe = read_recipe(ROOT / "recipes" / f"{file}.yaml", [f"--{key}={value}" for key, value in changes.items()])
     stages = {
