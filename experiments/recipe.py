@@ -35,11 +35,13 @@ MATCH_ALL, WITH_ALIGN = {"match": 1.0}, {"align": 0.125, "match": 0.875}
 # what the variants of our recipe differ from, but for "default" and those named after it: what the recipe has become
 BASE: dict[str, object] = {"match.batch": 8, "match.lr_rest": 1e-4}
 MUON: dict[str, object] = {"match.optimizer": "muon"}
+DOUBLE: dict[str, object] = {"match.lr_mixers": 2e-3, "match.lr_rest": 6e-4}
 VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "base": (OURS, WITH_ALIGN, {}),
     "default": (OURS, WITH_ALIGN, {}),
     "arcee": (ARCEE, {"match": 0.875, "extend": 0.125}, {}),
     "arcee-lr-2e-3": (ARCEE, {"match": 0.875, "extend": 0.125}, {"match.lr_mixers": 2e-3}),
+    "arcee-batch-2": (ARCEE, {"match": 0.875, "extend": 0.125}, {"match.batch": 2, "extend.batch": 2}),
     "radlads": (RADLADS, {"align": 1 / 6, "match": 5 / 6}, {}),
     "radlads-lr-1e-4": (RADLADS, {"align": 1 / 6, "match": 5 / 6}, {"match.lr_mixers": 1e-4, "match.lr_rest": 1e-4}),
     "start-library": (OURS, WITH_ALIGN, {"student.start": "library"}),
@@ -59,12 +61,19 @@ VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "ce-0.2": (OURS, WITH_ALIGN, {"match.ce_weight": 0.2}),
     "hidden-0.3": (OURS, WITH_ALIGN, {"match.hidden_weight": 0.3}),
     "length-1024": (OURS, WITH_ALIGN, {"match.length": 1024, "match.batch": 16}),
+    "default-batch-1": (OURS, WITH_ALIGN, {"match.batch": 1}),
+    "default-batch-4": (OURS, WITH_ALIGN, {"match.batch": 4}),
+    "default-align-half": (OURS, {"align": 0.5, "match": 0.5}, {}),
+    "default-double": (OURS, WITH_ALIGN, DOUBLE),
     "default-muon": (OURS, WITH_ALIGN, MUON),
-    "default-muon-double": (OURS, WITH_ALIGN, MUON | {"match.lr_mixers": 2e-3, "match.lr_rest": 6e-4}),
-    "default-muon-half": (OURS, WITH_ALIGN, MUON | {"match.lr_mixers": 5e-4, "match.lr_rest": 1.5e-4}),
-    "default-muon-batch-2": (OURS, WITH_ALIGN, MUON | {"match.batch": 2}),
-    "default-batch-2": (OURS, WITH_ALIGN, {"match.batch": 2}),
-    "default-lr-end-0": (OURS, WITH_ALIGN, {"match.lr_end": 0.0}),
+    "default-muon-double": (OURS, WITH_ALIGN, MUON | DOUBLE),
+    "default-muon-batch-4": (OURS, WITH_ALIGN, MUON | {"match.batch": 4}),
+    "default-muon-double-batch-4": (OURS, WITH_ALIGN, MUON | DOUBLE | {"match.batch": 4}),
+    "default-muon-half-batch-4": (
+        OURS,
+        WITH_ALIGN,
+        MUON | {"match.batch": 4, "match.lr_mixers": 5e-4, "match.lr_rest": 1.5e-4},
+    ),
     "default-start-library": (OURS, WITH_ALIGN, {"student.start": "library"}),
     "hybrid": ("smollm2-135m-hybrid", WITH_ALIGN, {}),
 }

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from test_distill import tiny_recipe
@@ -77,6 +78,29 @@ def test_several_models_need_a_place_and_one_teacher(run, tmp_path):
     (other / "recipe.yaml").write_text(recipe.replace("random:llama", "random:arcee"))
     with pytest.raises(ValueError, match=r"different teachers, random:arcee, random:llama"):
         evaluate([str(run), str(other)], output=tmp_path / "both")
+
+
+def test_evaluations_made_one_by_one_are_reported_together(run, data, tmp_path, capsys):
+    again = tiny_recipe(tmp_path, name="again", align=Stage(), match=Stage(tokens=64, length=32, batch=2))
+    again = distill(replace(again, student=replace(again.student, start=str(run))))
+    settings = {"tasks": ("arc_easy",), "data": data, "limit": 4, "with_controls": False, "contexts": (64,)}
+    for source in (run, again):
+        evaluate([str(source)], output=tmp_path / f"of-{source.name}", with_stages=False, samples=False, **settings)
+    folders = [str(tmp_path / f"of-{source.name}") for source in (run, again)]
+    assert main(["report", *folders]) == 1 and "say with --output" in capsys.readouterr().err
+    assert main(["report", *folders, "-o", str(tmp_path / "all")]) == 0
+    results = json.loads((tmp_path / "all" / "results.json").read_text())
+    names = ["teacher", "unigram model", "bigram model", "tiny", "again"]
+    assert [(s["name"], s["tokens"]) for s in results["scores"]] == list(zip(names, (0, 0, 0, 768, 832)))
+    for part in ("benchmarks", "decode"):
+        assert list(dict.fromkeys(row["model"] for row in results[part])) == ["teacher", "tiny", "again"], part
+    assert results["runs"] == [str(run), str(again)] and results["command"].count("\n") == 1
+    text = (tmp_path / "all" / "report.md").read_text()
+    assert "| again |" in text and "| tiny |" in text
+    other = json.loads((tmp_path / "of-again" / "results.json").read_text()) | {"device": "abacus"}
+    (tmp_path / "of-again" / "results.json").write_text(json.dumps(other))
+    assert main(["report", *folders, "-o", str(tmp_path / "all")]) == 1
+    assert "device is not the same in all of them but abacus, cpu" in capsys.readouterr().err
 
 
 def test_a_model_that_fails_half_way_keeps_what_was_measured(run, data, monkeypatch):

@@ -87,6 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("sources", nargs="+", metavar="MODEL", help="folder of a run or model, or hub id")
     evaluate.add_argument("-o", "--output", type=Path, help="folder for the results; by default the run's own")
     evaluate.add_argument("--teacher", help="hub id, folder or GGUF file; a run's own if absent")
+    evaluate.add_argument("--heldout", help="text in place of the run's own held-out text")
     evaluate.add_argument("--tasks", type=words, default=(), help="lm-eval tasks, comma-separated, or: default")
     evaluate.add_argument("--limit", type=int, help="items of each task")
     evaluate.add_argument("--data", type=Path, help="folder with the tasks' data as JSON lines, in place of the hub")
@@ -99,12 +100,14 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--book-count", type=int, default=4, help="texts to read, the longest of the first ones")
     evaluate.add_argument("--contexts", type=numbers, default=(), help="tokens read before decoding is timed")
     evaluate.add_argument("--no-controls", action="store_true", help="leave out sliding windows and zeroed states")
+    evaluate.add_argument("--no-stages", action="store_true", help="one run under its name, its last stage alone")
     evaluate.add_argument("--no-samples", action="store_true", help="leave out the text samples")
     evaluate.add_argument("--device", default="auto")
     evaluate.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16; auto: by device")
 
     report = commands.add_parser("report", help="tables, pictures, report.html and a model card of an evaluated run")
-    report.add_argument("run", help="folder of a run, or of an evaluation's output")
+    report.add_argument("runs", nargs="+", metavar="FOLDER", help="an evaluated run, or an evaluation's output")
+    report.add_argument("-o", "--output", type=Path, help="of several folders, where their common report goes")
 
     generate = commands.add_parser("generate", help="stream text from a model")
     generate.add_argument("model", help="folder of a model or run, or hub id")
@@ -203,18 +206,20 @@ def run_evaluate(options: argparse.Namespace, _: list[str]) -> None:
     from .evaluate import evaluate
     from .needle import TASKS as NEEDLES
 
-    settings = {
-        key: value for key, value in vars(options).items() if key not in ("command", "no_controls", "no_samples")
-    }
+    settings = {key: value for key, value in vars(options).items() if key != "command" and not key.startswith("no_")}
+    settings |= {"with_controls": not options.no_controls, "with_stages": not options.no_stages}
     settings["tasks"] = TASKS if options.tasks == ("default",) else options.tasks
     settings["needles"] = tuple(NEEDLES) if options.needles == ("all",) else options.needles
-    print(evaluate(**settings, with_controls=not options.no_controls, samples=not options.no_samples))
+    print(evaluate(**settings, samples=not options.no_samples))
 
 
 def run_report(options: argparse.Namespace, _: list[str]) -> None:
-    from .report import report
+    from .report import combine, report
 
-    report(Path(options.run))
+    runs = [Path(run) for run in options.runs]
+    if len(runs) > 1 and options.output is None:
+        raise ValueError(f"{len(runs)} folders; say with --output where their common report should go")
+    report(runs[0] if options.output is None else combine(runs, options.output))
 
 
 def run_generate(options: argparse.Namespace, _: list[str]) -> None:

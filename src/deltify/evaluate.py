@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -105,6 +105,7 @@ def evaluate(
     *,
     output: Path | None = None,
     teacher: str | None = None,
+    heldout: str | None = None,
     tasks: tuple[str, ...] = (),
     limit: int | None = None,
     data: Path | None = None,
@@ -117,6 +118,7 @@ def evaluate(
     book_count: int = 4,
     contexts: tuple[int, ...] = (),
     with_controls: bool = True,
+    with_stages: bool = True,
     samples: bool = True,
     device: str = "auto",
     dtype: str = "auto",
@@ -125,14 +127,16 @@ def evaluate(
 
     Args:
         sources: runs (folders with a recipe), or models (folders or hub ids). Of one run, every stage is scored on
-            held-out text; of several, and for all that costs more, the last stage alone.
+            held-out text; of several, and for all that costs more, the last stage alone, under the run's name.
         output: folder to write to; the run's own, if there is one run and nothing else.
         teacher: what the models are compared with: hub id, folder or GGUF file; a run's own if absent.
+        heldout: text in place of the first run's own held-out text, as data.heldout of recipes.
         tasks, limit, data: benchmarks, see `benchmarks.run_benchmarks`.
         needles, lengths, needle_samples, haystack: see `needle.ask_needles`.
         books, book_tokens, book_count: text for curves by position (see `data.documents`), and how much of it.
         contexts: tokens read before decoding is timed.
         with_controls: measure the teacher with a sliding window and the last student with its state zeroed, too.
+        with_stages: score one run as if it were one of several, so that `report` can put it beside others.
         samples: greedy continuations of a few prompts.
         dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 on a GPU.
 
@@ -149,12 +153,14 @@ def evaluate(
     reference = open_reference(teacher, list(runs.values()), place, number)
     results = Results(folder / "results.json", reference, runs, place, number)
 
-    stages = open_models(sources, runs, place, number)
+    stages = open_models(sources, runs, place, number, whole=with_stages and len(sources) == 1)
     students = {name: model for name, (model, final) in stages.items() if final}
     everyone: dict[str, PreTrainedModel] = {} if reference is None else {"teacher": reference.model}
     if reference is not None:
         if runs:
-            results.add(**heldout_scores(reference, list(runs.values()), {n: m for n, (m, _) in stages.items()}))
+            results.add(
+                **heldout_scores(reference, runs, heldout, {name: model for name, (model, _) in stages.items()})
+            )
         if with_controls:
             last = list(students)[-1]
             everyone |= {name.replace("student", last): m for name, m in controls(reference, students[last]).items()}
@@ -258,15 +264,17 @@ def open_reference(source: str | None, recipes: list[Recipe], device, dtype: tor
     return open_teacher(recipes[0], device, dtype) if recipes else None
 
 
-def open_models(sources: list[str], runs: dict[str, Recipe], device, dtype) -> dict[str, tuple[PreTrainedModel, bool]]:
-    """Students by name, and whether each is a run's last stage (or a model of its own)."""
+def open_models(
+    sources: list[str], runs: dict[str, Recipe], device, dtype, whole: bool
+) -> dict[str, tuple[PreTrainedModel, bool]]:
+    """Students by name, and whether each is a run's last stage, or a model of its own; with `whole`, a run's stages."""
     found: dict[str, tuple[PreTrainedModel, bool]] = {}
     for source in sources:
         folders = {Path(source).name: model_folder(source)}
         if source in runs:
             last = model_folder(source)
             names = [n for n in ("converted", *STAGES) if (Path(source) / n / "config.json").is_file()]
-            folders = {n: str(Path(source) / n) for n in names} if len(sources) == 1 else {Path(source).name: last}
+            folders = {n: str(Path(source) / n) for n in names} if whole else {Path(source).name: last}
         for name, folder in folders.items():
             if name in found or name == "teacher":
                 raise ValueError(f"two models would be called {name!r}; rename the folder {source}")
@@ -281,20 +289,23 @@ def open_books(source: str, count: int, tokenizer) -> list[list[int]]:
     return [tokenizer(text, verbose=False)["input_ids"] for text in texts[:count]]
 
 
-def heldout_scores(teacher: Teacher, recipes: list[Recipe], models: dict[str, PreTrainedModel]) -> dict:
-    """Perplexity and agreement on the held-out text of the first run's recipe, with n-gram models beside."""
-    recipe = recipes[0]
+def heldout_scores(
+    teacher: Teacher, runs: dict[str, Recipe], heldout: str | None, models: dict[str, PreTrainedModel]
+) -> dict:
+    """Perplexity and agreement on held-out text, by default the first run's, with n-gram models beside."""
+    recipe = next(iter(runs.values()))
+    text = recipe.data if heldout is None else replace(recipe.data, heldout=heldout)
     train, held = open_data(
-        recipe.data, recipe.teacher.model, teacher.tokenizer, recipe.run.heldout_tokens, recipe.run.heldout_length
+        text, recipe.teacher.model, teacher.tokenizer, recipe.run.heldout_tokens, recipe.run.heldout_length
     )
-    heldout = heldout_batches(held, recipe.run.heldout_length, 8, recipe.run.heldout_tokens)
-    perplexity, _, _ = agreement(teacher.model, teacher.model, heldout)
-    scores = [Score("teacher", perplexity, 0.0, 1.0), *count_models(train, heldout, teacher.config.vocab_size)]
-    trained = trained_tokens(recipe) if len(recipes) == 1 else {r.name: trained_tokens(r)["extend"] for r in recipes}
-    scores += [Score(name, *agreement(teacher.model, m, heldout), trained.get(name, 0)) for name, m in models.items()]
+    batches = heldout_batches(held, recipe.run.heldout_length, 8, recipe.run.heldout_tokens)
+    perplexity, _, _ = agreement(teacher.model, teacher.model, batches)
+    scores = [Score("teacher", perplexity, 0.0, 1.0), *count_models(train, batches, teacher.config.vocab_size)]
+    trained = trained_tokens(recipe) | {Path(path).name: trained_tokens(run)["extend"] for path, run in runs.items()}
+    scores += [Score(name, *agreement(teacher.model, m, batches), trained.get(name, 0)) for name, m in models.items()]
     return {
-        "heldout_tokens": sum(batch.input_ids.numel() for batch in heldout),
-        "heldout_length": heldout[0].input_ids.shape[1],
+        "heldout_tokens": sum(batch.input_ids.numel() for batch in batches),
+        "heldout_length": batches[0].input_ids.shape[1],
         "scores": [asdict(score) for score in scores],
     }
 
@@ -332,8 +343,10 @@ def main_metric(rows: list[dict], task: str) -> str:
 
 
 def trained_tokens(recipe: Recipe) -> dict[str, int]:
-    """Tokens that each stage's model has seen, earlier stages included."""
+    """Tokens that each stage's model has seen, earlier stages included, and the run's that it started from."""
     seen, total = {}, 0
+    if (before := Path(recipe.student.start).expanduser() / "recipe.yaml").is_file():
+        total = trained_tokens(read_recipe(before))["extend"]
     lines = (recipe.folder / "metrics.jsonl").read_text().split("\n")[:-1]  # a last line without its end was cut
     last = {record["stage"]: record["tokens"] for record in map(json.loads, lines)}
     for name in STAGES:

@@ -11,6 +11,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.table import Table as RichTable
 
+from .checkpoint import write_text
 from .config import STAGES
 from .curves import draw_by_length, draw_by_position, draw_decode_cost, draw_heat_map, draw_training, short
 from .metrics import console
@@ -77,6 +78,45 @@ def report(run: Path) -> list[Path]:
         path.write_text(environment.get_template(template).render(**facts), encoding="utf-8")
     console.print(f"\nreport: {', '.join(str(path) for path in pages.values())}", highlight=False, soft_wrap=True)
     return list(pages.values())
+
+
+def combine(folders: Sequence[Path], output: Path) -> Path:
+    """Writes results.json of several evaluations, made one by one or on several GPUs, into `output`, and returns that.
+
+    What several of them have measured, as of the teacher, is taken from the first.
+
+    Raises:
+        FileNotFoundError: if a folder was not evaluated.
+        ValueError: if they were measured with different teachers, on different devices or in different dtypes.
+    """
+    parts = []
+    for folder in folders:
+        if not (folder / "results.json").is_file():
+            raise FileNotFoundError(f"{folder} has no results.json; run: deltify evaluate {folder}")
+        parts.append(json.loads((folder / "results.json").read_text()))
+    for key in ("teacher", "device", "dtype", "heldout_tokens", "heldout_length"):
+        if len(values := {str(part.get(key)) for part in parts}) > 1:
+            raise ValueError(
+                f"{key} is not the same in all of them but {', '.join(sorted(values))}; evaluate them alike"
+            )
+    whole: dict = {}
+    for part in parts:
+        for key, value in part.items():
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                identity = lambda row: (row.get("model", row.get("name")), row.get("task"), row.get("length"))  # noqa: E731
+                known = set(map(identity, whole.get(key, [])))
+                whole[key] = whole.get(key, []) + [row for row in value if identity(row) not in known]
+            elif key == "samples":
+                whole[key] = value | whole.get(key, {})
+            elif key not in whole:
+                whole[key] = value
+    whole["runs"] = list(dict.fromkeys(run for part in parts for run in part["runs"]))
+    whole["trained_length"] = max((part["trained_length"] or 0 for part in parts), default=0) or None
+    whole["seconds"] = round(sum(part["seconds"] for part in parts), 1)
+    whole["command"] = "\n    ".join(part["command"] for part in parts)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "results.json", json.dumps(whole, indent=1))
+    return output
 
 
 def make_sections(run: Path, results: dict) -> list[Section]:

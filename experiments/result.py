@@ -1,0 +1,146 @@
+"""The tables of docs/results.md: SmolLM2-135M-Instruct to KDA-only and hybrid students, and Arcee's recipe beside them.
+
+    python experiments/result.py --text TEXT --out runs/result train kda-only-16M arcee-16M hybrid-16M
+    python experiments/result.py --text TEXT --out runs/result long kda-only hybrid
+    python experiments/result.py --text TEXT --out runs/result measure kda-only-16M arcee-16M hybrid kda-only
+    python experiments/result.py --text TEXT --out runs/result report
+
+train: 16M tokens in rows of 2,048, by experiments/recipe.py. long: these go on, 10M tokens in rows of 8,192, then 4M in
+rows of 16,384, past what the teacher can read, with cross-entropy in the loss. TEXT is a folder with train/ and eval/.
+What is done is not done again and what was stopped goes on; each model, and each part of `measure`, can have a process
+of its own. Needs a GPU.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from deltify import evaluate, report
+from deltify.config import read_recipe
+from deltify.distill import distill
+from deltify.needle import TASKS as NEEDLES
+from deltify.report import combine
+
+ROOT = Path(__file__).parent.parent
+TRAIN = ("openstax", "changelog", "gutenberg-0")
+# model: variant of experiments/recipe.py
+VARIANTS = {"kda-only-16M": "default", "hybrid-16M": "hybrid", "arcee-16M": "arcee-batch-2"}
+# model: the model that it goes on from, and its recipe
+LONG = {"kda-only": ("kda-only-16M", "smollm2-135m-kda"), "hybrid": ("hybrid-16M", "smollm2-135m-hybrid")}
+# what follows rows of 2,048: millions of tokens, length, rows a step, rates of mixers and rest, share of cross-entropy
+STAGES = (("-8k", 8, 8192, 2, 3e-4, 1e-4, 0.0), ("", 3, 16384, 1, 1e-4, 3e-5, 0.1))
+CHOICES = {
+    "hellaswag": (("hellaswag",), None),
+    "arc": (("arc_easy", "arc_challenge", "piqa"), None),
+    "mmlu": (("mmlu_continuation",), 2000),
+    "gsm8k": (("gsm8k",), 50),
+}
+# tasks, lengths, samples of each; the teacher takes two seconds for a sample of 64k
+HAYSTACKS = {
+    "needles": (tuple(NEEDLES)[:6], (1024, 2048, 4096, 8192), 16),
+    "needles-long": (("niah_single_1", "niah_single_2", "niah_multikey_1"), (16384, 32768, 65536), 8),
+}
+PARTS = (*CHOICES, *HAYSTACKS, "positions")
+
+
+def train(model: str, options: argparse.Namespace) -> None:
+    texts = [str(options.text / "train" / f"{name}.jsonl.zst") for name in TRAIN]
+    command = [
+        sys.executable,
+        str(ROOT / "experiments" / "recipe.py"),
+        "--train",
+        *texts,
+        "--weights",
+        ".35",
+        ".25",
+        ".4",
+    ]
+    command += ["--heldout", str(options.text / "eval" / "heldout_dev.jsonl"), "--data", options.data]
+    command += ["--tokens", str(16 * options.million), "--every", "500", "--window", "--out", str(options.out)]
+    subprocess.run([*command, "--results", str(options.out / f"{model}.json"), VARIANTS[model]], check=True)
+    folder = options.out / model
+    if not folder.exists():
+        folder.symlink_to(f"{VARIANTS[model]}-{16 * options.million}-seed0")
+
+
+def long(model: str, options: argparse.Namespace) -> None:
+    start, recipe = LONG[model]
+    weights = {str(options.text / "train" / f"{name}.jsonl.zst"): w for name, w in zip(TRAIN, (0.2, 0.3, 0.5))}
+    for suffix, millions, length, batch, mixers, rest, ce in STAGES:
+        fields = {
+            "name": model + suffix, "output": options.out, "student.start": options.out / start,
+            "data.train": str(weights).replace("'", '"'), "data.folder": options.data, "data.max_tokens": "null",
+            "data.heldout": options.text / "eval" / "heldout_dev.jsonl",
+            "run.heldout_tokens": 131_072, "run.heldout_steps": 200, "run.checkpoint_minutes": 60,
+            "align.tokens": 0, "match.tokens": 0, "extend.tokens": millions * options.million, "extend.length": length,
+            "extend.batch": batch, "extend.lr_mixers": mixers, "extend.lr_rest": rest, "extend.ce_weight": ce,
+            "extend.checkpoint_layers": "false",
+        }  # fmt: skip
+        recipe_file = ROOT / "recipes" / f"{recipe}.yaml"
+        made = read_recipe(recipe_file, [f"--{name}={value}" for name, value in fields.items()])
+        distill(made, resume=(made.folder / "recipe.yaml").exists())
+        start = made.name
+
+
+def measure(model: str, options: argparse.Namespace) -> None:
+    books = str(options.text / "eval" / "heldout_books.jsonl")
+    for part in options.parts or PARTS:
+        output = options.out / "parts" / f"{model}-{part}"
+        take_teachers_answers(options.out / "parts", output, part)
+        what: dict = {}
+        if part in CHOICES:
+            tasks, limit = CHOICES[part]
+            what = {"tasks": tasks, "limit": limit, "data": options.text / "eval"}
+        elif part in HAYSTACKS:
+            tasks, lengths, samples = HAYSTACKS[part]
+            what = {"needles": tasks, "lengths": lengths, "needle_samples": samples, "haystack": books}
+        else:
+            what = {"books": books, "book_tokens": options.book_tokens, "contexts": (1024, 8192, options.book_tokens)}
+        evaluate(
+            [str(options.out / model)],
+            output=output,
+            heldout=str(options.text / "eval" / "heldout_test.jsonl"),
+            with_controls=part == "positions",
+            with_stages=False,
+            samples=part == "positions",
+            **what,
+        )
+
+
+def take_teachers_answers(parts: Path, output: Path, part: str) -> None:
+    """Copies them from a model that was measured, if there is one, so that the teacher is not asked again."""
+    for other in parts.glob(f"*-{part}"):
+        if (other / "results.json").is_file() and not output.exists():
+            output.mkdir(parents=True)
+            if (other / "needles.jsonl").is_file():
+                lines = (other / "needles.jsonl").read_text().splitlines(keepends=True)
+                (output / "needles.jsonl").write_text("".join(x for x in lines if x.startswith('{"model": "teacher"')))
+            if (other / "items" / "teacher").is_dir():
+                shutil.copytree(other / "items" / "teacher", output / "items" / "teacher")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "long", "measure", "report"))
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", default="runs/data", help="folder of token files")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="of measure; all if absent")
+    parser.add_argument("--million", type=int, default=1_000_000, help="less, to try it")
+    parser.add_argument("--book-tokens", type=int, default=65536, help="read of each of four books")
+    options = parser.parse_args()
+    if options.what == "report":
+        order = [f"{model}-{part}" for part in PARTS for model in ("kda-only", "hybrid", "kda-only-16M", "arcee-16M")]
+        done = [
+            options.out / "parts" / name for name in order if (options.out / "parts" / name / "results.json").is_file()
+        ]
+        report(combine(done, options.out / "report"))
+    for model in options.models:
+        {"train": train, "long": long, "measure": measure}[options.what](model, options)
+
+
+if __name__ == "__main__":
+    main()
