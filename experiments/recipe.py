@@ -75,8 +75,13 @@ VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
         MUON | {"match.batch": 4, "match.lr_mixers": 5e-4, "match.lr_rest": 1.5e-4},
     ),
     "default-start-library": (OURS, WITH_ALIGN, {"student.start": "library"}),
+    "default-recall": (OURS, WITH_ALIGN, {}),
+    "default-recall-half": (OURS, WITH_ALIGN, {}),
     "hybrid": ("smollm2-135m-hybrid", WITH_ALIGN, {}),
+    "hybrid-recall": ("smollm2-135m-hybrid", WITH_ALIGN, {}),
 }
+
+RECALL = {"default-recall": 0.1, "default-recall-half": 0.05, "hybrid-recall": 0.1}  # share of it in the text
 
 
 def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
@@ -90,6 +95,9 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
         for stage in STAGES
     }
     weights = dict(zip(options.train, options.weights or [1.0] * len(options.train)))
+    if recall := RECALL.get(name):
+        whole = sum(weights.values())
+        weights = {text: weight * (1 - recall) / whole for text, weight in weights.items()} | {"recall": recall}
     data = dataclasses.replace(
         recipe.data, train=weights, heldout=options.heldout, folder=options.data, max_tokens=None
     )
@@ -156,12 +164,32 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def draw(curves: list[dict], stem: Path) -> None:
+    """KL over tokens; where a run ends with its schedule, a larger mark."""
+    from deltify.curves import COLORS, open_figure, save
+
+    figure, ((axis,),) = open_figure(1, 1, 8, 4.5)
+    for color, run in zip(COLORS, curves):
+        points = [(tokens / 1e6, kl) for tokens, kl in run["curve"]]
+        device = run["device"].split()[1]
+        cut = " (cut)" if "cut_at" in run else ""
+        axis.plot(*zip(*points), "o-", color=color, markersize=3, label=f"{run['variant']}, {device}{cut}")
+        if not cut:
+            axis.plot(*points[-1], "o", color=color, markersize=8)
+    axis.set(ylim=(0, 1.6), xlabel="tokens trained on, millions", ylabel="held-out KL to teacher, nats per token")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    save(figure, stem)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="+", choices=VARIANTS)
-    parser.add_argument("--train", nargs="+", required=True, help="texts, as data.train takes them")
+    parser.add_argument(
+        "variants", nargs="*", help=f"of {', '.join(VARIANTS)}; none to draw the curves of what is there"
+    )
+    parser.add_argument("--train", nargs="+", default=[], help="texts, as data.train takes them")
     parser.add_argument("--weights", nargs="+", type=float, help="of the texts; equal if absent")
-    parser.add_argument("--heldout", required=True, help="text that judges, the same for all")
+    parser.add_argument("--heldout", help="text that judges, the same for all")
     parser.add_argument("--tokens", type=int, default=16_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=100, help="steps between two points of the curve")
@@ -171,6 +199,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     results = json.loads(options.results.read_text()) if options.results.exists() else []
+    if unknown := [name for name in options.variants if name not in VARIANTS]:
+        parser.error(f"unknown variants {unknown}; known are {', '.join(VARIANTS)}")
+    if options.variants and not (options.train and options.heldout):
+        parser.error("variants need --train and --heldout")
+    if not options.variants:
+        cut = json.loads(RESULTS.with_name("recipe-16m-cut.json").read_text())
+        whole = [run for run in results if run["tokens"] == options.tokens]
+        draw(sorted(whole + cut, key=lambda run: -run["curve"][-1][1]), ROOT / "docs" / "recipe-curves")
     for name in options.variants:
         if any((r["variant"], r["tokens"], r["seed"]) == (name, options.tokens, options.seed) for r in results):
             continue

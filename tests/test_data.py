@@ -4,6 +4,8 @@ import gzip
 import itertools
 import json
 import os
+import random
+import re
 import shutil
 
 import numpy as np
@@ -23,6 +25,7 @@ from deltify.data import (
     tokenize_split,
     window,
 )
+from deltify.recall import BREAKS, recall_document
 from deltify.teacher import byte_tokenizer
 from deltify.text import documents, held_out, python_docs
 
@@ -227,6 +230,21 @@ def test_a_given_held_out_source_is_read_as_far_as_needed(tmp_path, tokenizer, m
     (train,), (held,) = open_data(spec, "teacher", tokenizer, 1000)
     assert len(train) == len("training text") + 1
     assert HELDOUT_TOKENS <= len(held) < HELDOUT_TOKENS + 10
+
+
+def test_recall_asks_for_what_it_told_and_is_the_same_everywhere(tmp_path, tokenizer):
+    texts = list(itertools.islice(documents("recall"), 200))
+    assert texts[7] == recall_document(random.Random("0:7")) and len(set(texts)) == 200
+    asked = 0
+    for text_ in texts:
+        told, after = re.split(f"\n\n(?:{'|'.join(map(re.escape, BREAKS))})\n\n", text_)
+        values = re.findall(r"\d+ \w+ Street|\w+ \w+ called \w+|[\d,]+ crowns|\w+-coated \w+", after)
+        assert all(value in told for value in values), text_
+        asked += len(values)
+    assert asked > 2000
+    spec = DataSpec({"recall": 1.0}, None, str(tmp_path / "data"), max_tokens=500_000)
+    (train,), (held,) = open_data(spec, "teacher", tokenizer, 1000)
+    assert len(train) > len(held) > 0
 
 
 def test_both_parts_appear_when_complete_or_neither_does(tmp_path, tokenizer):

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import DataSpec
 from .files import digest
-from .text import PYTHON_DOCS, documents, held_out, text_files
+from .text import BUILT_IN, documents, held_out, text_files
 
 HELDOUT_TOKENS = 2**16  # held out of a source even if fewer are asked for, so that most recipes share its token files
 PATIENCE = 1000  # documents in a row without a held-out one (chance 5e-23), after which a source must repeat itself
@@ -266,7 +266,7 @@ def origin_of(source: str) -> dict:
 
     `files` is a hash of their names, sizes and times of change; None if there are none, or none any more.
     """
-    if source == PYTHON_DOCS or source.startswith("hf:"):
+    if source in BUILT_IN or source.startswith("hf:"):
         return {"source": source, "files": None}
     path = Path(source).expanduser().resolve()
     if not path.exists():

@@ -235,7 +235,7 @@ class Results:
             "device": device_name(device),
             "dtype": str(dtype).removeprefix("torch."),
             "versions": versions(),
-            "command": shlex.join(["deltify", *sys.argv[1:]]),
+            "command": command_line(),
             "date": time.strftime("%Y-%m-%d"),
         }
 
@@ -243,6 +243,13 @@ class Results:
         self.content |= measured
         self.content["seconds"] = round(time.time() - self.started, 1)
         write_text(self.path, json.dumps(self.content, indent=1))
+
+
+def command_line() -> str:
+    """What was typed; a script that calls `evaluate` is named itself."""
+    script = Path(sys.argv[0]).name
+    program = ["deltify"] if script in ("deltify", "cli.py") else ["python", script]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from .recall import RECALL, recall_documents
+
 PYTHON_DOCS = "python-docs"
+BUILT_IN = (PYTHON_DOCS, RECALL)
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 
 
@@ -20,10 +23,13 @@ def documents(source: str) -> Iterator[str]:
     Args:
         source: a text file (one document), a .jsonl[.gz|.zst] file (the field `text` of each line), a folder of such
             files, `python-docs` (CPython's own manual topics and the standard library's docstrings, 1.7 MB that every
-            machine has), or `hf:NAME[:CONFIG][:SPLIT]`, a dataset of the Hugging Face hub, streamed.
+            machine has), `recall` (synthetic documents that ask for what they said before, see recall.py), or
+            `hf:NAME[:CONFIG][:SPLIT]`, a dataset of the Hugging Face hub, streamed.
     """
     if source == PYTHON_DOCS:
         yield from python_docs()
+    elif source == RECALL:
+        yield from recall_documents()
     elif source.startswith("hf:"):
         yield from hub_documents(source)
     else:
@@ -41,7 +47,7 @@ def text_files(source: str) -> list[Path]:
     path, known = Path(source).expanduser(), ", ".join(TEXT_SUFFIXES)
     if not path.exists():
         raise FileNotFoundError(
-            f"there is no text at {source!r}; give a file ({known}), a folder, {PYTHON_DOCS!r} or hf:NAME"
+            f"there is no text at {source!r}; give a file ({known}), a folder, {PYTHON_DOCS!r}, {RECALL!r} or hf:NAME"
         )
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in files if file.name.endswith(TEXT_SUFFIXES) and file.is_file()]
