@@ -24,6 +24,7 @@ from deltify.data import open_data
 from deltify.distill import distill, open_teacher
 from deltify.generate import model_folder
 from deltify.longcontext import by_position, device_name, equal_window
+from deltify.metrics import read_stages
 from deltify.runs import pick_device
 
 ROOT = Path(__file__).parent.parent
@@ -133,12 +134,8 @@ def run(name: str, options: argparse.Namespace) -> dict:
     started = time.monotonic()
     folder = distill(recipe, resume=(recipe.folder / "recipe.yaml").exists())
     spent = time.monotonic() - started
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    curve, before = [], 0
-    for stage in ("converted", *STAGES):
-        mine = [r for r in records if r["stage"] == stage]
-        curve += [(before + r["tokens"], r["heldout_kl"]) for r in mine if "heldout_kl" in r]
-        before += mine[-1]["tokens"] if mine else 0
+    lines = [line for _, stage in read_stages(folder) for line in stage]
+    curve = [(line["tokens"], line["heldout_kl"]) for line in lines if "heldout_kl" in line]
     teacher = open_teacher(recipe, device, torch.bfloat16)
     student = AutoModelForCausalLM.from_pretrained(model_folder(str(folder)), dtype=torch.bfloat16).to(device).eval()
     models = {"student": student}

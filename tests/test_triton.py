@@ -1,5 +1,6 @@
 """The GPU kernels in Triton's interpreter, on a CPU, against the token loop in float64."""
 
+import functools
 import itertools
 import os
 import subprocess
@@ -265,15 +266,22 @@ def test_gradients_equal_those_of_the_token_loop(gates, bounds):
         assert float((x.double() - y).abs().max()) < 1e-4 * largest + 1e-5, name
 
 
-def test_the_check_at_first_use_tells_right_kernels_from_wrong_ones(monkeypatch):
+@pytest.mark.parametrize(
+    "part, kernel", [("forward", "forward"), ("backward", "backward"), ("step", "layer_step"), ("layer", "norm")]
+)
+def test_the_check_at_first_use_tells_right_kernels_from_wrong_ones(part, kernel, monkeypatch):
     import deltify.ops.triton as kernels
 
-    right = kernels.forward
-    monkeypatch.setattr(kernels, "WIDTHS", (64,))
-    assert kernels.largest_error("cpu", torch.float32, 130) < 1e-5
-    for wrong in (1.05, float("nan")):
-        monkeypatch.setattr(kernels, "forward", lambda *a, by=wrong: right(*a) * by)
-        assert not kernels.largest_error("cpu", torch.float32, 130) < kernels.TOLERANCE
+    right = getattr(kernels, kernel)
+    assert kernels.largest_error(part, 64, "cpu", torch.float32, 130) < 1e-5
+
+    def wrong(*arguments, by, **options):
+        found = right(*arguments, **options)
+        return [x * by for x in found] if isinstance(found, tuple) else found * by
+
+    for by in (1.05, float("nan")):
+        monkeypatch.setattr(kernels, kernel, functools.partial(wrong, by=by))
+        assert not kernels.largest_error(part, 64, "cpu", torch.float32, 130) < kernels.TOLERANCE
 
 
 def test_every_kernel_compiles_for_a_gpu_that_is_not_here():

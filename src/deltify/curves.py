@@ -1,11 +1,12 @@
 """All pictures, models side by side, each as PNG and SVG: training, needles, positions, decoding."""
 
-import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from .metrics import read_stages
 
 COLORS = (
     "#0072b2",
@@ -95,22 +96,19 @@ def draw_training(run: Path, results: dict) -> list[Path]:
     """Held-out KL and training loss over tokens, one colour a stage, from a run's metrics.jsonl."""
     from matplotlib.ticker import EngFormatter
 
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     figure, ((left, right),) = open_figure(1, 2, 11, 4)
-    before, last = 0, None
-    for color, stage in zip(("gray", *COLORS), ("converted", "align", "match", "extend")):
-        mine = [r for r in records if r["stage"] == stage]
-        judged = [(before + r["tokens"], r["heldout_kl"]) for r in mine if "heldout_kl" in r]
+    last = None
+    for color, (stage, mine) in zip(("gray", *COLORS), read_stages(run)):
+        judged = [(r["tokens"], r["heldout_kl"]) for r in mine if "heldout_kl" in r]
         if not judged:
             continue
         line = ([last] if last else []) + judged
         left.plot(*zip(*line), "o-", color=color, label=f"{stage}: {judged[-1][1]:.2f}", markersize=3)
         last = judged[-1]
-        losses = [(before + r["tokens"], r["loss"]) for r in mine if "loss" in r]
+        losses = [(r["tokens"], r["loss"]) for r in mine if "loss" in r]
         if losses:
             unit = "relative error of mixers" if stage == "align" else "KL to teacher"
             right.plot(*zip(*losses), color=color, label=f"{stage}: {unit}", linewidth=1)
-        before += mine[-1]["tokens"]
     scores = {score["name"]: score["perplexity"] for score in results.get("scores", [])}
     if "unigram model" in scores:
         text = f"perplexity: teacher {scores['teacher']:.1f}, unigram model {scores['unigram model']:,.0f}"

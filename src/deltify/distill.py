@@ -38,7 +38,7 @@ from .runs import check_data, check_run, pick_device, pick_precision, write_run
 from .stopping import Stopped, Stopper
 from .targets import capture, open_targets
 from .teacher import Teacher, load_teacher, random_teacher
-from .training import choose_trained, groups, make_optimizers, set_learning_rates, trained
+from .training import choose_trained, groups, make_optimizers, recomputes, set_learning_rates, trained
 
 # ---- the whole run ---------------------------------------------------------------------------------------------------
 
@@ -262,7 +262,7 @@ class Loop:
         self.optimizers = make_optimizers(student, self.stage, name)
         self.progress = Progress(name, 0, 0, 0.0)
         self.graphed: GraphedStep | None = None
-        if self.stage.checkpoint_layers and name != "align":
+        if recomputes(self.stage, name):
             student.gradient_checkpointing_enable()
 
     def run(self, stopper: Stopper) -> None:
@@ -344,7 +344,7 @@ class Loop:
     def can_be_graphed(self) -> bool:
         """Whether nothing in a step looks at data from the host: recomputed layers and stored targets do."""
         alone = self.student.device.type == "cuda" and parallel.count() == 1
-        again = self.stage.checkpoint_layers and self.name != "align"
+        again = recomputes(self.stage, self.name)
         return self.recipe.run.cuda_graphs and alone and not again and isinstance(self.teacher.model, nn.Module)
 
     def check_finite(self, step: int, losses: dict[str, float], norm: Tensor) -> None:

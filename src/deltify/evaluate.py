@@ -31,7 +31,7 @@ from .data import Batch, TokenFile, file_name, heldout_batches, open_data
 from .distill import hidden_states, next_tokens, open_teacher
 from .generate import model_folder
 from .longcontext import by_position, controls, decode_cost, device_name
-from .metrics import console
+from .metrics import console, read_stages
 from .needle import NeedleMaker, ask_needles, summarise
 from .runs import pick_device
 from .teacher import Teacher, load_teacher
@@ -351,13 +351,11 @@ def main_metric(rows: list[dict], task: str) -> str:
 
 def trained_tokens(recipe: Recipe) -> dict[str, int]:
     """Tokens that each stage's model has seen, earlier stages included, and the run's that it started from."""
-    seen, total = {}, 0
-    if (before := Path(recipe.student.start).expanduser() / "recipe.yaml").is_file():
-        total = trained_tokens(read_recipe(before))["extend"]
-    lines = (recipe.folder / "metrics.jsonl").read_text().split("\n")[:-1]  # a last line without its end was cut
-    last = {record["stage"]: record["tokens"] for record in map(json.loads, lines)}
+    before, seen = Path(recipe.student.start).expanduser() / "recipe.yaml", {}
+    begun = total = trained_tokens(read_recipe(before))["extend"] if before.is_file() else 0
+    last = {name: records[-1]["tokens"] for name, records in read_stages(recipe.folder)}
     for name in STAGES:
-        total += last.get(name, 0)
+        total = begun + last[name] if name in last else total
         seen[name] = total
     return seen
 

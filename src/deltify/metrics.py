@@ -3,8 +3,9 @@
 import importlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from types import ModuleType
 
 from rich.console import Console
@@ -17,6 +18,16 @@ from .files import write_text
 
 TRACKERS = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
 console = Console()
+
+
+def read_stages(folder: Path) -> Iterator[tuple[str, list[dict]]]:
+    """A run's stages in their order with their lines of metrics.jsonl, whose tokens count from the run's beginning."""
+    lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]  # a last line without its end was cut
+    records, before = [json.loads(line) for line in lines], 0
+    for stage in ("converted", *STAGES):
+        if mine := [r | {"tokens": before + r["tokens"]} for r in records if r["stage"] == stage]:
+            yield stage, mine
+            before = mine[-1]["tokens"]
 
 
 class Metrics:

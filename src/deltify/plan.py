@@ -19,14 +19,16 @@ from .convert import layer_kinds, model_class, student_config
 from .losses import CHUNK_BYTES
 from .metrics import console
 from .teacher import EMBEDDED, Teacher, embedded_gguf, family_of, freeze, locate, random_teacher
-from .training import choose_trained
+from .training import choose_trained, recomputes
 
 # bfloat16 matrix products per second of an 8192^3 product, measured on random data
 GPUS = {"h100": 780e12, "h200": 717e12}
-# share of that rate which a step's products reach, at SmolLM2-135M's width; it grows with the width. Measured on an
-# H100: 0.16 in match and 0.13 in align there, 0.36 in align at 2,560
-SHARE, SHARE_WIDTH, SHARE_POWER = 0.135, 576, 0.6
-HOST_SECONDS = 8.5e-3  # of Python and launches for a layer and micro-batch that is not replayed as a CUDA graph
+# share of that rate which a step's products reach, at SmolLM2-135M's width, beside what a layer takes for any number of
+# rows; it grows with the width. All three fitted to eleven kinds of steps there, and to align at 2,560
+SHARE, SHARE_WIDTH, SHARE_POWER = 0.24, 576, 0.4
+ATTENTION = 1.6  # how much longer than others the products inside attention take
+LAYER_SECONDS = 1.1e-3  # of a layer and micro-batch, whose small kernels do not fill the chip
+HOST_SECONDS = 8.5e-3  # of Python and launches for the same, where it is not replayed as a CUDA graph
 PART = 2**18  # token-heads that the operator's backward works on at a time
 
 
@@ -59,7 +61,7 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
     check(recipe)
     teacher, student = skeletons(recipe)
     plans = [
-        plan_stage(name, recipe.stage(name), teacher, student, gpu, gpus)
+        plan_stage(name, recipe.stage(name), teacher, student, gpu, gpus, recipe.run.cuda_graphs)
         for name in STAGES
         if recipe.stage(name).tokens
     ]
@@ -113,10 +115,13 @@ def read_config(recipe: Recipe) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(locate(source), **options)
 
 
-def plan_stage(name: str, stage: Stage, teacher: Teacher, student: nn.Module, gpu: str, gpus: int) -> StagePlan:
+def plan_stage(
+    name: str, stage: Stage, teacher: Teacher, student: nn.Module, gpu: str, gpus: int, graphs: bool = True
+) -> StagePlan:
     """One stage's figures; the student's weights are float32, products bfloat16, as `run.precision: bf16` has it."""
     trained = sum(p.numel() for group in choose_trained(student, stage, name).values() for p in group)
     weights, config = count(student), student.config
+    words = 0 if trained < weights else weights - count(student.model.layers)
     share = max(1, stage.batch // gpus)
     rows = stage.micro_batch or share
     tokens = rows * stage.length
@@ -125,22 +130,35 @@ def plan_stage(name: str, stage: Stage, teacher: Teacher, student: nn.Module, gp
     sizes = {
         "teacher": 2 * count(teacher.model) // gpus,
         "student": 4 * own // gpus + 2 * cast,
-        "gradients, Adam": (4 + moment_bytes(stage)) * trained // gpus,
+        "gradients": 4 * trained // gpus,
+        "moments": moment_bytes(stage, trained, words) // gpus,
         "activations": tokens * activation_bytes(name, stage, student) + workspace_bytes(student, tokens),
         "loss": 0 if name == "align" else loss_bytes(config.vocab_size, config.hidden_size, tokens),
     }
     frozen = weights - trained
     flops = 2 * count(teacher.model) + (6 * trained if name == "align" else 6 * trained + 4 * frozen)
-    flops += 2 * weights if stage.checkpoint_layers and name != "align" else 0
-    eager = gpus > 1 or (stage.checkpoint_layers and name != "align")
-    host = HOST_SECONDS * config.num_hidden_layers * (share // rows) if eager else 0.0
+    flops += 2 * weights if recomputes(stage, name) else 0
+    flops += attention_flops(teacher.config, student, stage.length, name)
+    eager = gpus > 1 or recomputes(stage, name) or not graphs
+    layers = config.num_hidden_layers * (share // rows)
     reached = GPUS[gpu] * min(0.5, SHARE * (config.hidden_size / SHARE_WIDTH) ** SHARE_POWER)
-    return StagePlan(name, stage, sizes, max(share * stage.length * flops / reached, host))
+    seconds = LAYER_SECONDS * layers + share * stage.length * flops / reached
+    return StagePlan(name, stage, sizes, max(seconds, HOST_SECONDS * layers if eager else 0.0))
 
 
-def moment_bytes(stage: Stage) -> int:
-    """Of Adam's two moments, for a parameter."""
-    return 8 if stage.optimizer == "adamw" else 2
+def attention_flops(teacher: PreTrainedConfig, student: nn.Module, length: int, name: str) -> float:
+    """Of scores and sums of values, for a token in a row of `length`, as if they ran at the rate of other products: the
+    teacher's, under a mask that skips nothing, and three times half as many for each layer that the student keeps.
+    """
+    head = getattr(teacher, "head_dim", None) or teacher.hidden_size // teacher.num_attention_heads
+    layer = ATTENTION * 4 * length * teacher.num_attention_heads * head
+    kept = sum(layer.kind == "full_attention" for layer in student.model.layers) if name != "align" else 0
+    return layer * (teacher.num_hidden_layers + 1.5 * kept)
+
+
+def moment_bytes(stage: Stage, trained: int, words: int) -> int:
+    """Of the optimizer's moments: Adam's two, in 4 or 1 bytes, or Muon's one; embeddings and head stay Adam's."""
+    return {"adamw": 8 * trained, "adamw8bit": 2 * trained, "muon": 4 * (trained + words)}[stage.optimizer]
 
 
 def activation_bytes(name: str, stage: Stage, student: nn.Module) -> int:
@@ -177,7 +195,7 @@ def files(recipe: Recipe, student: nn.Module, plans: list[StagePlan]) -> dict[st
     table = {f"{recipe.data.folder}/": f"{width} bytes {text}"}
     for name in ("converted", *(p.name for p in plans)):
         table[f"{recipe.folder / name}/"] = f"{gib(model)}, a Hugging Face folder"
-    largest = max(p.bytes["gradients, Adam"] * moment_bytes(p.stage) // (4 + moment_bytes(p.stage)) for p in plans)
+    largest = max(p.bytes["moments"] for p in plans)
     kept = recipe.run.keep + 1
     table[f"{recipe.folder}/checkpoints/"] = f"up to {gib(kept * (model + largest))}: {kept} of a stage"
     table[f"{recipe.folder}/"] = "recipe.yaml, run.json, metrics.jsonl; results.json and report.html later"

@@ -10,6 +10,11 @@ from .config import Stage
 from .model import DeltifyForCausalLM
 
 
+def recomputes(stage: Stage, name: str) -> bool:
+    """Whether activations are computed again in the backward; in align only one layer's are alive anyway."""
+    return stage.checkpoint_layers and name != "align"
+
+
 def choose_trained(student: DeltifyForCausalLM, stage: Stage, name: str) -> dict[str, list[nn.Parameter]]:
     """The parameters that a stage trains, mixers and the rest; all others are frozen.
 

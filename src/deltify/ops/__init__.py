@@ -160,7 +160,7 @@ def kda_layer_step(
     step = layer_step_torch
     in_place = conv_state.is_contiguous() and state.is_contiguous()
     if state.is_cuda and in_place and (kernels := triton_kernels()) and {K, V} <= set(kernels.WIDTHS):
-        if reason := kernels.failure(state.device.index):
+        if reason := kernels.failure(state.device.index, "step", K) or kernels.failure(state.device.index, "step", V):
             notice(f"deltify: KDA runs without its GPU kernels: {reason}")
         else:
             step = kernels.layer_step
@@ -233,7 +233,7 @@ def layer_kernels(*tensors: Tensor) -> ModuleType | None:
         return None
     if torch.compiler.is_compiling() or (kernels := triton_kernels()) is None:
         return None
-    if reason := kernels.failure(tensors[0].device.index):
+    if reason := kernels.failure(tensors[0].device.index, "layer"):
         notice(f"deltify: KDA runs without its GPU kernels: {reason}")
         return None
     return kernels
