@@ -139,8 +139,7 @@ def run(name: str, options: argparse.Namespace) -> dict:
     teacher = open_teacher(recipe, device, torch.bfloat16)
     student = AutoModelForCausalLM.from_pretrained(model_folder(str(folder)), dtype=torch.bfloat16).to(device).eval()
     models = {"student": student}
-    if options.window:
-        window = equal_window(teacher, student)
+    for window in () if options.window is None else (equal_window(teacher, student), *options.window):
         models[f"teacher, window {window}"] = sliding_control(teacher, window=window, sinks=4)
     rows = by_position(models, teacher.model, windows(recipe, teacher.tokenizer), max_tokens=LENGTH)
     return {
@@ -190,7 +189,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=100, help="steps between two points of the curve")
-    parser.add_argument("--window", action="store_true", help="also the untrained window of equal state bytes")
+    parser.add_argument(
+        "--window", nargs="*", type=int, help="also the untrained window of the states' bytes, and of so many tokens"
+    )
     parser.add_argument("--out", default="runs/recipe", help="folder of the runs")
     parser.add_argument("--data", default="runs/data", help="folder of token files")
     parser.add_argument("--results", type=Path, default=RESULTS)

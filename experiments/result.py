@@ -58,7 +58,7 @@ def train(model: str, options: argparse.Namespace) -> None:
         ".4",
     ]
     command += ["--heldout", str(options.text / "eval" / "heldout_dev.jsonl"), "--data", options.data]
-    command += ["--tokens", str(16 * options.million), "--every", "500", "--window", "--out", str(options.out)]
+    command += ["--tokens", str(16 * options.million), "--every", "500", "--window", "96", "--out", str(options.out)]
     subprocess.run([*command, "--results", str(options.out / f"{model}.json"), VARIANTS[model]], check=True)
     folder = options.out / model
     if not folder.exists():
