@@ -76,6 +76,7 @@ VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
         MUON | {"match.batch": 4, "match.lr_mixers": 5e-4, "match.lr_rest": 1.5e-4},
     ),
     "default-start-library": (OURS, WITH_ALIGN, {"student.start": "library"}),
+    "default-constant": (OURS, WITH_ALIGN, {"student.start": "calibrated-constant"}),
     "default-recall": (OURS, WITH_ALIGN, {}),
     "default-recall-half": (OURS, WITH_ALIGN, {}),
     "hybrid": ("smollm2-135m-hybrid", WITH_ALIGN, {}),

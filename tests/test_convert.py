@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 from deltify.convert import (
     CANDIDATES,
+    add_constant,
     attention_distances,
     choose_memory,
     convert,
@@ -116,8 +117,8 @@ def test_the_calibrated_start_is_nearer_to_the_teacher_than_the_others(teacher, 
         return sum(errors) / len(errors)
 
     errors = {start: mean_error(convert(teacher, start=start, calibration=rows)) for start in ("library", "arcee")}
-    calibrated = mean_error(convert(teacher, start="calibrated", calibration=rows))
-    assert calibrated < min(errors.values())
+    for start in ("calibrated", "calibrated-constant"):
+        assert mean_error(convert(teacher, start=start, calibration=rows)) < min(errors.values()), start
 
 
 def test_starts_are_what_their_names_say(teacher, rows):
@@ -160,6 +161,22 @@ def test_the_output_gate_follows_the_size_of_a_heads_output(teacher):
         gate = torch.sigmoid(mixer.g_proj(x)).unflatten(-1, (heads, K)).mean(-1)
     for head in range(heads):
         assert torch.corrcoef(torch.stack([gate[:, head], size[:, head]]))[0, 1] > 0.95
+
+
+def test_one_channel_of_each_heads_values_becomes_a_constant(teacher):
+    mixer = convert(teacher, start="library").model.layers[1].self_attn
+    torch.manual_seed(0)
+    x = torch.randn(500, mixer.q_proj.in_features) + 3 * torch.randn(mixer.q_proj.in_features)
+    before = mixer.v_proj.weight.detach().clone()
+    with torch.no_grad():
+        sizes = mixer.v_proj(x).unflatten(-1, (-1, mixer.head_dim)).square().sum(-1).mean(0).sqrt()
+        add_constant(mixer, x, ridge(x, torch.ones_like(x[:, :1]), 1e-3)[:, 0])
+        changed = (mixer.v_proj.weight != before).any(1).unflatten(0, (-1, mixer.head_dim))
+        v, gate = (y.unflatten(-1, (-1, mixer.head_dim)) for y in (mixer.v_proj(x), mixer.g_proj(x)))
+    assert changed.sum(1).tolist() == [1] * len(changed)
+    assert float(v[:, changed].std(0).max() / v[:, changed].mean()) < 0.1
+    torch.testing.assert_close(v[:, changed].mean(0), 3 * sizes, rtol=0.02, atol=0)
+    assert torch.equal(gate[:, changed], torch.full_like(gate[:, changed], 4.0))
 
 
 def test_ridge_finds_the_map():

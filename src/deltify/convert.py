@@ -18,7 +18,7 @@ from .model import ArceeKDAConfig, DeltifyConfig, DeltifyForCausalLM, DeltifyKDA
 from .model.mixers import Packing, find_packing, inverse_softplus
 from .teacher import Teacher, freeze
 
-STARTS = ("calibrated", "library", "arcee")
+STARTS = ("calibrated", "calibrated-constant", "library", "arcee")
 ARCHITECTURES = {"deltify": DeltifyConfig, "arcee_kda": ArceeKDAConfig}
 
 
@@ -168,14 +168,15 @@ def convert(
         keep_rope: whether full attention keeps its rotary positions; without, it is NoPE.
         sliding_window, sink_tokens: what sliding layers see, see `DeltifyConfig`.
         start: of the gates and convolutions: "library" (fla's default), "arcee" (the model card's: forgets at once) or
-            "calibrated" (memory, output gate and projection by least squares, see `calibrate`); needs `calibration`.
+            "calibrated" (memory, output gate and projection by least squares, see `calibrate`); needs `calibration`; as
+            does "calibrated-constant", which makes one channel of each head's values a constant (see `add_constant`).
         calibration: rows of text, a few thousand tokens.
         report: called with a line for each group of tensors and each calibrated layer.
     """
     if start not in STARTS:
         raise ValueError(f"start={start!r}; choose one of {list(STARTS)}")
-    if start == "calibrated" and calibration is None:
-        raise ValueError("start='calibrated' needs calibration text; or choose start='library'")
+    if start.startswith("calibrated") and calibration is None:
+        raise ValueError(f"start={start!r} needs calibration text; or choose start='library'")
     kinds = layer_kinds(full_attention_layers, teacher.config.num_hidden_layers)
     config = student_config(teacher, kinds, keep_rope=keep_rope, window=sliding_window, sinks=sink_tokens)
     device = teacher.model.device
@@ -192,8 +193,8 @@ def convert(
         report(line)
     if config.qk_norm and mixers:
         report("the teacher's q_norm and k_norm are dropped in KDA layers: L2 normalisation takes their place")
-    if start == "calibrated":
-        calibrate(teacher, student, calibration, report)
+    if start.startswith("calibrated"):
+        calibrate(teacher, student, calibration, report, constant=start == "calibrated-constant")
     student.generation_config = teacher.model.generation_config
     return student
 
@@ -231,7 +232,7 @@ def origins(student: DeltifyForCausalLM, start: str) -> list[str]:
         if origin.rule == "start":
             short = f"model.layers.*.self_attn.{origin.pattern}"
         source = origin.source.format(start=f"start: {start}")
-        if start == "calibrated" and origin.pattern == "o_proj":
+        if start.startswith("calibrated") and origin.pattern == "o_proj":
             source = "least squares: the student's mixer against the teacher's attention output"
         count = groups.setdefault((short, source), [0, 0])
         count[0] += 1
@@ -288,7 +289,14 @@ RIDGE_PENALTY, GATE_PENALTY = 1e-4, 0.1
 
 
 @torch.no_grad()
-def calibrate(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, report: Callable[[str], None]) -> None:
+def calibrate(
+    teacher: Teacher,
+    student: DeltifyForCausalLM,
+    batch: Batch,
+    report: Callable[[str], None],
+    *,
+    constant: bool = False,
+) -> None:
     """Gives every KDA layer of the student a start that already resembles the attention it replaces.
 
     All by least squares on what the teacher's own layers read and write, layer by layer; docs/recipe.md says what each
@@ -322,6 +330,8 @@ def calibrate(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, repor
         fit_output_gate(mixer, N, gather(heads["output"], packing).unflatten(-1, (-1, K)))
         wanted = gather(heads["output"][:few], few_packing).unflatten(-1, (-1, K))
         one = ridge(N, torch.ones_like(N[:, :1]), 1e-3)[:, 0]
+        if constant:
+            add_constant(mixer, N, one)
         chosen.update(choose_memory(mixer, x[:few], few_packing, one, distances[module.layer_idx], wanted))
         target = gather(output[0].float(), packing)
         if mixer.o_proj.bias is not None:
@@ -367,6 +377,23 @@ def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor) -> None:
     low.weight[:H] = weight.t()
     high.weight[:, :H] = torch.eye(H, device=weight.device).repeat_interleave(K, dim=0)
     high.bias.copy_((mean - middle @ weight).repeat_interleave(K))
+
+
+CONSTANT = 3.0  # size of the constant among a head's values, as a share of theirs
+
+
+def add_constant(mixer: DeltifyKDA, x_ND: Tensor, one_D: Tensor) -> None:
+    """Makes the channel of each head's values that varies least a constant, and leaves it ungated.
+
+    A memory of constants is the sum of its weights, by which softmax divides; o_norm, then, divides by little else. And
+    the teacher's outputs, nearly constant in layers that look at the first token, get something to be made of.
+    """
+    v_NHK = mixer.v_proj(x_ND).unflatten(-1, (-1, mixer.head_dim))
+    squares_HK = v_NHK.square().mean(0)
+    channels = squares_HK.argmin(1) + mixer.head_dim * torch.arange(len(squares_HK), device=one_D.device)
+    mixer.v_proj.weight[channels] = CONSTANT * squares_HK.sum(1).sqrt()[:, None] * one_D
+    mixer.g_proj[1].weight[channels] = 0
+    mixer.g_proj[1].bias[channels] = 4.0
 
 
 def choose_memory(
