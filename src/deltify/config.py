@@ -41,8 +41,8 @@ class StudentSpec:
         keep_rope: whether full attention keeps rotary positions; without, it is NoPE.
         sliding_window: tokens that sliding layers look back to, the current one included.
         sink_tokens: first tokens of a document that sliding layers always see.
-        start: of gates and convolutions: calibrated, calibrated-constant, library or arcee; or the folder of a student or
-            run, to train on.
+        start: of gates and convolutions: calibrated, calibrated-constant, library or arcee; or the folder of a student
+            or run, to train on.
         calibration_tokens: training tokens that the calibrated start looks at.
         calibration_length: tokens in a row of them.
     """
