@@ -137,7 +137,7 @@ def main() -> None:
         done = [
             options.out / "parts" / name for name in order if (options.out / "parts" / name / "results.json").is_file()
         ]
-        report(combine(done, options.out / "report"))
+        report(combine(done, options.out / "smollm2-135m"))
     for model in options.models:
         {"train": train, "long": long, "measure": measure}[options.what](model, options)
 
