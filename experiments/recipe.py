@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from deltify.config import STAGES, Recipe, read_recipe
 from deltify.convert import sliding_control
+from deltify.curves import COLORS, open_figure, save
 from deltify.data import open_data
 from deltify.distill import distill, open_teacher
 from deltify.generate import model_folder
@@ -163,8 +164,6 @@ def table(results: list[dict]) -> str:
 
 def draw(curves: list[dict], stem: Path) -> None:
     """KL over tokens; where a run ends with its schedule, a larger mark."""
-    from deltify.curves import COLORS, open_figure, save
-
     figure, ((axis,),) = open_figure(1, 1, 8, 4.5)
     for color, run in zip(COLORS, curves):
         points = [(tokens / 1e6, kl) for tokens, kl in run["curve"]]

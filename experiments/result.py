@@ -12,6 +12,7 @@ of its own. Needs a GPU.
 """
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -71,12 +72,11 @@ def long(model: str, options: argparse.Namespace) -> None:
     for suffix, millions, length, batch, mixers, rest, ce in STAGES:
         fields = {
             "name": model + suffix, "output": options.out, "student.start": options.out / start,
-            "data.train": str(weights).replace("'", '"'), "data.folder": options.data, "data.max_tokens": "null",
+            "data.train": json.dumps(weights), "data.folder": options.data, "data.max_tokens": "null",
             "data.heldout": options.text / "eval" / "heldout_dev.jsonl",
             "run.heldout_tokens": 131_072, "run.heldout_steps": 200, "run.checkpoint_minutes": 60,
             "align.tokens": 0, "match.tokens": 0, "extend.tokens": millions * options.million, "extend.length": length,
             "extend.batch": batch, "extend.lr_mixers": mixers, "extend.lr_rest": rest, "extend.ce_weight": ce,
-            "extend.checkpoint_layers": "false",
         }  # fmt: skip
         recipe_file = ROOT / "recipes" / f"{recipe}.yaml"
         made = read_recipe(recipe_file, [f"--{name}={value}" for name, value in fields.items()])
@@ -111,14 +111,16 @@ def measure(model: str, options: argparse.Namespace) -> None:
 
 def take_teachers_answers(parts: Path, output: Path, part: str) -> None:
     """Copies them from a model that was measured, if there is one, so that the teacher is not asked again."""
-    for other in parts.glob(f"*-{part}"):
-        if (other / "results.json").is_file() and not output.exists():
-            output.mkdir(parents=True)
-            if (other / "needles.jsonl").is_file():
-                lines = (other / "needles.jsonl").read_text().splitlines(keepends=True)
-                (output / "needles.jsonl").write_text("".join(x for x in lines if x.startswith('{"model": "teacher"')))
-            if (other / "items" / "teacher").is_dir():
-                shutil.copytree(other / "items" / "teacher", output / "items" / "teacher")
+    other = next((folder for folder in parts.glob(f"*-{part}") if (folder / "results.json").is_file()), None)
+    if other is None or output.exists():
+        return
+    output.mkdir(parents=True)
+    if (other / "needles.jsonl").is_file():  # which may still be written to
+        lines = (other / "needles.jsonl").read_text().split("\n")[:-1]
+        mine = [line for line in lines if json.loads(line)["model"] == "teacher"]
+        (output / "needles.jsonl").write_text("".join(line + "\n" for line in mine))
+    if (other / "items" / "teacher").is_dir():
+        shutil.copytree(other / "items" / "teacher", output / "items" / "teacher")
 
 
 def main() -> None:
@@ -134,9 +136,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "report":
         order = [f"{model}-{part}" for part in PARTS for model in ("kda-only", "hybrid", "kda-only-16M", "arcee-16M")]
-        done = [
-            options.out / "parts" / name for name in order if (options.out / "parts" / name / "results.json").is_file()
-        ]
+        folders = [options.out / "parts" / name for name in order]
+        done = [folder for folder in folders if (folder / "results.json").is_file()]
         report(combine(done, options.out / "smollm2-135m"))
     for model in options.models:
         {"train": train, "long": long, "measure": measure}[options.what](model, options)

@@ -27,6 +27,7 @@ from deltify.convert import convert
 from deltify.data import Batch, TokenFile
 from deltify.distill import align_step, hidden_states, match_step, next_tokens, own_weights, share_frozen
 from deltify.evaluate import count_models
+from deltify.model import DeltifyForCausalLM
 from deltify.stopping import Stopped
 from deltify.teacher import random_teacher
 from deltify.training import choose_trained, make_optimizers, trained
@@ -109,9 +110,8 @@ def test_align_keeps_one_copy_of_what_is_frozen(tmp_path):
     assert all(x.dtype == torch.float32 for x in weights.values())
 
 
-def test_eight_bit_moments_train_and_resume_to_the_same_bits(tmp_path, monkeypatch):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    stage = replace(tiny_recipe(tmp_path).align, optimizer="adamw8bit")
+def trains_and_resumes_to_the_same_bits(tmp_path: Path, stage: Stage) -> DeltifyForCausalLM:
+    """Trains align and match so, at once and with a break, asserts that both agree; returns the model, to train on."""
     runs = [tiny_recipe(tmp_path / name, align=stage, match=stage) for name in ("whole", "broken")]
     distill(runs[0])
     die_in_step(runs[1], 5)
@@ -119,7 +119,13 @@ def test_eight_bit_moments_train_and_resume_to_the_same_bits(tmp_path, monkeypat
     assert_same_weights(runs[1].folder, runs[0].folder, "align", "match")
     losses = [r["loss"] for r in records(runs[0].folder) if r["stage"] == "match" and r["step"]]
     assert losses[-1] < losses[0]
-    model = AutoModelForCausalLM.from_pretrained(runs[0].folder / "match").requires_grad_(True)
+    return AutoModelForCausalLM.from_pretrained(runs[0].folder / "match").requires_grad_(True)
+
+
+def test_eight_bit_moments_train_and_resume_to_the_same_bits(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    stage = replace(tiny_recipe(tmp_path).align, optimizer="adamw8bit")
+    model = trains_and_resumes_to_the_same_bits(tmp_path, stage)
     (optimizer,) = make_optimizers(model, stage, "match")
     model(torch.arange(8)[None]).logits.sum().backward()
     optimizer.step()
@@ -132,14 +138,7 @@ def test_eight_bit_moments_train_and_resume_to_the_same_bits(tmp_path, monkeypat
 
 def test_muon_trains_and_resumes_to_the_same_bits_and_equals_torchs(tmp_path):
     stage = replace(tiny_recipe(tmp_path).align, optimizer="muon")
-    runs = [tiny_recipe(tmp_path / name, align=stage, match=stage) for name in ("whole", "broken")]
-    distill(runs[0])
-    die_in_step(runs[1], 5)
-    distill(runs[1], resume=True)
-    assert_same_weights(runs[1].folder, runs[0].folder, "align", "match")
-    losses = [r["loss"] for r in records(runs[0].folder) if r["stage"] == "match" and r["step"]]
-    assert losses[-1] < losses[0]
-    model = AutoModelForCausalLM.from_pretrained(runs[0].folder / "match").requires_grad_(True)
+    model = trains_and_resumes_to_the_same_bits(tmp_path, stage)
     adamw, muon = make_optimizers(model, replace(stage, weight_decay=0.1), "match")
     turned = {id(p) for p in trained([muon])}
     words = {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}

@@ -138,7 +138,7 @@ def plan_stage(
     frozen = weights - trained
     flops = 2 * count(teacher.model) + (6 * trained if name == "align" else 6 * trained + 4 * frozen)
     flops += 2 * weights if recomputes(stage, name) else 0
-    flops += attention_flops(teacher.config, student, stage.length, name)
+    flops += attention_flops(student, stage.length, name)
     eager = gpus > 1 or recomputes(stage, name) or not graphs
     layers = config.num_hidden_layers * (share // rows)
     reached = GPUS[gpu] * min(0.5, SHARE * (config.hidden_size / SHARE_WIDTH) ** SHARE_POWER)
@@ -146,14 +146,14 @@ def plan_stage(
     return StagePlan(name, stage, sizes, max(seconds, HOST_SECONDS * layers if eager else 0.0))
 
 
-def attention_flops(teacher: PreTrainedConfig, student: nn.Module, length: int, name: str) -> float:
+def attention_flops(student: nn.Module, length: int, name: str) -> float:
     """Of scores and sums of values, for a token in a row of `length`, as if they ran at the rate of other products: the
     teacher's, under a mask that skips nothing, and three times half as many for each layer that the student keeps.
     """
-    head = getattr(teacher, "head_dim", None) or teacher.hidden_size // teacher.num_attention_heads
-    layer = ATTENTION * 4 * length * teacher.num_attention_heads * head
+    config = student.config  # whose layers and heads are as many and as wide as the teacher's
+    layer = ATTENTION * 4 * length * config.num_attention_heads * config.head_dim
     kept = sum(layer.kind == "full_attention" for layer in student.model.layers) if name != "align" else 0
-    return layer * (teacher.num_hidden_layers + 1.5 * kept)
+    return layer * (config.num_hidden_layers + 1.5 * kept)
 
 
 def moment_bytes(stage: Stage, trained: int, words: int) -> int:

@@ -54,9 +54,7 @@ def report(run: Path) -> list[Path]:
     Raises:
         FileNotFoundError: if the run was not evaluated.
     """
-    if not (run / "results.json").is_file():
-        raise FileNotFoundError(f"{run} has no results.json; run: deltify evaluate {run}")
-    results = json.loads((run / "results.json").read_text())
+    results = read_results(run)
     sections = make_sections(run, results)
     for section in sections:
         for table in section.tables:
@@ -89,11 +87,7 @@ def combine(folders: Sequence[Path], output: Path) -> Path:
         FileNotFoundError: if a folder was not evaluated.
         ValueError: if they were measured with different teachers, on different devices or in different dtypes.
     """
-    parts = []
-    for folder in folders:
-        if not (folder / "results.json").is_file():
-            raise FileNotFoundError(f"{folder} has no results.json; run: deltify evaluate {folder}")
-        parts.append(json.loads((folder / "results.json").read_text()))
+    parts = [read_results(folder) for folder in folders]
     for key in ("teacher", "device", "dtype", "heldout_tokens", "heldout_length"):
         if len(values := {str(part.get(key)) for part in parts}) > 1:
             raise ValueError(
@@ -103,9 +97,8 @@ def combine(folders: Sequence[Path], output: Path) -> Path:
     for part in parts:
         for key, value in part.items():
             if isinstance(value, list) and value and isinstance(value[0], dict):
-                identity = lambda row: (row.get("model", row.get("name")), row.get("task"), row.get("length"))  # noqa: E731
-                known = set(map(identity, whole.get(key, [])))
-                whole[key] = whole.get(key, []) + [row for row in value if identity(row) not in known]
+                known = set(map(what_of, whole.get(key, [])))
+                whole[key] = whole.get(key, []) + [row for row in value if what_of(row) not in known]
             elif key == "samples":
                 whole[key] = value | whole.get(key, {})
             elif key not in whole:
@@ -113,10 +106,21 @@ def combine(folders: Sequence[Path], output: Path) -> Path:
     whole["runs"] = list(dict.fromkeys(run for part in parts for run in part["runs"]))
     whole["trained_length"] = max((part["trained_length"] or 0 for part in parts), default=0) or None
     whole["seconds"] = round(sum(part["seconds"] for part in parts), 1)
-    whole["command"] = "\n    ".join(part["command"] for part in parts)
+    whole["command"] = "\n".join(part["command"] for part in parts)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "results.json", json.dumps(whole, indent=1))
     return output
+
+
+def read_results(folder: Path) -> dict:
+    if not (folder / "results.json").is_file():
+        raise FileNotFoundError(f"{folder} has no results.json; run: deltify evaluate {folder}")
+    return json.loads((folder / "results.json").read_text())
+
+
+def what_of(row: dict) -> tuple:
+    """What a row of results measures: which model, and at what."""
+    return row.get("model", row.get("name")), row.get("task"), row.get("length")
 
 
 def make_sections(run: Path, results: dict) -> list[Section]:

@@ -92,7 +92,8 @@ class StackedMuon(torch.optim.Muon):
             for shape, parameters in shapes.items():
                 grads = [p.grad for p in parameters]
                 for parameter in parameters:
-                    self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                    if "momentum_buffer" not in self.state[parameter]:
+                        self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
                 momenta = [self.state[p]["momentum_buffer"] for p in parameters]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 moved = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
