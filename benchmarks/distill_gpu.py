@@ -1,16 +1,21 @@
-"""Distillation steps on a GPU: the loss alone beside its matrix products, and whole steps of align and match.
+"""Distillation steps on a GPU: the loss alone beside its matrix products, and whole steps of align, match and extend.
 
-Weights are random; bfloat16 products, float32 master weights, AdamW, the optimizer's step included, loss on all tokens.
-Run: python benchmarks/distill_gpu.py [part of a case's name] (needs a CUDA GPU with 80 GB;
-flash-linear-attention==0.6.0 and liger-kernel==0.8.5 for the peers)
+Weights are random; bfloat16 products, float32 master weights, the optimizer's step included, loss on all tokens. A peer
+of a step at AFM-4.5B's shape is one as DistillKit has it: layers of fla in the student, weights in bfloat16, float32
+logits of both models for all tokens, everything recomputed in the backward.
+Run: python benchmarks/distill_gpu.py [part of a case's name] (needs a CUDA GPU with 80 GB, for the long rows 140 GB;
+flash-linear-attention==0.6.0 and liger-kernel==0.8.5 for the peers, bitsandbytes for extend)
 """
 
+import gc
+import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import ArceeConfig, ArceeForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -23,13 +28,15 @@ from deltify.distill import align_step, match_step
 from deltify.graphs import GraphedStep
 from deltify.losses import linear_kl
 from deltify.model.mixers import library_gates
+from deltify.plan import product_flops
 from deltify.teacher import FAMILIES, Teacher, freeze
-from deltify.training import make_optimizers, set_learning_rates, trained
+from deltify.training import make_optimizers, recomputes, set_learning_rates, trained
 
 try:
+    from fla.layers import KimiDeltaAttention
     from fla.modules.fused_kl_div import fused_kl_div_loss
 except ImportError:
-    fused_kl_div_loss = None
+    KimiDeltaAttention = fused_kl_div_loss = None
 try:
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 except ImportError:
@@ -44,12 +51,15 @@ AFM = ArceeConfig(
     num_key_value_heads=4, head_dim=128, max_position_embeddings=65536, tie_word_embeddings=False,
 )  # fmt: skip
 SHAPES = {"smollm2-135m": (SMOLLM2, LlamaForCausalLM), "afm-4.5b": (AFM, ArceeForCausalLM)}
-# shape, stage, rows, tokens of a row
+# shape, stage, rows, tokens of a row, what else the stage says
 STEPS = [
-    ("smollm2-135m", "match", 8, 2048),
-    ("smollm2-135m", "align", 32, 512),
-    ("afm-4.5b", "align", 4, 2048),
+    ("smollm2-135m", "match", 8, 2048, {}),
+    ("smollm2-135m", "align", 32, 512, {}),
+    ("afm-4.5b", "align", 4, 2048, {}),
+    ("afm-4.5b", "match", 1, 16384, {"checkpoint_layers": True}),
+    ("afm-4.5b", "extend", 1, 32768, {"checkpoint_layers": True, "optimizer": "adamw8bit"}),
 ]
+PEER, STEADY = "DistillKit-style step, fla", 6  # the last steps are timed
 
 
 def loss_rows(N: int = 32768, D: int = 2560, W: int = 128004) -> list[dict]:
@@ -122,10 +132,10 @@ def pair(shape: str, stage: str) -> tuple[Teacher, torch.nn.Module]:
     return teacher, student.train()
 
 
-def step_rate(shape: str, name: str, rows: int, length: int) -> tuple[float, float]:
-    """(tokens per second, median of ten steps; GiB at the peak)."""
+def step_rates(shape: str, name: str, rows: int, length: int, options: dict) -> tuple[float, float, float]:
+    """(tokens per second; GiB at the peak; FLOPs of products with weights, a token)."""
     teacher, student = pair(shape, name)
-    stage = Stage(tokens=rows * length * 100, length=length, batch=rows)
+    stage = Stage(tokens=rows * length * 100, length=length, batch=rows, **options)
     optimizers = make_optimizers(student, stage, name)
     compute = align_step if name == "align" else match_step
 
@@ -133,33 +143,120 @@ def step_rate(shape: str, name: str, rows: int, length: int) -> tuple[float, flo
         with torch.autocast("cuda", torch.bfloat16):
             return compute(teacher, student, batch, stage, 1.0)
 
-    step = GraphedStep(losses, trained(optimizers), print)
+    if again := recomputes(stage, name):
+        student.gradient_checkpointing_enable()
+        step = lambda batch, device: losses(batch.to(device))
+    else:
+        step = GraphedStep(losses, trained(optimizers), print)
     ids, positions = torch.randint(0, 40000, (rows, length)), torch.arange(length).expand(rows, length)
-    times = []
-    torch.cuda.reset_peak_memory_stats()
-    for number in range(13):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
+
+    def whole_step(number: int) -> None:
         set_learning_rates(optimizers, stage, number)
         step(Batch(ids.roll(number, 1), positions), torch.device("cuda"))
         torch.nn.utils.clip_grad_norm_(trained(optimizers), stage.clip)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad(set_to_none=again)
+
+    seconds, peak = time_steps(whole_step)
+    return rows * length / seconds, peak, product_flops(name, stage, teacher, student)
+
+
+def time_steps(step) -> tuple[float, float]:
+    """(seconds, the median of the last; GiB at the peak)."""
+    times = []
+    torch.cuda.reset_peak_memory_stats()
+    for number in range(3 + STEADY):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        step(number)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return rows * length / sorted(times[3:])[5], torch.cuda.max_memory_allocated() / 2**30
+    return statistics.median(times[-STEADY:]), torch.cuda.max_memory_allocated() / 2**30
+
+
+class FlaMixer(nn.Module):
+    """fla's layer where a transformers layer has attention."""
+
+    def __init__(self, width: int, heads: int, head: int, index: int):
+        super().__init__()
+        self.kda = KimiDeltaAttention(hidden_size=width, num_heads=heads, head_dim=head, layer_idx=index)
+
+    def forward(self, hidden_states, **_):
+        return self.kda(hidden_states)[0], None
+
+
+def distillkit_rates(shape: str, name: str, rows: int, length: int) -> tuple[float, float]:
+    """(tokens per second, GiB at the peak). align: mixers trained by cross-entropy, KL at T=2 and the cosine of all
+    hidden states; otherwise all weights, by cross-entropy and KL."""
+    config, cls = SHAPES[shape]
+    config._attn_implementation = "sdpa"
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        teacher, student = freeze(cls(config)), cls(config)
+        for index, layer in enumerate(student.model.layers):
+            layer.self_attn = FlaMixer(config.hidden_size, config.num_attention_heads, config.head_dim, index)
+    torch.set_default_dtype(torch.float32)
+    if name == "align":
+        student.requires_grad_(False)
+        for layer in student.model.layers:
+            layer.self_attn.requires_grad_(True)
+    student.train().gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    ids = torch.randint(0, 40000, (rows, length), device="cuda")
+    hidden = {"output_hidden_states": name == "align", "use_cache": False}
+
+    def step(number: int) -> None:
+        rolled = ids.roll(number, 1)
+        with torch.no_grad():
+            wanted = teacher(rolled, **hidden)
+        got = student(rolled, **hidden)
+        mine, theirs = got.logits.float(), wanted.logits.float()
+        ce = F.cross_entropy(mine[:, :-1].flatten(0, 1), rolled[:, 1:].flatten())
+        target = (theirs / 2).log_softmax(-1).flatten(0, 1)
+        kl = F.kl_div((mine / 2).log_softmax(-1).flatten(0, 1), target, log_target=True, reduction="batchmean") * 4
+        loss = 0.2 * ce + 0.2 * kl
+        if name == "align":
+            pairs = zip(got.hidden_states[1:], wanted.hidden_states[1:])
+            loss = loss + 0.6 * sum(1 - F.cosine_similarity(a.float(), b.float(), dim=-1).mean() for a, b in pairs)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds, peak = time_steps(step)
+    return rows * length / seconds, peak
+
+
+def step_rows(shape: str, name: str, count: int, length: int, options: dict) -> list[dict]:
+    case = f"{name}/{shape}/B{count}-T{length}"
+    torch.cuda.empty_cache()
+    rate, peak, flops = step_rates(shape, name, count, length, options)
+    product = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    reached, possible = rate * flops / 1e12, 2 * 8192**3 / 1e12 / eager_seconds(lambda: product @ product)
+    print(f"{case}: {rate:,.0f} tokens/s, {peak:.1f} GiB, {reached:.0f} of {possible:.0f} TFLOP/s", flush=True)
+    peer, theirs = "", (None, None)
+    if KimiDeltaAttention and shape == "afm-4.5b":
+        gc.collect()
+        torch.cuda.empty_cache()
+        peer = PEER
+        try:
+            theirs = distillkit_rates(shape, name, count, length)
+        except torch.OutOfMemoryError:
+            peer += ": out of memory"
+        print(f"{peer}: {theirs}", flush=True)
+    return [
+        row(case, "tokens/s", rate, theirs[0], peer, rate=True),
+        row(case, "peak GiB", peak, theirs[1], peer),
+        row(case, "TFLOP/s", reached, possible, "an 8192^3 product", rate=True),
+    ]
 
 
 def main(wanted: str) -> None:
     rows = loss_rows() if wanted in "loss/forward-kl" else []
-    for shape, name, count, length in STEPS:
-        case = f"{name}/{shape}/B{count}-T{length}"
-        if wanted in case:
-            torch.cuda.empty_cache()
-            rate, peak = step_rate(shape, name, count, length)
-            print(f"{case}: {rate:,.0f} tokens/s, {peak:.1f} GiB", flush=True)
-            rows += [row(case, "tokens/s", rate, None, "", rate=True), row(case, "peak GiB", peak, None, "")]
+    for shape, name, count, length, options in STEPS:
+        if wanted in f"{name}/{shape}/B{count}-T{length}":
+            gc.collect()
+            rows += step_rows(shape, name, count, length, options)
             keep("distill_gpu", rows)
     write("distill_gpu", rows)
 

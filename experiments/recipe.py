@@ -31,9 +31,9 @@ from deltify.runs import pick_device
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results" / "recipe.json"
 LENGTH, HELDOUT = 2048, 131_072  # tokens of a held-out stretch, and of all of them
-OURS, ARCEE, RADLADS = "smollm2-135m-kda", "baselines/arcee", "baselines/radlads"
+OURS, HYBRID, ARCEE, RADLADS = "smollm2-135m-kda", "smollm2-135m-hybrid", "baselines/arcee", "baselines/radlads"
 # name: recipe, share of the tokens in each stage, overrides
-MATCH_ALL, WITH_ALIGN = {"match": 1.0}, {"align": 0.125, "match": 0.875}
+MATCH_ALL, WITH_ALIGN, WITH_EXTEND = {"match": 1.0}, {"align": 0.125, "match": 0.875}, {"match": 0.875, "extend": 0.125}
 # what the variants of our recipe differ from, but for "default" and those named after it: what the recipe has become
 BASE: dict[str, object] = {"match.batch": 8, "match.lr_rest": 1e-4}
 MUON: dict[str, object] = {"match.optimizer": "muon"}
@@ -41,9 +41,9 @@ DOUBLE: dict[str, object] = {"match.lr_mixers": 2e-3, "match.lr_rest": 6e-4}
 VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "base": (OURS, WITH_ALIGN, {}),
     "default": (OURS, WITH_ALIGN, {}),
-    "arcee": (ARCEE, {"match": 0.875, "extend": 0.125}, {}),
-    "arcee-lr-2e-3": (ARCEE, {"match": 0.875, "extend": 0.125}, {"match.lr_mixers": 2e-3}),
-    "arcee-batch-2": (ARCEE, {"match": 0.875, "extend": 0.125}, {"match.batch": 2, "extend.batch": 2}),
+    "arcee": (ARCEE, WITH_EXTEND, {}),
+    "arcee-lr-2e-3": (ARCEE, WITH_EXTEND, {"match.lr_mixers": 2e-3}),
+    "arcee-batch-2": (ARCEE, WITH_EXTEND, {"match.batch": 2, "extend.batch": 2}),
     "radlads": (RADLADS, {"align": 1 / 6, "match": 5 / 6}, {}),
     "radlads-lr-1e-4": (RADLADS, {"align": 1 / 6, "match": 5 / 6}, {"match.lr_mixers": 1e-4, "match.lr_rest": 1e-4}),
     "start-library": (OURS, WITH_ALIGN, {"student.start": "library"}),
@@ -79,12 +79,19 @@ VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "default-start-library": (OURS, WITH_ALIGN, {"student.start": "library"}),
     "default-constant": (OURS, WITH_ALIGN, {"student.start": "calibrated-constant"}),
     "default-recall": (OURS, WITH_ALIGN, {}),
-    "default-recall-half": (OURS, WITH_ALIGN, {}),
-    "hybrid": ("smollm2-135m-hybrid", WITH_ALIGN, {}),
-    "hybrid-recall": ("smollm2-135m-hybrid", WITH_ALIGN, {}),
+    "default-recall-quarter": (OURS, WITH_ALIGN, {}),
+    "default-recall-quarter-ce": (OURS, WITH_ALIGN, {"match.ce_weight": 0.2}),
+    "default-muon-double-recall-quarter": (OURS, WITH_ALIGN, MUON | DOUBLE),
+    "default-constant-muon-double": (OURS, WITH_ALIGN, MUON | DOUBLE | {"student.start": "calibrated-constant"}),
+    "default-constant-batch-1": (OURS, WITH_ALIGN, {"match.batch": 1, "student.start": "calibrated-constant"}),
+    "default-recall-quarter-batch-4": (OURS, WITH_ALIGN, {"match.batch": 4}),
+    "hybrid": (HYBRID, WITH_ALIGN, {}),
+    "hybrid-recall-quarter-batch-4": (HYBRID, WITH_ALIGN, {"match.batch": 4}),
+    "arcee-recall-quarter-batch-4": (ARCEE, WITH_EXTEND, {"match.batch": 4, "extend.batch": 4}),
 }
 
-RECALL = {"default-recall": 0.1, "default-recall-half": 0.05, "hybrid-recall": 0.1}  # share of it in the text
+# share of synthetic text that asks for what it told, scattered over the first of the texts
+RECALL = {name: 0.25 if "quarter" in name else 0.1 for name in VARIANTS if "recall" in name}
 
 
 def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
@@ -100,7 +107,9 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     weights = dict(zip(options.train, options.weights or [1.0] * len(options.train)))
     if recall := RECALL.get(name):
         whole = sum(weights.values())
-        weights = {text: weight * (1 - recall) / whole for text, weight in weights.items()} | {"recall": recall}
+        weights = {text: weight * (1 - recall) / whole for text, weight in weights.items()} | {
+            f"recall:{options.train[0]}": recall
+        }
     data = dataclasses.replace(
         recipe.data, train=weights, heldout=options.heldout, folder=options.data, max_tokens=None
     )

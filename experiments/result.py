@@ -1,12 +1,13 @@
 """The tables of docs/results.md: SmolLM2-135M-Instruct to KDA-only and hybrid students, and Arcee's recipe beside them.
 
-    python experiments/result.py --text TEXT --out runs/result train kda-only-16M arcee-16M hybrid-16M
+    python experiments/result.py --text TEXT --out runs/result train kda-only-40M hybrid-40M arcee
     python experiments/result.py --text TEXT --out runs/result long kda-only hybrid
-    python experiments/result.py --text TEXT --out runs/result measure kda-only-16M arcee-16M hybrid kda-only
+    python experiments/result.py --text TEXT --out runs/result measure kda-only-40M arcee hybrid kda-only
     python experiments/result.py --text TEXT --out runs/result report
 
-train: 16M tokens in rows of 2,048, by experiments/recipe.py. long: these go on, 10M tokens in rows of 8,192, then 4M in
-rows of 16,384, past what the teacher can read, with cross-entropy in the loss. TEXT is a folder with train/ and eval/.
+train: rows of 2,048 tokens, by experiments/recipe.py; 40M of them, and of Arcee's recipe 54M. long: these go on, 10M in
+rows of 8,192, then 4M in rows of 16,384, past what the teacher can read, with cross-entropy in the loss. A quarter of
+the text asks for what it told (deltify/recall.py). TEXT is a folder with train/ and eval/.
 What is done is not done again and what was stopped goes on; each model, and each part of `measure`, can have a process
 of its own. Needs a GPU.
 """
@@ -26,17 +27,21 @@ from deltify.report import combine
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ("openstax", "changelog", "gutenberg-0")
-# model: variant of experiments/recipe.py
-VARIANTS = {"kda-only-16M": "default", "hybrid-16M": "hybrid", "arcee-16M": "arcee-batch-2"}
+# model: variant of experiments/recipe.py, millions of tokens
+SHORT = {
+    "kda-only-40M": ("default-recall-quarter-batch-4", 40),
+    "hybrid-40M": ("hybrid-recall-quarter-batch-4", 40),
+    "arcee": ("arcee-recall-quarter-batch-4", 54),
+}
 # model: the model that it goes on from, and its recipe
-LONG = {"kda-only": ("kda-only-16M", "smollm2-135m-kda"), "hybrid": ("hybrid-16M", "smollm2-135m-hybrid")}
+LONG = {"kda-only": ("kda-only-40M", "smollm2-135m-kda"), "hybrid": ("hybrid-40M", "smollm2-135m-hybrid")}
 # what follows rows of 2,048: millions of tokens, length, rows a step, rates of mixers and rest, share of cross-entropy
-STAGES = (("-8k", 8, 8192, 2, 3e-4, 1e-4, 0.0), ("", 3, 16384, 1, 1e-4, 3e-5, 0.1))
+STAGES = (("-8k", 10, 8192, 2, 5e-4, 1.5e-4, 0.0), ("", 4, 16384, 1, 2e-4, 6e-5, 0.1))
 CHOICES = {
     "hellaswag": (("hellaswag",), None),
     "arc": (("arc_easy", "arc_challenge", "piqa"), None),
     "mmlu": (("mmlu_continuation",), 2000),
-    "gsm8k": (("gsm8k",), 50),
+    "gsm8k": (("gsm8k",), 32),
 }
 # tasks, lengths, samples of each; the teacher takes two seconds for a sample of 64k
 HAYSTACKS = {
@@ -59,16 +64,18 @@ def train(model: str, options: argparse.Namespace) -> None:
         ".4",
     ]
     command += ["--heldout", str(options.text / "eval" / "heldout_dev.jsonl"), "--data", options.data]
-    command += ["--tokens", str(16 * options.million), "--every", "500", "--window", "96", "--out", str(options.out)]
-    subprocess.run([*command, "--results", str(options.out / f"{model}.json"), VARIANTS[model]], check=True)
+    variant, millions = SHORT[model]
+    command += ["--tokens", str(millions * options.million), "--every", "1500", "--out", str(options.out)]
+    subprocess.run([*command, "--results", str(options.out / f"{model}.json"), variant], check=True)
     folder = options.out / model
     if not folder.exists():
-        folder.symlink_to(f"{VARIANTS[model]}-{16 * options.million}-seed0")
+        folder.symlink_to(f"{variant}-{millions * options.million}-seed0")
 
 
 def long(model: str, options: argparse.Namespace) -> None:
     start, recipe = LONG[model]
-    weights = {str(options.text / "train" / f"{name}.jsonl.zst"): w for name, w in zip(TRAIN, (0.2, 0.3, 0.5))}
+    texts = [str(options.text / "train" / f"{name}.jsonl.zst") for name in TRAIN]
+    weights = dict(zip([*texts, f"recall:{texts[0]}"], (0.15, 0.225, 0.375, 0.25)))
     for suffix, millions, length, batch, mixers, rest, ce in STAGES:
         fields = {
             "name": model + suffix, "output": options.out, "student.start": options.out / start,
@@ -135,7 +142,7 @@ def main() -> None:
     parser.add_argument("--book-tokens", type=int, default=65536, help="read of each of four books")
     options = parser.parse_args()
     if options.what == "report":
-        order = [f"{model}-{part}" for part in PARTS for model in ("kda-only", "hybrid", "kda-only-16M", "arcee-16M")]
+        order = [f"{model}-{part}" for part in PARTS for model in ("kda-only", "hybrid", "kda-only-40M", "arcee")]
         folders = [options.out / "parts" / name for name in order]
         done = [folder for folder in folders if (folder / "results.json").is_file()]
         report(combine(done, options.out / "smollm2-135m"))

@@ -1,5 +1,7 @@
 """The same on a CUDA GPU; skipped where there is none."""
 
+import threading
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -80,6 +82,14 @@ def test_two_runs_are_equal_and_the_future_changes_no_bit_of_the_past():
     for x in inputs[:5]:
         x[:, 2050:] = torch.randn_like(x[:, 2050:]) * 10
     assert torch.equal(kda(*inputs, backend="triton")[0][:, :2048], first[0][:, :2048])
+
+
+def test_a_thread_that_has_not_used_the_gpu_yet():
+    inputs, found = make_inputs(1, 300, 2, 64, 64), []
+    thread = threading.Thread(target=lambda: found.append(kda(*inputs, backend="triton")[0]))
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], kda(*inputs, backend="triton")[0])
 
 
 def test_inputs_that_are_not_contiguous():

@@ -61,8 +61,8 @@ class DataSpec:
     """Text.
 
     Args:
-        train: sources and their weights. A source is a file, a folder, python-docs, recall (synthetic,
-            see recall.py), or hf:NAME[:CONFIG][:SPLIT].
+        train: sources and their weights. A source is a file, a folder, python-docs, recall or recall:SOURCE
+            (synthetic, see recall.py), or hf:NAME[:CONFIG][:SPLIT].
         heldout: source that judges; if absent, one in twenty documents of the training sources is held out.
         folder: where token files are kept, made at the first use.
         max_tokens: of each training source.

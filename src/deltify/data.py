@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import DataSpec
 from .files import digest
+from .recall import RECALL
 from .text import BUILT_IN, documents, held_out, text_files
 
 HELDOUT_TOKENS = 2**16  # held out of a source even if fewer are asked for, so that most recipes share its token files
@@ -268,6 +269,9 @@ def origin_of(source: str) -> dict:
     """
     if source in BUILT_IN or source.startswith("hf:"):
         return {"source": source, "files": None}
+    if source.startswith(f"{RECALL}:"):
+        inner = origin_of(source.removeprefix(f"{RECALL}:"))
+        return inner | {"source": f"{RECALL}:{inner['source']}"}
     path = Path(source).expanduser().resolve()
     if not path.exists():
         return {"source": str(path), "files": None}

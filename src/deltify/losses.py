@@ -15,7 +15,7 @@ from . import parallel
 from .config import DIVERGENCES
 
 # of one [chunk, W] float32 matrix of logits: on a CPU small enough for the cache, on a GPU enough to fill the chip
-CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 15 * 2**24}
 
 
 def mixer_loss(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:

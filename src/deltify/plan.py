@@ -135,15 +135,20 @@ def plan_stage(
         "activations": tokens * activation_bytes(name, stage, student) + workspace_bytes(student, tokens),
         "loss": 0 if name == "align" else loss_bytes(config.vocab_size, config.hidden_size, tokens),
     }
-    frozen = weights - trained
-    flops = 2 * count(teacher.model) + (6 * trained if name == "align" else 6 * trained + 4 * frozen)
-    flops += 2 * weights if recomputes(stage, name) else 0
-    flops += attention_flops(student, stage.length, name)
+    flops = product_flops(name, stage, teacher, student) + attention_flops(student, stage.length, name)
     eager = gpus > 1 or recomputes(stage, name) or not graphs
     layers = config.num_hidden_layers * (share // rows)
     reached = GPUS[gpu] * min(0.5, SHARE * (config.hidden_size / SHARE_WIDTH) ** SHARE_POWER)
     seconds = LAYER_SECONDS * layers + share * stage.length * flops / reached
     return StagePlan(name, stage, sizes, max(seconds, HOST_SECONDS * layers if eager else 0.0))
+
+
+def product_flops(name: str, stage: Stage, teacher: Teacher, student: nn.Module) -> int:
+    """Of the products with weights, for a token, both models and what is computed again included."""
+    trained = sum(p.numel() for group in choose_trained(student, stage, name).values() for p in group)
+    frozen = 0 if name == "align" else count(student) - trained  # which a gradient goes through
+    again = 2 * (trained + frozen) if recomputes(stage, name) else 0
+    return 2 * count(teacher.model) + 6 * trained + 4 * frozen + again
 
 
 def attention_flops(student: nn.Module, length: int, name: str) -> float:

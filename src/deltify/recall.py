@@ -1,11 +1,14 @@
 """Synthetic documents that say many things once and ask for them later: text on which a model without memory fails.
 
-They share neither sentences, nor kind of key, nor filling with the needle tasks (`haystack.py`): keys are made-up
-names, and what lies between a fact and its question are other facts.
+They share neither sentences nor kind of key with the needle tasks (`haystack.py`): keys are made-up names. What lies
+between a fact and its question are other facts, and, if there is another text to take them from, passages of that: a
+fact then has to outlast up to some thousand words that say nothing of it.
 """
 
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 RECALL = "recall"
 COUNT = 10_000  # documents, about 7M of SmolLM2's tokens
@@ -45,7 +48,13 @@ FACTS = {
         ("{who} owes {what}.", "The ledger has {what} against {who}."),
         ("How much does {who} owe? {what}.", "{who} paid {what} in full."),
     ),
+    "card": (
+        lambda r: str(r.randrange(10 ** r.randrange(3, 9), 10**9)),
+        ("The library card of {who} bears the digits {what}.", "{who} signs as reader {what}."),
+        ("Which digits are on the library card of {who}? {what}.", "As a reader {who} is {what}."),
+    ),
 }
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 BREAKS = ("Some time later.", "And now the list again.", "What was said above, once more:", "To sum up.", "***")
 
 
@@ -53,23 +62,51 @@ def name(random: random.Random) -> str:
     return "".join(random.choice(SYLLABLES) for _ in range(random.choice((2, 2, 3)))).capitalize()
 
 
-def recall_documents(count: int = COUNT, seed: int = 0) -> Iterator[str]:
-    """`count` documents of 4 to 48 facts, each asked for once or twice, in another order; the same on any machine."""
-    for number in range(count):
-        yield recall_document(random.Random(f"{seed}:{number}"))
+def recall_documents(passages: Iterable[str] | None = None, seed: int = 0) -> Iterator[str]:
+    """`COUNT` documents of 4 to 96 facts, each asked for once or twice behind them, in another order; the same on any
+    machine.
+
+    With `passages`, the documents of a text, instead all of it, cut anew into documents of 4 to 1,024 sentences with
+    facts and questions between them. Each doubling of that length gets as many of the sentences as the next.
+    """
+    if passages is None:
+        yield from (recall_document(random.Random(f"{seed}:{number}")) for number in range(COUNT))
+        return
+    generator = random.Random(seed)
+    sentences = (sentence for passage in passages for sentence in SENTENCE_END.split(passage))
+    while taken := list(islice(sentences, int(1 / (1 / 4 - generator.random() * (1 / 4 - 1 / 1024))))):
+        yield spread_document(generator, taken)
 
 
 def recall_document(random: random.Random) -> str:
-    kinds = random.sample(list(FACTS), random.choice((1, 1, 2, 3)))
-    people = list(dict.fromkeys(f"{name(random)} {name(random)}" for _ in range(int(2 ** random.uniform(2, 5)))))
-    told, asked = [], []
-    for who in people:
-        for kind in kinds:
-            draw, tell, ask = FACTS[kind]
-            what = draw(random)
-            told.append(random.choice(tell).format(who=who, what=what))
-            asked += [random.choice(ask).format(who=who, what=what) for _ in range(random.choice((1, 1, 2)))]
+    pairs = facts(random, int(2 ** random.uniform(2, 5)))
+    told = [tell for tell, _ in pairs]
+    asked = [random.choice(ask) for _, ask in pairs for _ in range(random.choice((1, 1, 2)))]
     random.shuffle(told)
     random.shuffle(asked)
     between = random.choice((" ", "\n"))
     return between.join(told) + f"\n\n{random.choice(BREAKS)}\n\n" + between.join(asked)
+
+
+def spread_document(random: random.Random, sentences: list[str]) -> str:
+    """Facts among the sentences, each asked for twice behind it: after a stretch whose length is drawn evenly on a
+    logarithmic scale, and at the end."""
+    size = len(sentences)
+    placed = [(float(place), sentence) for place, sentence in enumerate(sentences)]
+    for tell, ask in facts(random, max(1, int(size**0.7 / 2 ** random.uniform(0, 2.5)))):
+        at = random.uniform(0, 0.9 * size)
+        after = at + (size - at) ** random.random()
+        placed += [(at, tell), (after, random.choice(ask)), (size + random.random(), random.choice(ask))]
+    return " ".join(sentence for _, sentence in sorted(placed))
+
+
+def facts(random: random.Random, count: int) -> list[tuple[str, list[str]]]:
+    """Of `count` people, one to three facts each: how it is told, and ways to ask for it."""
+    kinds = random.sample(list(FACTS), random.choice((1, 1, 2, 3)))
+    found = []
+    for who in dict.fromkeys(f"{name(random)} {name(random)}" for _ in range(count)):
+        for kind in kinds:
+            draw, tell, ask = FACTS[kind]
+            what = draw(random)
+            found.append((random.choice(tell).format(who=who, what=what), [a.format(who=who, what=what) for a in ask]))
+    return found

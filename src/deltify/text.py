@@ -23,13 +23,16 @@ def documents(source: str) -> Iterator[str]:
     Args:
         source: a text file (one document), a .jsonl[.gz|.zst] file (the field `text` of each line), a folder of such
             files, `python-docs` (CPython's own manual topics and the standard library's docstrings, 1.7 MB that every
-            machine has), `recall` (synthetic documents that ask for what they said before, see recall.py), or
-            `hf:NAME[:CONFIG][:SPLIT]`, a dataset of the Hugging Face hub, streamed.
+            machine has), `recall` (synthetic documents that ask for what they said before, see recall.py),
+            `recall:SOURCE` (the same, scattered over the documents of another source), or `hf:NAME[:CONFIG][:SPLIT]`, a
+            dataset of the Hugging Face hub, streamed.
     """
     if source == PYTHON_DOCS:
         yield from python_docs()
     elif source == RECALL:
         yield from recall_documents()
+    elif source.startswith(f"{RECALL}:"):
+        yield from recall_documents(documents(source.removeprefix(f"{RECALL}:")))
     elif source.startswith("hf:"):
         yield from hub_documents(source)
     else:

@@ -1,5 +1,6 @@
 """From tensors to launches: how a call is cut up, and the forward and backward as sequences of kernels."""
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from .scan import combine_kernel, reverse_kernel, scan_kernel
 from .tiles import CHUNK, gate_dtype, make_tables
 
 C = CHUNK.value
+THREAD = threading.local()
 BV, COMBINE_BV = 64, 16  # value columns of a program of the scan, which four warps hold, and of combine
 
 
@@ -26,10 +28,20 @@ class Plan:
     channels: int = 64  # of a slice, in prepare and finish; Triton 3.6 computes slices of 32 and 16 wrong on Hopper
 
 
+def open_context(device: torch.device) -> None:
+    """Makes the GPU's context that of this thread, once: autograd's threads begin without one, and a tensor descriptor
+    needs it before Triton, which opens it, launches."""
+    opened = THREAD.__dict__.setdefault("devices", set())
+    if device not in opened:
+        torch.zeros(1, device=device)
+        opened.add(device)
+
+
 class Prepared:
     """A call's inputs, and what `prepare_kernel` makes of them."""
 
     def __init__(self, q, k, v, f, b, A_log, dt_bias, cu_seqlens, lower_bound, scale, plan: Plan):
+        open_context(q.device)
         batch, tokens, heads, K = q.shape
         self.packed = cu_seqlens is not None
         self.documents = len(cu_seqlens) - 1 if self.packed else batch
