@@ -247,6 +247,30 @@ def test_recall_asks_for_what_it_told_and_is_the_same_everywhere(tmp_path, token
     assert len(train) > len(held) > 0
 
 
+def test_recall_is_scattered_over_another_text_of_which_nothing_is_lost(tmp_path, tokenizer):
+    path = tmp_path / "text.jsonl"
+    said = [f"Sentence {number} says little." for number in range(5000)]
+    path.write_text("".join(json.dumps({"text": " ".join(said[i : i + 10])}) + "\n" for i in range(0, 5000, 10)))
+    texts = list(documents(f"recall:{path}"))
+    assert texts == list(documents(f"recall:{path}"))
+    assert re.findall(r"Sentence \d+ says little\.", " ".join(texts)) == said
+    lengths = [text.count("Sentence") for text in texts]
+    assert min(lengths[:-1]) >= 4 and 100 < max(lengths) <= 1024
+    asked = 0
+    for text_ in texts:
+        # what is told once is said twice again behind it
+        for value in re.findall(r"(?:card of .+? bears the digits|signs as reader) (\d+)", text_):
+            assert text_.count(value) == 3 and text_.rindex(value) > text_.rindex("Sentence")
+            asked += 1
+    assert asked > 20
+    spec = DataSpec({f"recall:{path}": 0.5, str(path): 0.5}, None, str(tmp_path / "data"), max_tokens=50_000)
+    first, second = open_data(spec, "teacher", tokenizer, 1000)[0]
+    assert first.digest != second.digest
+    path.write_text(path.read_text() + json.dumps({"text": "more"}) + "\n")
+    with pytest.raises(ValueError, match=r"the text at recall:.* changed"):
+        open_data(spec, "teacher", tokenizer, 1000)
+
+
 def test_both_parts_appear_when_complete_or_neither_does(tmp_path, tokenizer):
     def broken():
         yield from (f"document {number}" for number in range(100))

@@ -284,6 +284,21 @@ def test_the_check_at_first_use_tells_right_kernels_from_wrong_ones(part, kernel
         assert not kernels.largest_error(part, 64, "cpu", torch.float32, 130) < kernels.TOLERANCE
 
 
+@pytest.mark.parametrize("part", ["backward", "layer"])
+def test_the_check_may_run_inside_a_layer_that_is_recomputed(part):
+    import deltify.ops.triton as kernels
+
+    left, x = [part], torch.randn(8, requires_grad=True)
+
+    def layer(x):
+        if left:  # at first use, and not when the layer is computed again
+            assert kernels.largest_error(left.pop(), 64, "cpu", torch.float32, 130) < 1e-5
+        return x.sin().square()
+
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert torch.allclose(x.grad, (2 * x).sin())
+
+
 def test_every_kernel_compiles_for_a_gpu_that_is_not_here():
     script = Path(__file__).parent / "compile_kernels.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
