@@ -34,8 +34,9 @@ LENGTH, HELDOUT = 2048, 131_072  # tokens of a held-out stretch, and of all of t
 OURS, HYBRID, ARCEE, RADLADS = "smollm2-135m-kda", "smollm2-135m-hybrid", "baselines/arcee", "baselines/radlads"
 # name: recipe, share of the tokens in each stage, overrides
 MATCH_ALL, WITH_ALIGN, WITH_EXTEND = {"match": 1.0}, {"align": 0.125, "match": 0.875}, {"match": 0.875, "extend": 0.125}
-# what the variants of our recipe differ from, but for "default" and those named after it: what the recipe has become
+# what the variants of our recipe differ from; those named "default" from the second, what it had become
 BASE: dict[str, object] = {"match.batch": 8, "match.lr_rest": 1e-4}
+BETTER: dict[str, object] = {"match.batch": 2, "match.lr_rest": 3e-4}
 MUON: dict[str, object] = {"match.optimizer": "muon"}
 DOUBLE: dict[str, object] = {"match.lr_mixers": 2e-3, "match.lr_rest": 6e-4}
 VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
@@ -97,8 +98,8 @@ RECALL = {name: 0.25 if "quarter" in name else 0.1 for name in VARIANTS if "reca
 def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     """The variant's recipe on the texts and tokens of the command line."""
     file, shares, changes = VARIANTS[name]
-    if file == OURS and not name.startswith("default"):
-        changes = BASE | changes
+    if file in (OURS, HYBRID):
+        changes = (BETTER if name.startswith(("default", "hybrid")) else BASE) | changes
     recipe = read_recipe(ROOT / "recipes" / f"{file}.yaml", [f"--{key}={value}" for key, value in changes.items()])
     stages = {
         stage: dataclasses.replace(recipe.stage(stage), tokens=int(options.tokens * shares.get(stage, 0)))

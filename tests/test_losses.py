@@ -25,7 +25,7 @@ def dense(student, head, teacher, t_head, labels, ce_weight, kind="forward", T=1
     rows = (kl(log_p, middle) + kl(log_q, middle)) / 2 if rows is None else rows
     said = (student @ head.t()).log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
     mask = torch.ones(len(rows), dtype=torch.bool) if mask is None else mask
-    kl, ce = rows[mask].mean(), -(said * (labels >= 0))[mask].mean()
+    kl, ce = rows[mask].mean(), -(said * (labels >= 0)).mean()
     return (1 - ce_weight) * T**2 * kl + ce_weight * ce, kl, ce
 
 

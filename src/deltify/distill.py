@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -467,19 +468,15 @@ def match_step(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, stag
     head = parallel.whole(teacher.model.lm_head.weight)
     labels = next_tokens(batch).flatten() if stage.ce_weight else None
     share = stage.ce_weight / (1 - stage.hidden_weight)
-    options = {"divergence": stage.divergence, "temperature": stage.temperature}
+    options: dict[str, Any] = {"divergence": stage.divergence, "temperature": stage.temperature}
     longest = teacher.config.max_position_embeddings
-    read_by_teacher = None if batch.input_ids.shape[1] <= longest else (batch.position_ids < longest).flatten()
+    if batch.input_ids.shape[1] > longest:  # behind the teacher's reach the text alone teaches
+        options["mask"] = (batch.position_ids < longest).flatten()
 
     def read(student: DeltifyForCausalLM) -> tuple[Tensor, ...]:
         hidden, *mine = layer_states(student, batch, **layers)
         heads = hidden, student.lm_head.weight, wanted, head
-        if read_by_teacher is None:
-            loss, kl, ce = linear_kl(*heads, labels=labels, ce_weight=share, **options)
-        else:  # behind the teacher's reach the text alone teaches
-            apart, kl, _ = linear_kl(*heads, mask=read_by_teacher, **options)
-            loss, _, ce = linear_kl(*heads, labels=labels, ce_weight=1.0)
-            loss = (1 - share) * apart + share * loss
+        loss, kl, ce = linear_kl(*heads, labels=labels, ce_weight=share, **options)
         if not layers:
             return loss, kl, ce
         inside = hidden_loss(mine, inner)

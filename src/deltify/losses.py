@@ -63,11 +63,11 @@ def linear_kl(
         divergence: forward, KL(teacher | student); reverse, KL(student | teacher); or jensen-shannon.
         temperature: that both models' logits are divided by before the divergence, whose gradient is multiplied by its
             square (Hinton et al., arXiv 1503.02531).
-        mask: [N] bool, the tokens that count; all, if absent.
+        mask: [N] bool, the tokens whose divergence counts; all, if absent. Their labels count everywhere.
 
     Returns:
         (loss, kl, ce): the loss (1 - ce_weight) temperature^2 kl + ce_weight ce, which carries gradients, and its
-        parts, in nats per token that counts (also where it has no label), float32. ce is 0 without labels.
+        parts, in nats per token (kl: that counts; ce: also where it has no label), float32. ce is 0 without labels.
 
     Raises:
         ValueError: for a divergence that is unknown.
@@ -115,8 +115,7 @@ class _LinearKL(torch.autograd.Function):
         d_hidden = torch.empty_like(student) if needs_hidden else None
         d_head = torch.zeros_like(student_head, dtype=work) if needs_head else None
         kl, ce = (torch.zeros((), dtype=work, device=student.device) for _ in range(2))
-        counts = None if mask is None else mask.to(work)
-        count = len(student) if counts is None else counts.sum().clamp(min=1)
+        counts = None if mask is None else mask.to(work) * (len(mask) / mask.sum().clamp(min=1))
         rows = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (4 * len(head)))
         with torch.autocast(device, enabled=False):
             for start in range(0, len(student), rows):
@@ -133,10 +132,10 @@ class _LinearKL(torch.autograd.Function):
                     d_hidden[part] = d @ head
                 if d is not None and d_head is not None:
                     add_product(d_head, d.t(), h[part])
-        kl, ce = kl / count, ce / count
+        kl, ce = kl / len(student), ce / len(student)
         for gradient in (d_hidden, d_head):
             if gradient is not None:
-                gradient /= count
+                gradient /= len(student)
         ctx.save_for_backward(d_hidden, None if d_head is None else d_head.to(student_head.dtype))
         return (1 - ce_weight) * temperature**2 * kl + ce_weight * ce, kl, ce
 
@@ -160,7 +159,7 @@ def gradients_of_rows(
     """Divergence and cross-entropy of each token, [N], and the gradient [N, W] of their sum with respect to s.
 
     Args:
-        counts: [N], 1 for tokens that count and 0 for others; 1 for all, if absent.
+        counts: [N], how much each token's divergence counts; 1, if absent.
         scales: of the two gradients, that of the divergence divided by temperature.
         wanted: dtype of the gradient; None for none. On a CPU it is computed all the same.
     """
@@ -173,14 +172,14 @@ def gradients_of_rows(
     log_q = plain.clone() if plain is not None and temperature == 1 else s_NW.log_softmax(-1)
     kl, d = divergence_rows(t_NW.log_softmax(-1), log_q, kind)
     ce, d = torch.zeros_like(kl), d.mul_(scales[0])
+    if counts is not None:
+        kl, d = kl * counts, d.mul_(counts[:, None])
     if labels is not None and plain is not None:
         known, target = labels >= 0, labels.clamp(min=0).unsqueeze(1)
         ce = torch.where(known, -plain.gather(1, target).squeeze(1), 0.0)
         if scales[1]:
             scale = known.to(d.dtype).mul_(scales[1]).unsqueeze(1)
             d.addcmul_(plain.exp_(), scale).scatter_add_(1, target, -scale)
-    if counts is not None:
-        kl, ce, d = kl * counts, ce * counts, d.mul_(counts[:, None])
     return kl, ce, None if wanted is None else d.to(wanted)
 
 

@@ -57,7 +57,7 @@ def divergence_kernel(
         label = tl.load(label_ptr + row)
         known = label >= 0
         said = tl.load(s_ptr + tl.maximum(label, 0)).to(tl.float32) * LOG2E
-        tl.store(ce_ptr + row, tl.where(known, (plain_norm - said) * LN2 * counts, 0.0))
+        tl.store(ce_ptr + row, tl.where(known, (plain_norm - said) * LN2, 0.0))
 
     total, own = 0.0, 0.0
     if KIND != FORWARD:
@@ -95,7 +95,7 @@ def divergence_kernel(
                 if LABELS:
                     at_label = (start + lanes == label).to(tl.float32)
                     ce = tl.exp2(s * LOG2E - plain_norm) - at_label
-                    d += tl.where(known, ce_scale * counts, 0.0) * ce
+                    d += tl.where(known, ce_scale, 0.0) * ce
                 tl.store(d_ptr + start + lanes, d.to(d_ptr.dtype.element_ty), mask=there)
         if KIND == FORWARD:
             total = tl.sum(sums, 0)
@@ -110,7 +110,7 @@ def divergence_rows(
     cross-entropy with respect to s, times temperature, in `d_NW`; rows of contiguous logits.
 
     Args:
-        counts: [N], 1 for tokens that count and 0 for others.
+        counts: [N], how much each token's divergence counts; 1, if absent.
     """
     N, W = t_NW.shape
     kl, ce = (torch.zeros(N, dtype=torch.float32, device=t_NW.device) for _ in range(2))
