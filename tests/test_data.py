@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -247,25 +248,28 @@ def test_recall_asks_for_what_it_told_and_is_the_same_everywhere(tmp_path, token
     assert len(train) > len(held) > 0
 
 
-def test_recall_is_scattered_over_another_text_of_which_nothing_is_lost(tmp_path, tokenizer):
+def test_recall_is_scattered_over_all_of_another_text_that_is_not_held_out(tmp_path, tokenizer):
     path = tmp_path / "text.jsonl"
     said = [f"Sentence {number} says little." for number in range(5000)]
-    path.write_text("".join(json.dumps({"text": " ".join(said[i : i + 10])}) + "\n" for i in range(0, 5000, 10)))
+    whole = [" ".join(said[i : i + 10]) for i in range(0, 5000, 10)]
+    path.write_text("".join(json.dumps({"text": text_}) + "\n" for text_ in whole))
     texts = list(documents(f"recall:{path}"))
     assert texts == list(documents(f"recall:{path}"))
-    assert re.findall(r"Sentence \d+ says little\.", " ".join(texts)) == said
-    lengths = [text.count("Sentence") for text in texts]
+    trained = " ".join(text_ for text_ in whole if not held_out(text_))
+    assert re.findall(r"Sentence \d+ says little\.", " ".join(texts)) == trained.replace(". ", ".\n").split("\n")
+    lengths = [text_.count("Sentence") for text_ in texts]
     assert min(lengths[:-1]) >= 4 and 100 < max(lengths) <= 1024
     asked = 0
-    for text_ in texts:
-        # what is told once is said twice again behind it
+    for text_ in texts:  # what is told once is said twice again behind it, the last time behind everything
         for value in re.findall(r"(?:card of .+? bears the digits|signs as reader) (\d+)", text_):
             assert text_.count(value) == 3 and text_.rindex(value) > text_.rindex("Sentence")
             asked += 1
     assert asked > 20
     spec = DataSpec({f"recall:{path}": 0.5, str(path): 0.5}, None, str(tmp_path / "data"), max_tokens=50_000)
-    first, second = open_data(spec, "teacher", tokenizer, 1000)[0]
-    assert first.digest != second.digest
+    trains, (held,) = open_data(spec, "teacher", tokenizer, 1000)  # the text alone judges
+    assert trains[0].digest != trains[1].digest and len(held)
+    with pytest.raises(ValueError, match="nothing is held out of recall:"):
+        open_data(replace(spec, train={f"recall:{path}": 1.0}), "teacher", tokenizer, 1000)
     path.write_text(path.read_text() + json.dumps({"text": "more"}) + "\n")
     with pytest.raises(ValueError, match=r"the text at recall:.* changed"):
         open_data(spec, "teacher", tokenizer, 1000)

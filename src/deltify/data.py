@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from . import recall
 from .config import DataSpec
 from .files import digest
-from .recall import RECALL
-from .text import BUILT_IN, documents, held_out, text_files
+from .text import BUILT_IN, documents, held_out, scattered_over, text_files
 
 HELDOUT_TOKENS = 2**16  # held out of a source even if fewer are asked for, so that most recipes share its token files
 PATIENCE = 1000  # documents in a row without a held-out one (chance 5e-23), after which a source must repeat itself
@@ -236,6 +236,8 @@ def open_data(
         heldout_tokens: that will judge; 65,536 or so are held out of each source at least, if it has them.
         heldout_length: tokens in a row of them, for sources of too few documents to hold out whole ones.
 
+    Of recall:SOURCE nothing is held out: its text is SOURCE's.
+
     Raises:
         ValueError: if a source has too little text, or changed since it was tokenized.
     """
@@ -248,13 +250,15 @@ def open_data(
     for source in spec.train:
         origin = origin_of(source)
         name, limits = short_name(origin["source"]), {"max_tokens": spec.max_tokens, "origin": origin}
-        if spec.heldout is None:
+        if spec.heldout is None and not scattered_over(source):
             limits |= {"heldout_tokens": room, "heldout_length": heldout_length}
             pair = tokenize_split(documents(source), tokenizer, folder / f"{name}-split{room}", **limits)
             train.append(pair[0])
             held.append(pair[1])
         else:
             train.append(tokenize(documents(source), tokenizer, folder / f"{name}-all", **limits))
+    if spec.heldout is None and not held:
+        raise ValueError(f"nothing is held out of {', '.join(spec.train)}; give data.heldout, a text that judges")
     if spec.heldout is not None:
         origin = origin_of(spec.heldout)
         here = folder / f"{short_name(origin['source'])}-first{room}"
@@ -267,11 +271,14 @@ def origin_of(source: str) -> dict:
 
     `files` is a hash of their names, sizes and times of change; None if there are none, or none any more.
     """
+    if source == recall.RECALL:
+        return {"source": source, "files": digest(Path(recall.__file__))[:16]}
     if source in BUILT_IN or source.startswith("hf:"):
         return {"source": source, "files": None}
-    if source.startswith(f"{RECALL}:"):
-        inner = origin_of(source.removeprefix(f"{RECALL}:"))
-        return inner | {"source": f"{RECALL}:{inner['source']}"}
+    if inner := scattered_over(source):
+        parts = [origin_of(part) for part in (recall.RECALL, inner)]
+        files = None if parts[1]["files"] is None else f"{parts[0]['files']} {parts[1]['files']}"
+        return {"source": f"{recall.RECALL}:{parts[1]['source']}", "files": files}
     path = Path(source).expanduser().resolve()
     if not path.exists():
         return {"source": str(path), "files": None}

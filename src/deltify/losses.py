@@ -67,7 +67,8 @@ def linear_kl(
 
     Returns:
         (loss, kl, ce): the loss (1 - ce_weight) temperature^2 kl + ce_weight ce, which carries gradients, and its
-        parts, in nats per token (kl: that counts; ce: also where it has no label), float32. ce is 0 without labels.
+        parts, in nats per token, float32: kl over the tokens of the mask, ce over all N, where those without a label
+        add nothing.
 
     Raises:
         ValueError: for a divergence that is unknown.
@@ -115,17 +116,19 @@ class _LinearKL(torch.autograd.Function):
         d_hidden = torch.empty_like(student) if needs_hidden else None
         d_head = torch.zeros_like(student_head, dtype=work) if needs_head else None
         kl, ce = (torch.zeros((), dtype=work, device=student.device) for _ in range(2))
-        counts = None if mask is None else mask.to(work) * (len(mask) / mask.sum().clamp(min=1))
+        weights = None if mask is None else mask.to(work)
+        if weights is not None:
+            weights *= len(weights) / weights.sum().clamp(min=1)
         rows = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (4 * len(head)))
         with torch.autocast(device, enabled=False):
             for start in range(0, len(student), rows):
                 part = slice(start, start + rows)
-                known, counted = (None if x is None else x[part] for x in (labels, counts))
+                known, weighed = (None if x is None else x[part] for x in (labels, weights))
                 scales = (1 - ce_weight) * temperature, ce_weight
                 logits = products(t[part], t_head, work), products(h[part], head, work)
                 wanted = product if needs_hidden or needs_head else None
                 kl_rows, ce_rows, d = gradients_of_rows(
-                    *logits, known, counted, divergence, temperature, scales, wanted
+                    *logits, known, weighed, divergence, temperature, scales, wanted
                 )
                 kl, ce = kl + kl_rows.sum(), ce + ce_rows.sum()
                 if d is not None and d_hidden is not None:
@@ -150,7 +153,7 @@ def gradients_of_rows(
     t_NW: Tensor,
     s_NW: Tensor,
     labels: Tensor | None,
-    counts: Tensor | None,
+    weights: Tensor | None,
     kind: str,
     temperature: float,
     scales: tuple[float, float],
@@ -159,21 +162,21 @@ def gradients_of_rows(
     """Divergence and cross-entropy of each token, [N], and the gradient [N, W] of their sum with respect to s.
 
     Args:
-        counts: [N], how much each token's divergence counts; 1, if absent.
+        weights: [N], of each token's divergence; 1, if absent.
         scales: of the two gradients, that of the divergence divided by temperature.
         wanted: dtype of the gradient; None for none. On a CPU it is computed all the same.
     """
     if t_NW.is_cuda and t_NW.dtype == torch.float32 and (kernels := loss_kernels()) is not None:
         d = None if wanted is None else torch.empty(t_NW.shape, dtype=wanted, device=t_NW.device)
-        return *kernels.divergence_rows(t_NW, s_NW, labels, counts, d, kind, temperature, *scales), d
+        return *kernels.divergence_rows(t_NW, s_NW, labels, weights, d, kind, temperature, *scales), d
     plain = s_NW.log_softmax(-1) if labels is not None else None
     if temperature != 1:
         t_NW, s_NW = t_NW / temperature, s_NW / temperature
     log_q = plain.clone() if plain is not None and temperature == 1 else s_NW.log_softmax(-1)
     kl, d = divergence_rows(t_NW.log_softmax(-1), log_q, kind)
     ce, d = torch.zeros_like(kl), d.mul_(scales[0])
-    if counts is not None:
-        kl, d = kl * counts, d.mul_(counts[:, None])
+    if weights is not None:
+        kl, d = kl * weights, d.mul_(weights[:, None])
     if labels is not None and plain is not None:
         known, target = labels >= 0, labels.clamp(min=0).unsqueeze(1)
         ce = torch.where(known, -plain.gather(1, target).squeeze(1), 0.0)

@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from .stopping import Stopped
+
 T = TypeVar("T")
 
 
@@ -53,7 +55,11 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    yield device
+    try:
+        yield device
+    except Stopped:  # which all ranks raise
+        dist.destroy_process_group()
+        raise
     dist.destroy_process_group()  # not after an error: others may wait for this rank, and this call for them
 
 

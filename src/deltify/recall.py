@@ -2,7 +2,7 @@
 
 They share neither sentences nor kind of key with the needle tasks (`haystack.py`): keys are made-up names. What lies
 between a fact and its question are other facts, and, if there is another text to take them from, passages of that: a
-fact then has to outlast up to some thousand words that say nothing of it.
+fact then has to outlast up to 1,024 sentences that say nothing of it.
 """
 
 import random
@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 RECALL = "recall"
-COUNT = 10_000  # documents, about 7M of SmolLM2's tokens
+COUNT = 10_000  # documents, 7M of SmolLM2's tokens or so
+SHORTEST, LONGEST = 4, 1024  # sentences of a scattered document
 SYLLABLES = (
     "ba bel dor dra fen gar hol jor kal kes lin lum mar mel nor pra qui ra ris sel tam tor ven wyn yar zo".split()
 )
@@ -62,20 +63,25 @@ def name(random: random.Random) -> str:
     return "".join(random.choice(SYLLABLES) for _ in range(random.choice((2, 2, 3)))).capitalize()
 
 
-def recall_documents(passages: Iterable[str] | None = None, seed: int = 0) -> Iterator[str]:
-    """`COUNT` documents of 4 to 96 facts, each asked for once or twice behind them, in another order; the same on any
-    machine.
+def recall_documents(seed: int = 0) -> Iterator[str]:
+    """`COUNT` documents of 4 to 93 facts, each asked for once or twice behind them, in another order; the same on any
+    machine."""
+    for number in range(COUNT):
+        yield recall_document(random.Random(f"{seed}:{number}"))
 
-    With `passages`, the documents of a text, instead all of it, cut anew into documents of 4 to 1,024 sentences with
-    facts and questions between them. Each doubling of that length gets as many of the sentences as the next.
+
+def scattered_documents(passages: Iterable[str], seed: int = 0) -> Iterator[str]:
+    """All sentences of a text in their order, with facts and questions between them, cut anew into documents.
+
+    The documents have 4 to 1,024 sentences, whatever theirs were, and each doubling of that length gets as many of the
+    sentences as the next: whoever reads shorter rows finds questions whose answers were cut off. What is told depends
+    on the sentence that begins a document, so that two texts tell two things.
     """
-    if passages is None:
-        yield from (recall_document(random.Random(f"{seed}:{number}")) for number in range(COUNT))
-        return
-    generator = random.Random(seed)
     sentences = (sentence for passage in passages for sentence in SENTENCE_END.split(passage))
-    while taken := list(islice(sentences, int(1 / (1 / 4 - generator.random() * (1 / 4 - 1 / 1024))))):
-        yield spread_document(generator, taken)
+    for first in sentences:
+        generator = random.Random(f"{seed}:{first}")
+        size = int(1 / (1 / SHORTEST - generator.random() * (1 / SHORTEST - 1 / LONGEST)))
+        yield scattered_document(generator, [first, *islice(sentences, size - 1)])
 
 
 def recall_document(random: random.Random) -> str:
@@ -88,7 +94,7 @@ def recall_document(random: random.Random) -> str:
     return between.join(told) + f"\n\n{random.choice(BREAKS)}\n\n" + between.join(asked)
 
 
-def spread_document(random: random.Random, sentences: list[str]) -> str:
+def scattered_document(random: random.Random, sentences: list[str]) -> str:
     """Facts among the sentences, each asked for twice behind it: after a stretch whose length is drawn evenly on a
     logarithmic scale, and at the end."""
     size = len(sentences)

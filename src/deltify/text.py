@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from .recall import RECALL, recall_documents
+from .recall import RECALL, recall_documents, scattered_documents
 
 PYTHON_DOCS = "python-docs"
 BUILT_IN = (PYTHON_DOCS, RECALL)
@@ -24,20 +24,25 @@ def documents(source: str) -> Iterator[str]:
         source: a text file (one document), a .jsonl[.gz|.zst] file (the field `text` of each line), a folder of such
             files, `python-docs` (CPython's own manual topics and the standard library's docstrings, 1.7 MB that every
             machine has), `recall` (synthetic documents that ask for what they said before, see recall.py),
-            `recall:SOURCE` (the same, scattered over the documents of another source), or `hf:NAME[:CONFIG][:SPLIT]`, a
-            dataset of the Hugging Face hub, streamed.
+            `recall:SOURCE` (such text scattered over another source, but for its documents that are held out), or
+            `hf:NAME[:CONFIG][:SPLIT]`, a dataset of the Hugging Face hub, streamed.
     """
     if source == PYTHON_DOCS:
         yield from python_docs()
     elif source == RECALL:
         yield from recall_documents()
-    elif source.startswith(f"{RECALL}:"):
-        yield from recall_documents(documents(source.removeprefix(f"{RECALL}:")))
+    elif inner := scattered_over(source):
+        yield from scattered_documents(text for text in documents(inner) if not held_out(text))
     elif source.startswith("hf:"):
         yield from hub_documents(source)
     else:
         for file in text_files(source):
             yield from file_documents(file)
+
+
+def scattered_over(source: str) -> str | None:
+    """The SOURCE of a `recall:SOURCE`."""
+    return source.removeprefix(f"{RECALL}:") if source.startswith(f"{RECALL}:") else None
 
 
 def text_files(source: str) -> list[Path]:
@@ -50,7 +55,8 @@ def text_files(source: str) -> list[Path]:
     path, known = Path(source).expanduser(), ", ".join(TEXT_SUFFIXES)
     if not path.exists():
         raise FileNotFoundError(
-            f"there is no text at {source!r}; give a file ({known}), a folder, {PYTHON_DOCS!r}, {RECALL!r} or hf:NAME"
+            f"there is no text at {source!r}; give a file ({known}), a folder, {PYTHON_DOCS!r}, {RECALL!r}, "
+            f"{RECALL}:SOURCE or hf:NAME"
         )
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in files if file.name.endswith(TEXT_SUFFIXES) and file.is_file()]

@@ -23,14 +23,14 @@ def log2_mean(p, q):
 
 @triton.jit
 def divergence_kernel(
-    t_ptr, s_ptr, label_ptr, counts_ptr, kl_ptr, ce_ptr, d_ptr, words, per_degree, kl_scale, ce_scale,
-    KIND: tl.constexpr, BLOCK: tl.constexpr, LABELS: tl.constexpr, COUNTS: tl.constexpr, GRADIENT: tl.constexpr,
+    t_ptr, s_ptr, label_ptr, weights_ptr, kl_ptr, ce_ptr, d_ptr, words, per_degree, kl_scale, ce_scale,
+    KIND: tl.constexpr, BLOCK: tl.constexpr, LABELS: tl.constexpr, WEIGHTS: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """One program per token. Exponents are base 2; `per_degree` is 1 / temperature."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     t_ptr, s_ptr, d_ptr = t_ptr + row * words, s_ptr + row * words, d_ptr + row * words
-    counts = tl.load(counts_ptr + row).to(tl.float32) if COUNTS else 1.0
+    weight = tl.load(weights_ptr + row).to(tl.float32) if WEIGHTS else 1.0
     slope = per_degree * LOG2E
     # each lane keeps the largest logit it has seen, and the sum of exponentials relative to it
     t_top, s_top = tl.full([BLOCK], -1e30, tl.float32), tl.full([BLOCK], -1e30, tl.float32)
@@ -91,7 +91,7 @@ def divergence_kernel(
             else:
                 d = q * (0.5 * (log_q - log2_mean(p, q)) - own) * LN2
             if GRADIENT:
-                d *= kl_scale * counts
+                d *= kl_scale * weight
                 if LABELS:
                     at_label = (start + lanes == label).to(tl.float32)
                     ce = tl.exp2(s * LOG2E - plain_norm) - at_label
@@ -99,24 +99,24 @@ def divergence_kernel(
                 tl.store(d_ptr + start + lanes, d.to(d_ptr.dtype.element_ty), mask=there)
         if KIND == FORWARD:
             total = tl.sum(sums, 0)
-    tl.store(kl_ptr + row, total * LN2 * counts)
+    tl.store(kl_ptr + row, total * LN2 * weight)
 
 
 def divergence_rows(
-    t_NW: Tensor, s_NW: Tensor, labels: Tensor | None, counts: Tensor | None, d_NW: Tensor | None,
+    t_NW: Tensor, s_NW: Tensor, labels: Tensor | None, weights: Tensor | None, d_NW: Tensor | None,
     kind: str, temperature: float, kl_scale: float, ce_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Divergence and cross-entropy of each token, [N] float32, and the gradient of kl_scale * divergence + ce_scale *
     cross-entropy with respect to s, times temperature, in `d_NW`; rows of contiguous logits.
 
     Args:
-        counts: [N], how much each token's divergence counts; 1, if absent.
+        weights: [N], of each token's divergence; 1, if absent.
     """
     N, W = t_NW.shape
     kl, ce = (torch.zeros(N, dtype=torch.float32, device=t_NW.device) for _ in range(2))
     divergence_kernel[(N,)](
-        t_NW, s_NW, labels, counts, kl, ce, s_NW if d_NW is None else d_NW, W, 1 / temperature, kl_scale,
+        t_NW, s_NW, labels, weights, kl, ce, s_NW if d_NW is None else d_NW, W, 1 / temperature, kl_scale,
         ce_scale, KIND=KINDS[kind], BLOCK=min(BLOCK, triton.next_power_of_2(W)),
-        LABELS=labels is not None, COUNTS=counts is not None, GRADIENT=d_NW is not None, num_warps=8,
+        LABELS=labels is not None, WEIGHTS=weights is not None, GRADIENT=d_NW is not None, num_warps=8,
     )  # fmt: skip
     return kl, ce

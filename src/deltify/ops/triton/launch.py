@@ -14,7 +14,6 @@ from .scan import combine_kernel, reverse_kernel, scan_kernel
 from .tiles import CHUNK, gate_dtype, make_tables
 
 C = CHUNK.value
-THREAD = threading.local()
 BV, COMBINE_BV = 64, 16  # value columns of a program of the scan, which four warps hold, and of combine
 
 
@@ -28,13 +27,20 @@ class Plan:
     channels: int = 64  # of a slice, in prepare and finish; Triton 3.6 computes slices of 32 and 16 wrong on Hopper
 
 
+class Opened(threading.local):
+    def __init__(self):
+        self.devices: set[torch.device] = set()
+
+
+OPENED = Opened()
+
+
 def open_context(device: torch.device) -> None:
-    """Makes the GPU's context that of this thread, once: autograd's threads begin without one, and a tensor descriptor
-    needs it before Triton, which opens it, launches."""
-    opened = THREAD.__dict__.setdefault("devices", set())
-    if device not in opened:
+    """Gives this thread the GPU's context, once. Autograd's threads begin without one, which a tensor descriptor needs;
+    Triton would open it at its first launch."""
+    if device not in OPENED.devices:
         torch.zeros(1, device=device)
-        opened.add(device)
+        OPENED.devices.add(device)
 
 
 class Prepared:
