@@ -91,7 +91,8 @@ def write(name: str, rows: list[dict]) -> None:
 
 
 def keep(name: str, rows: list[dict]) -> None:
-    """Writes results/NAME.json; long benchmarks do so after each case."""
+    """Puts rows into results/NAME.json, in place of those of the same case, metric, peer and device; long benchmarks do
+    so after each case. What was measured on another device or at another commit says so in its row."""
     try:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
@@ -100,6 +101,18 @@ def keep(name: str, rows: list[dict]) -> None:
     for package in ("torch", "transformers", "triton", "fla-core"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    result = {"device": device_name(), "versions": versions, "commit": commit, "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    here = {"device": device_name(), "versions": versions, "commit": commit}
+    path = RESULTS / f"{name}.json"
+    before = json.loads(path.read_text()) if path.exists() else here | {"rows": []}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(here | {"rows": merged(rows, before, here)}, indent=1) + "\n")
+
+
+def merged(rows: list[dict], before: dict, here: dict) -> list[dict]:
+    """New rows, and behind them those of a result that they do not replace."""
+    where = {key: before[key] for key in ("device", "versions", "commit")}
+    old = [where | row for row in before["rows"]]
+    key = lambda row: (row["case"], row["metric"], row["peer_name"], row["device"])
+    new = {key(here | row) for row in rows}
+    kept = [row for row in old if key(row) not in new]
+    return rows + [{name: value for name, value in row.items() if here.get(name) != value} for row in kept]

@@ -191,12 +191,11 @@ def distillkit_rates(shape: str, name: str, rows: int, length: int) -> tuple[flo
     hidden states; otherwise all weights, by cross-entropy and KL."""
     config, cls = SHAPES[shape]
     config._attn_implementation = "sdpa"
-    torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        teacher, student = freeze(cls(config)), cls(config)
+        teacher, student = freeze(cls(config)).bfloat16(), cls(config)
         for index, layer in enumerate(student.model.layers):
             layer.self_attn = FlaMixer(config.hidden_size, config.num_attention_heads, config.head_dim, index)
-    torch.set_default_dtype(torch.float32)
+    student.bfloat16()
     if name == "align":
         student.requires_grad_(False)
         for layer in student.model.layers:
@@ -227,12 +226,17 @@ def distillkit_rates(shape: str, name: str, rows: int, length: int) -> tuple[flo
     return rows * length / seconds, peak
 
 
+def product_rate(size: int = 8192) -> float:
+    """TFLOP/s of a product of two random matrices."""
+    factor = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    return 2 * size**3 / 1e12 / eager_seconds(lambda: factor @ factor)
+
+
 def step_rows(shape: str, name: str, count: int, length: int, options: dict) -> list[dict]:
     case = f"{name}/{shape}/B{count}-T{length}"
     torch.cuda.empty_cache()
     rate, peak, flops = step_rates(shape, name, count, length, options)
-    product = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    reached, possible = rate * flops / 1e12, 2 * 8192**3 / 1e12 / eager_seconds(lambda: product @ product)
+    reached, possible = rate * flops / 1e12, product_rate()
     print(f"{case}: {rate:,.0f} tokens/s, {peak:.1f} GiB, {reached:.0f} of {possible:.0f} TFLOP/s", flush=True)
     peer, theirs = "", (None, None)
     if KimiDeltaAttention and shape == "afm-4.5b":

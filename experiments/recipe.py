@@ -79,20 +79,16 @@ VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     ),
     "default-start-library": (OURS, WITH_ALIGN, {"student.start": "library"}),
     "default-constant": (OURS, WITH_ALIGN, {"student.start": "calibrated-constant"}),
-    "default-recall": (OURS, WITH_ALIGN, {}),
     "default-recall-quarter": (OURS, WITH_ALIGN, {}),
-    "default-recall-quarter-ce": (OURS, WITH_ALIGN, {"match.ce_weight": 0.2}),
     "default-muon-double-recall-quarter": (OURS, WITH_ALIGN, MUON | DOUBLE),
-    "default-constant-muon-double": (OURS, WITH_ALIGN, MUON | DOUBLE | {"student.start": "calibrated-constant"}),
-    "default-constant-batch-1": (OURS, WITH_ALIGN, {"match.batch": 1, "student.start": "calibrated-constant"}),
     "default-recall-quarter-batch-4": (OURS, WITH_ALIGN, {"match.batch": 4}),
     "hybrid": (HYBRID, WITH_ALIGN, {}),
     "hybrid-recall-quarter-batch-4": (HYBRID, WITH_ALIGN, {"match.batch": 4}),
     "arcee-recall-quarter-batch-4": (ARCEE, WITH_EXTEND, {"match.batch": 4, "extend.batch": 4}),
 }
 
-# share of synthetic text that asks for what it told, scattered over the first of the texts
-RECALL = {name: 0.25 if "quarter" in name else 0.1 for name in VARIANTS if "recall" in name}
+# of synthetic text that asks for what it told, scattered over the first of the texts
+RECALL = {name: 0.25 for name in VARIANTS if "recall-quarter" in name}
 
 
 def make_recipe(name: str, options: argparse.Namespace) -> Recipe:

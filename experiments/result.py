@@ -5,9 +5,9 @@
     python experiments/result.py --text TEXT --out runs/result measure kda-only-40M arcee hybrid kda-only
     python experiments/result.py --text TEXT --out runs/result report
 
-train: rows of 2,048 tokens, by experiments/recipe.py; 40M of them, and of Arcee's recipe 54M. long: these go on, 10M in
-rows of 8,192, then 4M in rows of 16,384, past what the teacher can read, with cross-entropy in the loss. A quarter of
-the text asks for what it told (deltify/recall.py). TEXT is a folder with train/ and eval/.
+train: 40M tokens in rows of 2,048, by experiments/recipe.py, and 54M of Arcee's recipe. long: these go on, 10M tokens
+in rows of 8,192, then 4M in rows of 16,384, past what the teacher can read, with cross-entropy in the loss. A quarter
+of the text asks for what it told (deltify/recall.py). TEXT is a folder with train/ and eval/.
 What is done is not done again and what was stopped goes on; each model, and each part of `measure`, can have a process
 of its own. Needs a GPU.
 """
@@ -27,6 +27,7 @@ from deltify.report import combine
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ("openstax", "changelog", "gutenberg-0")
+LONG_SHARES, RECALL = (0.2, 0.3, 0.5), 0.25  # of the texts in long rows, books before all; of recall text beside them
 # model: variant of experiments/recipe.py, millions of tokens
 SHORT = {
     "kda-only-40M": ("default-recall-quarter-batch-4", 40),
@@ -36,7 +37,7 @@ SHORT = {
 # model: the model that it goes on from, and its recipe
 LONG = {"kda-only": ("kda-only-40M", "smollm2-135m-kda"), "hybrid": ("hybrid-40M", "smollm2-135m-hybrid")}
 # what follows rows of 2,048: millions of tokens, length, rows a step, rates of mixers and rest, share of cross-entropy
-STAGES = (("-8k", 10, 8192, 2, 5e-4, 1.5e-4, 0.0), ("", 4, 16384, 1, 2e-4, 6e-5, 0.1))
+STAGES = (("-8k", 10, 8192, 2, 3e-4, 1e-4, 0.0), ("", 4, 16384, 1, 1e-4, 3e-5, 0.1))
 CHOICES = {
     "hellaswag": (("hellaswag",), None),
     "arc": (("arc_easy", "arc_challenge", "piqa"), None),
@@ -75,7 +76,7 @@ def train(model: str, options: argparse.Namespace) -> None:
 def long(model: str, options: argparse.Namespace) -> None:
     start, recipe = LONG[model]
     texts = [str(options.text / "train" / f"{name}.jsonl.zst") for name in TRAIN]
-    weights = dict(zip([*texts, f"recall:{texts[0]}"], (0.15, 0.225, 0.375, 0.25)))
+    weights = {text: share * (1 - RECALL) for text, share in zip(texts, LONG_SHARES)} | {f"recall:{texts[0]}": RECALL}
     for suffix, millions, length, batch, mixers, rest, ce in STAGES:
         fields = {
             "name": model + suffix, "output": options.out, "student.start": options.out / start,

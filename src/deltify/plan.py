@@ -6,6 +6,7 @@ Legend: B batch, T tokens, D model width, H heads, K head width, W vocabulary.
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from .training import choose_trained, recomputes
 # bfloat16 matrix products per second of an 8192^3 product, measured on random data
 GPUS = {"h100": 780e12, "h200": 717e12}
 # share of that rate which a step's products reach, at SmolLM2-135M's width, beside what a layer takes for any number of
-# rows; it grows with the width. All three fitted to eleven kinds of steps there, and to align at 2,560
+# rows; it grows with the width. All three fitted to eleven kinds of steps there, and to align at 2,560, within a fifth
 SHARE, SHARE_WIDTH, SHARE_POWER = 0.24, 576, 0.4
 ATTENTION = 1.6  # how much longer than others the products inside attention take
 LAYER_SECONDS = 1.1e-3  # of a layer and micro-batch, whose small kernels do not fill the chip
@@ -145,10 +146,18 @@ def plan_stage(
 
 def product_flops(name: str, stage: Stage, teacher: Teacher, student: nn.Module) -> int:
     """Of the products with weights, for a token, both models and what is computed again included."""
-    trained = sum(p.numel() for group in choose_trained(student, stage, name).values() for p in group)
-    frozen = 0 if name == "align" else count(student) - trained  # which a gradient goes through
-    again = 2 * (trained + frozen) if recomputes(stage, name) else 0
-    return 2 * count(teacher.model) + 6 * trained + 4 * frozen + again
+    trained = {id(p) for group in choose_trained(student, stage, name).values() for p in group}
+    mixers = sum(p.numel() for p in student.parameters() if id(p) in trained)
+    if name == "align":  # the teacher's layers alone, and the mixers beside them
+        return 2 * count(teacher.model.model.layers) + 6 * mixers
+    flops = 2 * multiplied(teacher.model, lambda p: True) + 4 * multiplied(student, lambda p: True)
+    flops += 2 * multiplied(student, lambda p: id(p) in trained)
+    return flops + (2 * multiplied(student, lambda p: True) if recomputes(stage, name) else 0)
+
+
+def multiplied(model: nn.Module, chosen: Callable[[nn.Parameter], bool]) -> int:
+    """The chosen parameters of layers and head: embeddings are looked up, not multiplied with."""
+    return sum(p.numel() for part in (model.model.layers, model.lm_head) for p in part.parameters() if chosen(p))
 
 
 def attention_flops(student: nn.Module, length: int, name: str) -> float:
