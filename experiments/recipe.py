@@ -88,7 +88,7 @@ VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
 }
 
 # of synthetic text that asks for what it told, scattered over the first of the texts
-RECALL = {name: 0.25 for name in VARIANTS if "recall-quarter" in name}
+RECALL = 0.25
 
 
 def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
@@ -102,10 +102,10 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
         for stage in STAGES
     }
     weights = dict(zip(options.train, options.weights or [1.0] * len(options.train)))
-    if recall := RECALL.get(name):
+    if "recall-quarter" in name:
         whole = sum(weights.values())
-        weights = {text: weight * (1 - recall) / whole for text, weight in weights.items()} | {
-            f"recall:{options.train[0]}": recall
+        weights = {text: weight * (1 - RECALL) / whole for text, weight in weights.items()} | {
+            f"recall:{options.train[0]}": RECALL
         }
     data = dataclasses.replace(
         recipe.data, train=weights, heldout=options.heldout, folder=options.data, max_tokens=None

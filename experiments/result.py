@@ -19,6 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from recipe import RECALL
+
 from deltify import evaluate, report
 from deltify.config import read_recipe
 from deltify.distill import distill
@@ -27,7 +29,7 @@ from deltify.report import combine
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ("openstax", "changelog", "gutenberg-0")
-LONG_SHARES, RECALL = (0.2, 0.3, 0.5), 0.25  # of the texts in long rows, books before all; of recall text beside them
+LONG_SHARES = (0.2, 0.3, 0.5)  # of the texts in long rows, books before all
 # model: variant of experiments/recipe.py, millions of tokens
 SHORT = {
     "kda-only-40M": ("default-recall-quarter-batch-4", 40),

@@ -41,7 +41,7 @@ def test_memory_and_speed_of_the_shapes_that_were_measured():
     assert 8 * 2048 / match.seconds == pytest.approx(108_590, rel=0.2)
     align = plan_stage("align", Stage(2**30, 512, 32), teacher, student, "h100", 1)
     assert align.total / 2**30 == pytest.approx(1.6, rel=0.1)
-    assert 32 * 512 / align.seconds == pytest.approx(167_486, rel=0.25)
+    assert 32 * 512 / align.seconds == pytest.approx(167_486, rel=0.2)
     for rows, rate in ((2, 69_670), (4, 96_522)):
         match = plan_stage("match", Stage(2**30, 2048, rows), teacher, student, "h200", 1)
         assert rows * 2048 / match.seconds == pytest.approx(rate, rel=0.2)

@@ -6,7 +6,6 @@ Legend: B batch, T tokens, D model width, H heads, K head width, W vocabulary.
 """
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +25,9 @@ from .training import choose_trained, recomputes
 GPUS = {"h100": 780e12, "h200": 717e12}
 # share of that rate which a step's products reach, at SmolLM2-135M's width, beside what a layer takes for any number of
 # rows; it grows with the width. All three fitted to eleven kinds of steps there, and to align at 2,560, within a fifth
-SHARE, SHARE_WIDTH, SHARE_POWER = 0.24, 576, 0.4
-ATTENTION = 1.6  # how much longer than others the products inside attention take
-LAYER_SECONDS = 1.1e-3  # of a layer and micro-batch, whose small kernels do not fill the chip
+SHARE, SHARE_WIDTH, SHARE_POWER = 0.23, 576, 0.4
+ATTENTION = 1.3  # how much longer than others the products inside attention take
+LAYER_SECONDS = 1.15e-3  # of a layer and micro-batch, whose small kernels do not fill the chip
 HOST_SECONDS = 8.5e-3  # of Python and launches for the same, where it is not replayed as a CUDA graph
 PART = 2**18  # token-heads that the operator's backward works on at a time
 
@@ -146,18 +145,19 @@ def plan_stage(
 
 def product_flops(name: str, stage: Stage, teacher: Teacher, student: nn.Module) -> int:
     """Of the products with weights, for a token, both models and what is computed again included."""
-    trained = {id(p) for group in choose_trained(student, stage, name).values() for p in group}
-    mixers = sum(p.numel() for p in student.parameters() if id(p) in trained)
+    groups = choose_trained(student, stage, name)
     if name == "align":  # the teacher's layers alone, and the mixers beside them
-        return 2 * count(teacher.model.model.layers) + 6 * mixers
-    flops = 2 * multiplied(teacher.model, lambda p: True) + 4 * multiplied(student, lambda p: True)
-    flops += 2 * multiplied(student, lambda p: id(p) in trained)
-    return flops + (2 * multiplied(student, lambda p: True) if recomputes(stage, name) else 0)
+        return 2 * count(teacher.model.model.layers) + 6 * sum(p.numel() for p in groups["mixers"])
+    trained = {id(p) for group in groups.values() for p in group}
+    weights = multiplied(student)
+    forward, learnt = sum(p.numel() for p in weights), sum(p.numel() for p in weights if id(p) in trained)
+    passes = 3 if recomputes(stage, name) else 2  # forward, backward through all, and forward again
+    return 2 * (sum(p.numel() for p in multiplied(teacher.model)) + passes * forward + learnt)
 
 
-def multiplied(model: nn.Module, chosen: Callable[[nn.Parameter], bool]) -> int:
-    """The chosen parameters of layers and head: embeddings are looked up, not multiplied with."""
-    return sum(p.numel() for part in (model.model.layers, model.lm_head) for p in part.parameters() if chosen(p))
+def multiplied(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of layers and head: embeddings are looked up, not multiplied with."""
+    return [p for part in (model.model.layers, model.lm_head) for p in part.parameters()]
 
 
 def attention_flops(student: nn.Module, length: int, name: str) -> float:
