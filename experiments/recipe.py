@@ -39,6 +39,7 @@ BASE: dict[str, object] = {"match.batch": 8, "match.lr_rest": 1e-4}
 BETTER: dict[str, object] = {"match.batch": 2, "match.lr_rest": 3e-4}
 MUON: dict[str, object] = {"match.optimizer": "muon"}
 DOUBLE: dict[str, object] = {"match.lr_mixers": 2e-3, "match.lr_rest": 6e-4}
+LONG: dict[str, object] = {"match.length": 8192, "match.batch": 1}  # as many tokens a step as 4 rows of 2,048
 VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "base": (OURS, WITH_ALIGN, {}),
     "default": (OURS, WITH_ALIGN, {}),
@@ -82,13 +83,21 @@ VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "default-recall-quarter": (OURS, WITH_ALIGN, {}),
     "default-muon-double-recall-quarter": (OURS, WITH_ALIGN, MUON | DOUBLE),
     "default-recall-quarter-batch-4": (OURS, WITH_ALIGN, {"match.batch": 4}),
+    "default-recall-quarter-batch-4-calibration-2048": (
+        OURS,
+        WITH_ALIGN,
+        {"match.batch": 4, "student.calibration_length": 2048},
+    ),
+    "default-recall-quarter-long": (OURS, WITH_ALIGN, LONG),
+    "default-recall-half-long": (OURS, WITH_ALIGN, LONG),
+    "default-double-recall-quarter-long": (OURS, WITH_ALIGN, DOUBLE | LONG),
     "hybrid": (HYBRID, WITH_ALIGN, {}),
     "hybrid-recall-quarter-batch-4": (HYBRID, WITH_ALIGN, {"match.batch": 4}),
     "arcee-recall-quarter-batch-4": (ARCEE, WITH_EXTEND, {"match.batch": 4, "extend.batch": 4}),
 }
 
-# of synthetic text that asks for what it told, scattered over the first of the texts
-RECALL = 0.25
+# of synthetic text that asks for what it told, scattered over the first of the texts, by a part of the variant's name
+RECALL = {"recall-quarter": 0.25, "recall-half": 0.5}
 
 
 def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
@@ -102,11 +111,11 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
         for stage in STAGES
     }
     weights = dict(zip(options.train, options.weights or [1.0] * len(options.train)))
-    if "recall-quarter" in name:
-        whole = sum(weights.values())
-        weights = {text: weight * (1 - RECALL) / whole for text, weight in weights.items()} | {
-            f"recall:{options.train[0]}": RECALL
-        }
+    for part, share in RECALL.items():
+        if part in name:
+            whole = sum(weights.values())
+            weights = {text: weight * (1 - share) / whole for text, weight in weights.items()}
+            weights[f"recall:{options.train[0]}"] = share
     data = dataclasses.replace(
         recipe.data, train=weights, heldout=options.heldout, folder=options.data, max_tokens=None
     )

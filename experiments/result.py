@@ -1,11 +1,11 @@
 """The tables of docs/results.md: SmolLM2-135M-Instruct to KDA-only and hybrid students, and Arcee's recipe beside them.
 
-    python experiments/result.py --text TEXT --out runs/result train kda-only-40M hybrid-40M arcee
+    python experiments/result.py --text TEXT --out runs/result train kda-only-34M hybrid-34M arcee
     python experiments/result.py --text TEXT --out runs/result long kda-only hybrid
-    python experiments/result.py --text TEXT --out runs/result measure kda-only-40M arcee hybrid kda-only
+    python experiments/result.py --text TEXT --out runs/result measure kda-only-34M arcee hybrid kda-only
     python experiments/result.py --text TEXT --out runs/result report
 
-train: 40M tokens in rows of 2,048, by experiments/recipe.py, and 54M of Arcee's recipe. long: these go on, 10M tokens
+train: 34M tokens in rows of 2,048, by experiments/recipe.py, and 48M of Arcee's recipe. long: these go on, 10M tokens
 in rows of 8,192, then 4M in rows of 16,384, past what the teacher can read, with cross-entropy in the loss. A quarter
 of the text asks for what it told (deltify/recall.py). TEXT is a folder with train/ and eval/.
 What is done is not done again and what was stopped goes on; each model, and each part of `measure`, can have a process
@@ -32,14 +32,14 @@ TRAIN = ("openstax", "changelog", "gutenberg-0")
 LONG_SHARES = (0.2, 0.3, 0.5)  # of the texts in long rows, books before all
 # model: variant of experiments/recipe.py, millions of tokens
 SHORT = {
-    "kda-only-40M": ("default-recall-quarter-batch-4", 40),
-    "hybrid-40M": ("hybrid-recall-quarter-batch-4", 40),
-    "arcee": ("arcee-recall-quarter-batch-4", 54),
+    "kda-only-34M": ("default-recall-quarter-batch-4", 34),
+    "hybrid-34M": ("hybrid-recall-quarter-batch-4", 34),
+    "arcee": ("arcee-recall-quarter-batch-4", 48),
 }
 # model: the model that it goes on from, and its recipe
-LONG = {"kda-only": ("kda-only-40M", "smollm2-135m-kda"), "hybrid": ("hybrid-40M", "smollm2-135m-hybrid")}
+LONG = {"kda-only": ("kda-only-34M", "smollm2-135m-kda"), "hybrid": ("hybrid-34M", "smollm2-135m-hybrid")}
 # what follows rows of 2,048: millions of tokens, length, rows a step, rates of mixers and rest, share of cross-entropy
-STAGES = (("-8k", 10, 8192, 2, 3e-4, 1e-4, 0.0), ("", 4, 16384, 1, 1e-4, 3e-5, 0.1))
+STAGES = (("-mid", 10, 8192, 1, 5e-4, 2e-4, 0.0), ("", 4, 16384, 1, 2e-4, 6e-5, 0.2))
 CHOICES = {
     "hellaswag": (("hellaswag",), None),
     "arc": (("arc_easy", "arc_challenge", "piqa"), None),
@@ -78,7 +78,8 @@ def train(model: str, options: argparse.Namespace) -> None:
 def long(model: str, options: argparse.Namespace) -> None:
     start, recipe = LONG[model]
     texts = [str(options.text / "train" / f"{name}.jsonl.zst") for name in TRAIN]
-    weights = {text: share * (1 - RECALL) for text, share in zip(texts, LONG_SHARES)} | {f"recall:{texts[0]}": RECALL}
+    recall = RECALL["recall-quarter"]
+    weights = {text: share * (1 - recall) for text, share in zip(texts, LONG_SHARES)} | {f"recall:{texts[0]}": recall}
     for suffix, millions, length, batch, mixers, rest, ce in STAGES:
         fields = {
             "name": model + suffix, "output": options.out, "student.start": options.out / start,
@@ -145,7 +146,7 @@ def main() -> None:
     parser.add_argument("--book-tokens", type=int, default=65536, help="read of each of four books")
     options = parser.parse_args()
     if options.what == "report":
-        order = [f"{model}-{part}" for part in PARTS for model in ("kda-only", "hybrid", "kda-only-40M", "arcee")]
+        order = [f"{model}-{part}" for part in PARTS for model in ("kda-only", "hybrid", "kda-only-34M", "arcee")]
         folders = [options.out / "parts" / name for name in order]
         done = [folder for folder in folders if (folder / "results.json").is_file()]
         report(combine(done, options.out / "smollm2-135m"))

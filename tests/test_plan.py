@@ -1,4 +1,4 @@
-"""Plans against what was measured on an H100 (benchmarks/results/distill_gpu.json), and what the command prints."""
+"""Plans against what was measured (docs/distillation.md, "Plans"), and what the command prints."""
 
 import importlib.util
 from dataclasses import replace
@@ -48,17 +48,17 @@ def test_memory_and_speed_of_the_shapes_that_were_measured():
     for rows, length, rate in ((2, 8192, 68_413), (1, 16384, 50_736)):
         extend = plan_stage("extend", Stage(2**30, length, rows), teacher, student, "h200", 1)
         assert rows * length / extend.seconds == pytest.approx(rate, rel=0.2)
+    replayed = plan_stage("match", Stage(2**30, 2048, 2), teacher, student, "h200", 1)
     eager = plan_stage("match", Stage(2**30, 2048, 2), teacher, student, "h200", 1, graphs=False)
-    assert (
-        eager.seconds > 4 * match.seconds / 2
-        and eager.bytes == plan_stage("match", Stage(2**30, 2048, 2), teacher, student, "h200", 1).bytes
-    )
+    assert eager.seconds > 2 * match.seconds and eager.total < replayed.total
+    eager = plan_stage("match", Stage(2**30, 2048, 16), teacher, student, "h100", 1, graphs=False)
+    assert eager.total / 2**30 == pytest.approx(35.5, rel=0.1)
     muon = plan_stage("match", Stage(2**30, 2048, 4, optimizer="muon"), teacher, student, "h200", 1)
     words = 49152 * 576 + 576  # embeddings, which are the head, and the last norm
     assert match.bytes["moments"] - muon.bytes["moments"] == 4 * (count(student) - words)
 
 
-def test_afm_counts_are_those_of_the_published_model():
+def test_afm_counts_are_those_of_the_published_model_and_its_stages_as_measured():
     config = ArceeConfig(
         vocab_size=128004,
         hidden_size=2560,
@@ -70,8 +70,16 @@ def test_afm_counts_are_those_of_the_published_model():
     )
     teacher, student = pair(config)
     assert (count(teacher.model), count(student)) == (4_619_184_640, 5_046_996_688)
-    align = plan_stage("align", Stage(2**30, 2048, 4), teacher, student, "h100", 1)
-    assert 4 * 2048 / align.seconds == pytest.approx(18_700, rel=0.2)
+    again = {"checkpoint_layers": True}
+    for name, stage, gpu, memory, rate in (
+        ("align", Stage(2**30, 2048, 4), "h100", 26.1, 18_700),
+        ("align", Stage(2**30, 2048, 4), "h200", 26.1, 21_000),
+        ("match", Stage(2**30, 16384, 1, **again), "h200", 90.4, 8_075),
+        ("extend", Stage(2**30, 32768, 1, **again, optimizer="adamw8bit"), "h200", 70.1, 7_693),
+    ):
+        planned = plan_stage(name, stage, teacher, student, gpu, 1)
+        assert planned.total / 2**30 == pytest.approx(memory, rel=0.1)
+        assert stage.batch * stage.length / planned.seconds == pytest.approx(rate, rel=0.3)
 
 
 def test_more_gpus_and_checkpointed_layers_take_less():

@@ -1,6 +1,6 @@
 """What a recipe will take, before anything is loaded: parameters, memory of each stage, hours, disk, files.
 
-Estimates, by counting tensors; two shapes were measured to check them (tests/test_plan.py).
+Estimates, by counting tensors; tests/test_plan.py holds them against what was measured.
 
 Legend: B batch, T tokens, D model width, H heads, K head width, W vocabulary.
 """
@@ -24,8 +24,8 @@ from .training import choose_trained, recomputes
 # bfloat16 matrix products per second of an 8192^3 product, measured on random data
 GPUS = {"h100": 780e12, "h200": 717e12}
 # share of that rate which a step's products reach, at SmolLM2-135M's width, beside what a layer takes for any number of
-# rows; it grows with the width. All three fitted to eleven kinds of steps there, and to align at 2,560, within a fifth
-SHARE, SHARE_WIDTH, SHARE_POWER = 0.23, 576, 0.4
+# rows; it grows with the width. All three fitted to eleven kinds of steps there, within a fifth, and to three at 2,560
+SHARE, SHARE_WIDTH, SHARE_POWER = 0.23, 576, 0.5
 ATTENTION = 1.3  # how much longer than others the products inside attention take
 LAYER_SECONDS = 1.15e-3  # of a layer and micro-batch, whose small kernels do not fill the chip
 HOST_SECONDS = 8.5e-3  # of Python and launches for the same, where it is not replayed as a CUDA graph
@@ -130,13 +130,16 @@ def plan_stage(
     sizes = {
         "teacher": 2 * count(teacher.model) // gpus,
         "student": 4 * own // gpus + 2 * cast,
-        "gradients": 4 * trained // gpus,
         "moments": moment_bytes(stage, trained, words) // gpus,
         "activations": tokens * activation_bytes(name, stage, student) + workspace_bytes(student, tokens),
         "loss": 0 if name == "align" else loss_bytes(config.vocab_size, config.hidden_size, tokens),
+        "gradients": 4 * trained // gpus,
     }
     flops = product_flops(name, stage, teacher, student) + attention_flops(student, stage.length, name)
     eager = gpus > 1 or recomputes(stage, name) or not graphs
+    if eager and rows == share and name != "align":  # they come as activations go, layer by layer: what is more counts
+        gone = (sizes["activations"] + sizes["loss"]) * (config.num_hidden_layers - 1) // config.num_hidden_layers
+        sizes["gradients"] = max(0, sizes["gradients"] - gone)
     layers = config.num_hidden_layers * (share // rows)
     reached = GPUS[gpu] * min(0.5, SHARE * (config.hidden_size / SHARE_WIDTH) ** SHARE_POWER)
     seconds = LAYER_SECONDS * layers + share * stage.length * flops / reached
