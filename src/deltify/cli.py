@@ -13,6 +13,7 @@ Turn a pretrained transformer into a Kimi Delta Attention (KDA) language model b
   deltify evaluate runs/smollm2-135m-demo            teacher and every stage, side by side
   deltify report runs/smollm2-135m-demo              tables, pictures, report.html, and a model card
   deltify generate runs/smollm2-135m-demo "Once"     text from the student
+  deltify sample runs/smollm2-135m-demo TEXT -o a.jsonl   its own text, to train on
   deltify convert recipes/smollm2-135m-demo.yaml     the conversion alone, without training
   deltify plan recipes/afm-4.5b-kda.yaml             memory, hours and disk of a recipe, before anything is loaded
 
@@ -139,6 +140,18 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=8000)
     serve.add_argument("--device", default="auto")
 
+    sample = commands.add_parser("sample", help="write text of a model's own, to train on")
+    sample.add_argument("model", help="folder of a model or run, GGUF file, hub id, or smollm2-135m-instruct")
+    sample.add_argument("source", help="text whose documents begin the new ones: file, folder, python-docs or hf:NAME")
+    sample.add_argument("-o", "--output", type=Path, required=True, help="JSON lines file to write, for data.train")
+    sample.add_argument("--count", type=int, default=1024, help="documents")
+    sample.add_argument("--prompt-tokens", type=int, default=32, help="of a document that the model goes on from")
+    sample.add_argument("--length", type=int, default=512, help="tokens of a document at most")
+    sample.add_argument("--batch", type=int, default=64, help="documents at a time")
+    sample.add_argument("--temperature", type=float, default=1.0)
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--device", default="auto")
+
     export = commands.add_parser("export", help="write a model under another library's names")
     export.add_argument("model", help="folder of a model or run")
     export.add_argument("--layout", required=True, help="kda (flash-linear-attention), kimi_linear or deltify")
@@ -244,6 +257,12 @@ def run_export(options: argparse.Namespace, _: list[str]) -> None:
     export(model_folder(options.model), options.layout, options.output)
 
 
+def run_sample(options: argparse.Namespace, _: list[str]) -> None:
+    from .sample import sample
+
+    print(sample(**{key: value for key, value in vars(options).items() if key != "command"}))
+
+
 def run_serve(options: argparse.Namespace, _: list[str]) -> None:
     from .runs import pick_device
     from .serve import serve
@@ -269,6 +288,7 @@ COMMANDS = {
     "report": run_report,
     "generate": run_generate,
     "read": run_read,
+    "sample": run_sample,
     "export": run_export,
     "chat": run_chat,
     "serve": run_serve,
