@@ -47,10 +47,10 @@ def test_a_document_ends_with_the_end_of_sequence_token():
         device = torch.device("cpu")
 
         def generate(self, ids, **options):
-            assert options["max_new_tokens"] == 7 and options["eos_token_id"] == end
+            assert options["max_new_tokens"] == 7 and options["eos_token_id"] == [end]
             return torch.cat([ids, torch.tensor([[1, 2, end, end, end, end, end], [1, 2, 3, 4, 5, 6, 7]])], 1)
 
-    rows = list(continuations(Speaker(), teacher.tokenizer, prompts, 10, 1.0))
+    rows = list(continuations(Speaker(), prompts, 10, 1.0, {end}))
     assert rows == [[72, 105, 33, 1, 2], [66, 121, 101, 1, 2, 3, 4, 5, 6, 7]]
 
 
@@ -59,12 +59,18 @@ def test_what_does_not_fit_is_named(model, tmp_path, capsys):
     out = tmp_path / "own.jsonl"
     for options, message in (
         ({"prompt_tokens": 9, "length": 9}, "prompt_tokens=9 must be at least 1 and below length=9"),
-        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be a number above 0"),
+        ({"count": 0}, "count=0 must be a number above 0"),
         ({"prompt_tokens": 500}, "has prompt_tokens=500 tokens; give fewer"),
     ):
         with pytest.raises(ValueError, match=message):
             sample(here, text, out, device="cpu", **{"length": 512, **options})
     assert not out.exists()
+    teacher = random_teacher("llama")
+    teacher.model.save_pretrained(tmp_path / "teacher")
+    teacher.tokenizer.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="length=5000 is more than the 4096 tokens"):
+        sample(str(tmp_path / "teacher"), text, out, length=5000, device="cpu")
     with pytest.raises(ValueError, match=r"must end in \.jsonl"):
         sample(here, text, tmp_path / "own.txt")
     command = ["sample", here, text, "-o", str(out), "--count", "200", "--length", "20", "--prompt-tokens", "12"]

@@ -34,7 +34,10 @@ PART = 2**18  # token-heads that the operator's backward works on at a time
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Of one stage: bytes on each GPU by what they are for, and seconds of a step."""
+    """Of one stage: bytes on each GPU by what they are for, and seconds of a step.
+
+    Gradients that take the place of activations, as each layer's backward leaves them, are not counted twice.
+    """
 
     name: str
     stage: Stage
@@ -133,13 +136,13 @@ def plan_stage(
         "moments": moment_bytes(stage, trained, words) // gpus,
         "activations": tokens * activation_bytes(name, stage, student) + workspace_bytes(student, tokens),
         "loss": 0 if name == "align" else loss_bytes(config.vocab_size, config.hidden_size, tokens),
-        "gradients": 4 * trained // gpus,
+        "gradients besides": 4 * trained // gpus,
     }
     flops = product_flops(name, stage, teacher, student) + attention_flops(student, stage.length, name)
     eager = gpus > 1 or recomputes(stage, name) or not graphs
-    if eager and rows == share and name != "align":  # they come as activations go, layer by layer: what is more counts
+    if eager and rows == share and name != "align":  # gradients come as activations go; what is more than these counts
         gone = (sizes["activations"] + sizes["loss"]) * (config.num_hidden_layers - 1) // config.num_hidden_layers
-        sizes["gradients"] = max(0, sizes["gradients"] - gone)
+        sizes["gradients besides"] = max(0, sizes["gradients besides"] - gone)
     layers = config.num_hidden_layers * (share // rows)
     reached = GPUS[gpu] * min(0.5, SHARE * (config.hidden_size / SHARE_WIDTH) ** SHARE_POWER)
     seconds = LAYER_SECONDS * layers + share * stage.length * flops / reached
