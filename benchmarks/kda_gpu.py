@@ -108,7 +108,8 @@ def forward_rows(wanted: list[str]) -> Iterator[list[dict]]:
 
 
 def training_rows(wanted: list[str]) -> Iterator[list[dict]]:
-    """Forward and backward through autograd, and the most memory it takes besides inputs that require no copy."""
+    """Forward and backward through autograd, and the most memory it takes besides inputs that require no copy; and the
+    backward alone, again and again from one forward."""
     for (B, T, H), regimes in TRAINING:
         for gates in regimes:
             case = f"training/{gates}/B{B}-T{T}-H{H}-K{K}"
@@ -116,18 +117,22 @@ def training_rows(wanted: list[str]) -> Iterator[list[dict]]:
                 continue
             inputs, lower_bound = make_inputs(B, T, H, gates), -5.0 if gates == "bounded" else None
             leaves, do = [x.requires_grad_() for x in inputs], torch.randn_like(inputs[2])
-            ours = lambda: torch.autograd.grad(kda(*leaves, lower_bound=lower_bound, backend="triton")[0], leaves, do)
-            theirs = lambda: torch.autograd.grad(peer_forward(leaves, lower_bound)[0], leaves, do)
-            times, peaks = [], []
-            for function in (ours, theirs):
-                if function is theirs and not chunk_kda:
-                    times, peaks = [*times, None], [*peaks, None]
-                    continue
-                times.append(eager_seconds(function, calls=5))
-                torch.cuda.reset_peak_memory_stats()
-                function()
-                peaks.append(torch.cuda.max_memory_allocated() / 2**20)
-            yield [row(case, "eager seconds", *times, PEER), row(case, "peak MiB", *peaks, PEER)]
+            ours = lambda: kda(*leaves, lower_bound=lower_bound, backend="triton")[0]
+            theirs = lambda: peer_forward(leaves, lower_bound)[0]
+            found = [training_figures(ours, leaves, do)]
+            found.append(training_figures(theirs, leaves, do) if chunk_kda else (None, None, None))
+            metrics = ("eager seconds", "peak MiB", "backward seconds")
+            yield [row(case, metric, *pair, PEER) for metric, pair in zip(metrics, zip(*found))]
+
+
+def training_figures(forward, leaves: list[Tensor], do: Tensor) -> tuple[float, float, float]:
+    """(seconds of forward and backward, MiB at the peak of both, seconds of the backward alone)."""
+    both = lambda: torch.autograd.grad(forward(), leaves, do)
+    seconds = eager_seconds(both, calls=5)
+    torch.cuda.reset_peak_memory_stats()
+    both()
+    peak, o = torch.cuda.max_memory_allocated() / 2**20, forward()
+    return seconds, peak, eager_seconds(lambda: torch.autograd.grad(o, leaves, do, retain_graph=True), calls=5)
 
 
 @torch.no_grad()
