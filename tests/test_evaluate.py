@@ -97,6 +97,10 @@ def test_evaluations_made_one_by_one_are_reported_together(run, data, tmp_path, 
     assert results["runs"] == [str(run), str(again)] and results["command"].count("\n") == 1
     text = (tmp_path / "all" / "report.md").read_text()
     assert "| again |" in text and "| tiny |" in text
+    assert main(["report", folders[1]]) == 0  # with the recipe of the run that it goes on from, first
+    text = (tmp_path / "of-again" / "report.md").read_text()
+    assert text.count("name: tiny") == text.count("name: again") == 1
+    assert text.index("name: tiny") < text.index("name: again")
     other = json.loads((tmp_path / "of-again" / "results.json").read_text()) | {"device": "abacus"}
     (tmp_path / "of-again" / "results.json").write_text(json.dumps(other))
     assert main(["report", *folders, "-o", str(tmp_path / "all")]) == 1

@@ -295,8 +295,23 @@ def decode_table(rows: list[dict]) -> Table:
 
 
 def recipe_text(run: Path, results: dict) -> str:
-    texts = [(Path(r) / "recipe.yaml").read_text() for r in results["runs"] if (Path(r) / "recipe.yaml").is_file()]
-    return "\n---\n".join(texts) or ((run / "recipe.yaml").read_text() if (run / "recipe.yaml").is_file() else "")
+    """The recipes of all runs, and, before each, those of the runs that it goes on from (`student.start`)."""
+    found: dict[Path, str] = {}
+    for folder in results["runs"] or [run]:
+        chain: dict[Path, str] = {}
+        path = recipe_folder(str(folder))
+        while path is not None and path not in chain:
+            chain[path] = (path / "recipe.yaml").read_text()
+            path = recipe_folder(yaml.safe_load(chain[path])["student"]["start"])
+        found |= dict(reversed(chain.items()))
+    return "\n---\n".join(found.values())
+
+
+def recipe_folder(source: str) -> Path | None:
+    """The run in this folder, or whose stage it is; None for what is no folder, as the names of starts, or no run."""
+    path = Path(source).expanduser()
+    places = (path, path.parent) if path.is_dir() else ()
+    return next((place for place in places if (place / "recipe.yaml").is_file()), None)
 
 
 def last_stage(run: Path) -> Path | None:
