@@ -96,7 +96,7 @@ VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "arcee-recall-quarter-batch-4": (ARCEE, WITH_EXTEND, {"match.batch": 4, "extend.batch": 4}),
 }
 
-# of synthetic text that asks for what it told, scattered over the first of the texts, by a part of the variant's name
+# share of synthetic text that asks for what it told, by a part of the variant's name
 RECALL = {"recall-quarter": 0.25, "recall-half": 0.5}
 
 
@@ -113,9 +113,7 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     weights = dict(zip(options.train, options.weights or [1.0] * len(options.train)))
     for part, share in RECALL.items():
         if part in name:
-            whole = sum(weights.values())
-            weights = {text: weight * (1 - share) / whole for text, weight in weights.items()}
-            weights[f"recall:{options.train[0]}"] = share
+            weights = with_recall(weights, share)
     data = dataclasses.replace(
         recipe.data, train=weights, heldout=options.heldout, folder=options.data, max_tokens=None
     )
@@ -123,6 +121,13 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     run = dataclasses.replace(recipe.run, checkpoint_minutes=60.0, **judging)
     folder = f"{name}-{options.tokens}-seed{options.seed}"
     return dataclasses.replace(recipe, name=folder, output=options.out, seed=options.seed, data=data, run=run, **stages)
+
+
+def with_recall(weights: dict[str, float], share: float) -> dict[str, float]:
+    """The weights of texts as shares of the rest, and `share` of recall text, scattered over the first of them."""
+    whole = sum(weights.values())
+    rest = {text: weight * (1 - share) / whole for text, weight in weights.items()}
+    return rest | {f"recall:{next(iter(weights))}": share}
 
 
 def windows(recipe: Recipe, tokenizer) -> list[torch.Tensor]:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from recipe import RECALL
+from recipe import RECALL, with_recall
 
 from deltify import evaluate, report
 from deltify.config import read_recipe
@@ -78,8 +78,7 @@ def train(model: str, options: argparse.Namespace) -> None:
 def long(model: str, options: argparse.Namespace) -> None:
     start, recipe = LONG[model]
     texts = [str(options.text / "train" / f"{name}.jsonl.zst") for name in TRAIN]
-    recall = RECALL["recall-quarter"]
-    weights = {text: share * (1 - recall) for text, share in zip(texts, LONG_SHARES)} | {f"recall:{texts[0]}": recall}
+    weights = with_recall(dict(zip(texts, LONG_SHARES)), RECALL["recall-quarter"])
     for suffix, millions, length, batch, mixers, rest, ce in STAGES:
         fields = {
             "name": model + suffix, "output": options.out, "student.start": options.out / start,
@@ -146,7 +145,7 @@ def main() -> None:
     parser.add_argument("--book-tokens", type=int, default=65536, help="read of each of four books")
     options = parser.parse_args()
     if options.what == "report":
-        order = [f"{model}-{part}" for part in PARTS for model in ("kda-only", "hybrid", "kda-only-34M", "arcee")]
+        order = [f"{model}-{part}" for part in PARTS for model in (*LONG, *SHORT)]
         folders = [options.out / "parts" / name for name in order]
         done = [folder for folder in folders if (folder / "results.json").is_file()]
         report(combine(done, options.out / "smollm2-135m"))
