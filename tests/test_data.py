@@ -7,6 +7,9 @@ import os
 import random
 import re
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +25,7 @@ from deltify.data import (
     TokenFile,
     heldout_batches,
     open_data,
+    open_tokens,
     tokenize,
     tokenize_split,
     window,
@@ -251,18 +255,20 @@ def test_recall_asks_for_what_it_told_and_is_the_same_everywhere(tmp_path, token
 def test_recall_is_scattered_over_all_of_another_text_that_is_not_held_out(tmp_path, tokenizer):
     path = tmp_path / "text.jsonl"
     said = [f"Sentence {number} says little." for number in range(5000)]
-    whole = [" ".join(said[i : i + 10]) for i in range(0, 5000, 10)]
+    whole = [" ".join(said[i : i + 500]) for i in range(0, 5000, 500)] + [f"Held out or not, {i}." for i in range(500)]
     path.write_text("".join(json.dumps({"text": text_}) + "\n" for text_ in whole))
     texts = list(documents(f"recall:{path}"))
     assert texts == list(documents(f"recall:{path}"))
-    trained = " ".join(text_ for text_ in whole if not held_out(text_))
-    assert re.findall(r"Sentence \d+ says little\.", " ".join(texts)) == trained.replace(". ", ".\n").split("\n")
-    lengths = [text_.count("Sentence") for text_ in texts]
-    assert min(lengths[:-1]) >= 4 and 100 < max(lengths) <= 1024
+    trained = re.findall(r"Sentence \d+ |not, \d+", " ".join(text_ for text_ in whole if not held_out(text_)))
+    spoken = [re.findall(r"Sentence \d+ |not, \d+", text_) for text_ in texts]
+    assert [one for document in spoken for one in dict.fromkeys(document)] == trained  # in order, none lost
+    lengths, again = [len(set(document)) for document in spoken], [len(d) - len(set(d)) for d in spoken]
+    assert 100 < max(lengths) <= 256 and 0.2 < sum(again) / sum(lengths) < 0.3
+    assert all(len({int(one[9:]) // 500 for one in document if one[0] == "S"}) <= 1 for document in spoken)
     asked = 0
     for text_ in texts:  # what is told once is said twice again behind it, the last time behind everything
         for value in re.findall(r"(?:card of .+? bears the digits|signs as reader) (\d+)", text_):
-            assert text_.count(value) == 3 and text_.rindex(value) > text_.rindex("Sentence")
+            assert text_.count(value) == 3 and text_.rindex(value) > max(map(text_.rfind, ("Sentence", "Held")))
             asked += 1
     assert asked > 20
     spec = DataSpec({f"recall:{path}": 0.5, str(path): 0.5}, None, str(tmp_path / "data"), max_tokens=50_000)
@@ -273,6 +279,24 @@ def test_recall_is_scattered_over_all_of_another_text_that_is_not_held_out(tmp_p
     path.write_text(path.read_text() + json.dumps({"text": "more"}) + "\n")
     with pytest.raises(ValueError, match=r"the text at recall:.* changed"):
         open_data(spec, "teacher", tokenizer, 1000)
+
+
+def test_of_processes_that_ask_at_once_one_tokenizes_and_the_others_wait(tmp_path, tokenizer):
+    reads, together = [], threading.Barrier(4)
+
+    def texts():
+        reads.append(1)
+        for number in range(20):
+            time.sleep(0.005)
+            yield f"document {number}"
+
+    def ask(_):
+        together.wait()
+        return tokenize(texts(), tokenizer, tmp_path / "data" / "text")
+
+    with ThreadPoolExecutor(4) as pool:
+        digests = {file.digest for file in pool.map(ask, range(4))}
+    assert len(reads) == 1 and len(digests) == 1 and len(open_tokens(tmp_path / "data" / "text").bounds) == 21
 
 
 def test_both_parts_appear_when_complete_or_neither_does(tmp_path, tokenizer):

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import recall
 from .config import DataSpec
-from .files import digest
+from .files import digest, make_once
 from .text import BUILT_IN, documents, held_out, scattered_over, text_files
 
 HELDOUT_TOKENS = 2**16  # held out of a source even if fewer are asked for, so that most recipes share its token files
@@ -107,19 +107,19 @@ def tokenize(
         ValueError: if there is no text, or the folder was made with another tokenizer or from files that changed since.
     """
     origin = origin or {}
-    if folder.exists():
-        check_made_from(folder, folder, tokenizer, origin)
-        return open_tokens(folder)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    writer = TokenWriter(unfinished, tokenizer)
-    for text in texts:
-        writer.add(text)
-        if max_tokens is not None and len(writer) >= max_tokens:
-            break
-    if not len(writer):
-        raise ValueError(f"there is no text for {folder.name!r}: every document is empty, or there is none")
-    writer.finish(origin | {"max_tokens": max_tokens, "split": "all"})
-    unfinished.rename(folder)
+
+    def make(unfinished: Path) -> None:
+        writer = TokenWriter(unfinished, tokenizer)
+        for text in texts:
+            writer.add(text)
+            if max_tokens is not None and len(writer) >= max_tokens:
+                break
+        if not len(writer):
+            raise ValueError(f"there is no text for {folder.name!r}: every document is empty, or there is none")
+        writer.finish(origin | {"max_tokens": max_tokens, "split": "all"})
+
+    make_once(folder, make)
+    check_made_from(folder, folder, tokenizer, origin)
     return open_tokens(folder)
 
 
@@ -142,45 +142,44 @@ def tokenize_split(
     Raises:
         ValueError: as `tokenize` does, or if there is too little text to hold some out.
     """
-    origin = origin or {}
-    parts = folder / "train", folder / "heldout"
-    if folder.exists():
-        for part in parts:
-            check_made_from(part, folder, tokenizer, origin)
-        return open_tokens(parts[0]), open_tokens(parts[1])
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    train, held = (TokenWriter(unfinished / part.name, tokenizer) for part in parts)
-    full, skipped = False, 0
-    for text in texts:
-        if held_out(text):
-            skipped = 0
-            if len(held) < heldout_tokens:
-                held.add(text)
-        elif full:
-            skipped += 1
-        else:
-            train.add(text)
-            full = max_tokens is not None and len(train) >= max_tokens
-        if full and (len(held) >= heldout_tokens or skipped >= PATIENCE):
-            break
-    if not len(train) or len(held) < heldout_length:
-        name, total = origin.get("source", folder.name), len(train) + len(held)
-        if not total:
-            raise ValueError(f"there is no text in {name!r}: every document is empty, or there is none")
-        share = max(total // 20, heldout_length)
-        if 2 * share > max(len(train), len(held)):
-            raise ValueError(
-                f"{name!r} has {total} tokens, too few to hold out {share} of them; give data.heldout, a text that "
-                "judges, or more text"
-            )
-        if len(train):
-            train.move(len(train) - share, held)
-        else:
-            held.move(share, train)
-    for writer in (train, held):
-        writer.finish(origin | {"max_tokens": max_tokens, "split": writer.folder.name})
-    unfinished.rename(folder)
-    return open_tokens(parts[0]), open_tokens(parts[1])
+    origin, parts = origin or {}, ("train", "heldout")
+
+    def make(unfinished: Path) -> None:
+        train, held = (TokenWriter(unfinished / part, tokenizer) for part in parts)
+        full, skipped = False, 0
+        for text in texts:
+            if held_out(text):
+                skipped = 0
+                if len(held) < heldout_tokens:
+                    held.add(text)
+            elif full:
+                skipped += 1
+            else:
+                train.add(text)
+                full = max_tokens is not None and len(train) >= max_tokens
+            if full and (len(held) >= heldout_tokens or skipped >= PATIENCE):
+                break
+        if not len(train) or len(held) < heldout_length:
+            name, total = origin.get("source", folder.name), len(train) + len(held)
+            if not total:
+                raise ValueError(f"there is no text in {name!r}: every document is empty, or there is none")
+            share = max(total // 20, heldout_length)
+            if 2 * share > max(len(train), len(held)):
+                raise ValueError(
+                    f"{name!r} has {total} tokens, too few to hold out {share} of them; give data.heldout, a text that "
+                    "judges, or more text"
+                )
+            if len(train):
+                train.move(len(train) - share, held)
+            else:
+                held.move(share, train)
+        for writer in (train, held):
+            writer.finish(origin | {"max_tokens": max_tokens, "split": writer.folder.name})
+
+    make_once(folder, make)
+    for part in parts:
+        check_made_from(folder / part, folder, tokenizer, origin)
+    return open_tokens(folder / "train"), open_tokens(folder / "heldout")
 
 
 def check_made_from(folder: Path, whole: Path, tokenizer: PreTrainedTokenizerBase, origin: dict) -> None:

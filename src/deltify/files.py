@@ -4,11 +4,33 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from filelock import FileLock
+
 MANIFEST = "manifest.json"
 PIECE_BYTES = 2**26
+
+
+def make_once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Has `make` write a folder that takes the name `folder` once it is whole; one that is there stays as it is.
+
+    Of several processes that ask at once, one makes it and the others wait.
+    """
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(folder.name + ".lock")
+    with FileLock(lock):
+        if folder.exists():
+            return
+        unfinished = folder.with_name(folder.name + ".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        make(unfinished)
+        unfinished.rename(folder)
+        lock.unlink(missing_ok=True)  # whoever still waits for it, or makes a new one, finds the folder
 
 
 def publish(unfinished: Path, folder: Path) -> None:

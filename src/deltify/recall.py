@@ -1,8 +1,9 @@
 """Synthetic documents that say many things once and ask for them later: text on which a model without memory fails.
 
 They share neither sentences nor kind of key with the needle tasks (`haystack.py`): keys are made-up names. What lies
-between a fact and its question are other facts, and, if there is another text to take them from, passages of that: a
-fact then has to outlast up to 1,024 sentences that say nothing of it.
+between a fact and its question are other facts, and, if there is another text to take them from, passages of that,
+some of whose sentences come a second time: a teacher that looks back knows every word of these, and a student learns
+from every word what it should have kept (docs/recipe.md has what this brings).
 """
 
 import random
@@ -12,7 +13,8 @@ from itertools import islice
 
 RECALL = "recall"
 COUNT = 10_000  # documents, 7M of SmolLM2's tokens or so
-SHORTEST, LONGEST = 4, 1024  # sentences of a scattered document
+SHORTEST, LONGEST = 4, 256  # sentences of a scattered document, those that come again not counted
+AGAIN = 0.25  # of its sentences come again
 SYLLABLES = (
     "ba bel dor dra fen gar hol jor kal kes lin lum mar mel nor pra qui ra ris sel tam tor ven wyn yar zo".split()
 )
@@ -71,17 +73,19 @@ def recall_documents(seed: int = 0) -> Iterator[str]:
 
 
 def scattered_documents(passages: Iterable[str], seed: int = 0) -> Iterator[str]:
-    """All sentences of a text in their order, with facts and questions between them, cut anew into documents.
+    """All sentences of each passage in their order, some of them twice, with facts and questions between them, cut
+    anew into documents.
 
-    The documents have 4 to 1,024 sentences, whatever theirs were, and each doubling of that length gets as many of the
-    sentences as the next: whoever reads shorter rows finds questions whose answers were cut off. What is told depends
-    on the sentence that begins a document, so that two texts tell two things.
+    The documents have 4 to 256 sentences, fewer at the end of a passage, and each doubling of that length gets as many
+    of the sentences as the next: whoever reads shorter rows finds questions whose answers were cut off. What is told
+    depends on the sentence that begins a document, so that two texts tell two things.
     """
-    sentences = (sentence for passage in passages for sentence in SENTENCE_END.split(passage))
-    for first in sentences:
-        generator = random.Random(f"{seed}:{first}")
-        size = int(1 / (1 / SHORTEST - generator.random() * (1 / SHORTEST - 1 / LONGEST)))
-        yield scattered_document(generator, [first, *islice(sentences, size - 1)])
+    for passage in passages:
+        sentences = iter(SENTENCE_END.split(passage))
+        for first in sentences:
+            generator = random.Random(f"{seed}:{first}")
+            size = int(1 / (1 / SHORTEST - generator.random() * (1 / SHORTEST - 1 / LONGEST)))
+            yield scattered_document(generator, [first, *islice(sentences, size - 1)])
 
 
 def recall_document(random: random.Random) -> str:
@@ -95,14 +99,18 @@ def recall_document(random: random.Random) -> str:
 
 
 def scattered_document(random: random.Random, sentences: list[str]) -> str:
-    """Facts among the sentences, each asked for twice behind it: after a stretch whose length is drawn evenly on a
-    logarithmic scale, and at the end."""
+    """The sentences, some of them again and facts among them, each of these asked for twice: what comes again, and the
+    first question, come after a stretch whose length is drawn evenly on a logarithmic scale, the second at the end."""
     size = len(sentences)
+
+    def later(place: float) -> float:
+        return place + (size - place) ** random.random()
+
     placed = [(float(place), sentence) for place, sentence in enumerate(sentences)]
+    placed += [(later(place), sentence) for place, sentence in placed if random.random() < AGAIN]
     for tell, ask in facts(random, max(1, int(size**0.7 / 2 ** random.uniform(0, 2.5)))):
-        at = random.uniform(0, 0.9 * size)
-        after = at + (size - at) ** random.random()
-        placed += [(at, tell), (after, random.choice(ask)), (size + random.random(), random.choice(ask))]
+        place = random.uniform(0, 0.9 * size)
+        placed += [(place, tell), (later(place), random.choice(ask)), (size + random.random(), random.choice(ask))]
     return " ".join(sentence for _, sentence in sorted(placed))
 
 

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .files import make_once
 from .model.loading import checkpoint_shapes
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -188,8 +189,11 @@ def file_digest(path: Path) -> str:
 def unpack_gguf(path: Path) -> Path:
     """The folder in the cache with the model of a GGUF file as bf16 safetensors, made at the first use."""
     folder = CACHE / "gguf" / f"{path.stem}-{file_digest(path)}"
-    if (folder / "config.json").is_file():
-        return folder
+    make_once(folder, lambda unfinished: write_unpacked(path, unfinished))
+    return folder
+
+
+def write_unpacked(path: Path, folder: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import GgufConfig
 
@@ -204,11 +208,8 @@ def unpack_gguf(path: Path) -> Path:
         digits = pre_tokenizers.Digits(individual_digits=True)
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder)
-    return folder
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 # ---- a stand-in for --smoke and tests --------------------------------------------------------------------------------
