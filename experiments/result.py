@@ -1,11 +1,11 @@
 """The tables of docs/results.md: SmolLM2-135M-Instruct to KDA-only and hybrid students, and Arcee's recipe beside them.
 
-    python experiments/result.py --text TEXT --out runs/result train kda-only-34M hybrid-34M arcee
+    python experiments/result.py --text TEXT --out runs/result train kda-only-46M hybrid-46M arcee
     python experiments/result.py --text TEXT --out runs/result long kda-only hybrid
-    python experiments/result.py --text TEXT --out runs/result measure kda-only-34M arcee hybrid kda-only
+    python experiments/result.py --text TEXT --out runs/result measure kda-only-46M arcee hybrid kda-only
     python experiments/result.py --text TEXT --out runs/result report
 
-train: 34M tokens in rows of 2,048, by experiments/recipe.py, and 48M of Arcee's recipe. long: these go on, 10M tokens
+train: 46M tokens in rows of 2,048, by experiments/recipe.py, and 60M of Arcee's recipe. long: these go on, 10M tokens
 in rows of 8,192, then 4M in rows of 16,384, past what the teacher can read, with cross-entropy in the loss. A quarter
 of the text asks for what it told (deltify/recall.py). TEXT is a folder with train/ and eval/.
 What is done is not done again and what was stopped goes on; each model, and each part of `measure`, can have a process
@@ -32,14 +32,14 @@ TRAIN = ("openstax", "changelog", "gutenberg-0")
 LONG_SHARES = (0.2, 0.3, 0.5)  # of the texts in long rows, books before all
 # model: variant of experiments/recipe.py, millions of tokens
 SHORT = {
-    "kda-only-34M": ("default-recall-quarter-batch-4", 34),
-    "hybrid-34M": ("hybrid-recall-quarter-batch-4", 34),
-    "arcee": ("arcee-recall-quarter-batch-4", 48),
+    "kda-only-46M": ("default-recall-quarter-batch-4", 46),
+    "hybrid-46M": ("hybrid-recall-quarter-batch-4", 46),
+    "arcee": ("arcee-recall-quarter-batch-4", 60),
 }
 # model: the model that it goes on from, and its recipe
-LONG = {"kda-only": ("kda-only-34M", "smollm2-135m-kda"), "hybrid": ("hybrid-34M", "smollm2-135m-hybrid")}
+LONG = {"kda-only": ("kda-only-46M", "smollm2-135m-kda"), "hybrid": ("hybrid-46M", "smollm2-135m-hybrid")}
 # what follows rows of 2,048: millions of tokens, length, rows a step, rates of mixers and rest, share of cross-entropy
-STAGES = (("-mid", 10, 8192, 1, 5e-4, 2e-4, 0.0), ("", 4, 16384, 1, 2e-4, 6e-5, 0.2))
+STAGES = (("-mid", 10, 8192, 2, 3e-4, 1e-4, 0.0), ("", 4, 16384, 1, 2e-4, 6e-5, 0.2))
 CHOICES = {
     "hellaswag": (("hellaswag",), None),
     "arc": (("arc_easy", "arc_challenge", "piqa"), None),
