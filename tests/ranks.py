@@ -1,6 +1,7 @@
 """What test_parallel.py runs in one process, and in two under torchrun.
 
-ranks.py steps STAGE OUT     ten steps in float64; writes the gradients of the first and the weights after the last
+ranks.py steps STAGE HOW OUT  ten steps in float64; writes the gradients of the first and the weights after the last;
+                              HOW is replicate or shard
 ranks.py distill RECIPE [--resume] [--stop]    a run; --stop ends it after one step
 """
 
@@ -22,7 +23,7 @@ from deltify.distill import Loop
 from deltify.teacher import random_teacher
 
 
-def steps(name: str, out: Path) -> None:
+def steps(name: str, how: str, out: Path) -> None:
     torch.manual_seed(0)
     teacher = random_teacher("llama")
     student = convert(teacher, full_attention_layers="3:1", start="library").double()
@@ -34,8 +35,10 @@ def steps(name: str, out: Path) -> None:
     mix = Mix([TokenFile(tokens, bounds, "")], [1.0], stage.length, stage.batch, 0)
     quiet = SimpleNamespace(cut=lambda *_: None, write=lambda **_: None)
     with parallel.process_group(torch.device("cpu")):
-        loop = Loop(name, recipe, teacher, student, mix, [], contextlib.nullcontext, inf, quiet)
-        parallel.shard_teacher(teacher.model)
+        sharded = how == "shard"
+        loop = Loop(name, recipe, teacher, student, mix, [], contextlib.nullcontext, inf, quiet, sharded)
+        if sharded:
+            parallel.shard_teacher(teacher.model)
         loop.judge = dict
         batch = mix.batch(0, parallel.rank(), parallel.count())
         loop.accumulate(batch)
@@ -50,7 +53,7 @@ def steps(name: str, out: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "steps":
-        steps(sys.argv[2], Path(sys.argv[3]))
+        steps(sys.argv[2], sys.argv[3], Path(sys.argv[4]))
     else:
         minutes = -time.monotonic() / 60 if "--stop" in sys.argv else None  # a deadline that has passed
         distill(read_recipe(sys.argv[2]), resume="--resume" in sys.argv, max_minutes=minutes)

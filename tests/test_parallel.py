@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from test_distill import tiny_recipe
 
-from deltify import distill
+from deltify import distill, parallel
 from deltify.config import Stage, write_recipe
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -27,12 +28,13 @@ def run(processes: int, *arguments: object) -> str:
 
 @pytest.mark.parametrize("stage", ["align", "match"])
 def test_gradients_and_weights_after_ten_steps_are_those_of_one_process(stage, tmp_path):
-    for processes in (1, 2):
-        run(processes, "steps", stage, tmp_path / f"{processes}.pt")
-    for want, got in zip(*(torch.load(tmp_path / f"{n}.pt") for n in (1, 2))):
-        assert want.keys() == got.keys() and len(want) > 20
-        for name in want:
-            assert (want[name] - got[name]).norm() <= 1e-10 * want[name].norm(), name
+    run(1, "steps", stage, "replicate", tmp_path / "one.pt")
+    for how in ("replicate", "shard"):
+        run(2, "steps", stage, how, tmp_path / f"{how}.pt")
+        for want, got in zip(*(torch.load(tmp_path / f"{n}.pt") for n in ("one", how))):
+            assert want.keys() == got.keys() and len(want) > 20
+            for name in want:
+                assert (want[name] - got[name]).norm() <= 1e-10 * want[name].norm(), (how, name)
 
 
 def test_a_run_goes_on_from_two_processes_to_one_and_back(tmp_path):
@@ -40,8 +42,12 @@ def test_a_run_goes_on_from_two_processes_to_one_and_back(tmp_path):
     write_recipe(recipe, tmp_path / "recipe.yaml")
     said = run(2, "distill", tmp_path / "recipe.yaml", "--stop")
     assert said.count("stopped by --max-minutes after 64 tokens") == 1  # by the first process alone
+    assert "2 processes: each has the whole models" in said
     run(1, "distill", tmp_path / "recipe.yaml", "--resume", "--stop")
-    assert "going on from step 2" in run(2, "distill", tmp_path / "recipe.yaml", "--resume")
+    shard = replace(recipe, run=replace(recipe.run, data_parallel="shard"))
+    write_recipe(shard, tmp_path / "recipe.yaml")
+    said = run(2, "distill", tmp_path / "recipe.yaml", "--resume")
+    assert "going on from step 2" in said and "2 processes: each has a piece" in said
     whole = distill(tiny_recipe(tmp_path / "whole"))
     for name in ("align", "match"):
         got, want = (load_file(folder / name / "model.safetensors") for folder in (recipe.folder, whole))
@@ -50,6 +56,17 @@ def test_a_run_goes_on_from_two_processes_to_one_and_back(tmp_path):
             assert (got[key] - want[key]).norm() <= 1e-3 * want[key].norm(), key
     metrics = [(folder / "metrics.jsonl").read_text().count("\n") for folder in (recipe.folder, whole)]
     assert metrics[0] == metrics[1]
+
+
+def test_models_are_cut_up_where_they_would_fill_more_than_half_a_gpu():
+    for choice, size, memory, want in (
+        ("auto", 41, 80, True),
+        ("auto", 40, 80, False),
+        ("auto", 10**15, None, False),
+        ("shard", 1, 80, True),
+        ("replicate", 79, 80, False),
+    ):
+        assert parallel.shards(choice, size, memory) == want
 
 
 def test_a_batch_that_two_processes_cannot_share_is_named(tmp_path):

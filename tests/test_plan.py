@@ -85,8 +85,10 @@ def test_afm_counts_are_those_of_the_published_model_and_its_stages_as_measured(
 def test_more_gpus_and_checkpointed_layers_take_less():
     teacher, student = pair(LlamaConfig(**SMOLLM2))
     stage = Stage(2**30, 2048, 8)
-    one, four = (plan_stage("match", stage, teacher, student, "h100", n) for n in (1, 4))
+    one, four = (plan_stage("match", stage, teacher, student, "h100", n, sharded=n > 1) for n in (1, 4))
     assert four.total < one.total and four.bytes["moments"] * 4 == one.bytes["moments"]
+    copies = plan_stage("match", stage, teacher, student, "h100", 4)
+    assert copies.bytes["moments"] == one.bytes["moments"] and copies.seconds < four.seconds
     less = plan_stage("match", replace(stage, checkpoint_layers=True), teacher, student, "h100", 1)
     assert less.bytes["activations"] < one.bytes["activations"] / 5
 
@@ -97,7 +99,7 @@ def test_the_command_prints_stages_and_files(capsys, tmp_path):
     path.write_text(recipe.replace("model: smollm2-135m-instruct", "model: random:llama"))
     assert main(["plan", str(path), "--gpus", "2", "--teacher.model", "random:llama"]) == 0
     said = capsys.readouterr().out
-    assert "match" in said and "checkpoints/" in said and "2 x h100" in said
+    assert "match" in said and "checkpoints/" in said and "2 x h100, replicated" in said
     assert main(["plan", str(path), "--gpu", "abacus", "--teacher.model", "random:llama"]) == 1
     assert "gpu='abacus' is unknown; choose one of h100, h200" in capsys.readouterr().err
 

@@ -8,6 +8,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 STAGES = ("align", "match", "extend")
+DATA_PARALLEL = ("auto", "replicate", "shard")
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 DIVERGENCES = ("forward", "reverse", "jensen-shannon")
 
@@ -135,6 +136,8 @@ class RunSpec:
         checkpoint_steps: steps between two checkpoints; 0 for by time alone.
         keep: how many of the last checkpoints stay; the best one stays besides.
         cuda_graphs: replay training steps as CUDA graphs on a GPU, where they can be captured.
+        data_parallel: what several processes do with weights, gradients and optimizer: replicate, each has them all;
+            shard, each has a piece (FSDP2); auto, shard what would fill more than half of a GPU.
         log_to: trackio, wandb or tensorboard, besides metrics.jsonl.
     """
 
@@ -147,6 +150,7 @@ class RunSpec:
     checkpoint_steps: int = 0
     keep: int = 2
     cuda_graphs: bool = True
+    data_parallel: str = "auto"
     log_to: str | None = None
 
 
@@ -250,6 +254,11 @@ def check(recipe: Recipe) -> Recipe:
         (recipe.data.train, "data.train", "must name at least one source"),
         (all(w > 0 for w in recipe.data.train.values()), "data.train", "weights must be positive"),
         (recipe.run.precision in ("auto", "fp32", "bf16"), "run.precision", "is one of auto, fp32, bf16"),
+        (
+            recipe.run.data_parallel in DATA_PARALLEL,
+            "run.data_parallel",
+            f"is one of {', '.join(DATA_PARALLEL)}",
+        ),
         (recipe.run.keep >= 1, "run.keep", "must be at least 1"),
         (recipe.run.heldout_steps >= 1, "run.heldout_steps", "must be at least 1"),
         (recipe.run.heldout_length >= 2, "run.heldout_length", "must be at least 2"),

@@ -39,7 +39,15 @@ from .runs import check_data, check_run, pick_device, pick_precision, write_run
 from .stopping import Stopped, Stopper
 from .targets import capture, open_targets
 from .teacher import Teacher, load_teacher, random_teacher
-from .training import choose_trained, groups, make_optimizers, recomputes, set_learning_rates, trained
+from .training import (
+    choose_trained,
+    groups,
+    make_optimizers,
+    recomputes,
+    set_learning_rates,
+    trained,
+    training_bytes,
+)
 
 # ---- the whole run ---------------------------------------------------------------------------------------------------
 
@@ -118,7 +126,7 @@ def run_stages(
     parallel.barrier()
     if parallel.rank() == 0:
         write_run(recipe, device, precision, data)
-    student, teacher_is_whole = None, isinstance(teacher.model, nn.Module)
+    student, sharded, teacher_is_whole = None, None, isinstance(teacher.model, nn.Module)
     with Metrics(recipe) as metrics:
         for name in ("converted", *mixes):
             folder = recipe.folder / name
@@ -133,23 +141,40 @@ def run_stages(
                 metrics.write(stage=name, step=0, tokens=0, **judged)
                 checkpoint.save_model(folder, student, teacher.tokenizer)
                 console.print(f"converted: held-out KL {judged['heldout_kl']:.3f}, before any training")
+                if parallel.count() > 1:  # all go on from the first one's, to the bit
+                    student = load_student(folder, device)
                 continue
             if stored and name != "align":
                 teacher, stored, teacher_is_whole = open_targets(stored, device, dtype), None, False
-            if teacher_is_whole:  # the conversion looks into it
+            if sharded is None:
+                sharded = choose_sharding(recipe, teacher, student, device)
+            if sharded and teacher_is_whole:  # the conversion looks into it
                 parallel.shard_teacher(teacher.model)
                 teacher_is_whole = False
-            loop = Loop(name, recipe, teacher, student, mixes[name], heldout_rows, autocast, deadline, metrics)
+            loop = Loop(name, recipe, teacher, student, mixes[name], heldout_rows, autocast, deadline, metrics, sharded)
             with stopper.held():
                 loop.run(stopper)
-            own_weights(student.eval(), teacher.model)
+            student.eval()
+            if not sharded:
+                own_weights(student, teacher.model)
             stopped_at = loop.progress if loop.stopped_early else None
             checkpoint.save_model(folder, student, teacher.tokenizer, stopped_at=stopped_at)
             if stopped_at is not None:
                 console.print(f"{name}: stopped by --max-minutes after {stopped_at.tokens:,} tokens; --resume goes on")
                 break
-            if parallel.count() > 1:  # what is trained must be decided before a model is cut up
+            if sharded:  # what is trained must be decided before a model is cut up
                 student = load_student(folder, device)
+
+
+def choose_sharding(recipe: Recipe, teacher: Teacher, student: DeltifyForCausalLM, device: torch.device) -> bool:
+    """Whether the ranks cut teacher and student up; the same on all of them."""
+    if parallel.count() == 1:
+        return False
+    size = training_bytes(student, teacher.model if isinstance(teacher.model, nn.Module) else None)
+    chosen = parallel.shards(recipe.run.data_parallel, size, parallel.memory_of(device))
+    chosen = bool(parallel.largest(chosen, device))
+    say(f"{parallel.count()} processes: {'each has a piece of the models' if chosen else 'each has the whole models'}")
+    return chosen
 
 
 def capture_recipe(recipe: Recipe, folder: Path, format: str) -> dict[str, float]:
@@ -251,16 +276,17 @@ def trained_before(folder: str, layers: str | list[int], teacher: Teacher) -> De
 class Loop:
     """One stage of training: from its last checkpoint, if there is one, to its last step."""
 
-    def __init__(self, name, recipe, teacher, student, mix, heldout, autocast, deadline, metrics):
+    def __init__(self, name, recipe, teacher, student, mix, heldout, autocast, deadline, metrics, sharded=False):
         self.name, self.recipe, self.stage = name, recipe, recipe.stage(name)
         self.teacher, self.student, self.mix, self.heldout = teacher, student, mix, heldout
-        self.autocast, self.metrics = autocast, metrics
+        self.autocast, self.metrics, self.sharded = autocast, metrics, sharded
         self.deadline, self.stopped_early = deadline, False
         choose_trained(student, self.stage, name)
-        if name == "align" and parallel.count() == 1:
+        if sharded:
+            parallel.shard_student(student)
+        elif name == "align":
             share_frozen(teacher.model, student)
-        parallel.shard_student(student)
-        self.optimizers = make_optimizers(student, self.stage, name)
+        self.optimizers = make_optimizers(student, self.stage, name, sharded)
         self.progress = Progress(name, 0, 0, 0.0)
         self.graphed: GraphedStep | None = None
         if recomputes(self.stage, name):
@@ -331,6 +357,8 @@ class Loop:
             self.graphed = GraphedStep(step, trained(self.optimizers), say)
         device = self.student.device
         losses = [self.graphed(p, device) if self.graphed else self.step(p.to(device), scale) for p in parts]
+        if parallel.count() > 1 and not self.sharded:  # FSDP2 has done so already
+            parallel.average([p.grad for p in trained(self.optimizers) if p.grad is not None])
         means = parallel.mean(
             torch.stack([torch.stack([loss[key].float() for key in loss]) for loss in losses]).mean(0)
         )
@@ -343,10 +371,12 @@ class Loop:
             return compute(self.teacher, self.student, batch, self.stage, scale)
 
     def can_be_graphed(self) -> bool:
-        """Whether nothing in a step looks at data from the host: recomputed layers and stored targets do."""
-        alone = self.student.device.type == "cuda" and parallel.count() == 1
+        """Whether nothing in a step looks at data from the host, as recomputed layers and stored targets do, or speaks
+        with other ranks, as gathered weights and align's loss do."""
+        alone = parallel.count() == 1 or not (self.sharded or self.name == "align")
         again = recomputes(self.stage, self.name)
-        return self.recipe.run.cuda_graphs and alone and not again and isinstance(self.teacher.model, nn.Module)
+        fits = alone and not again and isinstance(self.teacher.model, nn.Module)
+        return fits and self.recipe.run.cuda_graphs and self.student.device.type == "cuda"
 
     def check_finite(self, step: int, losses: dict[str, float], norm: Tensor) -> None:
         if math.isfinite(losses["loss"]) and math.isfinite(float(norm)):
@@ -394,7 +424,7 @@ def own_weights(student: DeltifyForCausalLM, teacher: nn.Module) -> None:
     """Undoes `share_frozen`: what the student shares becomes a float32 copy, which the next stage may train."""
     theirs = {p.data_ptr() for p in teacher.parameters()} if isinstance(teacher, nn.Module) else set()
     for mine in student.parameters():
-        if parallel.count() == 1 and mine.data_ptr() in theirs:
+        if mine.data_ptr() in theirs:
             mine.data = mine.data.to(torch.float32, copy=True)
 
 

@@ -57,6 +57,7 @@ class GraphedStep:
 
     def capture(self, static: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, dict[str, Tensor]]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # other threads, as NCCL's, may go on with their own calls meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             losses = self.compute(static)
         return graph, static, losses

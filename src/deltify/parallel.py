@@ -1,8 +1,9 @@
 """Several processes, started by torchrun: who this one is, what it shares with the others, how models are cut up.
 
-Each rank trains on its share of every batch. Weights, gradients and optimizer states are sharded over the ranks
-(FSDP2), layer by layer, and within a layer the mixer by itself, since align runs mixers alone. The order matters: what
-is trained is decided first (a gathered copy keeps the flag it was made with), then models are sharded, then the
+Each rank trains on its share of every batch. Small models are replicated: each rank has all of them, and gradients are
+averaged before the optimizer's step. Of large ones weights, gradients and optimizer states are sharded over the ranks
+(FSDP2), layer by layer, and within a layer the mixer by itself, since align runs mixers alone. There the order matters:
+what is trained is decided first (a gathered copy keeps the flag it was made with), then models are sharded, then the
 optimizer is made, of the shards.
 """
 
@@ -22,6 +23,8 @@ from torch.distributed.tensor import DTensor
 from .stopping import Stopped
 
 T = TypeVar("T")
+
+BUCKET = 2**26  # gradients that are averaged at a time
 
 
 def start_ranks() -> None:
@@ -96,6 +99,31 @@ def largest(number: float, device: torch.device) -> float:
     return float(x)
 
 
+def average(gradients: list[Tensor]) -> None:
+    """Puts the mean over all ranks in the place of each gradient."""
+    bucket: list[Tensor] = []
+    for number, gradient in enumerate(gradients, 1):
+        bucket.append(gradient)
+        if sum(x.numel() for x in bucket) < BUCKET and number < len(gradients):
+            continue
+        flat = torch.cat([x.flatten() for x in bucket])
+        dist.all_reduce(flat)
+        means = (flat / count()).split([x.numel() for x in bucket])
+        torch._foreach_copy_(bucket, [mean.view_as(x) for mean, x in zip(means, bucket)])
+        bucket = []
+
+
+def shards(choice: str, size: int, memory: int | None) -> bool:
+    """Whether several ranks cut their models up: run.data_parallel, for models and optimizer of `size` bytes on GPUs of
+    so much memory; None on a CPU, where auto replicates."""
+    return choice == "shard" or (choice == "auto" and memory is not None and 2 * size > memory)
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of a GPU; None for other devices."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def whole(x: Tensor) -> Tensor:
     """A tensor that may be sharded, in one piece."""
     return x.full_tensor() if isinstance(x, DTensor) else x
@@ -103,8 +131,6 @@ def whole(x: Tensor) -> Tensor:
 
 def shard(model: nn.Module, layers: nn.ModuleList, root: nn.Module) -> None:
     """Cuts up `root`, a part of `model` or all of it, over the ranks: mixer by mixer, layer by layer, then the rest."""
-    if count() == 1:
-        return
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (count(),))
     for layer in layers:
@@ -115,7 +141,7 @@ def shard(model: nn.Module, layers: nn.ModuleList, root: nn.Module) -> None:
 
 def shard_student(student: nn.Module) -> None:
     shard(student, student.model.layers, student)
-    register_fsdp_forward_method(student, "whole")  # of a student that is not sharded, this changes nothing
+    register_fsdp_forward_method(student, "whole")
 
 
 def shard_teacher(teacher: nn.Module) -> None:

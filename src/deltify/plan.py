@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from . import parallel
 from .config import STAGES, Recipe, Stage, check
 from .convert import layer_kinds, model_class, student_config
 from .losses import CHUNK_BYTES
@@ -23,6 +24,7 @@ from .training import choose_trained, recomputes
 
 # bfloat16 matrix products per second of an 8192^3 product, measured on random data
 GPUS = {"h100": 780e12, "h200": 717e12}
+MEMORY = {"h100": 80 * 2**30, "h200": 140 * 2**30}
 # share of that rate which a step's products reach, at SmolLM2-135M's width, beside what a layer takes for any number of
 # rows; it grows with the width. All three fitted to eleven kinds of steps there, within a fifth, and to three at 2,560
 SHARE, SHARE_WIDTH, SHARE_POWER = 0.23, 576, 0.5
@@ -54,7 +56,7 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
 
     Args:
         gpu: h100 or h200, whose measured rates the hours come from.
-        gpus: processes that share the work (FSDP2).
+        gpus: processes that share the work, as run.data_parallel says.
 
     Raises:
         ValueError: for a GPU that is not known, or a recipe that does not fit.
@@ -63,8 +65,10 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
         raise ValueError(f"gpu={gpu!r} is unknown; choose one of {', '.join(GPUS)}")
     check(recipe)
     teacher, student = skeletons(recipe)
+    size = 16 * count(student) + 2 * count(teacher.model)
+    sharded = gpus > 1 and parallel.shards(recipe.run.data_parallel, size, MEMORY[gpu])
     plans = [
-        plan_stage(name, recipe.stage(name), teacher, student, gpu, gpus, recipe.run.cuda_graphs)
+        plan_stage(name, recipe.stage(name), teacher, student, gpu, gpus, sharded, recipe.run.cuda_graphs)
         for name in STAGES
         if recipe.stage(name).tokens
     ]
@@ -76,7 +80,8 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
         highlight=False,
         soft_wrap=True,
     )
-    table = Table(f"on {gpus} x {gpu}", *(p.name for p in plans))
+    shared = "" if gpus == 1 else ", sharded" if sharded else ", replicated"
+    table = Table(f"on {gpus} x {gpu}{shared}", *(p.name for p in plans))
     table.add_row("tokens", *(f"{p.stage.tokens:,}" for p in plans))
     table.add_row("steps", *(f"{p.stage.steps:,}" for p in plans))
     for what in plans[0].bytes:
@@ -119,9 +124,17 @@ def read_config(recipe: Recipe) -> PreTrainedConfig:
 
 
 def plan_stage(
-    name: str, stage: Stage, teacher: Teacher, student: nn.Module, gpu: str, gpus: int, graphs: bool = True
+    name: str,
+    stage: Stage,
+    teacher: Teacher,
+    student: nn.Module,
+    gpu: str,
+    gpus: int,
+    sharded: bool = False,
+    graphs: bool = True,
 ) -> StagePlan:
     """One stage's figures; the student's weights are float32, products bfloat16, as `run.precision: bf16` has it."""
+    pieces = gpus if sharded else 1
     trained = sum(p.numel() for group in choose_trained(student, stage, name).values() for p in group)
     weights, config = count(student), student.config
     words = 0 if trained < weights else weights - count(student.model.layers)
@@ -129,17 +142,17 @@ def plan_stage(
     rows = stage.micro_batch or share
     tokens = rows * stage.length
     cast = trained if name == "align" else weights  # autocast keeps a bfloat16 copy of what it has multiplied with
-    own = trained if name == "align" and gpus == 1 else weights  # align shares what is frozen with the teacher
+    own = trained if name == "align" and not sharded else weights  # align shares what is frozen with the teacher
     sizes = {
-        "teacher": 2 * count(teacher.model) // gpus,
-        "student": 4 * own // gpus + 2 * cast,
-        "moments": moment_bytes(stage, trained, words) // gpus,
+        "teacher": 2 * count(teacher.model) // pieces,
+        "student": 4 * own // pieces + 2 * cast,
+        "moments": moment_bytes(stage, trained, words) // pieces,
         "activations": tokens * activation_bytes(name, stage, student) + workspace_bytes(student, tokens),
         "loss": 0 if name == "align" else loss_bytes(config.vocab_size, config.hidden_size, tokens),
-        "gradients besides": 4 * trained // gpus,
+        "gradients besides": 4 * trained // pieces,
     }
     flops = product_flops(name, stage, teacher, student) + attention_flops(student, stage.length, name)
-    eager = gpus > 1 or recomputes(stage, name) or not graphs
+    eager = sharded or (gpus > 1 and name == "align") or recomputes(stage, name) or not graphs
     if eager and rows == share and name != "align":  # gradients come as activations go; what is more than these counts
         gone = (sizes["activations"] + sizes["loss"]) * (config.num_hidden_layers - 1) // config.num_hidden_layers
         sizes["gradients besides"] = max(0, sizes["gradients besides"] - gone)

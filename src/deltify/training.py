@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import parallel
 from .config import Stage
 from .model import DeltifyForCausalLM
 
@@ -38,7 +37,15 @@ def choose_trained(student: DeltifyForCausalLM, stage: Stage, name: str) -> dict
     return {"mixers": mixers, "rest": rest}
 
 
-def make_optimizers(student: DeltifyForCausalLM, stage: Stage, name: str) -> list[torch.optim.Optimizer]:
+def training_bytes(student: nn.Module, teacher: nn.Module | None) -> int:
+    """Of the student's weights, their gradients and Adam's moments in float32, and of the teacher's weights."""
+    fixed = 0 if teacher is None else sum(p.numel() * p.element_size() for p in teacher.parameters())
+    return 16 * sum(p.numel() for p in student.parameters()) + fixed
+
+
+def make_optimizers(
+    student: DeltifyForCausalLM, stage: Stage, name: str, sharded: bool = False
+) -> list[torch.optim.Optimizer]:
     """The stage's optimizers over the groups mixers and rest; what is not trained gets no gradient.
 
     With muon the matrices are Muon's (Jordan et al. 2024), but for the embeddings and the head, which with all that is
@@ -46,8 +53,7 @@ def make_optimizers(student: DeltifyForCausalLM, stage: Stage, name: str) -> lis
     that both take the same rates.
 
     Raises:
-        ValueError: for adamw8bit, if bitsandbytes is not installed, or for any but adamw if several processes share
-            the work.
+        ValueError: for adamw8bit, if bitsandbytes is not installed, or for any but adamw of a sharded student.
     """
     words = {id(student.get_input_embeddings().weight), id(student.get_output_embeddings().weight)}
     inner, others = [], []
@@ -59,8 +65,11 @@ def make_optimizers(student: DeltifyForCausalLM, stage: Stage, name: str) -> lis
         others.append({"name": group, "params": matrices, "weight_decay": stage.weight_decay})
         others.append({"name": f"{group}_vectors", "params": vectors, "weight_decay": 0.0})
     inner, others = ([o for o in options if o["params"]] for options in (inner, others))
-    if stage.optimizer != "adamw" and parallel.count() > 1:
-        raise ValueError(f"{name}.optimizer={stage.optimizer!r} cannot be sharded over processes; choose adamw")
+    if stage.optimizer != "adamw" and sharded:
+        raise ValueError(
+            f"{name}.optimizer={stage.optimizer!r} cannot be sharded over processes; choose adamw, or "
+            "run.data_parallel: replicate"
+        )
     if stage.optimizer == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit
