@@ -46,6 +46,8 @@ def steps(name: str, how: str, out: Path) -> None:
         loop.student.zero_grad(set_to_none=True)
         loop.run(SimpleNamespace(signal=0))
         weights = {n: parallel.whole(p.detach()) for n, p in student.named_parameters()}
+        norms = torch.stack([x.norm() for x in weights.values()])
+        assert torch.equal(parallel.mean(norms), norms)  # all ranks', to the bit
         if parallel.rank() == 0:
             torch.save((gradients, weights), out)
 

@@ -26,11 +26,12 @@ from deltify.data import (
     heldout_batches,
     open_data,
     open_tokens,
+    origin_of,
     tokenize,
     tokenize_split,
     window,
 )
-from deltify.recall import BREAKS, recall_document
+from deltify.recall import BREAKS, recall_document, scattered_documents
 from deltify.teacher import byte_tokenizer
 from deltify.text import documents, held_out, python_docs
 
@@ -281,6 +282,19 @@ def test_recall_is_scattered_over_all_of_another_text_that_is_not_held_out(tmp_p
         open_data(spec, "teacher", tokenizer, 1000)
 
 
+def test_recall_documents_of_texts_that_begin_alike_tell_different_facts():
+    texts = list(scattered_documents(["Copyright 2020. All rights reserved.\n"] * 50))
+    told = {text_.replace("Copyright 2020.", "").replace("All rights reserved.", "") for text_ in texts}
+    assert len(texts) == len(told) == 50 and all("Copyright" in text_ for text_ in texts)
+
+
+def test_recall_of_text_without_files_is_made_anew_when_its_rules_change(monkeypatch):
+    before = [origin_of(f"recall:{source}")["files"] for source in ("python-docs", "hf:name", "/gone")]
+    monkeypatch.setattr("deltify.data.digest", lambda path: "another")
+    after = [origin_of(f"recall:{source}")["files"] for source in ("python-docs", "hf:name", "/gone")]
+    assert before[0] != after[0] and before[1] != after[1] and before[2] is after[2] is None
+
+
 def test_of_processes_that_ask_at_once_one_tokenizes_and_the_others_wait(tmp_path, tokenizer):
     reads, together = [], threading.Barrier(4)
 
@@ -357,7 +371,7 @@ def test_changed_text_is_refused(tmp_path, tokenizer, monkeypatch, heldout):
     text, tokens = train.tokens.tolist(), len(held)
     same = DataSpec({f"{tmp_path}/./a.txt": 1.0}, heldout and f"./{heldout}", "data")
     assert open_data(same, "teacher", tokenizer, 64, 16)[0][0].tokens.tolist() == text
-    assert len(list((tmp_path / "data").glob("*/*"))) == (1 if heldout is None else 2)
+    assert len(list((tmp_path / "data").glob("*/[!.]*"))) == (1 if heldout is None else 2)
     changed = tmp_path / (heldout or "a.txt")
     content, times = changed.read_text(), (changed.stat().st_atime_ns, changed.stat().st_mtime_ns)
     changed.write_text(content + "more")

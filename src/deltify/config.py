@@ -93,8 +93,8 @@ class Stage:
         divergence: of the two distributions of the next token: forward (KL of the student from the teacher), reverse
             or jensen-shannon.
         temperature: that both models' logits are divided by before it.
-        optimizer: adamw; adamw8bit, whose moments take 2 bytes a number instead of 8 (bitsandbytes; one process); or
-            muon, for matrices other than embeddings and head, which stay AdamW's (4 bytes a number; one process).
+        optimizer: adamw; adamw8bit, whose moments take 2 bytes a number instead of 8 (bitsandbytes); or muon, for
+            matrices other than embeddings and head, which stay AdamW's (4 bytes a number). Sharded models need adamw.
         weight_decay: of matrices.
         clip: largest norm of the gradient.
         checkpoint_layers: recompute activations layer by layer to save memory.

@@ -276,7 +276,9 @@ def origin_of(source: str) -> dict:
         return {"source": source, "files": None}
     if inner := scattered_over(source):
         parts = [origin_of(part) for part in (recall.RECALL, inner)]
-        files = None if parts[1]["files"] is None else f"{parts[0]['files']} {parts[1]['files']}"
+        always_there = inner in BUILT_IN or inner.startswith("hf:")
+        gone = parts[1]["files"] is None and not always_there
+        files = None if gone else f"{parts[0]['files']} {parts[1]['files']}"
         return {"source": f"{recall.RECALL}:{parts[1]['source']}", "files": files}
     path = Path(source).expanduser().resolve()
     if not path.exists():

@@ -117,7 +117,7 @@ def run_stages(
         teacher, stored = open_targets(stored, device, dtype), None
     else:
         teacher = open_teacher(recipe, device, dtype)
-    train, heldout, heldout_rows = parallel.first_then_others(lambda: open_text(recipe, teacher))
+    train, heldout, heldout_rows = open_text(recipe, teacher)  # one process makes the token files
     mixes = {name: stage_mix(recipe, name, train) for name in stages if recipe.stage(name).tokens}
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")  # noqa: E731
 
@@ -291,6 +291,8 @@ class Loop:
         self.graphed: GraphedStep | None = None
         if recomputes(self.stage, name):
             student.gradient_checkpointing_enable()
+        else:  # as the stage before may have
+            student.gradient_checkpointing_disable()
 
     def run(self, stopper: Stopper) -> None:
         """Trains; leaves the student with the last step's weights. A signal ends it after the step, with a checkpoint.
@@ -310,7 +312,7 @@ class Loop:
         with progress_bar(self.name, stage.steps) as show:
             for step in range(self.progress.step, stage.steps):
                 set_learning_rates(self.optimizers, stage, step)
-                with naming_memory(self.name, stage):
+                with naming_memory(self.name, stage, self.sharded):
                     losses = self.accumulate(self.mix.batch(step, parallel.rank(), parallel.count()))
                     norm = parallel.whole(nn.utils.clip_grad_norm_(trained(self.optimizers), stage.clip))
                     self.check_finite(step, losses, norm)
@@ -335,9 +337,10 @@ class Loop:
                     last_clock = time.monotonic()
                 self.metrics.write(**record, **rates, tokens_per_second=speed, seconds=self.progress.seconds)
                 show(step + 1, losses["loss"], speed)
-                due = bool(parallel.largest(now - last_save > 60 * run.checkpoint_minutes, device))
+                due = now - last_save > 60 * run.checkpoint_minutes
                 due = due or (run.checkpoint_steps and (step + 1) % run.checkpoint_steps == 0)
                 due = due or self.progress.best_step == step + 1  # the best weights stay, whatever comes after
+                due = bool(parallel.largest(bool(due), device))
                 if (due and not last_step) or self.stopped_early or signal:
                     self.save()
                     last_save = last_clock = time.monotonic()
@@ -429,7 +432,7 @@ def own_weights(student: DeltifyForCausalLM, teacher: nn.Module) -> None:
 
 
 @contextmanager
-def naming_memory(name: str, stage: Stage) -> Iterator[None]:
+def naming_memory(name: str, stage: Stage, sharded: bool = False) -> Iterator[None]:
     """Turns a GPU's lack of memory into an error that says which of the stage's settings to change.
 
     Raises:
@@ -438,11 +441,14 @@ def naming_memory(name: str, stage: Stage) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        rows = stage.micro_batch or stage.batch
+        share = stage.batch // parallel.count()
+        rows = stage.micro_batch or share
         ways = []
         if rows > 1:
-            fewer = max(count for count in range(1, rows) if stage.batch % count == 0)
+            fewer = max(count for count in range(1, rows) if share % count == 0)
             ways.append(f"--resume --{name}.micro_batch {fewer}")
+        if not sharded and parallel.count() > 1 and stage.optimizer == "adamw":
+            ways.append("--resume --run.data_parallel shard")
         if name != "align" and not stage.checkpoint_layers:
             ways.append(f"--resume --{name}.checkpoint_layers true")
         ways.append(f"--{name}.length {stage.length // 2} and another --name")

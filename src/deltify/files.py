@@ -22,15 +22,13 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_name(folder.name + ".lock")
-    with FileLock(lock):
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
         if folder.exists():
             return
         unfinished = folder.with_name(folder.name + ".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         make(unfinished)
-        unfinished.rename(folder)
-        lock.unlink(missing_ok=True)  # whoever still waits for it, or makes a new one, finds the folder
+        publish(unfinished, folder)
 
 
 def publish(unfinished: Path, folder: Path) -> None:

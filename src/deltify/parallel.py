@@ -9,9 +9,8 @@ optimizer is made, of the shards.
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,9 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from .stopping import Stopped
 
-T = TypeVar("T")
-
-BUCKET = 2**26  # gradients that are averaged at a time
+BUCKET = 2**26  # numbers of gradients that are averaged at a time
 
 
 def start_ranks() -> None:
@@ -66,16 +63,6 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     dist.destroy_process_group()  # not after an error: others may wait for this rank, and this call for them
 
 
-def first_then_others(function: Callable[[], T]) -> T:
-    """Calls `function` on the first rank, and on the others when it is done there: it may leave files for them."""
-    if rank():
-        dist.barrier()
-    result = function()
-    if count() > 1 and not rank():
-        dist.barrier()
-    return result
-
-
 def barrier() -> None:
     if count() > 1:
         dist.barrier()
@@ -102,18 +89,20 @@ def largest(number: float, device: torch.device) -> float:
 def average(gradients: list[Tensor]) -> None:
     """Puts the mean over all ranks in the place of each gradient."""
     bucket: list[Tensor] = []
+    size = 0
     for number, gradient in enumerate(gradients, 1):
         bucket.append(gradient)
-        if sum(x.numel() for x in bucket) < BUCKET and number < len(gradients):
+        size += gradient.numel()
+        if size < BUCKET and number < len(gradients):
             continue
         flat = torch.cat([x.flatten() for x in bucket])
         dist.all_reduce(flat)
-        means = (flat / count()).split([x.numel() for x in bucket])
+        means = flat.div_(count()).split([x.numel() for x in bucket])
         torch._foreach_copy_(bucket, [mean.view_as(x) for mean, x in zip(means, bucket)])
-        bucket = []
+        bucket, size = [], 0
 
 
-def shards(choice: str, size: int, memory: int | None) -> bool:
+def shards(choice: str, size: int, memory: float | None) -> bool:
     """Whether several ranks cut their models up: run.data_parallel, for models and optimizer of `size` bytes on GPUs of
     so much memory; None on a CPU, where auto replicates."""
     return choice == "shard" or (choice == "auto" and memory is not None and 2 * size > memory)

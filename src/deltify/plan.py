@@ -20,11 +20,11 @@ from .convert import layer_kinds, model_class, student_config
 from .losses import CHUNK_BYTES
 from .metrics import console
 from .teacher import EMBEDDED, Teacher, embedded_gguf, family_of, freeze, locate, random_teacher
-from .training import choose_trained, recomputes
+from .training import choose_trained, recomputes, training_bytes
 
 # bfloat16 matrix products per second of an 8192^3 product, measured on random data
 GPUS = {"h100": 780e12, "h200": 717e12}
-MEMORY = {"h100": 80 * 2**30, "h200": 140 * 2**30}
+MEMORY = {"h100": 79.2 * 2**30, "h200": 139.8 * 2**30}  # as torch says
 # share of that rate which a step's products reach, at SmolLM2-135M's width, beside what a layer takes for any number of
 # rows; it grows with the width. All three fitted to eleven kinds of steps there, within a fifth, and to three at 2,560
 SHARE, SHARE_WIDTH, SHARE_POWER = 0.23, 576, 0.5
@@ -65,7 +65,7 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
         raise ValueError(f"gpu={gpu!r} is unknown; choose one of {', '.join(GPUS)}")
     check(recipe)
     teacher, student = skeletons(recipe)
-    size = 16 * count(student) + 2 * count(teacher.model)
+    size = training_bytes(student, None) + 2 * count(teacher.model)
     sharded = gpus > 1 and parallel.shards(recipe.run.data_parallel, size, MEMORY[gpu])
     plans = [
         plan_stage(name, recipe.stage(name), teacher, student, gpu, gpus, sharded, recipe.run.cuda_graphs)

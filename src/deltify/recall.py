@@ -9,7 +9,7 @@ from every word what it should have kept (docs/recipe.md has what this brings).
 import random
 import re
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 
 RECALL = "recall"
 COUNT = 10_000  # documents, 7M of SmolLM2's tokens or so
@@ -78,12 +78,13 @@ def scattered_documents(passages: Iterable[str], seed: int = 0) -> Iterator[str]
 
     The documents have 4 to 256 sentences, fewer at the end of a passage, and each doubling of that length gets as many
     of the sentences as the next: whoever reads shorter rows finds questions whose answers were cut off. What is told
-    depends on the sentence that begins a document, so that two texts tell two things.
+    depends on a document's number and on the sentence that begins it, so that no two documents or texts tell the same.
     """
+    numbers = count()
     for passage in passages:
-        sentences = iter(SENTENCE_END.split(passage))
+        sentences = (sentence for sentence in SENTENCE_END.split(passage) if sentence)
         for first in sentences:
-            generator = random.Random(f"{seed}:{first}")
+            generator = random.Random(f"{seed}:{next(numbers)}:{first}")
             size = int(1 / (1 / SHORTEST - generator.random() * (1 / SHORTEST - 1 / LONGEST)))
             yield scattered_document(generator, [first, *islice(sentences, size - 1)])
 
