@@ -18,22 +18,24 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from common import keep, row, write
 
+from deltify.config import STAGES
+
 RECIPE = Path(__file__).parent.parent / "recipes" / "smollm2-135m-kda.yaml"
-STAGES = {"match": (4, 2048), "align": (32, 512)}  # rows a GPU, tokens of a row
+SHAPES = {"match": (4, 2048), "align": (32, 512)}  # rows a GPU, tokens of a row
 STEPS, WARM = 40, 15
 
 
 def rate(folder: Path, stage: str, processes: int, how: str, extra: list[str]) -> float:
     """Tokens a second of a stage."""
-    rows, length = STAGES[stage]
+    rows, length = SHAPES[stage]
     batch, name = rows * processes, f"{stage}-{processes}-{how}"
     fields = {
         "name": name, "output": folder, "student.start": "library", "data.train": '{"recall": 1.0}',
         "data.folder": folder / "data", "data.max_tokens": "null", "run.heldout_tokens": 2048,
         "run.heldout_steps": STEPS, "run.checkpoint_minutes": 60, "run.data_parallel": how,
-    } | {f"{other}.tokens": 0 for other in ("align", "match", "extend")}  # fmt: skip
+    } | {f"{other}.tokens": 0 for other in STAGES}  # fmt: skip
     fields |= {f"{stage}.tokens": STEPS * batch * length, f"{stage}.batch": batch, f"{stage}.length": length}
-    flags = [f"--{name}={value}" for name, value in fields.items()] + extra
+    flags = [f"--{field}={value}" for field, value in fields.items()] + extra
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "4"}
     subprocess.run(
@@ -46,7 +48,7 @@ def rate(folder: Path, stage: str, processes: int, how: str, extra: list[str]) -
 def main() -> None:
     most, extra, rows = torch.cuda.device_count(), sys.argv[1:], []
     with tempfile.TemporaryDirectory() as folder:
-        for stage, (batch, length) in STAGES.items():
+        for stage, (batch, length) in SHAPES.items():
             alone = rate(Path(folder), stage, 1, "replicate", extra)
             for processes in (n for n in (2, 4, 8) if n <= most):
                 case = f"{stage}/smollm2-135m/{batch}x{length}-a-gpu/{processes}-gpus"

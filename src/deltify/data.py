@@ -268,17 +268,16 @@ def open_data(
 def origin_of(source: str) -> dict:
     """What meta.json says of a source: `source`, a path made absolute, and `files`, which differs when the files do.
 
-    `files` is a hash of their names, sizes and times of change; None if there are none, or none any more.
+    `files` is a hash of their names, sizes and times of change; empty for text that is in no files, None for files that
+    are gone.
     """
     if source == recall.RECALL:
         return {"source": source, "files": digest(Path(recall.__file__))[:16]}
     if source in BUILT_IN or source.startswith("hf:"):
-        return {"source": source, "files": None}
+        return {"source": source, "files": ""}
     if inner := scattered_over(source):
         parts = [origin_of(part) for part in (recall.RECALL, inner)]
-        always_there = inner in BUILT_IN or inner.startswith("hf:")
-        gone = parts[1]["files"] is None and not always_there
-        files = None if gone else f"{parts[0]['files']} {parts[1]['files']}"
+        files = None if parts[1]["files"] is None else f"{parts[0]['files']} {parts[1]['files']}"
         return {"source": f"{recall.RECALL}:{parts[1]['source']}", "files": files}
     path = Path(source).expanduser().resolve()
     if not path.exists():

@@ -47,6 +47,7 @@ from .training import (
     set_learning_rates,
     trained,
     training_bytes,
+    waits_for_ranks,
 )
 
 # ---- the whole run ---------------------------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ def trained_before(folder: str, layers: str | list[int], teacher: Teacher) -> De
 class Loop:
     """One stage of training: from its last checkpoint, if there is one, to its last step."""
 
-    def __init__(self, name, recipe, teacher, student, mix, heldout, autocast, deadline, metrics, sharded=False):
+    def __init__(self, name, recipe, teacher, student, mix, heldout, autocast, deadline, metrics, sharded):
         self.name, self.recipe, self.stage = name, recipe, recipe.stage(name)
         self.teacher, self.student, self.mix, self.heldout = teacher, student, mix, heldout
         self.autocast, self.metrics, self.sharded = autocast, metrics, sharded
@@ -374,12 +375,11 @@ class Loop:
             return compute(self.teacher, self.student, batch, self.stage, scale)
 
     def can_be_graphed(self) -> bool:
-        """Whether nothing in a step looks at data from the host, as recomputed layers and stored targets do, or speaks
-        with other ranks, as gathered weights and align's loss do."""
-        alone = parallel.count() == 1 or not (self.sharded or self.name == "align")
-        again = recomputes(self.stage, self.name)
-        fits = alone and not again and isinstance(self.teacher.model, nn.Module)
-        return fits and self.recipe.run.cuda_graphs and self.student.device.type == "cuda"
+        """Whether nothing in a step waits for other ranks, or looks at data from the host, as recomputed layers and
+        stored targets do."""
+        waits = waits_for_ranks(self.name, parallel.count(), self.sharded) or recomputes(self.stage, self.name)
+        on_gpu = self.student.device.type == "cuda" and isinstance(self.teacher.model, nn.Module)
+        return self.recipe.run.cuda_graphs and on_gpu and not waits
 
     def check_finite(self, step: int, losses: dict[str, float], norm: Tensor) -> None:
         if math.isfinite(losses["loss"]) and math.isfinite(float(norm)):

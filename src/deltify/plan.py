@@ -20,7 +20,7 @@ from .convert import layer_kinds, model_class, student_config
 from .losses import CHUNK_BYTES
 from .metrics import console
 from .teacher import EMBEDDED, Teacher, embedded_gguf, family_of, freeze, locate, random_teacher
-from .training import choose_trained, recomputes, training_bytes
+from .training import choose_trained, recomputes, training_bytes, waits_for_ranks
 
 # bfloat16 matrix products per second of an 8192^3 product, measured on random data
 GPUS = {"h100": 780e12, "h200": 717e12}
@@ -152,7 +152,7 @@ def plan_stage(
         "gradients besides": 4 * trained // pieces,
     }
     flops = product_flops(name, stage, teacher, student) + attention_flops(student, stage.length, name)
-    eager = sharded or (gpus > 1 and name == "align") or recomputes(stage, name) or not graphs
+    eager = waits_for_ranks(name, gpus, sharded) or recomputes(stage, name) or not graphs
     if eager and rows == share and name != "align":  # gradients come as activations go; what is more than these counts
         gone = (sizes["activations"] + sizes["loss"]) * (config.num_hidden_layers - 1) // config.num_hidden_layers
         sizes["gradients besides"] = max(0, sizes["gradients besides"] - gone)

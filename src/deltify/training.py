@@ -14,6 +14,11 @@ def recomputes(stage: Stage, name: str) -> bool:
     return stage.checkpoint_layers and name != "align"
 
 
+def waits_for_ranks(name: str, ranks: int, sharded: bool) -> bool:
+    """Whether a step speaks with other ranks before it has its gradients, as gathered weights and align's loss do."""
+    return ranks > 1 and (sharded or name == "align")
+
+
 def choose_trained(student: DeltifyForCausalLM, stage: Stage, name: str) -> dict[str, list[nn.Parameter]]:
     """The parameters that a stage trains, mixers and the rest; all others are frozen.
 
