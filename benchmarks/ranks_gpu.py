@@ -2,9 +2,11 @@
 
 SmolLM2-135M-Instruct, match in rows of 2,048 tokens, 4 a GPU, and align in rows of 512, 32 a GPU, on synthetic text;
 tokens a second are the median of the steps after those that compile and capture, as metrics.jsonl has them.
-Run: python benchmarks/ranks_gpu.py [--field value of the recipe] (needs two CUDA GPUs or more)
+Run: python benchmarks/ranks_gpu.py [--stages match] [--processes 4] [--field=value of the recipe ...]
+(needs two CUDA GPUs or more)
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -46,11 +48,16 @@ def rate(folder: Path, stage: str, processes: int, how: str, extra: list[str]) -
 
 
 def main() -> None:
-    most, extra, rows = torch.cuda.device_count(), sys.argv[1:], []
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--processes", nargs="+", type=int, default=[2, 4, 8])
+    options, extra = parser.parse_known_args()
+    most, rows = torch.cuda.device_count(), []
     with tempfile.TemporaryDirectory() as folder:
-        for stage, (batch, length) in SHAPES.items():
+        for stage in options.stages:
+            batch, length = SHAPES[stage]
             alone = rate(Path(folder), stage, 1, "replicate", extra)
-            for processes in (n for n in (2, 4, 8) if n <= most):
+            for processes in (n for n in options.processes if n <= most):
                 case = f"{stage}/smollm2-135m/{batch}x{length}-a-gpu/{processes}-gpus"
                 found = {how: rate(Path(folder), stage, processes, how, extra) for how in ("replicate", "shard")}
                 rows += [

@@ -1,0 +1,157 @@
+"""Does on-policy distillation pay? A run goes on three ways, with as many tokens each, judged where it writes itself.
+
+    python experiments/refine.py --text TEXT --start runs/kda --out runs/refine --tokens 4000000
+
+`same`: the texts it was trained on. `own`: half of the rows are documents that the run wrote itself, from beginnings of
+those texts. `own-js`: the same, by the Jensen-Shannon divergence. TEXT is a folder with train/ and eval/. Judged by:
+
+- KL on held-out text, overall and by position, as in experiments/recipe.py;
+- text that each model writes from beginnings of held-out text: KL(teacher | student) on it, and KL(student | teacher),
+  which is how much likelier a model finds what it wrote than the teacher does, in nats a token;
+- needles.
+
+What is done is not done again. Needs a GPU; results go to experiments/results/refine.json.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from recipe import LENGTH, RECALL, summary, windows, with_recall
+from result import TRAIN
+from transformers import AutoModelForCausalLM
+
+from deltify.config import read_recipe
+from deltify.distill import distill, open_teacher
+from deltify.generate import model_folder
+from deltify.longcontext import by_position, device_name, token_scores
+from deltify.needle import NeedleMaker, ask_needles, summarise
+from deltify.runs import pick_device
+from deltify.sample import sample
+from deltify.text import documents
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results" / "refine.json"
+SHARES = (0.35, 0.25, 0.4)  # of the texts
+ARMS: dict[str, tuple[float, str] | None] = {
+    "start": None,
+    "same": (0.0, "forward"),
+    "own": (0.5, "forward"),
+    "own-js": (0.5, "jensen-shannon"),
+}
+PASSAGE, PASSAGES = 2000, 256  # letters of a passage, and how many held-out ones begin a text
+BEGINNING = 32  # tokens of it that a model is given
+NEEDLES = ("niah_single_1", "niah_single_2", "niah_multikey_1")
+LENGTHS, SAMPLES = (512, 1024, 2048, 4096), 16  # of needles
+
+
+def beginnings(texts: list[str], path: Path, count: int) -> str:
+    """A file whose documents are passages of the texts, in turn; made once."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found: list[str] = []
+        for source in texts:
+            mine: list[str] = []
+            for text in documents(source):
+                mine += [text[a : a + PASSAGE] for a in range(0, len(text) - PASSAGE + 1, PASSAGE)]
+                if len(mine) >= count // len(texts) + 1:
+                    break
+            found += mine[: count // len(texts) + 1]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in found[:count]), encoding="utf-8")
+    return str(path)
+
+
+def train(arm: str, options: argparse.Namespace) -> Path:
+    """The folder of the run that an arm ends with."""
+    if ARMS[arm] is None:
+        return Path(options.start)
+    share, divergence = ARMS[arm]
+    texts = [str(options.text / "train" / f"{name}.jsonl.zst") for name in TRAIN]
+    weights = with_recall(dict(zip(texts, SHARES)), RECALL["recall-quarter"])
+    if share:
+        own = options.out / "own.jsonl"
+        if not own.exists():
+            source = options.beginnings or beginnings(texts, options.out / "beginnings.jsonl", options.documents)
+            sample(options.start, source, own, count=options.documents, prompt_tokens=BEGINNING, batch=options.batch)
+        weights = {text: weight * (1 - share) for text, weight in weights.items()} | {str(own): share}
+    fields = {
+        "name": arm, "output": options.out, "student.start": options.start, "data.train": json.dumps(weights),
+        "data.folder": options.data, "data.max_tokens": "null", "data.heldout": heldout(options),
+        "run.heldout_steps": 1_000_000, "run.checkpoint_minutes": 60, "align.tokens": 0, "extend.tokens": 0,
+        "match.tokens": options.tokens, "match.divergence": divergence,
+        "match.lr_mixers": options.lr, "match.lr_rest": 0.3 * options.lr,
+    }  # fmt: skip
+    recipe = read_recipe(
+        ROOT / "recipes" / "smollm2-135m-kda.yaml", [f"--{name}={value}" for name, value in fields.items()]
+    )
+    return distill(recipe, resume=(recipe.folder / "recipe.yaml").exists())
+
+
+def heldout(options: argparse.Namespace) -> str:
+    return str(options.text / "eval" / "heldout_dev.jsonl")
+
+
+@torch.no_grad()
+def judge(arm: str, folder: Path, options: argparse.Namespace) -> dict:
+    recipe = read_recipe(Path(options.start) / "recipe.yaml")
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, heldout=heldout(options)))
+    device = pick_device("auto")
+    teacher = open_teacher(recipe, device, torch.bfloat16)
+    student = AutoModelForCausalLM.from_pretrained(model_folder(str(folder)), dtype=torch.bfloat16).to(device).eval()
+    source = beginnings([heldout(options)], options.out / "heldout-beginnings.jsonl", PASSAGES)
+    wrote = options.out / f"{arm}-wrote.jsonl"
+    if not wrote.exists():
+        sample(str(folder), source, wrote, count=PASSAGES, prompt_tokens=BEGINNING, batch=PASSAGES)
+    texts = [torch.tensor(teacher.tokenizer(text, verbose=False)["input_ids"]) for text in documents(str(wrote))]
+    scores = [token_scores({"student": student}, teacher.model, ids[:512]) for ids in texts if len(ids) > 2 * BEGINNING]
+    written = {  # behind the beginning, which is not the model's
+        name: np.concatenate([found[model][column][BEGINNING - 1 :] for found in scores])
+        for name, (model, column) in {"loss": ("student", 0), "teacher": ("teacher", 0), "kl": ("student", 1)}.items()
+    }
+    make = NeedleMaker(teacher.tokenizer, str(options.text / "eval" / "heldout_books.jsonl"))
+    path = options.out / "needles.jsonl"
+    rows = ask_needles(student, make, path, name=arm, tasks=NEEDLES, lengths=LENGTHS, samples=SAMPLES)
+    found: dict[str, dict] = {}
+    for row in summarise(rows):
+        found.setdefault(row["task"], {})[row["length"]] = row["score"]
+    stretches = windows(recipe, teacher.tokenizer)
+    held = by_position({"student": student}, teacher.model, stretches, max_tokens=LENGTH)
+    return {
+        "arm": arm, "start": Path(options.start).name, "tokens": options.tokens if ARMS[arm] else 0, "lr": options.lr,
+        "kl": summary(held, "student"), "kl_on_own_text": float(written["kl"].mean()),
+        "reverse_kl_on_own_text": float((written["teacher"] - written["loss"]).mean()),
+        "own_tokens": len(written["kl"]), "needles": found,
+        "device": device_name(device), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arms", nargs="*", help=f"of {', '.join(ARMS)}; all if absent")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--start", required=True, help="folder of a run")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=4_000_000)
+    parser.add_argument("--lr", type=float, default=3e-4, help="of mixers; .3 of it for the rest")
+    parser.add_argument("--documents", type=int, default=8192, help="that the run writes, of 512 tokens at most")
+    parser.add_argument("--beginnings", help="a text whose documents begin them; passages of TEXT/train if absent")
+    parser.add_argument("--batch", type=int, default=512, help="documents that are written at a time")
+    parser.add_argument("--data", default="runs/data", help="folder of token files")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if unknown := [arm for arm in options.arms if arm not in ARMS]:
+        parser.error(f"unknown arms {unknown}; known are {', '.join(ARMS)}")
+    results = json.loads(options.results.read_text()) if options.results.exists() else []
+    for arm in options.arms or ARMS:
+        if any((r["arm"], r["start"]) == (arm, Path(options.start).name) for r in results):
+            continue
+        results.append(judge(arm, train(arm, options), options))
+        options.results.write_text(json.dumps(results, indent=1) + "\n")
+        print(json.dumps(results[-1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
