@@ -35,8 +35,8 @@ OURS, HYBRID, ARCEE, RADLADS = "smollm2-135m-kda", "smollm2-135m-hybrid", "basel
 # name: recipe, share of the tokens in each stage, overrides
 MATCH_ALL, WITH_ALIGN, WITH_EXTEND = {"match": 1.0}, {"align": 0.125, "match": 0.875}, {"match": 0.875, "extend": 0.125}
 # what the variants of our recipe differ from; those named "default" from the second, what it had become
-BASE: dict[str, object] = {"match.batch": 8, "match.lr_rest": 1e-4}
-BETTER: dict[str, object] = {"match.batch": 2, "match.lr_rest": 3e-4}
+BASE: dict[str, object] = {"match.batch": 8, "match.lr_rest": 1e-4, "student.long_heads": 0}
+BETTER: dict[str, object] = {"match.batch": 2, "match.lr_rest": 3e-4, "student.long_heads": 0}
 MUON: dict[str, object] = {"match.optimizer": "muon"}
 DOUBLE: dict[str, object] = {"match.lr_mixers": 2e-3, "match.lr_rest": 6e-4}
 LONG: dict[str, object] = {"match.length": 8192, "match.batch": 1}  # as many tokens a step as 4 rows of 2,048
@@ -68,6 +68,9 @@ VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "default-batch-1": (OURS, WITH_ALIGN, {"match.batch": 1}),
     "default-batch-4": (OURS, WITH_ALIGN, {"match.batch": 4}),
     "default-align-half": (OURS, {"align": 0.5, "match": 0.5}, {}),
+    "default-temperature-2": (OURS, WITH_ALIGN, {"match.temperature": 2.0}),
+    "default-ce-0.2": (OURS, WITH_ALIGN, {"match.ce_weight": 0.2}),
+    "default-rest-frozen": (OURS, WITH_ALIGN, {"match.lr_rest": 0.0}),
     "default-double": (OURS, WITH_ALIGN, DOUBLE),
     "default-muon": (OURS, WITH_ALIGN, MUON),
     "default-muon-double": (OURS, WITH_ALIGN, MUON | DOUBLE),
@@ -81,6 +84,8 @@ VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "default-start-library": (OURS, WITH_ALIGN, {"student.start": "library"}),
     "default-constant": (OURS, WITH_ALIGN, {"student.start": "calibrated-constant"}),
     "default-recall-quarter": (OURS, WITH_ALIGN, {}),
+    "default-recall-quarter-long-head": (OURS, WITH_ALIGN, {"student.long_heads": 1}),
+    "default-recall-quarter-two-long-heads": (OURS, WITH_ALIGN, {"student.long_heads": 2}),
     "default-muon-double-recall-quarter": (OURS, WITH_ALIGN, MUON | DOUBLE),
     "default-recall-quarter-batch-4": (OURS, WITH_ALIGN, {"match.batch": 4}),
     "default-recall-quarter-batch-4-calibration-2048": (

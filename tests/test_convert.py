@@ -1,5 +1,7 @@
 """The conversion: heads, sources, starts."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -133,6 +135,25 @@ def test_starts_are_what_their_names_say(teacher, rows):
         convert(teacher, start="random")
     with pytest.raises(ValueError, match="needs calibration text"):
         convert(teacher, start="calibrated")
+
+
+def test_long_heads_are_those_that_remembered_longest_and_forget_half_in_4096_tokens(teacher, rows):
+    def half_lives(long_heads):
+        student = convert(teacher, start="calibrated", calibration=rows, long_heads=long_heads)
+        mixers = [layer.self_attn for layer in student.model.layers]
+        decays = [
+            m.A_log.exp()[:, None] * torch.nn.functional.softplus(m.dt_bias.unflatten(0, (len(m.A_log), -1)))
+            for m in mixers
+        ]
+        return math.log(2) / torch.stack(decays).detach()[:, :, 0]  # [layers, H]
+
+    without, one = half_lives(0), half_lives(1)
+    changed = (one - without).abs() > 1e-3 * without
+    assert changed.sum(1).tolist() == [1] * len(one)
+    assert torch.equal(changed.float().argmax(1), without.argmax(1))
+    torch.testing.assert_close(one[changed], torch.full((len(one),), 4096.0), rtol=1e-3, atol=0)
+    with pytest.raises(ValueError, match="long_heads=9"):
+        convert(teacher, start="calibrated", calibration=rows, long_heads=9)
 
 
 def test_each_head_gets_the_memory_that_predicts_it_best(teacher):

@@ -46,6 +46,7 @@ class StudentSpec:
             or run, to train on.
         calibration_tokens: training tokens that the calibrated start looks at.
         calibration_length: tokens in a row of them.
+        long_heads: heads of each KDA layer that a calibrated start gives a half-life of 4,096 tokens.
     """
 
     full_attention_layers: str | list[int] = "none"
@@ -55,6 +56,7 @@ class StudentSpec:
     start: str = "calibrated"
     calibration_tokens: int = 8192
     calibration_length: int = 512
+    long_heads: int = 0
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,7 @@ def convert(
     sink_tokens: int = 4,
     start: str = "calibrated",
     calibration: Batch | None = None,
+    long_heads: int = 0,
     seed: int = 0,
     report: Callable[[str], None] = lambda line: None,
 ) -> DeltifyForCausalLM:
@@ -171,12 +172,17 @@ def convert(
             "calibrated" (memory, output gate and projection by least squares, see `calibrate`); needs `calibration`; as
             does "calibrated-constant", which makes one channel of each head's values a constant (see `add_constant`).
         calibration: rows of text, a few thousand tokens.
+        long_heads: heads of each KDA layer that a calibrated start, and no other, gives a long memory, see
+            `lengthened`.
         report: called with a line for each group of tensors and each calibrated layer.
     """
     if start not in STARTS:
         raise ValueError(f"start={start!r}; choose one of {list(STARTS)}")
     if start.startswith("calibrated") and calibration is None:
         raise ValueError(f"start={start!r} needs calibration text; or choose start='library'")
+    heads = teacher.config.num_attention_heads
+    if not 0 <= long_heads <= heads:
+        raise ValueError(f"long_heads={long_heads}; a layer of this teacher has {heads} heads, so give 0 to {heads}")
     kinds = layer_kinds(full_attention_layers, teacher.config.num_hidden_layers)
     config = student_config(teacher, kinds, keep_rope=keep_rope, window=sliding_window, sinks=sink_tokens)
     device = teacher.model.device
@@ -194,7 +200,8 @@ def convert(
     if config.qk_norm and mixers:
         report("the teacher's q_norm and k_norm are dropped in KDA layers: L2 normalisation takes their place")
     if start.startswith("calibrated"):
-        calibrate(teacher, student, calibration, report, constant=start == "calibrated-constant")
+        constant = start == "calibrated-constant"
+        calibrate(teacher, student, calibration, report, constant=constant, long_heads=long_heads)
     student.generation_config = teacher.model.generation_config
     return student
 
@@ -283,6 +290,7 @@ CANDIDATES = (
     *((beta, 0.1, 0) for beta in (0.2, 0.4)),
     *((0.5, 0.03, 1), (0.3, 0.1, 1), (0.2, 0.3, 1)),
 )
+LONG_BETA, LONG_HALF_LIFE = 0.1, 4096.0  # of heads that begin with a long memory; docs/recipe.md, Memory
 CHOICE_TOKENS = 2048  # that the candidates are compared on
 CONV_TAP = 0.03  # where SiLU is nearly linear; 0.3 and 0.1 start worse, 0.01 no better
 RIDGE_PENALTY, GATE_PENALTY = 1e-4, 0.1
@@ -296,6 +304,7 @@ def calibrate(
     report: Callable[[str], None],
     *,
     constant: bool = False,
+    long_heads: int = 0,
 ) -> None:
     """Gives every KDA layer of the student a start that already resembles the attention it replaces.
 
@@ -332,7 +341,11 @@ def calibrate(
         one = ridge(N, torch.ones_like(N[:, :1]), 1e-3)[:, 0]
         if constant:
             add_constant(mixer, N, one)
-        chosen.update(choose_memory(mixer, x[:few], few_packing, one, distances[module.layer_idx], wanted))
+        distance = distances[module.layer_idx]
+        choice = choose_memory(mixer, x[:few], few_packing, one, distance, wanted)
+        chosen.update(choice)
+        if long_heads:
+            set_memory(mixer, lengthened(choice, distance, long_heads), one, distance)
         target = gather(output[0].float(), packing)
         if mixer.o_proj.bias is not None:
             target = target - mixer.o_proj.bias
@@ -354,6 +367,8 @@ def calibrate(
         report(
             f"{count} heads: beta {beta}, half-life {share} of the mean distance{', one token behind' if lag else ''}"
         )
+    if long_heads:
+        report(f"of each layer, heads given a half-life of {LONG_HALF_LIFE:,.0f} tokens: {long_heads}")
 
 
 def inner_of(mixer: DeltifyKDA, x_BTD: Tensor, packing: Packing | None) -> Tensor:
@@ -409,6 +424,20 @@ def choose_memory(
     best = [CANDIDATES[index] for index in torch.stack(left).argmin(0).tolist()]
     set_memory(mixer, best, one_D, distance_H)
     return best
+
+
+def lengthened(
+    choice: list[tuple[float, float, int]], distance_H: Tensor, heads: int
+) -> list[tuple[float, float, int]]:
+    """The choice, but the `heads` whose half-life is longest get one of LONG_HALF_LIFE tokens.
+
+    What teaches a head to keep something comes from where it is needed, faded by all decays between: a head that
+    forgets half in a hundred tokens never hears of what was needed after a thousand.
+    """
+    choice, share_H = list(choice), torch.tensor([share for _, share, _ in choice], device=distance_H.device)
+    for head in (share_H * distance_H).topk(heads).indices.tolist():
+        choice[head] = (LONG_BETA, LONG_HALF_LIFE / float(distance_H[head]), 0)
+    return choice
 
 
 def set_memory(mixer: DeltifyKDA, choice: list[tuple[float, float, int]], one_D: Tensor, distance_H: Tensor) -> None:

@@ -250,6 +250,7 @@ def convert_with(recipe: Recipe, teacher: Teacher, train: list[TokenFile]) -> De
         sink_tokens=spec.sink_tokens,
         start=spec.start,
         calibration=mix.batch(0),
+        long_heads=spec.long_heads,
         seed=recipe.seed,
         report=say,
     )
