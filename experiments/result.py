@@ -8,8 +8,8 @@
 train: 46M tokens in rows of 2,048, by experiments/recipe.py, and 60M of Arcee's recipe. long: these go on, 10M tokens
 in rows of 8,192, then 4M in rows of 16,384, past what the teacher can read, with cross-entropy in the loss. A quarter
 of the text asks for what it told (deltify/recall.py). TEXT is a folder with train/ and eval/.
-What is done is not done again and what was stopped goes on; each model, and each part of `measure`, can have a process
-of its own. Needs a GPU.
+`measure` and `report` take runs of OUT that were made otherwise, too. What is done is not done again and what was
+stopped goes on; each model, and each part of `measure`, can have a process of its own. Needs a GPU.
 """
 
 import argparse
@@ -145,10 +145,11 @@ def main() -> None:
     parser.add_argument("--book-tokens", type=int, default=65536, help="read of each of four books")
     options = parser.parse_args()
     if options.what == "report":
-        order = [f"{model}-{part}" for part in PARTS for model in (*LONG, *SHORT)]
+        order = [f"{model}-{part}" for part in PARTS for model in (*LONG, *SHORT, *options.models)]
         folders = [options.out / "parts" / name for name in order]
         done = [folder for folder in folders if (folder / "results.json").is_file()]
         report(combine(done, options.out / "smollm2-135m"))
+        return
     for model in options.models:
         {"train": train, "long": long, "measure": measure}[options.what](model, options)
 

@@ -47,7 +47,7 @@ def test_a_run_is_measured_by_everything_and_reported(run, data, tmp_path, capsy
     stages = [score["name"] for score in results["scores"]]
     assert stages == ["teacher", "unigram model", "bigram model", "converted", "align", "match"]
     assert results["scores"][0]["kl"] == 0 and results["scores"][-1]["tokens"] == 512 + 256
-    models = ["teacher", "teacher, window 64", "teacher, window 38 (the match's bytes)", "match, state zeroed every 64"]
+    models = ["teacher", "teacher, window 64", "teacher, window 38 (the states' bytes)", "match, state zeroed every 64"]
     for part in ("benchmarks", "needles", "positions"):
         assert list(dict.fromkeys(row["model"] for row in results[part])) == [*models, "match"], part
     accuracy = {row["model"]: row for row in results["benchmarks"] if row["metric"] == "acc"}

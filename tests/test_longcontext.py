@@ -151,7 +151,7 @@ def hidden(model: nn.Module, ids: torch.Tensor, **kw) -> torch.Tensor:
 def test_controls_are_models_beside_the_student(teacher, student):
     models = controls(teacher, student, window=16, chunk=32)
     window = equal_window(teacher, student)
-    names = ["teacher, window 16", f"teacher, window {window} (the student's bytes)", "student, state zeroed every 32"]
+    names = ["teacher, window 16", f"teacher, window {window} (the states' bytes)", "student, state zeroed every 32"]
     assert list(models) == names
     ids = torch.randint(0, 250, (2, 200))
     wanted, own = hidden(teacher.model, ids), hidden(student, ids)

@@ -246,7 +246,7 @@ def controls(
     equal = equal_window(teacher, student, sinks)
     return {
         f"teacher, window {window}": sliding_control(teacher, window=window, sinks=sinks),
-        f"teacher, window {equal} (the student's bytes)": sliding_control(teacher, window=equal, sinks=sinks),
+        f"teacher, window {equal} (the states' bytes)": sliding_control(teacher, window=equal, sinks=sinks),
         f"student, state zeroed every {chunk}": forgetful(student, chunk),
     }
 
