@@ -50,14 +50,17 @@ def rate(folder: Path, stage: str, processes: int, how: str, extra: list[str]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--processes", nargs="+", type=int, default=[2, 4, 8])
+    parser.add_argument("--processes", nargs="+", type=int, help="2, 4 and 8, as far as there are GPUs")
     options, extra = parser.parse_known_args()
     most, rows = torch.cuda.device_count(), []
+    numbers = options.processes or [n for n in (2, 4, 8) if n <= most]
+    if not numbers or min(numbers) < 2 or max(numbers) > most:
+        parser.error(f"--processes {numbers}: from 2 to the number of GPUs here, {most}")
     with tempfile.TemporaryDirectory() as folder:
         for stage in options.stages:
             batch, length = SHAPES[stage]
             alone = rate(Path(folder), stage, 1, "replicate", extra)
-            for processes in (n for n in options.processes if n <= most):
+            for processes in numbers:
                 case = f"{stage}/smollm2-135m/{batch}x{length}-a-gpu/{processes}-gpus"
                 found = {how: rate(Path(folder), stage, processes, how, extra) for how in ("replicate", "shard")}
                 rows += [

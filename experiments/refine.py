@@ -72,22 +72,29 @@ def train(arm: str, options: argparse.Namespace) -> Path:
     texts = [str(options.text / "train" / f"{name}.jsonl.zst") for name in TRAIN]
     weights = with_recall(dict(zip(texts, SHARES)), RECALL["recall-quarter"])
     if share:
-        own = options.out / "own.jsonl"
-        if not own.exists():
-            source = options.beginnings or beginnings(texts, options.out / "beginnings.jsonl", options.documents)
-            sample(options.start, source, own, count=options.documents, prompt_tokens=BEGINNING, batch=options.batch)
+        source = options.beginnings or beginnings(texts, options.out / "beginnings.jsonl", options.documents)
+        own = write(options.start, source, options.out / "own.jsonl", options.documents, options.batch)
         weights = {text: weight * (1 - share) for text, weight in weights.items()} | {str(own): share}
     fields = {
         "name": arm, "output": options.out, "student.start": options.start, "data.train": json.dumps(weights),
         "data.folder": options.data, "data.max_tokens": "null", "data.heldout": heldout(options),
         "run.heldout_steps": 1_000_000, "run.checkpoint_minutes": 60, "align.tokens": 0, "extend.tokens": 0,
         "match.tokens": options.tokens, "match.divergence": divergence,
-        "match.lr_mixers": options.lr, "match.lr_rest": 0.3 * options.lr,
+        "seed": options.seed, "match.lr_mixers": options.lr, "match.lr_rest": 0.3 * options.lr,
     }  # fmt: skip
     recipe = read_recipe(
         ROOT / "recipes" / "smollm2-135m-kda.yaml", [f"--{name}={value}" for name, value in fields.items()]
     )
     return distill(recipe, resume=(recipe.folder / "recipe.yaml").exists())
+
+
+def write(model: str, source: str, path: Path, count: int, batch: int) -> Path:
+    """A file of what a model writes, which is there whole or not at all."""
+    if not path.exists():
+        part = path.with_name(f"part-{path.name}")
+        part.unlink(missing_ok=True)
+        sample(model, source, part, count=count, prompt_tokens=BEGINNING, batch=batch).rename(path)
+    return path
 
 
 def heldout(options: argparse.Namespace) -> str:
@@ -102,9 +109,7 @@ def judge(arm: str, folder: Path, options: argparse.Namespace) -> dict:
     teacher = open_teacher(recipe, device, torch.bfloat16)
     student = AutoModelForCausalLM.from_pretrained(model_folder(str(folder)), dtype=torch.bfloat16).to(device).eval()
     source = beginnings([heldout(options)], options.out / "heldout-beginnings.jsonl", PASSAGES)
-    wrote = options.out / f"{arm}-wrote.jsonl"
-    if not wrote.exists():
-        sample(str(folder), source, wrote, count=PASSAGES, prompt_tokens=BEGINNING, batch=PASSAGES)
+    wrote = write(str(folder), source, options.out / f"{arm}-wrote.jsonl", PASSAGES, PASSAGES)
     texts = [torch.tensor(teacher.tokenizer(text, verbose=False)["input_ids"]) for text in documents(str(wrote))]
     scores = [token_scores({"student": student}, teacher.model, ids[:512]) for ids in texts if len(ids) > 2 * BEGINNING]
     written = {  # behind the beginning, which is not the model's
@@ -120,12 +125,19 @@ def judge(arm: str, folder: Path, options: argparse.Namespace) -> dict:
     stretches = windows(recipe, teacher.tokenizer)
     held = by_position({"student": student}, teacher.model, stretches, max_tokens=LENGTH)
     return {
-        "arm": arm, "start": Path(options.start).name, "tokens": options.tokens if ARMS[arm] else 0, "lr": options.lr,
+        "arm": arm, **setting(options),
         "kl": summary(held, "student"), "kl_on_own_text": float(written["kl"].mean()),
         "reverse_kl_on_own_text": float((written["teacher"] - written["loss"]).mean()),
         "own_tokens": len(written["kl"]), "needles": found,
         "device": device_name(device), "torch": torch.__version__,
     }  # fmt: skip
+
+
+def setting(options: argparse.Namespace) -> dict:
+    return {
+        "start": Path(options.start).name,
+        **{name: getattr(options, name) for name in ("tokens", "lr", "documents", "seed")},
+    }
 
 
 def main() -> None:
@@ -137,6 +149,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4_000_000)
     parser.add_argument("--lr", type=float, default=3e-4, help="of mixers; .3 of it for the rest")
     parser.add_argument("--documents", type=int, default=8192, help="that the run writes, of 512 tokens at most")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--beginnings", help="a text whose documents begin them; passages of TEXT/train if absent")
     parser.add_argument("--batch", type=int, default=512, help="documents that are written at a time")
     parser.add_argument("--data", default="runs/data", help="folder of token files")
@@ -145,8 +158,10 @@ def main() -> None:
     if unknown := [arm for arm in options.arms if arm not in ARMS]:
         parser.error(f"unknown arms {unknown}; known are {', '.join(ARMS)}")
     results = json.loads(options.results.read_text()) if options.results.exists() else []
+    options.out /= "-".join(map(str, setting(options).values()))
     for arm in options.arms or ARMS:
-        if any((r["arm"], r["start"]) == (arm, Path(options.start).name) for r in results):
+        if any(r.items() >= ({"arm": arm} | setting(options)).items() for r in results):
+            print(f"{arm}: in {options.results} already")
             continue
         results.append(judge(arm, train(arm, options), options))
         options.results.write_text(json.dumps(results, indent=1) + "\n")

@@ -145,9 +145,11 @@ def main() -> None:
     parser.add_argument("--book-tokens", type=int, default=65536, help="read of each of four books")
     options = parser.parse_args()
     if options.what == "report":
-        order = [f"{model}-{part}" for part in PARTS for model in (*LONG, *SHORT, *options.models)]
-        folders = [options.out / "parts" / name for name in order]
+        models = dict.fromkeys((*LONG, *SHORT, *options.models))
+        folders = [options.out / "parts" / f"{model}-{part}" for part in PARTS for model in models]
         done = [folder for folder in folders if (folder / "results.json").is_file()]
+        if missing := [m for m in options.models if not any(folder.name.startswith(f"{m}-") for folder in done)]:
+            parser.error(f"{missing} are not measured; run: measure {' '.join(missing)}")
         report(combine(done, options.out / "smollm2-135m"))
         return
     for model in options.models:

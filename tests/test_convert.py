@@ -15,6 +15,7 @@ from deltify.convert import (
     convert,
     fit_output_gate,
     layer_kinds,
+    lengthened,
     origins,
     repeat_heads,
     ridge,
@@ -152,6 +153,7 @@ def test_long_heads_are_those_that_remembered_longest_and_forget_half_in_4096_to
     assert changed.sum(1).tolist() == [1] * len(one)
     assert torch.equal(changed.float().argmax(1), without.argmax(1))
     torch.testing.assert_close(one[changed], torch.full((len(one),), 4096.0), rtol=1e-3, atol=0)
+    assert lengthened([(0.1, 3.0, 0)] * 2, torch.tensor([3000.0, 0.0]), 2) == [(0.1, 3.0, 0)] * 2
     with pytest.raises(ValueError, match="long_heads=9"):
         convert(teacher, start="calibrated", calibration=rows, long_heads=9)
 

@@ -253,6 +253,7 @@ def reject_unknown(content: dict, where: str, cls: type = Recipe, prefix: str = 
 def check(recipe: Recipe) -> Recipe:
     """The recipe, if its values make sense together; else ValueError with the field, the value and what is allowed."""
     rules = [
+        (recipe.student.long_heads >= 0, "student.long_heads", "must be at least 0"),
         (recipe.data.train, "data.train", "must name at least one source"),
         (all(w > 0 for w in recipe.data.train.values()), "data.train", "weights must be positive"),
         (recipe.run.precision in ("auto", "fp32", "bf16"), "run.precision", "is one of auto, fp32, bf16"),

@@ -312,7 +312,8 @@ def calibrate(
     part brings.
 
     - Output gate: a linear guess from the layer's input at how large each head's output is, which o_norm takes away.
-    - Memory: each head gets the one of `CANDIDATES` from which its output in the teacher is predicted best. beta, whose
+    - Memory: each head gets the one of `CANDIDATES` from which its output in the teacher is predicted best, but for
+      `long_heads` of them (see `lengthened`). beta, whose
       projection has no bias, is made constant by the direction in which all inputs agree; f_proj starts silent.
     - Convolutions pass one token, scaled down (the L2 norms of q and k, and o_norm, undo the scale).
     - o_proj: the ridge regression of the teacher's attention output on what the student's o_proj reads. It takes in the
@@ -343,9 +344,10 @@ def calibrate(
             add_constant(mixer, N, one)
         distance = distances[module.layer_idx]
         choice = choose_memory(mixer, x[:few], few_packing, one, distance, wanted)
-        chosen.update(choice)
         if long_heads:
-            set_memory(mixer, lengthened(choice, distance, long_heads), one, distance)
+            choice = lengthened(choice, distance, long_heads)
+            set_memory(mixer, choice, one, distance)
+        chosen.update(memory for memory in choice if memory in CANDIDATES)
         target = gather(output[0].float(), packing)
         if mixer.o_proj.bias is not None:
             target = target - mixer.o_proj.bias
@@ -429,14 +431,16 @@ def choose_memory(
 def lengthened(
     choice: list[tuple[float, float, int]], distance_H: Tensor, heads: int
 ) -> list[tuple[float, float, int]]:
-    """The choice, but the `heads` whose half-life is longest get one of LONG_HALF_LIFE tokens.
+    """The choice, but the `heads` whose half-life is longest get one of LONG_HALF_LIFE tokens, where it is not longer.
 
     What teaches a head to keep something comes from where it is needed, faded by all decays between: a head that
     forgets half in a hundred tokens never hears of what was needed after a thousand.
     """
-    choice, share_H = list(choice), torch.tensor([share for _, share, _ in choice], device=distance_H.device)
-    for head in (share_H * distance_H).topk(heads).indices.tolist():
-        choice[head] = (LONG_BETA, LONG_HALF_LIFE / float(distance_H[head]), 0)
+    choice, distances = list(choice), distance_H.tolist()
+    half_lives = [share * distance for (_, share, _), distance in zip(choice, distances)]
+    for head in sorted(range(len(choice)), key=half_lives.__getitem__, reverse=True)[:heads]:
+        if 0 < half_lives[head] < LONG_HALF_LIFE:
+            choice[head] = (LONG_BETA, LONG_HALF_LIFE / distances[head], 0)
     return choice
 
 

@@ -291,10 +291,9 @@ class Loop:
         self.optimizers = make_optimizers(student, self.stage, name, sharded)
         self.progress = Progress(name, 0, 0, 0.0)
         self.graphed: GraphedStep | None = None
-        if recomputes(self.stage, name):
-            student.gradient_checkpointing_enable()
-        else:  # as the stage before may have
-            student.gradient_checkpointing_disable()
+        # the stage before may have recomputed; transformers 5.23 has another name for it than 5.16
+        what = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+        getattr(student, f"{what}_checkpointing_{'enable' if recomputes(self.stage, name) else 'disable'}")()
 
     def run(self, stopper: Stopper) -> None:
         """Trains; leaves the student with the last step's weights. A signal ends it after the step, with a checkpoint.

@@ -32,8 +32,8 @@ def check_run(recipe: Recipe, resume: bool, device: torch.device, precision: str
     if refused := [key for key in changed if not may_change(key, old.get(key), new[key])]:
         changes = ", ".join(f"{key}: {old.get(key)!r} then, {new[key]!r} now" for key in refused)
         raise ValueError(
-            f"{folder} was made from another recipe ({changes}); use another --name. Only a stage's "
-            f"{', '.join(RATES + MEMORY)} and teacher.targets may change on the way, lr_rest not to or from 0"
+            f"{folder} was made from another recipe ({changes}); use another --name, or give it as it was. Only a "
+            f"stage's {', '.join(RATES + MEMORY)} and teacher.targets may change on the way, lr_rest not to or from 0"
         )
     lines = [f"{key}: {old[key]!r} until now, {new[key]!r} from here on" for key in changed]
     now = machine(device, precision)
