@@ -31,8 +31,8 @@ from .mixers import (
 )
 from .sliding import SinkLayer, Slots, find_slots, rotary_positions
 
-# what create_causal_mask calls a cache: since transformers 5.24 as the others do
-MASK_CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+# what transformers' masks and outputs call a cache: another name since 5.24, where outputs answer to the old one, too
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 MIXERS = {
     "linear_attention": DeltifyKDA,
     "full_attention": DeltifyAttention,
@@ -224,7 +224,7 @@ class DeltifyModel(DeltifyPreTrainedModel):
                 inputs_embeds=x,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                **{MASK_CACHE: past_key_values},
+                **{CACHE: past_key_values},
             )
             if self.rotary_emb is not None:
                 position_embeddings = self.rotary_emb(x, position_ids=position_ids)
@@ -234,7 +234,7 @@ class DeltifyModel(DeltifyPreTrainedModel):
             x = layer(x, position_embeddings, mask, packing, sliding, past_key_values=past_key_values, **kwargs)
         if isinstance(past_key_values, DeltifyCache):
             past_key_values.seen_tokens = seen + tokens
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: past_key_values})
 
     def rotary_tables(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosine and sine of all positions that sliding layers rotate to, however long the text is."""
@@ -293,7 +293,7 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, GenerationMixin):
         past_key_values = cache if past_key_values is None else past_key_values
         plain = labels is None and not (kwargs.get("output_hidden_states") or kwargs.get("output_attentions"))
         if plain and (logits := captured_logits(self, input_ids, past_key_values)) is not None:
-            return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+            return CausalLMOutputWithPast(logits=logits, **{CACHE: past_key_values})
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -315,7 +315,7 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.past_key_values},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
