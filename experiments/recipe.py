@@ -36,7 +36,7 @@ OURS, HYBRID, ARCEE, RADLADS = "smollm2-135m-kda", "smollm2-135m-hybrid", "basel
 MATCH_ALL, WITH_ALIGN, WITH_EXTEND = {"match": 1.0}, {"align": 0.125, "match": 0.875}, {"match": 0.875, "extend": 0.125}
 # what the variants of our recipe differ from; those named "default" from the second, what it had become
 BASE: dict[str, object] = {"match.batch": 8, "match.lr_rest": 1e-4, "student.long_heads": 0}
-BETTER: dict[str, object] = {"match.batch": 2, "match.lr_rest": 3e-4, "student.long_heads": 0}
+BETTER = BASE | {"match.batch": 2, "match.lr_rest": 3e-4}
 MUON: dict[str, object] = {"match.optimizer": "muon"}
 DOUBLE: dict[str, object] = {"match.lr_mixers": 2e-3, "match.lr_rest": 6e-4}
 LONG: dict[str, object] = {"match.length": 8192, "match.batch": 1}  # as many tokens a step as 4 rows of 2,048
@@ -156,15 +156,22 @@ def summary(rows: list[dict], name: str) -> dict[str, float]:
     return found | {f"{row['start']}-{row['end']}": row["kl"] for row in mine}
 
 
+def open_models(recipe: Recipe, folder: Path):
+    """The teacher, and the student that a run ends with, in bfloat16."""
+    device = pick_device("auto")
+    teacher = open_teacher(recipe, device, torch.bfloat16)
+    student = AutoModelForCausalLM.from_pretrained(model_folder(str(folder)), dtype=torch.bfloat16).to(device).eval()
+    return teacher, student
+
+
 def run(name: str, options: argparse.Namespace) -> dict:
-    recipe, device = make_recipe(name, options), pick_device("auto")
+    recipe = make_recipe(name, options)
     started = time.monotonic()
     folder = distill(recipe, resume=(recipe.folder / "recipe.yaml").exists())
     spent = time.monotonic() - started
     lines = [line for _, stage in read_stages(folder) for line in stage]
     curve = [(line["tokens"], line["heldout_kl"]) for line in lines if "heldout_kl" in line]
-    teacher = open_teacher(recipe, device, torch.bfloat16)
-    student = AutoModelForCausalLM.from_pretrained(model_folder(str(folder)), dtype=torch.bfloat16).to(device).eval()
+    teacher, student = open_models(recipe, folder)
     models = {"student": student}
     for window in () if options.window is None else (equal_window(teacher, student), *options.window):
         models[f"teacher, window {window}"] = sliding_control(teacher, window=window, sinks=4)

@@ -20,22 +20,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from recipe import LENGTH, RECALL, summary, windows, with_recall
-from result import TRAIN
-from transformers import AutoModelForCausalLM
+from recipe import LENGTH, OURS, RECALL, open_models, summary, windows, with_recall
+from result import SHARES, go_on, heldout, texts
 
 from deltify.config import read_recipe
-from deltify.distill import distill, open_teacher
-from deltify.generate import model_folder
+from deltify.files import make_once, write_text
 from deltify.longcontext import by_position, device_name, token_scores
 from deltify.needle import NeedleMaker, ask_needles, summarise
-from deltify.runs import pick_device
 from deltify.sample import sample
 from deltify.text import documents
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results" / "refine.json"
-SHARES = (0.35, 0.25, 0.4)  # of the texts
 ARMS: dict[str, tuple[float, str] | None] = {
     "start": None,
     "same": (0.0, "forward"),
@@ -48,19 +44,19 @@ NEEDLES = ("niah_single_1", "niah_single_2", "niah_multikey_1")
 LENGTHS, SAMPLES = (512, 1024, 2048, 4096), 16  # of needles
 
 
-def beginnings(texts: list[str], path: Path, count: int) -> str:
+def beginnings(sources: list[str], path: Path, count: int) -> str:
     """A file whose documents are passages of the texts, in turn; made once."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         found: list[str] = []
-        for source in texts:
+        for source in sources:
             mine: list[str] = []
             for text in documents(source):
                 mine += [text[a : a + PASSAGE] for a in range(0, len(text) - PASSAGE + 1, PASSAGE)]
-                if len(mine) >= count // len(texts) + 1:
+                if len(mine) >= count // len(sources) + 1:
                     break
-            found += mine[: count // len(texts) + 1]
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in found[:count]), encoding="utf-8")
+            found += mine[: count // len(sources) + 1]
+        write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in found[:count]))
     return str(path)
 
 
@@ -69,49 +65,34 @@ def train(arm: str, options: argparse.Namespace) -> Path:
     if ARMS[arm] is None:
         return Path(options.start)
     share, divergence = ARMS[arm]
-    texts = [str(options.text / "train" / f"{name}.jsonl.zst") for name in TRAIN]
-    weights = with_recall(dict(zip(texts, SHARES)), RECALL["recall-quarter"])
+    weights = with_recall(dict(zip(texts(options), SHARES)), RECALL["recall-quarter"])
     if share:
-        source = options.beginnings or beginnings(texts, options.out / "beginnings.jsonl", options.documents)
-        own = write(options.start, source, options.out / "own.jsonl", options.documents, options.batch)
+        source = options.beginnings or beginnings(texts(options), options.out / "beginnings.jsonl", options.documents)
+        own = write(options.start, source, options.out / "own-text", options.documents, options.batch)
         weights = {text: weight * (1 - share) for text, weight in weights.items()} | {str(own): share}
     fields = {
-        "name": arm, "output": options.out, "student.start": options.start, "data.train": json.dumps(weights),
-        "data.folder": options.data, "data.max_tokens": "null", "data.heldout": heldout(options),
-        "run.heldout_steps": 1_000_000, "run.checkpoint_minutes": 60, "align.tokens": 0, "extend.tokens": 0,
-        "match.tokens": options.tokens, "match.divergence": divergence,
-        "seed": options.seed, "match.lr_mixers": options.lr, "match.lr_rest": 0.3 * options.lr,
+        "run.heldout_steps": 1_000_000, "seed": options.seed, "extend.tokens": 0, "match.tokens": options.tokens,
+        "match.divergence": divergence, "match.lr_mixers": options.lr, "match.lr_rest": 0.3 * options.lr,
     }  # fmt: skip
-    recipe = read_recipe(
-        ROOT / "recipes" / "smollm2-135m-kda.yaml", [f"--{name}={value}" for name, value in fields.items()]
-    )
-    return distill(recipe, resume=(recipe.folder / "recipe.yaml").exists())
+    return go_on(OURS, arm, options.start, weights, fields, options)
 
 
-def write(model: str, source: str, path: Path, count: int, batch: int) -> Path:
-    """A file of what a model writes, which is there whole or not at all."""
-    if not path.exists():
-        part = path.with_name(f"part-{path.name}")
-        part.unlink(missing_ok=True)
-        sample(model, source, part, count=count, prompt_tokens=BEGINNING, batch=batch).rename(path)
-    return path
-
-
-def heldout(options: argparse.Namespace) -> str:
-    return str(options.text / "eval" / "heldout_dev.jsonl")
+def write(model: str, source: str, folder: Path, count: int, batch: int) -> Path:
+    """A folder of what a model writes, made once."""
+    settings = {"count": count, "prompt_tokens": BEGINNING, "batch": batch}
+    make_once(folder, lambda unfinished: sample(model, source, unfinished / "text.jsonl", **settings))
+    return folder
 
 
 @torch.no_grad()
 def judge(arm: str, folder: Path, options: argparse.Namespace) -> dict:
     recipe = read_recipe(Path(options.start) / "recipe.yaml")
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, heldout=heldout(options)))
-    device = pick_device("auto")
-    teacher = open_teacher(recipe, device, torch.bfloat16)
-    student = AutoModelForCausalLM.from_pretrained(model_folder(str(folder)), dtype=torch.bfloat16).to(device).eval()
+    teacher, student = open_models(recipe, folder)
     source = beginnings([heldout(options)], options.out / "heldout-beginnings.jsonl", PASSAGES)
-    wrote = write(str(folder), source, options.out / f"{arm}-wrote.jsonl", PASSAGES, PASSAGES)
-    texts = [torch.tensor(teacher.tokenizer(text, verbose=False)["input_ids"]) for text in documents(str(wrote))]
-    scores = [token_scores({"student": student}, teacher.model, ids[:512]) for ids in texts if len(ids) > 2 * BEGINNING]
+    wrote = write(str(folder), source, options.out / f"{arm}-wrote", PASSAGES, PASSAGES)
+    own = [torch.tensor(teacher.tokenizer(text, verbose=False)["input_ids"]) for text in documents(str(wrote))]
+    scores = [token_scores({"student": student}, teacher.model, ids[:512]) for ids in own if len(ids) > 2 * BEGINNING]
     written = {  # behind the beginning, which is not the model's
         name: np.concatenate([found[model][column][BEGINNING - 1 :] for found in scores])
         for name, (model, column) in {"loss": ("student", 0), "teacher": ("teacher", 0), "kl": ("student", 1)}.items()
@@ -129,7 +110,7 @@ def judge(arm: str, folder: Path, options: argparse.Namespace) -> dict:
         "kl": summary(held, "student"), "kl_on_own_text": float(written["kl"].mean()),
         "reverse_kl_on_own_text": float((written["teacher"] - written["loss"]).mean()),
         "own_tokens": len(written["kl"]), "needles": found,
-        "device": device_name(device), "torch": torch.__version__,
+        "device": device_name(student.device), "torch": torch.__version__,
     }  # fmt: skip
 
 

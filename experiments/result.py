@@ -29,7 +29,8 @@ from deltify.report import combine
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ("openstax", "changelog", "gutenberg-0")
-LONG_SHARES = (0.2, 0.3, 0.5)  # of the texts in long rows, books before all
+SHARES = (0.35, 0.25, 0.4)  # of the texts
+LONG_SHARES = (0.2, 0.3, 0.5)  # of them in long rows, books before all
 # model: variant of experiments/recipe.py, millions of tokens
 SHORT = {
     "kda-only-46M": ("default-recall-quarter-batch-4", 46),
@@ -54,19 +55,24 @@ HAYSTACKS = {
 PARTS = (*CHOICES, *HAYSTACKS, "positions")
 
 
+def texts(options: argparse.Namespace) -> list[str]:
+    return [str(options.text / "train" / f"{name}.jsonl.zst") for name in TRAIN]
+
+
+def heldout(options: argparse.Namespace) -> str:
+    return str(options.text / "eval" / "heldout_dev.jsonl")
+
+
 def train(model: str, options: argparse.Namespace) -> None:
-    texts = [str(options.text / "train" / f"{name}.jsonl.zst") for name in TRAIN]
     command = [
         sys.executable,
         str(ROOT / "experiments" / "recipe.py"),
         "--train",
-        *texts,
+        *texts(options),
         "--weights",
-        ".35",
-        ".25",
-        ".4",
+        *map(str, SHARES),
     ]
-    command += ["--heldout", str(options.text / "eval" / "heldout_dev.jsonl"), "--data", options.data]
+    command += ["--heldout", heldout(options), "--data", options.data]
     variant, millions = SHORT[model]
     command += ["--tokens", str(millions * options.million), "--every", "1500", "--out", str(options.out)]
     subprocess.run([*command, "--results", str(options.out / f"{model}.json"), variant], check=True)
@@ -77,21 +83,28 @@ def train(model: str, options: argparse.Namespace) -> None:
 
 def long(model: str, options: argparse.Namespace) -> None:
     start, recipe = LONG[model]
-    texts = [str(options.text / "train" / f"{name}.jsonl.zst") for name in TRAIN]
-    weights = with_recall(dict(zip(texts, LONG_SHARES)), RECALL["recall-quarter"])
+    weights = with_recall(dict(zip(texts(options), LONG_SHARES)), RECALL["recall-quarter"])
     for suffix, millions, length, batch, mixers, rest, ce in STAGES:
         fields = {
-            "name": model + suffix, "output": options.out, "student.start": options.out / start,
-            "data.train": json.dumps(weights), "data.folder": options.data, "data.max_tokens": "null",
-            "data.heldout": options.text / "eval" / "heldout_dev.jsonl",
-            "run.heldout_tokens": 131_072, "run.heldout_steps": 200, "run.checkpoint_minutes": 60,
-            "align.tokens": 0, "match.tokens": 0, "extend.tokens": millions * options.million, "extend.length": length,
-            "extend.batch": batch, "extend.lr_mixers": mixers, "extend.lr_rest": rest, "extend.ce_weight": ce,
+            "run.heldout_tokens": 131_072, "run.heldout_steps": 200, "match.tokens": 0,
+            "extend.tokens": millions * options.million, "extend.length": length, "extend.batch": batch,
+            "extend.lr_mixers": mixers, "extend.lr_rest": rest, "extend.ce_weight": ce,
         }  # fmt: skip
-        recipe_file = ROOT / "recipes" / f"{recipe}.yaml"
-        made = read_recipe(recipe_file, [f"--{name}={value}" for name, value in fields.items()])
-        distill(made, resume=(made.folder / "recipe.yaml").exists())
-        start = made.name
+        start = go_on(recipe, model + suffix, options.out / start, weights, fields, options).name
+
+
+def go_on(
+    recipe: str, name: str, start: str | Path, weights: dict[str, float], fields: dict, options: argparse.Namespace
+) -> Path:
+    """The folder of a run that goes on from another, on these texts, by a recipe with fields changed."""
+    fields = {
+        "name": name, "output": options.out, "student.start": start, "data.train": json.dumps(weights),
+        "data.folder": options.data, "data.max_tokens": "null", "data.heldout": heldout(options),
+        "run.checkpoint_minutes": 60, "align.tokens": 0,
+    } | fields  # fmt: skip
+    recipe_file = ROOT / "recipes" / f"{recipe}.yaml"
+    made = read_recipe(recipe_file, [f"--{field}={value}" for field, value in fields.items()])
+    return distill(made, resume=(made.folder / "recipe.yaml").exists())
 
 
 def measure(model: str, options: argparse.Namespace) -> None:

@@ -313,8 +313,8 @@ def calibrate(
 
     - Output gate: a linear guess from the layer's input at how large each head's output is, which o_norm takes away.
     - Memory: each head gets the one of `CANDIDATES` from which its output in the teacher is predicted best, but for
-      `long_heads` of them (see `lengthened`). beta, whose
-      projection has no bias, is made constant by the direction in which all inputs agree; f_proj starts silent.
+      `long_heads` of them (see `lengthened`). beta, whose projection has no bias, is made constant by the direction in
+      which all inputs agree; f_proj starts silent.
     - Convolutions pass one token, scaled down (the L2 norms of q and k, and o_norm, undo the scale).
     - o_proj: the ridge regression of the teacher's attention output on what the student's o_proj reads. It takes in the
       scale per head that o_norm discards.
@@ -343,10 +343,7 @@ def calibrate(
         if constant:
             add_constant(mixer, N, one)
         distance = distances[module.layer_idx]
-        choice = choose_memory(mixer, x[:few], few_packing, one, distance, wanted)
-        if long_heads:
-            choice = lengthened(choice, distance, long_heads)
-            set_memory(mixer, choice, one, distance)
+        choice = choose_memory(mixer, x[:few], few_packing, one, distance, wanted, long_heads)
         chosen.update(memory for memory in choice if memory in CANDIDATES)
         target = gather(output[0].float(), packing)
         if mixer.o_proj.bias is not None:
@@ -414,16 +411,24 @@ def add_constant(mixer: DeltifyKDA, x_ND: Tensor, one_D: Tensor) -> None:
 
 
 def choose_memory(
-    mixer: DeltifyKDA, x_BTD: Tensor, packing: Packing | None, one_D: Tensor, distance_H: Tensor, heads_NHK: Tensor
+    mixer: DeltifyKDA,
+    x_BTD: Tensor,
+    packing: Packing | None,
+    one_D: Tensor,
+    distance_H: Tensor,
+    heads_NHK: Tensor,
+    long_heads: int = 0,
 ) -> list[tuple[float, float, int]]:
     """Gives each head the best of `CANDIDATES`, and says which: the one whose output of the head, normalised and gated,
-    leaves least of the teacher's unexplained. `one_D`: what maps every input to about 1."""
+    leaves least of the teacher's unexplained; `long_heads` of them then get a long memory. `one_D`: what maps every
+    input to about 1."""
     left = []
     for candidate in CANDIDATES:
         set_memory(mixer, [candidate] * len(distance_H), one_D, distance_H)
         features = inner_of(mixer, x_BTD, packing).flatten(0, 1).unflatten(-1, (-1, mixer.head_dim))
         left.append(unexplained(features.float(), heads_NHK))
     best = [CANDIDATES[index] for index in torch.stack(left).argmin(0).tolist()]
+    best = lengthened(best, distance_H, long_heads)
     set_memory(mixer, best, one_D, distance_H)
     return best
 
