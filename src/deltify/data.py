@@ -118,9 +118,9 @@ def tokenize(
             raise ValueError(f"there is no text for {folder.name!r}: every document is empty, or there is none")
         writer.finish(origin | {"max_tokens": max_tokens, "split": "all"})
 
-    make_once(folder, make)
+    tokens = make_once(folder, make, open_tokens)
     check_made_from(folder, folder, tokenizer, origin)
-    return open_tokens(folder)
+    return tokens
 
 
 def tokenize_split(
@@ -176,16 +176,14 @@ def tokenize_split(
         for writer in (train, held):
             writer.finish(origin | {"max_tokens": max_tokens, "split": writer.folder.name})
 
-    make_once(folder, make)
+    train, heldout = make_once(folder, make, lambda whole: [open_tokens(whole / part) for part in parts])
     for part in parts:
         check_made_from(folder / part, folder, tokenizer, origin)
-    return open_tokens(folder / "train"), open_tokens(folder / "heldout")
+    return train, heldout
 
 
 def check_made_from(folder: Path, whole: Path, tokenizer: PreTrainedTokenizerBase, origin: dict) -> None:
     """Raises ValueError if a token file, part of the folder `whole`, is of another tokenizer or of other text."""
-    if not (folder / "meta.json").is_file():
-        raise ValueError(f"{folder} is not a whole token file; delete {whole}, or name another data.folder")
     meta = json.loads((folder / "meta.json").read_text())
     if meta["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise ValueError(f"{whole} was made with another tokenizer; delete it, or name another data.folder")
@@ -198,15 +196,18 @@ def check_made_from(folder: Path, whole: Path, tokenizer: PreTrainedTokenizerBas
 
 
 def open_tokens(folder: Path) -> TokenFile:
-    meta = json.loads((folder / "meta.json").read_text())
+    """Open a token file.
+
+    Raises:
+        ValueError: If it is not whole; says what is wrong.
+    """
+    if missing := [name for name in ("meta.json", "tokens.bin", "bounds.npy") if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}")
+    meta, found = json.loads((folder / "meta.json").read_text()), digest_of(folder)
+    if meta["digest"] != found:
+        raise ValueError(f"{folder} is damaged: its checksum is not the one that was written")
     tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
-    bounds = np.load(folder / "bounds.npy")
-    if len(tokens) != bounds[-1] or len(tokens) != meta["tokens"]:
-        raise ValueError(f"{folder} is damaged: {len(tokens)} tokens on disk, {meta['tokens']} recorded; delete it")
-    found = digest_of(folder)
-    if meta.get("digest", found) != found:  # folders that deltify 0.1 made have none
-        raise ValueError(f"{folder} is damaged: its checksum is not the one that was written; delete it")
-    return TokenFile(tokens, bounds, found)
+    return TokenFile(tokens, np.load(folder / "bounds.npy"), found)
 
 
 def digest_of(folder: Path) -> str:

@@ -29,15 +29,16 @@ from .checkpoint import Progress
 from .config import STAGES, Recipe, Stage, check
 from .convert import STARTS, convert, layer_kinds
 from .data import Batch, Mix, TokenFile, heldout_batches, open_data
+from .fingerprint import fingerprint
 from .generate import model_folder
 from .graphs import GraphedStep
 from .losses import hidden_loss, linear_kl, mixer_loss
 from .metrics import Metrics, console, progress_bar, tracker_module
 from .model import DeltifyForCausalLM
 from .model.modeling import find_packing
-from .runs import check_data, check_run, pick_device, pick_precision, write_run
+from .runs import check_data, check_run, check_weights, pick_device, pick_precision, write_run
 from .stopping import Stopped, Stopper
-from .targets import capture, open_targets
+from .targets import capture, open_targets, read_about
 from .teacher import Teacher, load_teacher, random_teacher
 from .training import (
     choose_trained,
@@ -114,10 +115,18 @@ def run_stages(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     stored = Path(recipe.teacher.targets).expanduser() if recipe.teacher.targets else None
     early = [recipe.folder / name for name in ("converted", "align") if name != "align" or recipe.align.tokens]
+    targets = read_about(stored).get("weights", "") if stored else None
     if stored and all(map(checkpoint.is_finished, early)):
-        teacher, stored = open_targets(stored, device, dtype), None
+        teacher, weights, stored = open_targets(stored, device, dtype), targets, None
     else:
         teacher = open_teacher(recipe, device, dtype)
+        weights = fingerprint(teacher.model)
+    check_weights(recipe, weights, f"the teacher {recipe.teacher.model}")
+    if targets not in (None, weights):
+        raise ValueError(
+            f"{recipe.teacher.targets} holds targets of other weights (fingerprint {targets}) than the teacher "
+            f"{recipe.teacher.model} has ({weights}); run deltify capture with this recipe, into another folder"
+        )
     train, heldout, heldout_rows = open_text(recipe, teacher)  # one process makes the token files
     mixes = {name: stage_mix(recipe, name, train) for name in stages if recipe.stage(name).tokens}
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")  # noqa: E731
@@ -126,7 +135,7 @@ def run_stages(
     check_data(recipe, data)
     parallel.barrier()
     if parallel.rank() == 0:
-        write_run(recipe, device, precision, data)
+        write_run(recipe, device, precision, data, weights)
     student, sharded, teacher_is_whole = None, None, isinstance(teacher.model, nn.Module)
     with Metrics(recipe) as metrics:
         for name in ("converted", *mixes):

@@ -29,11 +29,12 @@ from .checkpoint import write_text
 from .config import STAGES, Recipe, read_recipe
 from .data import Batch, TokenFile, file_name, heldout_batches, open_data
 from .distill import hidden_states, next_tokens, open_teacher
+from .fingerprint import fingerprint
 from .generate import model_folder
 from .longcontext import by_position, controls, decode_cost, device_name
 from .metrics import console, read_stages
 from .needle import NeedleMaker, ask_needles, summarise
-from .runs import pick_device
+from .runs import check_weights, pick_device
 from .teacher import Teacher, load_teacher
 from .text import PYTHON_DOCS, documents
 
@@ -263,12 +264,23 @@ def versions() -> dict[str, str]:
 
 
 def open_reference(source: str | None, recipes: list[Recipe], device, dtype: torch.dtype) -> Teacher | None:
-    """The teacher that was named, or the runs' own, which must be the same."""
+    """The teacher that was named, or the runs' own, which must be the same.
+
+    Raises:
+        ValueError: if the runs have different teachers, or their teacher's weights changed since.
+    """
     if source is not None:
         return load_teacher(source, dtype=dtype, device=device)
     if len(names := {recipe.teacher.model for recipe in recipes}) > 1:
         raise ValueError(f"the runs have different teachers, {', '.join(sorted(names))}; evaluate them apart")
-    return open_teacher(recipes[0], device, dtype) if recipes else None
+    if not recipes:
+        return None
+    teacher = open_teacher(recipes[0], device, dtype)
+    if dtype != torch.float16:  # which has another fingerprint
+        weights = fingerprint(teacher.model)
+        for recipe in recipes:
+            check_weights(recipe, weights, f"the teacher {recipe.teacher.model}")
+    return teacher
 
 
 def open_models(

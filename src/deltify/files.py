@@ -4,31 +4,52 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock
 
+T = TypeVar("T")
 MANIFEST = "manifest.json"
 PIECE_BYTES = 2**26
 
 
-def make_once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Has `make` write a folder that takes the name `folder` once it is whole; one that is there stays as it is.
+def make_once(folder: Path, make: Callable[[Path], None], check: Callable[[Path], T]) -> T:
+    """Return what `check` returns for a folder, which `make` writes if it is not there, or not whole.
 
-    Of several processes that ask at once, one makes it and the others wait.
+    The folder takes its name once it is whole. Of several processes that ask at once, one makes it and the others wait.
+
+    Args:
+        make: Writes a folder. Every process may be the one that makes it: nothing in it may ask for the rank.
+        check: Raises ValueError if a folder is not whole. It looks at one that is there, which is made anew if it is
+            broken, and at a new one before it gets its name.
     """
-    if folder.exists():
-        return
+    if (found := checked(folder, check)) is not None:
+        return found[0]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if folder.exists():
-            return
+        if (found := checked(folder, check)) is not None:
+            return found[0]
         unfinished = folder.with_name(folder.name + ".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         make(unfinished)
+        check(unfinished)
         publish(unfinished, folder)
+        return check(folder)
+
+
+def checked(folder: Path, check: Callable[[Path], T]) -> tuple[T] | None:
+    """What `check` returns for a folder; None if there is none, or a broken one, which is named on the terminal."""
+    if not folder.exists():
+        return None
+    try:
+        return (check(folder),)
+    except ValueError as error:
+        print(f"{folder} is broken ({error}); it is made anew", file=sys.stderr)
+        return None
 
 
 def publish(unfinished: Path, folder: Path) -> None:
@@ -76,8 +97,11 @@ def write_manifest(folder: Path) -> None:
     write_text(folder / MANIFEST, json.dumps(table, indent=1))
 
 
-def check_manifest(folder: Path) -> None:
-    """Raises ValueError if a file of `folder` is not what manifest.json says, and names it; or if there is none."""
+def check_manifest(folder: Path, *, digests: bool = True) -> None:
+    """Raises ValueError if a file of `folder` is not what manifest.json says, and names it; or if there is none.
+
+    Without `digests`, sizes alone are compared.
+    """
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"it has no {MANIFEST}, which is written last")
     for name, entry in json.loads((folder / MANIFEST).read_text()).items():
@@ -85,7 +109,7 @@ def check_manifest(folder: Path) -> None:
         size = path.stat().st_size if path.is_file() else 0
         if size != entry["bytes"]:
             raise ValueError(f"{name} has {size:,} bytes of {entry['bytes']:,}")
-        if digest(path) != entry["digest"]:
+        if digests and digest(path) != entry["digest"]:
             raise ValueError(f"the checksum of {name} is not the one that was written")
 
 

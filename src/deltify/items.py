@@ -15,22 +15,17 @@ from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import handle_non_serializable, hash_string
 
+from .fingerprint import fingerprint
+
 Answer = tuple[float, bool] | float | str  # log-likelihood and whether greedy, rolling log-likelihood, text
 Document = tuple[str, int]  # task, number
 
 
-def fingerprint(lm: HFLM) -> str:
-    """A hash of what answers depend on: the configuration, a sample of every tensor, the tokenizer, the length read."""
-    digest = hashlib.sha256()
-    passing = {"_name_or_path", "transformers_version", "architectures", "dtype"}
-    facts = {name: value for name, value in lm.model.config.to_dict().items() if name not in passing}
+def answer_key(lm: HFLM) -> str:
+    """Return a hash of what answers depend on: the model's weights and dtype, the tokenizer, and the length read."""
     probe = lm.tok_encode("Ünïcode, 1234567890 = 3.14;\n\tdef f(x): return 'x'  # 漢字")
-    digest.update(json.dumps([facts, probe, lm.max_length], default=str, sort_keys=True).encode())
-    for name, tensor in sorted(lm.model.state_dict().items()):
-        sample = tensor.flatten()[:: max(1, tensor.numel() // 256)]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(sample.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    facts = [fingerprint(lm.model), str(lm.model.dtype), probe, lm.max_length]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 class Recorder(LM):
@@ -43,7 +38,7 @@ class Recorder(LM):
 
     def __init__(self, lm: HFLM, tasks: dict[str, Task], path: Path):
         super().__init__()
-        self.lm, self.tasks, self.path, self.model = lm, tasks, path, fingerprint(lm)
+        self.lm, self.tasks, self.path, self.model = lm, tasks, path, answer_key(lm)
         self.on_first_request = contextlib.ExitStack()
         self.answers: dict[str, Answer] = {}  # by key of the request
         self.items: dict[Document, dict] = {}

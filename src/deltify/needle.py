@@ -24,6 +24,7 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .fingerprint import fingerprint
 from .haystack import Haystack, Words, distinct, draw, fill, line_haystack, text_haystack
 from .reading import new_cache, prefill, rows_at_once
 from .text import PYTHON_DOCS
@@ -274,17 +275,17 @@ def ask_needles(
 ) -> list[dict]:
     """Asks a model `samples` of each task and length; returns its rows.
 
-    They are appended to the file `path` as they come. Those that are there already, for the same prompts, are not asked
-    again, so that a run that broke off goes on. A model is asked beyond the length that its config allows, too, and
-    reported as it answers.
+    They are appended to the file `path` as they come. Those that are there already, for the same prompts and the same
+    weights in the same dtype, are not asked again, so that a run that broke off goes on. A model is asked beyond the
+    length that its config allows, too, and reported as it answers.
 
     Returns:
         Rows with model, task, length, tokens (of prompt and room), depth (of the first value asked for, in percent),
         depths (of each), sample (index), correct (share of the values that the answer holds), hits (for each value),
-        answer, expected, prompt (fingerprint).
+        answer, expected, prompt and weights (fingerprints).
     """
-    path = Path(path)
-    done = {row_key(row): row for row in read_rows(path) if row["model"] == name}
+    path, weights = Path(path), f"{fingerprint(model)}-{str(model.dtype).removeprefix('torch.')}"
+    done = {row_key(row): row for row in read_rows(path) if row["model"] == name and row.get("weights") == weights}
     rows = []
     for length in lengths:
         keys: dict[str, list[tuple]] = {task: [] for task in tasks}
@@ -300,7 +301,7 @@ def ask_needles(
             answers = ask(model, make.tokenizer, group, make.room)
             with path.open("a", encoding="utf-8") as out:
                 for sample, answer in zip(group, answers):
-                    row = result_row(name, sample, answer, make.room)
+                    row = result_row(name, sample, answer, make.room) | {"weights": weights}
                     out.write(json.dumps(row) + "\n")
                     done[row_key(row)] = row
         for task in tasks:

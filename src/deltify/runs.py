@@ -72,15 +72,27 @@ def check_data(recipe: Recipe, data: dict[str, str]) -> None:
         )
 
 
+def check_weights(recipe: Recipe, weights: str, whose: str) -> None:
+    """Raises ValueError if weights, given by fingerprint, are not those of the teacher that the run began with."""
+    then = read_run(recipe.folder).get("weights", weights) if holds_run(recipe.folder) else weights
+    if then != weights:
+        raise ValueError(
+            f"{whose} has other weights (fingerprint {weights}) than the teacher that {recipe.folder} began with "
+            f"({then}); bring that teacher back, or use another --name"
+        )
+
+
 def read_run(folder: Path) -> dict:
     """What run.json says; nothing if there is none."""
     return json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {}
 
 
-def write_run(recipe: Recipe, device: torch.device, precision: str, data: dict[str, str]) -> None:
-    """Makes the run's folder, with what it is made from and on; `data` has a checksum of each source's tokens."""
+def write_run(recipe: Recipe, device: torch.device, precision: str, data: dict[str, str], weights: str) -> None:
+    """Makes the run's folder, with what it is made from and on: a checksum of each source's tokens, and the fingerprint
+    of the teacher's weights."""
     recipe.folder.mkdir(parents=True, exist_ok=True)
-    write_text(recipe.folder / "run.json", json.dumps(machine(device, precision) | {"data": data}))
+    made = machine(device, precision) | {"data": data, "weights": weights}
+    write_text(recipe.folder / "run.json", json.dumps(made))
     write_recipe(recipe, recipe.folder / "recipe.yaml")
 
 

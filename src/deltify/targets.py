@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoTokenizer
 from .config import Stage
 from .data import Batch, Mix
 from .files import write_text
+from .fingerprint import fingerprint
 from .losses import linear_kl
 from .metrics import console
 from .teacher import Teacher, family_of
@@ -52,14 +53,14 @@ def capture(
         held-out rows.
 
     Raises:
-        ValueError: if the format is unknown, or the folder holds another teacher's or format's targets.
+        ValueError: if the format is unknown, or the folder holds targets of another format or of other weights.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is unknown; choose one of {', '.join(FORMATS)}")
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"teacher": name, "format": format}
-    if (folder / "targets.json").is_file() and (there := json.loads((folder / "targets.json").read_text())) != about:
-        raise ValueError(f"{folder} holds targets of {there}, not of {about}; use another folder")
+    about = {"teacher": name, "format": format, "weights": fingerprint(teacher.model)}
+    if (folder / "targets.json").is_file() and (there := read_about(folder)) != about:
+        raise ValueError(f"{folder} holds targets of {there}, not of {about}; delete it, or use another folder")
     write_text(folder / "targets.json", json.dumps(about))
     teacher.config.save_pretrained(folder)
     teacher.tokenizer.save_pretrained(folder)
@@ -91,6 +92,17 @@ def capture(
     shards = [path.stat().st_size for path in folder.glob("rows-*.safetensors")]
     tokens = sum(int(key.rpartition("-")[2]) for key in known)
     return {"rows": len(known), "tokens": tokens, "bytes_per_token": sum(shards) / tokens, "kl": kl / max(judged, 1)}
+
+
+def read_about(folder: Path) -> dict[str, str]:
+    """What targets.json says: the teacher's name, the format, and the fingerprint of the weights.
+
+    Raises:
+        FileNotFoundError: if there are no targets.
+    """
+    if not (folder / "targets.json").is_file():
+        raise FileNotFoundError(f"there are no targets in {folder}; make them with: deltify capture RECIPE -o {folder}")
+    return json.loads((folder / "targets.json").read_text())
 
 
 def micro_rows(stage: Stage) -> int:
@@ -187,8 +199,7 @@ def open_targets(folder: Path, device: torch.device, dtype: torch.dtype) -> Teac
     Raises:
         FileNotFoundError: if there are no targets.
     """
-    if not (folder / "targets.json").is_file():
-        raise FileNotFoundError(f"there are no targets in {folder}; make them with: deltify capture RECIPE -o {folder}")
+    read_about(folder)
     config = AutoConfig.from_pretrained(folder)
     head = load_file(folder / "head.safetensors")["head"].to(device, dtype)
     model = StoredModel(folder, read_index(folder), SimpleNamespace(weight=head), config, dtype)

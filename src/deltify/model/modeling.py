@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .capture import captured_logits
 from .configuration import ArceeKDAConfig, DeltifyConfig
-from .loading import HUB_OPTIONS, check_shapes, checkpoint_shapes, layer_types_of, with_prefix
+from .loading import HUB_OPTIONS, check_shapes, checkpoint_shapes, layer_types_of, renamings, with_prefix
 from .mixers import (
     DeltifyAttention,
     DeltifyKDA,
@@ -139,7 +139,10 @@ class DeltifyPreTrainedModel(PreTrainedModel):
             facts = {n: v for n, v in kwargs.items() if hasattr(cls.config_class, n) and n not in ("dtype", *hub)}
             config = cls.config_class.from_pretrained(source if config is None else config, **hub, **facts)
             kwargs = {name: value for name, value in kwargs.items() if name not in facts}
+        kwargs |= renamings(shapes)
         shapes = with_prefix(shapes)
+        if "lm_head.weight" in shapes:  # a head of its own, whatever the config says
+            config.tie_word_embeddings = False
         config.layer_types = layer_types_of(shapes, config.num_hidden_layers, config.layer_types or ())
         with torch.device("meta"):
             model = cls(config)
