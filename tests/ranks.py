@@ -2,10 +2,12 @@
 
 ranks.py steps STAGE HOW OUT  ten steps in float64; writes the gradients of the first and the weights after the last;
                               HOW is replicate or shard
-ranks.py distill RECIPE [--resume] [--stop]    a run; --stop ends it after one step
+ranks.py distill RECIPE [--resume] [--stop] [--first RANK]    a run; --stop ends it after one step, --first lets a rank
+                              begin before the others
 """
 
 import contextlib
+import os
 import sys
 import time
 from dataclasses import replace
@@ -16,6 +18,7 @@ from types import SimpleNamespace
 import torch
 
 from deltify import distill, parallel, read_recipe
+from deltify import teacher as teacher_module
 from deltify.config import Recipe, Stage
 from deltify.convert import convert
 from deltify.data import Mix, TokenFile
@@ -57,5 +60,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "steps":
         steps(sys.argv[2], sys.argv[3], Path(sys.argv[4]))
     else:
+        if "--first" in sys.argv and sys.argv[sys.argv.index("--first") + 1] != os.environ["RANK"]:
+            unpack = teacher_module.unpack_gguf
+            teacher_module.unpack_gguf = lambda path: (time.sleep(3), unpack(path))[1]
         minutes = -time.monotonic() / 60 if "--stop" in sys.argv else None  # a deadline that has passed
         distill(read_recipe(sys.argv[2]), resume="--resume" in sys.argv, max_minutes=minutes)

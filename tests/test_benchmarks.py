@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 
 from deltify import convert
 from deltify.benchmarks import TASKS, letter_bias, paired, read_items, run_benchmark, run_benchmarks
-from deltify.items import Recorder, fingerprint
+from deltify.items import Recorder, answer_key
 from deltify.lm import ConstantStateLM, lm_for, prefix_tree, walk
 from deltify.tasks import load_benchmark, parse_letter, spread, task_manager
 from deltify.teacher import byte_tokenizer, random_teacher
@@ -470,11 +470,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(data, teacher, tmp_path, mo
 
 def test_the_fingerprint_changes_with_weights_dtype_and_length(teacher, student):
     tokenizer = teacher.tokenizer
-    prints = [fingerprint(lm_for(student, tokenizer)), fingerprint(lm_for(student, tokenizer, max_length=99))]
-    prints.append(fingerprint(lm_for(convert(teacher, start="library", seed=1), tokenizer)))
-    prints.append(fingerprint(lm_for(convert(teacher, start="library").bfloat16(), tokenizer)))
+    prints = [answer_key(lm_for(student, tokenizer)), answer_key(lm_for(student, tokenizer, max_length=99))]
+    prints.append(answer_key(lm_for(convert(teacher, start="library", seed=1), tokenizer)))
+    prints.append(answer_key(lm_for(convert(teacher, start="library").bfloat16(), tokenizer)))
     assert len(set(prints)) == 4
-    assert fingerprint(lm_for(student, tokenizer, fast=False)) == prints[0]
+    assert answer_key(lm_for(student, tokenizer, fast=False)) == prints[0]
 
 
 # ---- letters ---------------------------------------------------------------------------------------------------------

@@ -97,13 +97,15 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path, name):
 def test_tokens_and_bounds_survive_the_disk(tmp_path, tokenizer):
     file = tokenize(["ab", "", "cde"], tokenizer, tmp_path / "tokens")
     end = tokenizer.eos_token_id
-    assert file.tokens.tolist() == [*tokenizer("ab")["input_ids"], end, *tokenizer("cde")["input_ids"], end]
+    first = [*tokenizer("ab")["input_ids"], end]
+    assert file.tokens.tolist() == [*first, *tokenizer("cde")["input_ids"], end]
     assert file.bounds.tolist() == [0, 3, 7]
     again = tokenize(["other text"], tokenizer, tmp_path / "tokens")  # a finished folder is used as it is
     assert again.tokens.tolist() == file.tokens.tolist()
-    (tmp_path / "tokens" / "tokens.bin").write_bytes(b"\0\0")
+    (tmp_path / "tokens" / "tokens.bin").write_bytes(b"\0\0")  # a broken one is made anew
     with pytest.raises(ValueError, match="damaged"):
-        tokenize(["ab"], tokenizer, tmp_path / "tokens")
+        open_tokens(tmp_path / "tokens")
+    assert tokenize(["ab"], tokenizer, tmp_path / "tokens").tokens.tolist() == first
 
 
 def test_another_tokenizer_is_refused(tmp_path, tokenizer):
@@ -324,9 +326,10 @@ def test_both_parts_appear_when_complete_or_neither_does(tmp_path, tokenizer):
     texts = [f"document {number}" for number in range(100)]
     train, held = tokenize_split(texts, tokenizer, tmp_path / "pair")
     assert len(train.bounds) + len(held.bounds) - 2 == 100 and not list(tmp_path.glob("*.unfinished"))
-    shutil.rmtree(tmp_path / "pair" / "heldout")
-    with pytest.raises(ValueError, match=r"pair.heldout is not a whole token file; delete .*pair,"):
-        tokenize_split(texts, tokenizer, tmp_path / "pair")
+    shutil.rmtree(tmp_path / "pair" / "heldout")  # a broken pair is made anew
+    with pytest.raises(ValueError, match=r"pair.heldout lacks meta\.json, tokens\.bin, bounds\.npy"):
+        open_tokens(tmp_path / "pair" / "heldout")
+    assert tokenize_split(texts, tokenizer, tmp_path / "pair")[1].digest == held.digest
 
 
 @pytest.mark.parametrize("judges", [False, True])

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from deltify import convert, reading
+from deltify import convert, needle, reading
 from deltify.curves import draw_by_length, draw_heat_map
 from deltify.haystack import ADJECTIVES, NOUNS
 from deltify.needle import GRID, TASKS, NeedleMaker, ask, ask_needles, hits, needle_table, summarise
@@ -334,6 +334,25 @@ def test_attention_bounds_rows_and_pieces(monkeypatch):
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_other_weights_or_another_dtype_are_asked_anew_under_the_same_name(make, tmp_path, monkeypatch):
+    model, path = random_teacher("llama").model, tmp_path / "needles.jsonl"
+    plan = {"name": "tiny", "tasks": ["niah_single_1"], "lengths": [1000], "samples": 2}
+    asked = []
+    monkeypatch.setattr(needle, "ask", lambda model, tokenizer, group, room: asked.append(len(group)) or ["?"] * 2)
+    first = ask_needles(model, make, path, **plan)
+    model.model.layers[2].mlp.up_proj.weight.data[5, 7] += 0.1
+    second = ask_needles(model, make, path, **plan)
+    model.bfloat16()
+    ask_needles(model, make, path, **plan)
+    model.float()
+    model.model.layers[2].mlp.up_proj.weight.data[5, 7] += 1
+    ask_needles(model, make, path, **plan)
+    assert asked == [2, 2, 2, 2] and len(path.read_text().splitlines()) == 8
+    assert {row["weights"] for row in first}.isdisjoint({row["weights"] for row in second})
+    ask_needles(random_teacher("llama").model, make, path, **plan)  # the first again
+    assert asked == [2, 2, 2, 2]
 
 
 def test_a_broken_run_goes_on_where_it_stopped(make, tmp_path, monkeypatch):

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import small_model, small_tokenizer, write_gguf
 from safetensors.torch import load_file
 from test_distill import tiny_recipe
 
 from deltify import distill, parallel
-from deltify.config import Stage, write_recipe
+from deltify.config import Stage, TeacherSpec, write_recipe
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def run(processes: int, *arguments: object) -> str:
+def run(processes: int, *arguments: object, **environment: str) -> str:
     script = [str(Path(__file__).parent / "ranks.py"), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, *(TORCHRUN if processes > 1 else ()), *script]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -68,6 +69,18 @@ def test_models_are_cut_up_where_they_would_fill_more_than_half_a_gpu():
         ("replicate", 79, 80, False),
     ):
         assert parallel.shards(choice, size, memory) == want
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_processes_unpack_a_gguf_teacher_whichever_is_first(first, tmp_path):
+    tokenizer = small_tokenizer()
+    path = write_gguf(tmp_path / "teacher.gguf", small_model(tokenizer), tokenizer)
+    recipe = tiny_recipe(tmp_path / "runs", teacher=TeacherSpec(model=str(path)))
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    run(2, "distill", tmp_path / "recipe.yaml", "--first", first, DELTIFY_CACHE=str(tmp_path / "cache"))
+    assert load_file(recipe.folder / "match" / "model.safetensors")
+    (entry,) = (tmp_path / "cache" / "gguf").glob("teacher-*")
+    assert len(load_file(entry / "model.safetensors")) == 21
 
 
 def test_a_batch_that_two_processes_cannot_share_is_named(tmp_path):

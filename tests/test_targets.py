@@ -10,10 +10,12 @@ from test_distill import records, tiny_recipe
 
 from deltify import distill, targets
 from deltify.cli import main
-from deltify.config import write_recipe
+from deltify.config import TeacherSpec, write_recipe
 from deltify.data import open_data
 from deltify.distill import capture_recipe
+from deltify.evaluate import evaluate
 from deltify.targets import open_targets, pack, row_key, unpack
+from deltify.teacher import random_teacher
 
 DISTILL = import_module("deltify.distill")
 
@@ -90,3 +92,59 @@ def test_rows_that_were_not_captured_are_an_error_that_says_what_to_do(tmp_path)
         open_targets(tmp_path / "nothing", torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match="format='fp4' is unknown; choose one of int8, bf16"):
         capture_recipe(recipe, tmp_path / "targets", "fp4")
+
+
+def replace_teacher(folder, seed):
+    """Puts another teacher of the same architecture at a path."""
+    teacher = random_teacher("llama", seed=seed, num_hidden_layers=2)
+    teacher.model.save_pretrained(folder)
+    teacher.tokenizer.save_pretrained(folder)
+    return TeacherSpec(model=str(folder))
+
+
+def test_targets_of_other_weights_are_refused_before_anything_is_computed(tmp_path):
+    one, two = (replace_teacher(tmp_path / name, seed) for name, seed in (("one", 0), ("two", 1)))
+    recipe = tiny_recipe(tmp_path / "runs", teacher=one)
+    capture_recipe(recipe, tmp_path / "targets", "bf16")
+    mixed = replace(two, targets=str(tmp_path / "targets"))
+    with pytest.raises(ValueError, match=r"holds targets of other weights .* than the teacher .*two has"):
+        distill(replace(recipe, teacher=mixed))
+    assert not (recipe.folder / "converted").exists()
+    with pytest.raises(FileNotFoundError, match="there are no targets"):
+        distill(replace(recipe, teacher=replace(one, targets=str(tmp_path / "nowhere"))))
+    distill(replace(recipe, teacher=replace(one, targets=str(tmp_path / "targets"))))
+    # the teacher at that path is another one now
+    replace_teacher(tmp_path / "one", 1)
+    with pytest.raises(ValueError, match="holds targets of"):
+        capture_recipe(recipe, tmp_path / "targets", "bf16")
+
+
+def test_a_capture_does_not_go_on_with_other_weights(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path / "runs", teacher=replace_teacher(tmp_path / "teacher", 0))
+    monkeypatch.setattr(targets, "SHARD_BYTES", 1)
+    read_rows, asked = targets.read_rows, []
+
+    def dies(teacher, batch):
+        asked.append(batch)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return read_rows(teacher, batch)
+
+    monkeypatch.setattr(targets, "read_rows", dies)
+    with pytest.raises(KeyboardInterrupt):
+        capture_recipe(recipe, tmp_path / "targets", "bf16")
+    replace_teacher(tmp_path / "teacher", 1)
+    with pytest.raises(ValueError, match="delete it, or use another folder"):
+        capture_recipe(recipe, tmp_path / "targets", "bf16")
+
+
+def test_a_run_does_not_go_on_after_its_teacher_changed(tmp_path):
+    recipe = tiny_recipe(tmp_path / "runs", teacher=replace_teacher(tmp_path / "teacher", 0))
+    run = distill(recipe, max_minutes=-1)
+    replace_teacher(tmp_path / "teacher", 1)
+    with pytest.raises(ValueError, match=r"has other weights \(fingerprint \w{16}\) than the teacher that"):
+        distill(recipe, resume=True)
+    with pytest.raises(ValueError, match="has other weights"):
+        evaluate([str(run)], samples=False, with_controls=False, device="cpu")
+    replace_teacher(tmp_path / "teacher", 0)
+    distill(recipe, resume=True)
