@@ -168,8 +168,8 @@ def load_dequantized(source: str, folder: str, config: PreTrainedConfig, *, dtyp
             folder, config=config, dtype=dtype, use_safetensors=True, **options
         )
         model = (model.dequantize(dtype) if after else model).to(dtype)
-    except (ImportError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of any kind: a package is missing, or a version of transformers has a fault
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{advice} ({reason}); give the model in bfloat16") from error
     for kept in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, kept):
