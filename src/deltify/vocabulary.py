@@ -58,7 +58,7 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, 
 def set_beginning(tokenizer: PreTrainedTokenizerBase, begins: bool, ends: bool) -> None:
     """Make the tokenizer begin every text with the beginning-of-sequence token, or not, and end it likewise."""
     bos, eos = [tokenizer.bos_token] if begins else [], [tokenizer.eos_token] if ends else []
-    wanted: list[int] = [tokenizer.convert_tokens_to_ids(token) for token in bos + eos]
+    wanted = [tokenizer.get_vocab()[token] for token in bos + eos]
     bare = list(tokenizer.encode("a", add_special_tokens=False))
     if tokenizer.encode("a") == wanted[: len(bos)] + bare + wanted[len(bos) :]:
         return
