@@ -4,9 +4,10 @@ import threading
 
 import pytest
 import torch
-from transformers import TextIteratorStreamer, pipeline
+from transformers import CompileConfig, GenerationConfig, TextIteratorStreamer, pipeline
 
 from deltify import convert
+from deltify.convert import sliding_control
 from deltify.teacher import random_teacher
 
 
@@ -57,10 +58,31 @@ def test_sampling_is_seeded_and_returns_as_many_as_asked(pair, ids):
     assert first.shape[0] == 6 and torch.equal(first, alone(model, ids, **options))
 
 
-def test_assisted_generation_says_why_it_cannot(pair, ids):
+def test_settings_that_a_student_cannot_follow_stay_with_the_teacher(ids):
+    teacher, lines = random_teacher("llama"), []
+    unfit = {"cache_implementation": "static", "prompt_lookup_num_tokens": 3, "num_assistant_tokens": 4}
+    unfit |= {"max_cache_len": 90, "compile_config": CompileConfig(), "penalty_alpha": 0.6, "dola_layers": "high"}
+    teacher.model.generation_config = GenerationConfig(**unfit, temperature=0.7, top_k=4, use_cache=False)
+    student = convert(teacher, full_attention_layers="KSF", start="library", report=lines.append).eval()
+    (line,) = [line for line in lines if "generation settings" in line]
+    assert all(name in line for name in unfit) and "temperature" not in line and "use_cache" not in line
+    for model in (student, sliding_control(teacher)):
+        kept = model.generation_config
+        assert kept.cache_implementation is None and kept.temperature == 0.7 and kept.use_cache is False
+        options = {"max_new_tokens": 5, "do_sample": False}
+        want = alone(model, ids, **options, generation_config=GenerationConfig())
+        assert torch.equal(alone(model, ids, **options), want)
+    assert teacher.model.generation_config.cache_implementation == "static"
+    lines.clear()
+    convert(random_teacher("llama"), start="library", report=lines.append)
+    assert not [line for line in lines if "generation settings" in line]
+
+
+@torch.no_grad()
+def test_guidance_by_a_negative_prompt_equals_guidance_without_a_cache(pair, ids):
     model, _ = pair
-    with pytest.raises(ValueError, match="stateful"):
-        alone(model, ids[:1], assistant_model=model, max_new_tokens=4, do_sample=False)
+    options = {"max_new_tokens": 5, "do_sample": False, "guidance_scale": 1.7}
+    assert torch.equal(*(alone(model, ids, use_cache=use, **options) for use in (True, False)))
 
 
 def test_pipeline_and_chat_template(pair):

@@ -49,7 +49,7 @@ def positions_of(
             f"{', '.join(bounds)} beside an attention_mask with padding: bounds do not say where padding is. Leave the "
             "padding out, or mark documents by position_ids that start again"
         )
-    starts = {name: starts_of(name, given, rows, tokens) for name, given in bounds.items()}
+    starts = {name: starts_of(name, torch.as_tensor(given), rows, tokens) for name, given in bounds.items()}
     if position_ids is not None:
         starts["position_ids"] = document_starts(position_ids).to(next(iter(starts.values())).device)
     (first, want), *others = starts.items()

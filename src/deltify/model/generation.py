@@ -20,12 +20,18 @@ UNFOLLOWED = (
 class DeltifyGenerationMixin(GenerationMixin):
     """transformers' generation with a `DeltifyCache`; what needs another cache is refused before anything is read."""
 
+    def init_continuous_batching(self, *args, **kwargs):
+        raise ValueError(
+            f"continuous batching pages keys and values, and the states of a {type(self).__name__} are no such pages; "
+            "call generate with a batch of rows"
+        )
+
     def _validate_generation_mode(self, generation_mode, *args):
         if generation_mode in ("assisted_generation", "contrastive_search"):
             raise ValueError(
-                f"{type(self).__name__} does not do {generation_mode.value!s}, which takes tokens back: it is "
-                "stateful, and the states of its KDA and sliding layers cannot be rolled back. Leave out assistant_model, "
-                "prompt_lookup_num_tokens, use_mtp, assistant_early_exit and penalty_alpha"
+                f"{generation_mode.value!s} takes tokens back, but {type(self).__name__} is stateful: the states of "
+                "its KDA and sliding layers cannot be rolled back. Leave out assistant_model, use_mtp, penalty_alpha, "
+                "prompt_lookup_num_tokens and assistant_early_exit"
             )
         super()._validate_generation_mode(generation_mode, *args)
 
@@ -38,23 +44,22 @@ class DeltifyGenerationMixin(GenerationMixin):
         if (kind := generation_config.cache_implementation) not in (None, "dynamic"):
             raise ValueError(f"cache_implementation={kind!r} cannot hold KDA and sliding layers; leave it out")
         mask = model_kwargs.get("attention_mask")
-        if generation_config.prefill_chunk_size is not None and mask is not None and not mask[:, -1].all():
+        right = mask is not None and mask.dim() == 2 and not mask[:, -1].all()
+        if generation_config.prefill_chunk_size is not None and right:
             raise ValueError(
                 "prefill_chunk_size beside padding on the right: the last piece of a prompt must hold its last token. "
                 "Pad on the left, or leave prefill_chunk_size out"
             )
-        names = [name for name in ("past_key_values", "cache") if model_kwargs.get(name) is not None]
-        for name in names:
-            given = model_kwargs[name]
-            if not isinstance(given, DeltifyCache) and (
-                type(given) is not DynamicCache or any(map(held, given.layers))
-            ):
+        for name in CACHE_NAMES:
+            given = model_kwargs.get(name)
+            empty = type(given) is DynamicCache and not any(map(held, given.layers))
+            if given is not None and not empty and not isinstance(given, DeltifyCache):
                 raise ValueError(
-                    f"{name} is a {type(given).__name__} that is not empty, or of fixed size; give a "
+                    f"{name} is a {type(given).__name__}, which generate would not go on from. Give a "
                     "DeltifyCache(config=model.config), or none"
                 )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        for name in ("past_key_values", "cache"):  # as versions before 5.24 call it, and since
+        for name in CACHE_NAMES:
             if type(model_kwargs.get(name)) is DynamicCache:
                 model_kwargs[name] = DeltifyCache(config=self.config)
 

@@ -51,6 +51,7 @@ class Packing:
         return flat.index_copy(0, self.index, y_1ND[0]).view_as(like_BTD)
 
 
+MEET = "position_ids start again within a row: packed documents cannot go on from a cache"
 FIXED: int | None = None  # documents, see `fixed_documents`
 
 
@@ -80,13 +81,16 @@ def find_packing(attention_mask: Tensor | None, position_ids: Tensor | None, tok
     before it in its row starts a document, as in transformers' own packed attention masks.
 
     Raises:
-        ValueError: if a row without padding holds several documents, but is to go on from a cache.
+        ValueError: If a row holds several documents, but is to go on from a cache.
     """
     placed = position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == tokens
     if attention_mask is not None and attention_mask.dim() == 2:
         mask = attention_mask[:, -tokens:].bool()
         if not mask.all():
-            return padded_packing(mask, position_ids if placed and not cached else None)
+            packing = padded_packing(mask, position_ids if placed else None)
+            if cached and len(packing.cu_seqlens) - 1 > len(mask):
+                raise ValueError(MEET)
+            return packing
     if tokens == 1 and cached:
         return None
     if FIXED is not None and placed and not cached:
@@ -94,7 +98,7 @@ def find_packing(attention_mask: Tensor | None, position_ids: Tensor | None, tok
     if not placed or (starts := document_starts(position_ids)).sum() == len(position_ids):
         return None
     if cached:
-        raise ValueError("position_ids start again within a row: packed documents cannot go on from a cache")
+        raise ValueError(MEET)
     return Packing(None, F.pad(starts.nonzero().squeeze(1), (0, 1), value=position_ids.numel()).int())
 
 

@@ -40,7 +40,7 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 # other models have, and what the loss or the collection of outputs takes
 HARMLESS = frozenset(
     (
-        *("num_items_in_batch", "shift_labels", "ignore_index", "reduction"),
+        *("num_items_in_batch", "shift_labels", "ignore_index"),
         *("output_hidden_states", "output_attentions", "output_router_logits", "return_dict", "debug_io"),
         *("max_length_q", "max_length_k", "token_type_ids", "cache_position"),
     )
@@ -184,9 +184,9 @@ class DeltifyModel(DeltifyPreTrainedModel):
         seen = self.check_cache(past_key_values, rows)
         self.check_mask(attention_mask, rows, seen + tokens if self.has_attention else tokens)
         position_ids = check_positions(position_ids, rows, tokens)
-        if bounds and past_key_values is not None:
-            raise ValueError(f"{', '.join(bounds)} beside a cache: packed documents cannot go on from a cache")
         if bounds:
+            if past_key_values is not None:
+                raise ValueError(f"{', '.join(bounds)} beside a cache: packed documents cannot go on from a cache")
             position_ids = positions_of(bounds, position_ids, attention_mask, rows, tokens).to(x.device)
         packing = find_packing(attention_mask, position_ids, tokens, past_key_values is not None)
         packed_documents = packing is not None and len(packing.cu_seqlens) - 1 > len(x)
@@ -194,13 +194,9 @@ class DeltifyModel(DeltifyPreTrainedModel):
             if packing.index is not None:
                 raise ValueError("rows with padding and several documents: attention layers need one or the other")
             attention_mask = None  # transformers finds the documents by their positions only without a mask
-            offsets = packing.cu_seqlens  # FlashAttention finds them by their positions only in a single row
-            kwargs |= {
-                "cu_seq_lens_q": offsets,
-                "cu_seq_lens_k": offsets,
-                "max_length_q": tokens,
-                "max_length_k": tokens,
-            }
+            # FlashAttention finds them by their positions only in a single row
+            kwargs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), packing.cu_seqlens)
+            kwargs |= dict.fromkeys(("max_length_q", "max_length_k"), tokens)
         if use_cache and past_key_values is None and not packed_documents:
             past_key_values = DeltifyCache(config=self.config)
         mask = position_embeddings = None
@@ -229,10 +225,15 @@ class DeltifyModel(DeltifyPreTrainedModel):
         """Return how many tokens of each row a cache has counted, with padding.
 
         Raises:
-            ValueError: If it cannot hold this model's layers, or holds another number of rows.
+            ValueError: If it cannot hold this model's layers, holds another number of rows, or would be written twice.
         """
         if cache is None:
             return 0
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "past_key_values beside activation checkpointing: the backward pass computes layers again, and would "
+                "write the cache twice. Call gradient_checkpointing_disable(), or give no cache"
+            )
         if len(cache.layers) < len(self.layers):
             raise ValueError(
                 f"past_key_values has {len(cache.layers)} layers, the model {len(self.layers)}; give a "
@@ -351,12 +352,11 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, DeltifyGenerationMixin):
 
 def refuse_unknown(arguments: dict) -> None:
     """Raise ValueError for arguments of forward that would change nothing, though their names promise something."""
-    if unknown := sorted(name for name, value in arguments.items() if value is not None and name not in HARMLESS):
-        if unknown == ["is_causal"] and arguments["is_causal"]:
-            return
+    known = HARMLESS | ({"is_causal"} if arguments.get("is_causal") else set())  # it is, whoever says so
+    if unknown := sorted(name for name, value in arguments.items() if value is not None and name not in known):
         raise ValueError(
-            f"forward does not know {', '.join(unknown)}. Leave it out; documents in packed rows are marked by "
-            f"position_ids, or by {', '.join(BOUNDS)}"
+            f"forward does not know {', '.join(unknown)}, and would ignore it. Leave it out; documents in packed rows "
+            f"are marked by position_ids, or by {', '.join(BOUNDS)}"
         )
 
 
