@@ -79,6 +79,16 @@ def test_settings_that_a_student_cannot_follow_stay_with_the_teacher(ids):
 
 
 @torch.no_grad()
+def test_generation_stops_at_a_string(pair, ids):
+    model, tokenizer = pair
+    options = {"max_new_tokens": 6, "do_sample": False}
+    out = alone(model, ids[:1], **options)
+    text = tokenizer.decode(out[0, 17:20])
+    stopped = alone(model, ids[:1], stop_strings=[text], tokenizer=tokenizer, **options)
+    assert stopped.shape[1] <= 20 and torch.equal(stopped, out[:, : stopped.shape[1]])
+
+
+@torch.no_grad()
 def test_guidance_by_a_negative_prompt_equals_guidance_without_a_cache(pair, ids):
     model, _ = pair
     options = {"max_new_tokens": 5, "do_sample": False, "guidance_scale": 1.7}

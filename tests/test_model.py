@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from deltify.convert import convert
-from deltify.model import DeltifyConfig, DeltifyForCausalLM, mixers
+from deltify.model import DeltifyConfig, DeltifyForCausalLM, capture, mixers
 from deltify.model.mixers import fixed_documents, in_one_piece, put_in_one_piece
 from deltify.model.modeling import DeltifyCache
 from deltify.teacher import FAMILIES, random_teacher
@@ -359,3 +359,50 @@ def test_projections_in_one_piece_change_no_result_and_no_file(tmp_path):
     model.save_pretrained(tmp_path)
     again = DeltifyForCausalLM.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(x, again[name]) for name, x in before.items())
+
+
+class OnGpu(torch.Tensor):
+    """Says that it lies on a GPU, so that a CPU takes the way of one."""
+
+    is_cuda = True
+
+
+@torch.no_grad()
+def test_a_captured_step_serves_tokens_alone_and_buffers_that_may_be_written(monkeypatch):
+    model, replayed = tiny("linear_attention", "linear_attention"), []
+
+    class Step:
+        """What a graph does, without one: reads each row's token, whatever a mask says."""
+
+        def __init__(self, model, cache, rows):
+            self.ids, self.addresses = torch.zeros(rows, 1, dtype=torch.long), capture.addresses(cache)
+
+        def __call__(self, ids, cache):
+            assert self.addresses == capture.addresses(cache)
+            replayed.append(cache.get_seq_length())
+            return model.lm_head(model.model(ids.as_subclass(torch.Tensor), past_key_values=cache).last_hidden_state)
+
+    monkeypatch.setattr(capture, "CapturedStep", Step)
+    ids, mask = torch.randint(0, 90, (2, 30)), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :12], mask[1, 17], mask[:, 20] = 0, 0, 0
+    cache, found = DeltifyCache(config=model.config), []
+    for t in range(30):
+        token = ids[:, t : t + 1].as_subclass(OnGpu)
+        with torch.inference_mode() if t < 14 or 24 <= t < 27 else torch.no_grad():
+            out = model(token, attention_mask=mask[:, : t + 1], past_key_values=cache)
+        found.append(out.logits.as_subclass(torch.Tensor))
+        if t == 22:
+            cache.reorder_cache(torch.tensor([0, 1]))  # of a size, so in place
+    assert replayed == [13, 15, 16, 18, 19, 21, 22, 23, 24, 25, 26, 27, 28, 29]
+    for row in range(2):
+        tokens = mask[row].bool()
+        want = model(ids[row : row + 1, tokens]).logits[0]
+        assert torch.allclose(torch.cat(found, 1)[row, tokens], want, atol=1e-5)
+    replayed.clear()
+    for options in ({"output_hidden_states": True}, {"labels": ids[:, :1]}):
+        model(ids[:, :1].as_subclass(OnGpu), past_key_values=cache, **options)
+    with pytest.raises(ValueError, match="forward does not know windows"):
+        model(ids[:, :1].as_subclass(OnGpu), past_key_values=cache, windows=3)
+    assert not replayed
+    model(ids[:, :1].as_subclass(OnGpu), past_key_values=cache, tokenizer=object(), output_hidden_states=False)
+    assert len(replayed) == 1

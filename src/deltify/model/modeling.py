@@ -36,15 +36,15 @@ from .sliding import Slots, find_slots, rotary_positions
 
 # what transformers' masks and outputs call a cache: another name since 5.24, where outputs answer to the old one, too
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-# what callers give beside a model's own arguments, and what changes nothing here: sizes that bounds imply, parts that
-# other models have, and what the loss or the collection of outputs takes
+# arguments that callers give beside a model's own and that change nothing in it: those of the loss, sizes that bounds
+# imply, parts of other models, and what generate (transformers 5.24) passes on with stop_strings
 HARMLESS = frozenset(
     (
-        *("num_items_in_batch", "shift_labels", "ignore_index"),
-        *("output_hidden_states", "output_attentions", "output_router_logits", "return_dict", "debug_io"),
-        *("max_length_q", "max_length_k", "token_type_ids", "cache_position"),
+        *("num_items_in_batch", "shift_labels", "ignore_index", "output_router_logits", "return_dict", "debug_io"),
+        *("max_length_q", "max_length_k", "token_type_ids", "cache_position", "tokenizer"),
     )
 )
+OUTPUTS = frozenset(("output_hidden_states", "output_attentions"))
 MIXERS = {
     "linear_attention": DeltifyKDA,
     "full_attention": DeltifyAttention,
@@ -316,7 +316,8 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, DeltifyGenerationMixin):
         padding is.
         """
         past_key_values = cache if past_key_values is None else past_key_values
-        plain = labels is None and all(given is None or given is False for given in kwargs.values())
+        asked = [name for name, value in kwargs.items() if value is not None and value is not False]
+        plain = labels is None and HARMLESS.issuperset(asked)
         if plain and (logits := captured_logits(self, input_ids, past_key_values, attention_mask)) is not None:
             return CausalLMOutputWithPast(logits=logits, **{CACHE: past_key_values})
         outputs = self.model(
@@ -352,7 +353,7 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, DeltifyGenerationMixin):
 
 def refuse_unknown(arguments: dict) -> None:
     """Raise ValueError for arguments of forward that would change nothing, though their names promise something."""
-    known = HARMLESS | ({"is_causal"} if arguments.get("is_causal") else set())  # it is, whoever says so
+    known = HARMLESS | OUTPUTS | ({"is_causal"} if arguments.get("is_causal") else set())  # it is, whoever says so
     if unknown := sorted(name for name, value in arguments.items() if value is not None and name not in known):
         raise ValueError(
             f"forward does not know {', '.join(unknown)}, and would ignore it. Leave it out; documents in packed rows "
