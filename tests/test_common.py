@@ -293,7 +293,6 @@ def test_a_student_does_not_draft_and_nothing_is_generated(model, ids):
 def test_a_cache_of_full_attention_alone_can_be_cropped(ids):
     model = DeltifyForCausalLM(config_of("FFF")).eval()
     cache = model(ids, use_cache=True).past_key_values
-    cache.activate_past_recording()
     cache.crop(-4)
     again = model(ids[:, -4:], past_key_values=cache).logits
     assert torch.allclose(again, model(ids).logits[:, -4:], atol=1e-5)
@@ -363,6 +362,8 @@ def test_masks_positions_and_caches_of_other_rows_are_named(model, ids):
     for shape in ([21], [2, 20], [3, 21], [3, 2, 21]):
         with pytest.raises(ValueError, match="position_ids has shape"):
             model(ids, position_ids=torch.zeros(shape, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"the input has shape \[2, 0, 64\], without a token"):
+        model(ids[:, :0])
     cache = model(ids[:1], use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"past_key_values holds 1 rows, the input 2; repeat its rows"):
         model(ids, past_key_values=cache)

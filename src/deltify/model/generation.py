@@ -26,14 +26,14 @@ class DeltifyGenerationMixin(GenerationMixin):
             "call generate with a batch of rows"
         )
 
-    def _validate_generation_mode(self, generation_mode, *args):
+    def _validate_generation_mode(self, generation_mode, *args, **kwargs):
         if generation_mode in ("assisted_generation", "contrastive_search"):
             raise ValueError(
                 f"{generation_mode.value!s} takes tokens back, but {type(self).__name__} is stateful: the states of "
                 "its KDA and sliding layers cannot be rolled back. Leave out assistant_model, use_mtp, penalty_alpha, "
                 "prompt_lookup_num_tokens and assistant_early_exit"
             )
-        super()._validate_generation_mode(generation_mode, *args)
+        super()._validate_generation_mode(generation_mode, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         if generation_config.is_assistant:

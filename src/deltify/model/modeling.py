@@ -181,6 +181,8 @@ class DeltifyModel(DeltifyPreTrainedModel):
         refuse_unknown(kwargs)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         rows, tokens = x.shape[:2]
+        if not tokens:
+            raise ValueError(f"the input has shape {list(x.shape)}, without a token; give each row one at least")
         seen = self.check_cache(past_key_values, rows)
         self.check_mask(attention_mask, rows, seen + tokens if self.has_attention else tokens)
         position_ids = check_positions(position_ids, rows, tokens)
