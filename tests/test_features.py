@@ -8,6 +8,7 @@ from transformers import CompileConfig, GenerationConfig, TextIteratorStreamer, 
 
 from deltify import convert
 from deltify.convert import sliding_control
+from deltify.states import read
 from deltify.teacher import random_teacher
 
 
@@ -76,6 +77,23 @@ def test_settings_that_a_student_cannot_follow_stay_with_the_teacher(ids):
     lines.clear()
     convert(random_teacher("llama"), start="library", report=lines.append)
     assert not [line for line in lines if "generation settings" in line]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beams", [1, 3])
+def test_several_answers_go_on_from_one_state(beams):
+    model = convert(random_teacher("llama"), full_attention_layers="SK", sliding_window=6, start="library").eval()
+    text, question = torch.randint(1, 200, (1, 30)), torch.randint(1, 200, (1, 5))
+    options = {"max_new_tokens": 6, "num_beams": beams, "num_return_sequences": 3, "do_sample": beams == 1}
+    torch.manual_seed(1)
+    want = alone(model, torch.cat([text, question], 1), **options, use_cache=False)[:, 35:]
+    state = read(model, text[0])
+    with pytest.raises(ValueError, match="past_key_values holds 1 rows, the input 3; repeat its rows"):
+        alone(model, question, **options, past_key_values=state.cache(model))
+    cache = state.cache(model)
+    cache.batch_repeat_interleave(3)
+    torch.manual_seed(1)
+    assert torch.equal(alone(model, question, **options, past_key_values=cache)[:, 5:], want)
 
 
 @torch.no_grad()
