@@ -4,9 +4,11 @@ import threading
 
 import pytest
 import torch
-from transformers import TextIteratorStreamer, pipeline
+from transformers import CompileConfig, GenerationConfig, TextIteratorStreamer, pipeline
 
 from deltify import convert
+from deltify.convert import sliding_control
+from deltify.states import read
 from deltify.teacher import random_teacher
 
 
@@ -57,10 +59,60 @@ def test_sampling_is_seeded_and_returns_as_many_as_asked(pair, ids):
     assert first.shape[0] == 6 and torch.equal(first, alone(model, ids, **options))
 
 
-def test_assisted_generation_says_why_it_cannot(pair, ids):
+def test_settings_that_a_student_cannot_follow_stay_with_the_teacher(ids):
+    teacher, lines = random_teacher("llama"), []
+    unfit = {"cache_implementation": "static", "prompt_lookup_num_tokens": 3, "num_assistant_tokens": 4}
+    unfit |= {"max_cache_len": 90, "compile_config": CompileConfig(), "penalty_alpha": 0.6, "dola_layers": "high"}
+    teacher.model.generation_config = GenerationConfig(**unfit, temperature=0.7, top_k=4, use_cache=False)
+    student = convert(teacher, full_attention_layers="KSF", start="library", report=lines.append).eval()
+    (line,) = [line for line in lines if "generation settings" in line]
+    assert all(name in line for name in unfit) and "temperature" not in line and "use_cache" not in line
+    for model in (student, sliding_control(teacher)):
+        kept = model.generation_config
+        assert kept.cache_implementation is None and kept.temperature == 0.7 and kept.use_cache is False
+        options = {"max_new_tokens": 5, "do_sample": False}
+        want = alone(model, ids, **options, generation_config=GenerationConfig())
+        assert torch.equal(alone(model, ids, **options), want)
+    assert teacher.model.generation_config.cache_implementation == "static"
+    lines.clear()
+    convert(random_teacher("llama"), start="library", report=lines.append)
+    assert not [line for line in lines if "generation settings" in line]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beams", [1, 3])
+def test_several_answers_go_on_from_one_state(beams):
+    model = convert(random_teacher("llama"), full_attention_layers="SK", sliding_window=6, start="library").eval()
+    text, question = torch.randint(1, 200, (1, 30)), torch.randint(1, 200, (1, 5))
+    options = {"max_new_tokens": 6, "num_beams": beams, "num_return_sequences": 3, "do_sample": beams == 1}
+    torch.manual_seed(1)
+    want = alone(model, torch.cat([text, question], 1), **options, use_cache=False)[:, 35:]
+    state = read(model, text[0])
+    with pytest.raises(ValueError, match="past_key_values holds 1 rows, the input 3; repeat its rows"):
+        alone(model, question, **options, past_key_values=state.cache(model))
+    cache = state.cache(model)
+    cache.batch_repeat_interleave(3)
+    torch.manual_seed(1)
+    assert torch.equal(alone(model, question, **options, past_key_values=cache)[:, 5:], want)
+
+
+@torch.no_grad()
+def test_generation_stops_at_a_string(pair, ids):
+    model, tokenizer = pair
+    words = [tokenizer.decode([i]) for i in range(len(tokenizer))]  # random bytes are parts of characters
+    options = {"max_new_tokens": 6, "do_sample": False}
+    options["suppress_tokens"] = [i for i, word in enumerate(words) if not word.isalnum()]
+    out = alone(model, ids[:1], **options)
+    text = tokenizer.decode(out[0, 17:20])
+    stopped = alone(model, ids[:1], stop_strings=[text], tokenizer=tokenizer, **options)
+    assert stopped.shape[1] <= 20 and torch.equal(stopped, out[:, : stopped.shape[1]])
+
+
+@torch.no_grad()
+def test_guidance_by_a_negative_prompt_equals_guidance_without_a_cache(pair, ids):
     model, _ = pair
-    with pytest.raises(ValueError, match="stateful"):
-        alone(model, ids[:1], assistant_model=model, max_new_tokens=4, do_sample=False)
+    options = {"max_new_tokens": 5, "do_sample": False, "guidance_scale": 1.7}
+    assert torch.equal(*(alone(model, ids, use_cache=use, **options) for use in (True, False)))
 
 
 def test_pipeline_and_chat_template(pair):

@@ -12,7 +12,7 @@ from deltify.data import Batch
 from deltify.distill import align_step, match_step
 from deltify.graphs import GraphedStep
 from deltify.losses import DIVERGENCES, linear_kl
-from deltify.model import DeltifyConfig, DeltifyForCausalLM, modeling
+from deltify.model import DeltifyConfig, DeltifyForCausalLM, capture, modeling
 from deltify.teacher import freeze, random_teacher
 
 pytestmark = pytest.mark.gpu
@@ -217,6 +217,24 @@ def test_a_captured_step_gives_the_eager_logits(monkeypatch):
     assert error(captured, eager.double()) < 1e-3
     whole = model(ids).logits[:, 50:]
     assert error(captured, whole.double()) < 2e-2
+
+
+@torch.no_grad()
+def test_a_captured_step_is_not_replayed_over_padding_nor_on_tensors_of_inference_mode():
+    facts = {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 64, "vocab_size": 300}
+    model = DeltifyForCausalLM(DeltifyConfig(**facts)).to("cuda", torch.bfloat16).eval()
+    ids, mask = torch.randint(0, 300, (3, 90), device="cuda"), torch.ones(3, 90, dtype=torch.long, device="cuda")
+    mask[0, :45], mask[1, 50:60], mask[:, 62:65], mask[2, 70] = 0, 0, 0, 0
+    cache, found = modeling.DeltifyCache(config=model.config), []
+    for at in range(90):
+        with torch.inference_mode() if 30 <= at < 40 or 75 <= at < 80 else torch.no_grad():
+            out = model(ids[:, at : at + 1], attention_mask=mask[:, : at + 1], past_key_values=cache)
+            found.append(out.logits)
+    assert cache in capture.STEPS and capture.STEPS[cache] is not None
+    got = torch.cat(found, 1)
+    for row in range(3):
+        tokens = mask[row].bool()
+        assert error(got[row, tokens], model(ids[row : row + 1, tokens]).logits[0].double()) < 2e-2
 
 
 def test_conversion_and_one_step_of_each_stage():

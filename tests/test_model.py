@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from deltify.convert import convert
-from deltify.model import DeltifyConfig, DeltifyForCausalLM
+from deltify.model import DeltifyConfig, DeltifyForCausalLM, capture, mixers
 from deltify.model.mixers import fixed_documents, in_one_piece, put_in_one_piece
 from deltify.model.modeling import DeltifyCache
 from deltify.teacher import FAMILIES, random_teacher
@@ -207,6 +207,131 @@ def test_documents_stay_apart_beside_padding_and_under_a_mask_of_ones():
             model(ids, past_key_values=DynamicCache())
 
 
+LENGTHS = (9, 1, 14)
+OFFSETS = torch.tensor([0, 9, 10, 24], dtype=torch.int32)
+PLACES = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+NUMBERS = torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))[None].int()
+FORMS = {
+    "transformers' collator": {"cu_seq_lens_q": OFFSETS, "cu_seq_lens_k": OFFSETS, "max_length_q": 14},
+    "without keys": {"cu_seq_lens_q": OFFSETS},
+    "flash-linear-attention": {"cu_seqlens": OFFSETS.long()},
+    "with an empty document": {"cu_seqlens": torch.tensor([0, 9, 9, 10, 24, 24])},
+    "a list": {"cu_seqlens": OFFSETS.tolist()},
+    "numbers": {"seq_idx": NUMBERS},
+    "other numbers": {"seq_idx": torch.tensor([5, -1, 5])[NUMBERS.long()]},
+    "trl": {"position_ids": PLACES, "cu_seq_lens_q": OFFSETS, "cu_seq_lens_k": OFFSETS, "seq_idx": NUMBERS},
+    "positions from 2": {"position_ids": PLACES + 2, "seq_idx": NUMBERS},
+    "under a mask of ones": {"cu_seqlens": OFFSETS, "attention_mask": torch.ones(1, 24, dtype=torch.long)},
+}
+
+
+def tiny(*kinds: str) -> DeltifyForCausalLM:
+    facts = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 90}
+    facts |= {"sliding_window": 6, "sink_tokens": 2, "use_rope": [True] * len(kinds)}
+    return DeltifyForCausalLM(DeltifyConfig(**facts, num_hidden_layers=len(kinds), layer_types=list(kinds))).eval()
+
+
+@pytest.fixture(params=["KK", "KF", "FK", "SK"])
+def small(request):
+    letters = {"K": "linear_attention", "F": "full_attention", "S": "sliding_attention"}
+    return tiny(*(letters[letter] for letter in request.param))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+def test_bounds_of_documents_count_in_every_form(small, form):
+    ids = torch.randint(0, 90, (1, 24))
+    want = torch.cat([small(part).logits for part in ids.split(LENGTHS, 1)], 1)
+    for options in ({}, {"use_cache": False}, {"labels": ids}):
+        out = small(ids, **FORMS[form], **options)
+        assert torch.allclose(out.logits, want, atol=1e-5) and out.past_key_values is None
+
+
+@torch.no_grad()
+def test_bounds_of_several_rows_go_over_all_of_them(small):
+    ids = torch.randint(0, 90, (2, 12))
+    want = torch.cat([small(part).logits[0] for row in ids.split(1) for part in row.split(6, 1)]).view(2, 12, -1)
+    numbers = torch.tensor([[0] * 6 + [1] * 6] * 2)
+    for given in ({"cu_seqlens": torch.tensor([0, 6, 12, 18, 24])}, {"seq_idx": numbers}):
+        assert torch.allclose(small(ids, **given).logits, want, atol=1e-5)
+    places = torch.arange(6).repeat(2)[None]  # of one row, for all
+    assert torch.allclose(small(ids, position_ids=places).logits, want, atol=1e-5)
+    with pytest.raises(ValueError, match="lets a document reach into the next row of 12 tokens"):
+        small(ids, cu_seqlens=torch.tensor([0, 6, 18, 24]))
+
+
+def test_bounds_that_contradict_or_cannot_be_followed_are_refused(small):
+    ids, other = torch.randint(0, 90, (1, 24)), torch.tensor([0, 10, 24])
+    pairs = [{"cu_seq_lens_q": OFFSETS, "cu_seq_lens_k": other}, {"cu_seqlens": other, "seq_idx": NUMBERS}]
+    pairs += [{"cu_seqlens": OFFSETS, "position_ids": torch.arange(24)[None]}]
+    pairs += [{"seq_idx": NUMBERS, "position_ids": PLACES.roll(1, 1)}]
+    for given in pairs:
+        with pytest.raises(ValueError, match=f"{next(iter(sorted(given)))}.*contradict each other"):
+            small(ids, **given)
+    for bounds in ([0, 9], [1, 24], [0, 12, 9, 24], []):
+        with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 24"):
+            small(ids, cu_seqlens=torch.tensor(bounds))
+    with pytest.raises(ValueError, match=r"seq_idx has shape \[24\]; give the document of each token, \[1, 24\]"):
+        small(ids, seq_idx=NUMBERS[0])
+    mask = torch.tensor([[0] * 3 + [1] * 21])
+    with pytest.raises(ValueError, match="beside an attention_mask with padding"):
+        small(ids, cu_seqlens=OFFSETS, attention_mask=mask)
+    for given in ({"cu_seqlens": OFFSETS}, {"seq_idx": NUMBERS}):
+        with pytest.raises(ValueError, match="packed documents cannot go on from a cache"):
+            small(ids, past_key_values=DeltifyCache(config=small.config), **given)
+    with pytest.raises(ValueError, match="packed documents cannot go on from a cache"):
+        small.generate(ids, cu_seq_lens_q=OFFSETS, max_new_tokens=2, pad_token_id=0)
+
+
+def test_gradients_of_packed_documents_are_those_of_each_alone(small):
+    ids = torch.randint(0, 90, (1, 24))
+
+    def gradients(*logits):
+        small.zero_grad()
+        torch.cat(logits, 1).square().sum().backward()
+        return [p.grad for p in small.parameters()]
+
+    want = gradients(*(small(part).logits for part in ids.split(LENGTHS, 1)))
+    for got, alone in zip(gradients(small(ids, cu_seqlens=OFFSETS).logits), want):
+        assert torch.allclose(got, alone, atol=1e-5)
+
+
+@torch.no_grad()
+def test_flash_attention_is_told_where_documents_are(monkeypatch):
+    """A stand-in that attends within `cu_seq_lens_q` of all rows in one line, as FlashAttention does."""
+    model, ids = tiny("full_attention", "linear_attention"), torch.randint(0, 90, (2, 12))
+    cuts = (5, 7, 3, 9)
+    places = torch.cat([torch.arange(n) for n in cuts]).view(2, 12)
+    want = model(ids, position_ids=places).logits
+
+    def attend(module, q, k, v, mask, scaling, cu_seq_lens_q, cu_seq_lens_k, max_length_q, **kwargs):
+        assert mask is None and torch.equal(cu_seq_lens_q, cu_seq_lens_k) and max_length_q >= max(cuts)
+        q, k, v = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1) for x in (q, k, v))  # [heads, tokens, K]
+        parts = [x.split(cu_seq_lens_q.diff().tolist(), 1) for x in (q, k, v)]
+        causal = torch.nn.functional.scaled_dot_product_attention
+        y = torch.cat([causal(*part, is_causal=True, scale=scaling) for part in zip(*parts)], 1)
+        return y.transpose(0, 1).unflatten(0, (2, 12)), None
+
+    monkeypatch.setattr(mixers.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *_: attend)
+    model.config._attn_implementation = "flash_attention_2"
+    assert torch.allclose(model(ids, position_ids=places).logits, want, atol=1e-5)
+
+
+@torch.no_grad()
+def test_documents_stay_apart_beside_a_row_of_padding_alone():
+    ids, mask = torch.randint(0, 90, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    mask[0], mask[2, :4] = 0, 0
+    places = torch.cat([torch.arange(5), torch.arange(7)]).repeat(3, 1)
+    places[2] = torch.arange(12)
+    model = tiny("linear_attention", "sliding_attention")
+    out = model(ids, attention_mask=mask, position_ids=places)
+    assert torch.allclose(out.logits[1, 5:], model(ids[1:2, 5:]).logits[0], atol=1e-5)
+    assert torch.allclose(out.logits[2, 4:], model(ids[2:, 4:]).logits[0], atol=1e-5)
+    assert out.past_key_values is None
+    with pytest.raises(ValueError, match="packed documents cannot go on from a cache"):
+        model(ids, attention_mask=mask, position_ids=places, past_key_values=DeltifyCache(config=model.config))
+
+
 def test_options_reach_the_configuration(model, tmp_path):
     model.save_pretrained(tmp_path / "sub")
     again = DeltifyForCausalLM.from_pretrained(tmp_path, subfolder="sub", use_cache=False, dtype="auto")
@@ -234,3 +359,50 @@ def test_projections_in_one_piece_change_no_result_and_no_file(tmp_path):
     model.save_pretrained(tmp_path)
     again = DeltifyForCausalLM.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(x, again[name]) for name, x in before.items())
+
+
+class OnGpu(torch.Tensor):
+    """Says that it lies on a GPU, so that a CPU takes the way of one."""
+
+    is_cuda = True
+
+
+@torch.no_grad()
+def test_a_captured_step_serves_tokens_alone_and_buffers_that_may_be_written(monkeypatch):
+    model, replayed = tiny("linear_attention", "linear_attention"), []
+
+    class Step:
+        """What a graph does, without one: reads each row's token, whatever a mask says."""
+
+        def __init__(self, model, cache, rows):
+            self.ids, self.addresses = torch.zeros(rows, 1, dtype=torch.long), capture.addresses(cache)
+
+        def __call__(self, ids, cache):
+            assert self.addresses == capture.addresses(cache)
+            replayed.append(cache.get_seq_length())
+            return model.lm_head(model.model(ids.as_subclass(torch.Tensor), past_key_values=cache).last_hidden_state)
+
+    monkeypatch.setattr(capture, "CapturedStep", Step)
+    ids, mask = torch.randint(0, 90, (2, 30)), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :12], mask[1, 17], mask[:, 20] = 0, 0, 0
+    cache, found = DeltifyCache(config=model.config), []
+    for t in range(30):
+        token = ids[:, t : t + 1].as_subclass(OnGpu)
+        with torch.inference_mode() if t < 14 or 24 <= t < 27 else torch.no_grad():
+            out = model(token, attention_mask=mask[:, : t + 1], past_key_values=cache)
+        found.append(out.logits.as_subclass(torch.Tensor))
+        if t == 22:
+            cache.reorder_cache(torch.tensor([0, 1]))  # of a size, so in place
+    assert replayed == [13, 15, 16, 18, 19, 21, 22, 23, 24, 25, 26, 27, 28, 29]
+    for row in range(2):
+        tokens = mask[row].bool()
+        want = model(ids[row : row + 1, tokens]).logits[0]
+        assert torch.allclose(torch.cat(found, 1)[row, tokens], want, atol=1e-5)
+    replayed.clear()
+    for options in ({"output_hidden_states": True}, {"labels": ids[:, :1]}):
+        model(ids[:, :1].as_subclass(OnGpu), past_key_values=cache, **options)
+    with pytest.raises(ValueError, match="forward does not know windows"):
+        model(ids[:, :1].as_subclass(OnGpu), past_key_values=cache, windows=3)
+    assert not replayed
+    model(ids[:, :1].as_subclass(OnGpu), past_key_values=cache, tokenizer=object(), output_hidden_states=False)
+    assert len(replayed) == 1

@@ -112,6 +112,20 @@ def test_document_bounds_keep_documents_apart():
     assert torch.equal(got[1][1], state[1])  # the empty document
 
 
+@pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
+def test_no_token_changes_no_state(backend):
+    inputs, state = make_inputs(1, 0, 2, 16, 8, torch.float32), torch.randn(3, 2, 16, 8, requires_grad=True)
+    bounds = torch.zeros(4, dtype=torch.int32)
+    o, final = kda(*inputs, state=state, cu_seqlens=bounds, backend=backend)
+    assert o.shape == (1, 0, 2, 8) and torch.equal(final, state) and final is not state
+    final.sum().backward()
+    assert torch.equal(state.grad, torch.ones_like(state))
+    assert torch.equal(kda(*inputs, cu_seqlens=bounds, backend=backend)[1], torch.zeros(3, 2, 16, 8))
+    x, kept = torch.randn(1, 0, 12), torch.randn(3, 12, 3)
+    y, after = short_conv(x, torch.randn(12, 1, 4), state=kept, cu_seqlens=bounds)
+    assert y.shape == (1, 0, 12) and torch.equal(after, kept)
+
+
 def test_the_future_changes_no_past_output_and_gets_no_gradient_from_it():
     inputs = make_inputs(1, 150, 2, 16, 16, torch.float32)
     changed = [x.clone() for x in inputs]

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .data import Batch
 from .model import ArceeKDAConfig, DeltifyConfig, DeltifyForCausalLM, DeltifyKDA
+from .model.generation import followed_settings
 from .model.mixers import Packing, find_packing, inverse_softplus
 from .teacher import Teacher, freeze
 
@@ -97,7 +98,7 @@ def sliding_control(teacher: Teacher, window: int = 64, sinks: int = 4) -> Delti
     control.load_state_dict(teacher.model.state_dict(), strict=True, assign=True)
     control.tie_weights()
     control.model.rotary_emb = LlamaRotaryEmbedding(config).to(teacher.model.device)  # its buffers are in no state dict
-    control.generation_config = teacher.model.generation_config
+    control.generation_config, _ = followed_settings(teacher.model.generation_config)
     freeze(control)
     return control
 
@@ -202,7 +203,9 @@ def convert(
     if start.startswith("calibrated"):
         constant = start == "calibrated-constant"
         calibrate(teacher, student, calibration, report, constant=constant, long_heads=long_heads)
-    student.generation_config = teacher.model.generation_config
+    student.generation_config, dropped = followed_settings(teacher.model.generation_config)
+    if dropped:
+        report(f"the teacher's generation settings {', '.join(dropped)} are dropped: a student cannot follow them")
     return student
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
+from .cache import writable
 from .mixers import DeltifyKDA, put_in_one_piece
 
 
@@ -40,8 +41,11 @@ class CapturedStep:
 STEPS: "WeakKeyDictionary[Cache, CapturedStep | None]" = WeakKeyDictionary()
 
 
-def captured_logits(model: PreTrainedModel, ids: Tensor | None, cache: Cache | None) -> Tensor | None:
-    """Logits [B, 1, vocabulary] of one more token by replaying a graph, or None where the model must run as it is.
+def captured_logits(
+    model: PreTrainedModel, ids: Tensor | None, cache: Cache | None, attention_mask: Tensor | None
+) -> Tensor | None:
+    """Return logits [B, 1, vocabulary] of one more token by replaying a graph, or None where the model must run as it
+    is: where the token is padding in some row, for one.
 
     The first token decoded with a cache runs as it is, which makes all libraries ready; the second is captured.
     """
@@ -51,15 +55,23 @@ def captured_logits(model: PreTrainedModel, ids: Tensor | None, cache: Cache | N
         return None
     if torch.compiler.is_compiling() or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return None
+    if not all(map(writable, states(cache))):
+        return None
+    if attention_mask is not None and (attention_mask.dim() != 2 or not attention_mask[:, -1].all()):
+        return None
     if cache not in STEPS:
         STEPS[cache] = None
         return None
     step = STEPS[cache]
-    if step is None or step.addresses != addresses(cache) or len(step.ids) != len(ids):
+    if step is None or step.addresses != addresses(cache) or len(step.ids) != len(ids) or not writable(step.ids):
         step = STEPS[cache] = CapturedStep(model, cache, len(ids))
     return step(ids, cache)
 
 
+def states(cache: Cache) -> list[Tensor]:
+    return [x for layer in cache.layers for x in (layer.conv_states[0], layer.recurrent_states[0])]
+
+
 def addresses(cache: Cache) -> list[int]:
-    """Where the states lie; beam search, for one, moves them."""
-    return [x.data_ptr() for layer in cache.layers for x in (layer.conv_states[0], layer.recurrent_states[0])]
+    """Where the states lie; a cache whose rows are repeated, for one, moves them."""
+    return [x.data_ptr() for x in states(cache)]

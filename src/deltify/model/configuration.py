@@ -29,7 +29,7 @@ class DeltifyConfig(PreTrainedConfig):
     """
 
     model_type = "deltify"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 32000
     hidden_size: int = 2048

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from ..ops import gated_rms_norm, kda, kda_layer_step, rms_norm, short_conv_split
+from .cache import store, stored, writable
 from .configuration import DeltifyConfig
+from .documents import document_starts
 from .sliding import Rotary, Slots, sliding_attention, sliding_step
 
 # torch.compile takes the rest of a layer: inside the operator it would find nothing to fuse, and break at every loop
@@ -49,6 +51,7 @@ class Packing:
         return flat.index_copy(0, self.index, y_1ND[0]).view_as(like_BTD)
 
 
+MEET = "position_ids start again within a row: packed documents cannot go on from a cache"
 FIXED: int | None = None  # documents, see `fixed_documents`
 
 
@@ -62,11 +65,6 @@ def fixed_documents(count: int) -> Iterator[None]:
         yield
     finally:
         FIXED = None
-
-
-def document_starts(position_ids: Tensor) -> Tensor:
-    """[B * T] bool: whether a token begins a document, or its row, for positions [B, T]."""
-    return F.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=True).flatten()
 
 
 def fixed_packing(position_ids: Tensor, documents: int) -> Packing:
@@ -83,34 +81,38 @@ def find_packing(attention_mask: Tensor | None, position_ids: Tensor | None, tok
     before it in its row starts a document, as in transformers' own packed attention masks.
 
     Raises:
-        ValueError: if a row without padding holds several documents, but is to go on from a cache.
+        ValueError: If a row holds several documents, but is to go on from a cache.
     """
-    if tokens == 1 and cached:
-        return None
     placed = position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == tokens
     if attention_mask is not None and attention_mask.dim() == 2:
         mask = attention_mask[:, -tokens:].bool()
         if not mask.all():
-            return padded_packing(mask, position_ids if placed and not cached else None)
+            packing = padded_packing(mask, position_ids if placed else None)
+            if cached and len(packing.cu_seqlens) - 1 > len(mask):
+                raise ValueError(MEET)
+            return packing
+    if tokens == 1 and cached:
+        return None
     if FIXED is not None and placed and not cached:
         return fixed_packing(position_ids, FIXED)
     if not placed or (starts := document_starts(position_ids)).sum() == len(position_ids):
         return None
     if cached:
-        raise ValueError("position_ids start again within a row: packed documents cannot go on from a cache")
+        raise ValueError(MEET)
     return Packing(None, F.pad(starts.nonzero().squeeze(1), (0, 1), value=position_ids.numel()).int())
 
 
 def padded_packing(mask_BT: Tensor, position_ids: Tensor | None) -> Packing:
-    """Packing of rows with padding: each a document, or several, where positions start again."""
+    """Packing of rows with padding: each a document, or several, where positions start again. A row of padding alone is
+    an empty document."""
     index = mask_BT.flatten().nonzero().squeeze(1)
-    rows = F.pad(mask_BT.sum(1).cumsum(0), (1, 0)).int()
-    if position_ids is None:
-        return Packing(index, rows)
+    rows = F.pad(mask_BT.sum(1).cumsum(0), (1, 0))
+    if position_ids is None or not len(index):
+        return Packing(index, rows.int())
     places, row = position_ids.expand(len(mask_BT), -1).flatten()[index], index // mask_BT.shape[1]
     starts = F.pad((places.diff() != 1) | (row.diff() != 0), (1, 0), value=True).nonzero().squeeze(1)
-    documents = F.pad(starts, (0, 1), value=len(index)).int()
-    return Packing(index, documents if len(documents) > len(rows) else rows)
+    empty = rows[:-1][rows.diff() == 0]  # so that there are more documents than rows only where a row holds several
+    return Packing(index, torch.cat([starts, empty, rows[-1:]]).sort().values.int())
 
 
 class DeltifyRMSNorm(nn.Module):
@@ -219,9 +221,7 @@ class DeltifyKDA(nn.Module):
     def inner(self, x: Tensor, cache: Cache | None = None, packing: Packing | None = None) -> Tensor:
         """What o_proj reads, [B, T, H * K]."""
         past = None if cache is None else cache.layers[self.layer_idx]
-        conv_state = state = None
-        if past is not None and past.has_previous_state[0]:
-            conv_state, state = past.conv_states[0], past.recurrent_states[0]
+        conv_state, state = (None, None) if past is None else stored(past)
         wide, narrow = self.projections[:3], self.projections[3:]
         taps = torch.cat([self.q_conv1d(), self.k_conv1d(), self.v_conv1d()])
         if x.shape[1] > 1:  # a product with a bias takes rows that lie apart in two passes
@@ -236,6 +236,7 @@ class DeltifyKDA(nn.Module):
             qkv, (low_f, low_gate, b) = project(x, *wide), (linear(x) for linear in narrow)
         f, gate = self.f_proj[1](low_f), self.g_proj[1](low_gate)
         one_more = state is not None and x.shape[1] == 1 and packing is None and not torch.is_grad_enabled()
+        one_more = one_more and writable(conv_state) and writable(state)
         if one_more and not self.o_norm.weight.is_meta:  # an offloaded weight is fetched for modules that are called
             inputs = (qkv[:, 0], conv_state, taps, f[:, 0], b[:, 0], gate[:, 0], self.A_log, self.dt_bias)
             norm = {"norm_eps": self.o_norm.eps, "lower_bound": self.lower_bound}
@@ -248,15 +249,6 @@ class DeltifyKDA(nn.Module):
         if past is not None:
             store(past, conv_state, state)
         return self.o_norm(o, gate.view_as(o)).flatten(2)
-
-
-def store(layer: LinearAttentionLayer, conv_state: Tensor, state: Tensor) -> None:
-    """Copies the states into the cache layer's buffers, whose addresses never change."""
-    if not layer.is_recurrent_states_initialized[0]:
-        layer.lazy_initialization(conv_states=conv_state, recurrent_states=state)
-    layer.conv_states[0].copy_(conv_state)
-    layer.recurrent_states[0].copy_(state)
-    layer.has_previous_state[0] = True
 
 
 class DeltifyAttention(nn.Module):
@@ -284,8 +276,8 @@ class DeltifyAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of [B, T, D], each [B, T, heads, K], normalised where the family does it."""
-        shape = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = (proj(x).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        heads = (-1, self.head_dim)
+        q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return (self.q_norm(q), self.k_norm(k), v) if self.config.qk_norm else (q, k, v)
 
     def forward(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs):
@@ -321,7 +313,7 @@ class DeltifySlidingAttention(DeltifyAttention):
         else:
             options |= {"window": self.config.sliding_window, "tokens": hidden_states.shape[1]}
             y = sliding_attention(q, k, v, slots, cache=past, **options)
-        y = self.o_proj(y.flatten(1)).view(*x.shape[:-1], -1)
+        y = self.o_proj(y.flatten(1)).view_as(x)
         return y if packing is None else packing.scatter(y, hidden_states), None
 
 

@@ -7,9 +7,9 @@ import inspect
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -17,8 +17,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache import DeltifyCache, SinkLayer
 from .capture import captured_logits
 from .configuration import ArceeKDAConfig, DeltifyConfig
+from .documents import BOUNDS, check_positions, positions_of
+from .generation import DeltifyGenerationMixin
 from .loading import HUB_OPTIONS, check_shapes, checkpoint_shapes, layer_types_of, renamings, with_prefix
 from .mixers import (
     DeltifyAttention,
@@ -29,46 +32,24 @@ from .mixers import (
     find_packing,
     library_gates,
 )
-from .sliding import SinkLayer, Slots, find_slots, rotary_positions
+from .sliding import Slots, find_slots, rotary_positions
 
 # what transformers' masks and outputs call a cache: another name since 5.24, where outputs answer to the old one, too
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+# arguments that callers give beside a model's own and that change nothing in it: those of the loss, sizes that bounds
+# imply, parts of other models, and what generate (transformers 5.24) passes on with stop_strings
+HARMLESS = frozenset(
+    (
+        *("num_items_in_batch", "shift_labels", "ignore_index", "output_router_logits", "return_dict", "debug_io"),
+        *("max_length_q", "max_length_k", "token_type_ids", "cache_position", "tokenizer"),
+    )
+)
+OUTPUTS = frozenset(("output_hidden_states", "output_attentions"))
 MIXERS = {
     "linear_attention": DeltifyKDA,
     "full_attention": DeltifyAttention,
     "sliding_attention": DeltifySlidingAttention,
 }
-
-
-class DeltifyCache(DynamicCache):
-    """transformers' cache, except that sliding layers keep their sinks, and that it always knows what it has seen.
-
-    `DynamicCache.get_seq_length` raises on a cache of linear-attention layers alone (transformers 5.16 to 5.23).
-    """
-
-    # a cache without attention layers counts as compileable, and generate would then hand over 4-D masks
-    is_compileable = False
-
-    def __init__(self, config: DeltifyConfig):
-        super().__init__(config=config)
-        self.seen_tokens = 0
-        for i, kind in enumerate(config.layer_types or ()):
-            if kind == "sliding_attention":
-                self.layers[i] = SinkLayer(config.sliding_window, config.sink_tokens)
-
-    @property
-    def is_linear(self) -> list[bool]:
-        """Of no layer: since 5.24, generate does not leave out what a cache of linear layers alone has seen."""
-        return [False] * len(self.layers)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        if self.layers and all(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
-            return self.seen_tokens
-        return super().get_seq_length(layer_idx)
-
-    def reset(self) -> None:
-        super().reset()
-        self.seen_tokens = 0
 
 
 class DeltifyMLP(nn.Module):
@@ -188,35 +169,41 @@ class DeltifyModel(DeltifyPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Last hidden states [B, T, D], normalised, and the cache.
 
-        `position_ids` [B, T] that restart mark packed documents, which do not see each other in any layer. `cache` is
-        what transformers 5.24 and later call `past_key_values`.
+        Packed documents do not see each other in any layer. `position_ids` [B, T] that start again mark them, or
+        bounds in one of the forms in `documents.BOUNDS`: `cu_seq_lens_q` and `cu_seq_lens_k` (transformers, trl),
+        `cu_seqlens` (fla), `seq_idx`. `cache` is what transformers 5.24 and later call `past_key_values`.
+
+        Raises:
+            ValueError: If an argument does not fit the others, or the cache, or is unknown. Of arguments that other
+                models take and that change nothing here (`HARMLESS`), none is refused.
         """
         past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        bounds = {name: kwargs.pop(name) for name in BOUNDS if kwargs.get(name) is not None}
+        refuse_unknown(kwargs)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        tokens = x.shape[1]
-        if attention_mask is not None and attention_mask.dim() != 2 and set(self.kinds) != {"full_attention"}:
-            raise ValueError(
-                f"attention_mask has shape {list(attention_mask.shape)}; KDA and sliding layers take [rows, tokens], "
-                "1 for tokens and 0 for padding"
-            )
-        if past_key_values is not None and len(past_key_values.layers) < len(self.layers):
-            raise ValueError(
-                f"past_key_values has {len(past_key_values.layers)} layers, the model {len(self.layers)}; give a "
-                "DeltifyCache(config=model.config), or none"
-            )
+        rows, tokens = x.shape[:2]
+        if not tokens:
+            raise ValueError(f"the input has shape {list(x.shape)}, without a token; give each row one at least")
+        seen = self.check_cache(past_key_values, rows)
+        self.check_mask(attention_mask, rows, seen + tokens if self.has_attention else tokens)
+        position_ids = check_positions(position_ids, rows, tokens)
+        if bounds:
+            if past_key_values is not None:
+                raise ValueError(f"{', '.join(bounds)} beside a cache: packed documents cannot go on from a cache")
+            position_ids = positions_of(bounds, position_ids, attention_mask, rows, tokens).to(x.device)
         packing = find_packing(attention_mask, position_ids, tokens, past_key_values is not None)
         packed_documents = packing is not None and len(packing.cu_seqlens) - 1 > len(x)
         if packed_documents and self.has_attention:
             if packing.index is not None:
                 raise ValueError("rows with padding and several documents: attention layers need one or the other")
             attention_mask = None  # transformers finds the documents by their positions only without a mask
+            # FlashAttention finds them by their positions only in a single row
+            kwargs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), packing.cu_seqlens)
+            kwargs |= dict.fromkeys(("max_length_q", "max_length_k"), tokens)
         if use_cache and past_key_values is None and not packed_documents:
             past_key_values = DeltifyCache(config=self.config)
-        seen = 0
-        if past_key_values is not None and (self.has_attention or isinstance(past_key_values, DeltifyCache)):
-            seen = past_key_values.get_seq_length()
         mask = position_embeddings = None
         sliding = ()
         if self.has_attention:
@@ -238,6 +225,46 @@ class DeltifyModel(DeltifyPreTrainedModel):
         if isinstance(past_key_values, DeltifyCache):
             past_key_values.seen_tokens = seen + tokens
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: past_key_values})
+
+    def check_cache(self, cache: Cache | None, rows: int) -> int:
+        """Return how many tokens of each row a cache has counted, with padding.
+
+        Raises:
+            ValueError: If it cannot hold this model's layers, holds another number of rows, or would be written twice.
+        """
+        if cache is None:
+            return 0
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "past_key_values beside activation checkpointing: the backward pass computes layers again, and would "
+                "write the cache twice. Call gradient_checkpointing_disable(), or give no cache"
+            )
+        if len(cache.layers) < len(self.layers):
+            raise ValueError(
+                f"past_key_values has {len(cache.layers)} layers, the model {len(self.layers)}; give a "
+                "DeltifyCache(config=model.config), or none"
+            )
+        if isinstance(cache, DeltifyCache) and cache.rows() not in (None, rows):
+            raise ValueError(
+                f"past_key_values holds {cache.rows()} rows, the input {rows}; repeat its rows by "
+                "batch_repeat_interleave, choose among them by batch_select_indices, or empty it by reset"
+            )
+        return cache.get_seq_length() if self.has_attention or isinstance(cache, DeltifyCache) else 0
+
+    def check_mask(self, attention_mask: Tensor | None, rows: int, tokens: int) -> None:
+        """Raise ValueError unless a mask says of each of the last `tokens` tokens of each row whether it is padding."""
+        if attention_mask is None or (attention_mask.dim() != 2 and set(self.kinds) == {"full_attention"}):
+            return
+        shape = list(attention_mask.shape)
+        if len(shape) != 2:
+            raise ValueError(
+                f"attention_mask has shape {shape}; KDA and sliding layers take [rows, tokens], 1 for tokens and 0 for "
+                "padding"
+            )
+        if shape[0] != rows or shape[1] < tokens:
+            raise ValueError(
+                f"attention_mask has shape {shape}; give [{rows}, {tokens}], what the cache has seen included"
+            )
 
     def rotary_tables(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosine and sine of all positions that sliding layers rotate to, however long the text is."""
@@ -263,7 +290,7 @@ class DeltifyModel(DeltifyPreTrainedModel):
         return find_slots(packing.cu_seqlens.long(), count, *sizes, seen)
 
 
-class DeltifyForCausalLM(DeltifyPreTrainedModel, GenerationMixin):
+class DeltifyForCausalLM(DeltifyPreTrainedModel, DeltifyGenerationMixin):
     """A language model whose layers mix tokens by KDA, or by attention where the config says so."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -294,8 +321,9 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, GenerationMixin):
         padding is.
         """
         past_key_values = cache if past_key_values is None else past_key_values
-        plain = labels is None and not (kwargs.get("output_hidden_states") or kwargs.get("output_attentions"))
-        if plain and (logits := captured_logits(self, input_ids, past_key_values)) is not None:
+        asked = [name for name, value in kwargs.items() if value is not None and value is not False]
+        plain = labels is None and HARMLESS.issuperset(asked)
+        if plain and (logits := captured_logits(self, input_ids, past_key_values, attention_mask)) is not None:
             return CausalLMOutputWithPast(logits=logits, **{CACHE: past_key_values})
         outputs = self.model(
             input_ids=input_ids,
@@ -327,13 +355,15 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, GenerationMixin):
         """`function` of this model. Weights that are sharded over processes are in one piece inside, as in forward."""
         return function(self)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        if (kind := generation_config.cache_implementation) not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation={kind!r} cannot hold KDA and sliding layers; leave it out")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        for name in ("past_key_values", "cache"):  # as versions before 5.24 call it, and since
-            if type(model_kwargs.get(name)) is DynamicCache:
-                model_kwargs[name] = DeltifyCache(config=self.config)
+
+def refuse_unknown(arguments: dict) -> None:
+    """Raise ValueError for arguments of forward that would change nothing, though their names promise something."""
+    known = HARMLESS | OUTPUTS | ({"is_causal"} if arguments.get("is_causal") else set())  # it is, whoever says so
+    if unknown := sorted(name for name, value in arguments.items() if value is not None and name not in known):
+        raise ValueError(
+            f"forward does not know {', '.join(unknown)}, and would ignore it. Leave it out; documents in packed rows "
+            f"are marked by position_ids, or by {', '.join(BOUNDS)}"
+        )
 
 
 def last_of_rows(hidden_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:

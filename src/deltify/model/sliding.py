@@ -13,88 +13,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 from transformers.models.llama.modeling_llama import rotate_half
+
+from .cache import SinkLayer
 
 QUERIES_AT_A_TIME = 2048  # bounds the memory of the scores
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine of positions 0, 1, ..., each [positions, K]
 
 
-class SinkLayer(CacheLayerMixin):
-    """What a sliding layer keeps of each row: keys and values of S sinks and the last W - 1 tokens, not yet rotated.
-
-    `keys` and `values` are [B, G, S + W - 1, K] from the first token on; `seen` [B] counts each row's tokens without
-    padding, and says which of the places are in use.
-    """
-
-    is_sliding = True
-    supports_early_init = False
-
-    def __init__(self, window: int, sinks: int):
-        super().__init__()
-        self.window, self.sinks = window, sinks
-        self.cumulative_length = 0  # tokens with padding, as transformers counts them
-        self.seen: Tensor | None = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Makes room for rows like `key_states` [B, G, any, K]."""
-        rows, heads, _, width = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_zeros(rows, heads, self.sinks + self.window - 1, width)
-        self.values = torch.zeros_like(self.keys)
-        self.seen = torch.zeros(rows, dtype=torch.long, device=self.device)
-        self.is_initialized = True
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        raise NotImplementedError("a sliding layer with sinks is written by DeltifySlidingAttention alone")
-
-    def put(self, keys: Tensor, values: Tensor, seen: Tensor) -> None:
-        """Copies keys and values [B, G, S + W - 1, K] of rows of `seen` [B] tokens into the layer's own."""
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-        self.keys.copy_(keys)
-        self.values.copy_(values)
-        self.seen.copy_(seen)
-
-    def write(self, keys: Tensor, values: Tensor, new: Tensor, tokens: int) -> None:
-        """Stores sinks and windows [B, S + W - 1, G, K] after `new` [B] more tokens, `tokens` with padding."""
-        self.put(keys.transpose(1, 2), values.transpose(1, 2), new if self.seen is None else self.seen + new)
-        self.cumulative_length += tokens
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What the layer holds, by name."""
-        named = {"keys": self.keys, "values": self.values, "seen": self.seen}
-        return {name: x for name, x in named.items() if x is not None}
-
-    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keys of the sinks [B, S, G, K] and of the window [B, W - 1, G, K], then the values of both."""
-        cut = [self.sinks, self.window - 1]
-        return (*self.keys.transpose(1, 2).split(cut, 1), *self.values.transpose(1, 2).split(cut, 1))
-
-    def get_seq_length(self) -> int:
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cumulative_length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def reset(self) -> None:
-        super().reset()
-        if self.seen is not None:
-            self.seen.zero_()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.is_initialized:
-            super().reorder_cache(beam_idx)
-            self.seen = self.seen.index_select(0, beam_idx.to(self.device))
-
-
 @dataclass(frozen=True)
 class Slots:
-    """The tokens of a forward pass in one line, document after document, each behind what the cache holds of it.
+    """The tokens of a forward pass in one line, document after document, each after what the cache holds of it.
 
     `place` and `past` are None if nothing is cached: slots are tokens then.
     """
@@ -168,6 +98,10 @@ def sliding_attention(
         cache: read, if `slots` has room for it, and written.
         tokens: of a row with padding, for the cache's count.
     """
+    if not len(q_NHK):  # padding alone
+        if cache is not None:
+            cache.cumulative_length += tokens
+        return torch.zeros_like(q_NHK)
     if slots.place is None or cache is None:
         q, k, v = q_NHK, k_NGK, v_NGK
         sink_k, sink_v = k.new_zeros(()), v.new_zeros(())

@@ -67,7 +67,8 @@ def kda(
         A_log: [H], float32. g = -exp(A_log) softplus(f + dt_bias).
         dt_bias: [H * K], float32.
         state: [N, H, K, V], float32 (float64 if v is), N = B or the number of documents; zeros if absent.
-        cu_seqlens: document bounds of a packed row, [documents + 1] int32, from 0 to T; then B = 1.
+        cu_seqlens: document bounds of a packed row, [documents + 1] int32, from 0 to T; then B = 1. An empty document
+            keeps its state, as all do where T = 0.
         lower_bound: in [-5, 0); selects g = lower_bound * sigmoid(exp(A_log) (f + dt_bias)) instead.
         scale: of the output, K^-1/2 if absent.
         backend: "auto", "triton" (kernels for NVIDIA GPUs), "chunked" or "reference".
@@ -79,6 +80,8 @@ def kda(
         ValueError: for a shape, bound or backend that does not fit; the message names it.
     """
     check_arguments(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound)
+    if not q.shape[1]:
+        return torch.zeros_like(v), new_state(q, v, cu_seqlens) if state is None else state.clone()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     inputs = (q, k, v, f, b, A_log, dt_bias, state)
     gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
@@ -92,11 +95,14 @@ def kda(
         return triton_kernels().kda_triton(*inputs, cu_seqlens, lower_bound, scale)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {['auto', 'triton', *BACKENDS]}")
-    if state is None:
-        documents = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        dtype = torch.promote_types(v.dtype, torch.float32)
-        state = torch.zeros(documents, *q.shape[2:], v.shape[-1], dtype=dtype, device=v.device)
+    state = new_state(q, v, cu_seqlens) if state is None else state
     return BACKENDS[backend](q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale)
+
+
+def new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    documents = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    return torch.zeros(documents, *q.shape[2:], v.shape[-1], dtype=dtype, device=v.device)
 
 
 @functools.cache
@@ -241,8 +247,8 @@ def layer_kernels(*tensors: Tensor) -> ModuleType | None:
 
 def check_arguments(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound) -> None:
     """Raises ValueError, naming the argument, what was found and what is allowed."""
-    if q.dim() != 4 or 0 in q.shape[:1] + q.shape[2:] or q.shape[1] < 1:
-        raise ValueError(f"q has shape {tuple(q.shape)}; [B, T, H, K] with no empty dimension is needed")
+    if q.dim() != 4 or 0 in q.shape[:1] + q.shape[2:]:
+        raise ValueError(f"q has shape {tuple(q.shape)}; [B, T, H, K] with no empty dimension but T is needed")
     batch, tokens, heads, width = q.shape
     value_width = v.shape[-1]
     documents = batch if cu_seqlens is None else len(cu_seqlens) - 1

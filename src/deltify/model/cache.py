@@ -1,0 +1,198 @@
+"""What a model keeps of what it has read: states of KDA layers, sinks and windows of sliding layers, keys and values.
+
+Buffers keep their addresses, as CUDA graphs need it, wherever they may be written in place.
+
+Legend: B rows, G key/value heads, K head width, S sinks, W window.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+
+from .configuration import DeltifyConfig
+
+
+def writable(buffer: Tensor) -> bool:
+    """Return whether a buffer may be written in place: no gradient passes through it, and no inference mode, that has
+    ended since, made it."""
+    return not buffer.requires_grad and (torch.is_inference_mode_enabled() or not buffer.is_inference())
+
+
+def keep(buffer: Tensor, new: Tensor) -> Tensor:
+    """Return what a cache keeps of `new`: the buffer with its values where that can be written, else a copy."""
+    if buffer.shape == new.shape and writable(buffer) and not new.requires_grad:
+        return buffer.copy_(new)
+    return new.clone(memory_format=torch.contiguous_format)
+
+
+def store(layer: LinearAttentionLayer, conv_state: Tensor, state: Tensor) -> None:
+    """Keep the states of a KDA layer."""
+    if not layer.is_recurrent_states_initialized[0]:
+        layer.lazy_initialization(conv_states=conv_state, recurrent_states=state)
+    layer.conv_states[0] = keep(layer.conv_states[0], conv_state)
+    layer.recurrent_states[0] = keep(layer.recurrent_states[0], state)
+    layer.has_previous_state[0] = True
+
+
+def stored(layer: LinearAttentionLayer) -> tuple[Tensor | None, Tensor | None]:
+    """Return the convolution and recurrent state that a KDA layer goes on from; None before its first token."""
+    if not layer.has_previous_state[0]:
+        return None, None
+    for states in (layer.conv_states, layer.recurrent_states):
+        if states[0].is_inference() and not torch.is_inference_mode_enabled():
+            states[0] = states[0].clone()  # autograd would not save it, nor a step write it
+    return layer.conv_states[0], layer.recurrent_states[0]
+
+
+class SinkLayer(CacheLayerMixin):
+    """What a sliding layer keeps of each row: keys and values of S sinks and the last W - 1 tokens, not yet rotated.
+
+    `keys` and `values` are [B, G, S + W - 1, K] from the first token on; `seen` [B] counts each row's tokens without
+    padding, and says which of the places are in use.
+    """
+
+    is_sliding = True
+    supports_early_init = False
+
+    def __init__(self, window: int, sinks: int):
+        super().__init__()
+        self.window, self.sinks = window, sinks
+        self.cumulative_length = 0  # tokens with padding, as transformers counts them
+        self.seen: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room for rows like `key_states` [B, G, any, K]."""
+        rows, heads, _, width = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_zeros(rows, heads, self.sinks + self.window - 1, width)
+        self.values = torch.zeros_like(self.keys)
+        self.seen = torch.zeros(rows, dtype=torch.long, device=self.device)
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise NotImplementedError("a sliding layer with sinks is written by DeltifySlidingAttention alone")
+
+    def put(self, keys: Tensor, values: Tensor, seen: Tensor) -> None:
+        """Keep keys and values [B, G, S + W - 1, K] of rows of `seen` [B] tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self.keys, self.values, self.seen = keep(self.keys, keys), keep(self.values, values), keep(self.seen, seen)
+
+    def write(self, keys: Tensor, values: Tensor, new: Tensor, tokens: int) -> None:
+        """Keep sinks and windows [B, S + W - 1, G, K] after `new` [B] more tokens, `tokens` with padding."""
+        self.put(keys.transpose(1, 2), values.transpose(1, 2), new if self.seen is None else self.seen + new)
+        self.cumulative_length += tokens
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the layer holds, by name."""
+        named = {"keys": self.keys, "values": self.values, "seen": self.seen}
+        return {name: x for name, x in named.items() if x is not None}
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return keys of the sinks [B, S, G, K] and of the window [B, W - 1, G, K], then the values of both."""
+        cut = [self.sinks, self.window - 1]
+        return (*self.keys.transpose(1, 2).split(cut, 1), *self.values.transpose(1, 2).split(cut, 1))
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.keys = self.values = self.seen = None
+        self.is_initialized, self.cumulative_length = False, 0
+
+
+class DeltifyCache(DynamicCache):
+    """transformers' cache, except that sliding layers keep their sinks, that it always knows what it has seen, and that
+    its rows can be chosen and repeated, which transformers does for keys and values alone.
+
+    `DynamicCache.get_seq_length` raises on a cache of linear-attention layers alone (transformers 5.16 to 5.23).
+    """
+
+    # a cache without attention layers counts as compileable, and generate would then hand over 4-D masks
+    is_compileable = False
+
+    def __init__(self, config: DeltifyConfig):
+        super().__init__(config=config)
+        self.seen_tokens = 0
+        for i, kind in enumerate(config.layer_types or ()):
+            if kind == "sliding_attention":
+                self.layers[i] = SinkLayer(config.sliding_window, config.sink_tokens)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of no layer: since 5.24, generate does not leave out what a cache of linear layers alone has seen."""
+        return [False] * len(self.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        if self.layers and all(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
+            return self.seen_tokens
+        return super().get_seq_length(layer_idx)
+
+    def rows(self) -> int | None:
+        """Return how many rows the cache holds; None before the first token."""
+        return next((len(x) for layer in self.layers for x in held(layer)), None)
+
+    def reset(self) -> None:
+        self.seen_tokens = 0
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionLayer):
+                layer.has_previous_state[0] = False  # its buffers stay, for the next pass to write
+            elif isinstance(layer, SinkLayer):
+                layer.reset()
+            else:  # transformers before 5.23 fills what grows with zeros, instead of dropping it
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.change_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.change_rows(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.change_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change` to all tensors of all layers; rows are their first dimension."""
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionLayer):
+                for states in (layer.conv_states, layer.recurrent_states):
+                    states[0] = None if states[0] is None else keep(states[0], change(states[0]))
+            elif held(layer):
+                layer.keys, layer.values = change(layer.keys), change(layer.values)
+                if isinstance(layer, SinkLayer):
+                    layer.seen = change(layer.seen)
+
+    def crop(self, *args, **kwargs) -> None:
+        self.refuse_rolling_back("crop")
+        super().crop(*args, **kwargs)
+
+    def activate_past_recording(self) -> None:
+        self.refuse_rolling_back("activate_past_recording")
+        super().activate_past_recording()
+
+    def refuse_rolling_back(self, name: str) -> None:
+        """Raise ValueError unless all layers keep every token."""
+        if any(isinstance(layer, LinearAttentionLayer | SinkLayer) for layer in self.layers):
+            raise ValueError(
+                f"{name}: the states of KDA and sliding layers cannot be rolled back. Keep a copy from before "
+                "(copy.deepcopy(cache)), and go on from that"
+            )
+
+
+def held(layer) -> list[Tensor]:
+    """Return the tensors that a cache layer holds, each [B, ...]."""
+    if isinstance(layer, LinearAttentionLayer):
+        tensors = [layer.conv_states[0], layer.recurrent_states[0]] if layer.has_previous_state[0] else []
+    else:
+        tensors = [layer.keys, layer.values]
+    return [x for x in tensors if x is not None and x.numel()]
