@@ -1,6 +1,7 @@
 """Runs: every recipe in small, resuming after a kill, and what goes wrong."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -455,6 +456,25 @@ def test_another_precision_on_the_way_is_said(tmp_path, capsys):
     assert "warning: the run was on cpu in fp32, and goes on on cpu in bf16" in capsys.readouterr().out
     distill(replace(recipe, run=run), resume=True)
     assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dead", ["o", "v", "q", "qkvo", "constant"])
+def test_a_teacher_with_a_layer_that_says_nothing_trains(dead, tmp_path, monkeypatch):
+    teacher = random_teacher("llama", attention_bias=dead == "constant")
+    attention = teacher.model.model.layers[1].self_attn
+    for name in "v" if dead == "constant" else dead:
+        getattr(attention, f"{name}_proj").weight.zero_()
+    if dead == "constant":
+        attention.v_proj.bias.normal_(std=0.1)
+    monkeypatch.setattr(DISTILL, "open_teacher", lambda *args: teacher)
+    stage = Stage(tokens=2 * 2 * 32, length=32, batch=2)
+    folder = distill(tiny_recipe(tmp_path, align=stage, match=replace(stage, hidden_weight=0.2)))
+    rows = records(folder)
+    assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+    # where the teacher says the same of every token, nothing scores 10,000 (`LEAST_VARIANCE`), in one of four layers
+    assert max(row["loss"] for row in rows if "loss" in row) < (5000 if dead == "constant" else 5)
+    for name in ("converted", "align", "match"):
+        assert all(x.isfinite().all() for x in load_file(folder / name / "model.safetensors").values())
 
 
 def test_one_tracker_sees_the_whole_run(tmp_path, monkeypatch):

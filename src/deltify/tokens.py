@@ -37,7 +37,7 @@ def open_ended(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if not added[-1]:
         return tokenizer
     start = beginning(tokenizer)
-    names = [str(name) for name in tokenizer.convert_ids_to_tokens(start)]
+    names = tokenizer.convert_ids_to_tokens(start)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=[*names, "$A"], pair=[*names, "$A", "$B"], special_tokens=list(zip(names, start))
