@@ -29,6 +29,7 @@ from deltify.longcontext import by_position, device_name, token_scores
 from deltify.needle import NeedleMaker, ask_needles, summarise
 from deltify.sample import sample
 from deltify.text import documents
+from deltify.tokens import token_ids
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results" / "refine.json"
@@ -91,7 +92,7 @@ def judge(arm: str, folder: Path, options: argparse.Namespace) -> dict:
     teacher, student = open_models(recipe, folder)
     source = beginnings([heldout(options)], options.out / "heldout-beginnings.jsonl", PASSAGES)
     wrote = write(str(folder), source, options.out / f"{arm}-wrote", PASSAGES, PASSAGES)
-    own = [torch.tensor(teacher.tokenizer(text, verbose=False)["input_ids"]) for text in documents(str(wrote))]
+    own = [torch.tensor(token_ids(teacher.tokenizer, text)) for text in documents(str(wrote))]
     scores = [token_scores({"student": student}, teacher.model, ids[:512]) for ids in own if len(ids) > 2 * BEGINNING]
     written = {  # behind the beginning, which is not the model's
         name: np.concatenate([found[model][column][BEGINNING - 1 :] for found in scores])

@@ -2,10 +2,24 @@ import os
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+
+
+def with_special_tokens(tokenizer: PreTrainedTokenizerBase, *, end: bool) -> PreTrainedTokenizerBase:
+    """Makes the byte tokenizer begin every text with the token of byte 0, and with `end` end it with its last token."""
+    start, stop = "\u0100", tokenizer.eos_token
+    tokenizer.add_special_tokens({"bos_token": start})
+    template = f"{start} $A {stop}" if end else f"{start} $A"
+    ids = [(start, tokenizer.bos_token_id), (stop, tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=ids)
+    whole = tokenizer("a")["input_ids"]
+    assert whole[0] == tokenizer.bos_token_id != tokenizer.eos_token_id and len(whole) == 2 + end
+    return tokenizer
 
 
 def pytest_collection_modifyitems(items):

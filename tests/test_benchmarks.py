@@ -11,6 +11,7 @@ import lm_eval
 import numpy as np
 import pytest
 import torch
+from conftest import with_special_tokens
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -20,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from deltify import convert
 from deltify.benchmarks import TASKS, letter_bias, paired, read_items, run_benchmark, run_benchmarks
 from deltify.items import Recorder, answer_key
-from deltify.lm import ConstantStateLM, lm_for, prefix_tree, walk
+from deltify.lm import ConstantStateLM, WholeLM, lm_for, prefix_tree, walk
 from deltify.tasks import load_benchmark, parse_letter, spread, task_manager
 from deltify.teacher import byte_tokenizer, random_teacher
 
@@ -135,8 +136,8 @@ def student(teacher):
     return convert(teacher, start="library").eval()
 
 
-def whole(model, tokenizer, **options) -> HFLM:
-    return lm_for(model, tokenizer, fast=False, **options)
+def whole(model, tokenizer, batch_size: int = 8, **options) -> HFLM:
+    return HFLM(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, **options)
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
@@ -302,8 +303,9 @@ def test_strings_are_split_into_tokens_as_hflm_does(begin, student):
     )
     assert np.allclose([x[0] for x in got], [x[0] for x in want], atol=1e-4, rtol=0)
     assert [x[1] for x in got] == [x[1] for x in want]
-    with pytest.raises(ValueError, match="a continuation has 0 tokens"):
-        lm_for(student, tokenizer)._loglikelihood_tokens([(None, [1], [])])
+    for asked, lacks in ((([1], []), "continuation"), (([], [1]), "context")):
+        with pytest.raises(ValueError, match=f"a {lacks} has (0|no) tokens"):
+            lm_for(student, tokenizer)._loglikelihood_tokens([(None, *asked)])
 
 
 def test_whole_texts_equal_those_of_hflm(teacher, student):
@@ -338,6 +340,36 @@ def test_generated_texts_equal_those_of_hflm(teacher, student):
     assert 0 < fast.tokens_read < 0.6 * fast.tokens_whole
 
 
+@pytest.mark.parametrize("kind", ["plain", "begin", "begin and end"])
+def test_what_has_no_token_follows_the_prefix_token(kind, teacher, student):
+    """HFLM does so with empty contexts, but fails at empty prompts and blank contexts where nothing begins a text."""
+    tokenizer = byte_tokenizer()
+    if kind != "plain":
+        tokenizer = with_special_tokens(tokenizer, end=kind == "begin and end")
+    begun = byte_tokenizer() if kind == "plain" else with_special_tokens(byte_tokenizer(), end=False)
+    prefix = begun.eos_token if kind == "plain" else ""
+    options = {"until": ["\n"], "do_sample": False, "max_gen_toks": 6}
+    pairs = [("", " no context"), ("  ", "blank context"), ("a", "b"), ("a\nb", " c")]
+    for model in (student, teacher.model):
+        truth = whole(model, begun, batch_size=1)
+        wanted = [truth.generate_until([Instance("generate_until", {}, (p, options), 0)]) for p in (prefix, "x", "yz")]
+        scores = truth.loglikelihood(
+            [Instance("loglikelihood", {}, (c if c.strip() else prefix + c, t), 0) for c, t in pairs if c]
+        )
+        scores[:0] = truth.loglikelihood([Instance("loglikelihood", {}, pairs[0], 0)])
+        rolled = truth.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (t,), 0) for t in ("", "abc")])
+        for fast in (True, False):
+            for batch_size in (1, 8):
+                lm = lm_for(model, tokenizer, fast=fast, batch_size=batch_size)
+                asked = [Instance("generate_until", {}, (p, options), 0) for p in ("", "x", "yz")]
+                assert [[text] for text in lm.generate_until(asked, disable_tqdm=True)] == wanted
+                assert lm.generate_until(asked[:1], disable_tqdm=True) == wanted[0]
+                got = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
+                assert np.allclose([x[0] for x in got], [x[0] for x in scores], atol=1e-4, rtol=0)
+                texts = [Instance("loglikelihood_rolling", {}, (t,), 0) for t in ("", "abc")]
+                assert np.allclose(lm.loglikelihood_rolling(texts, disable_tqdm=True), rolled, atol=1e-4, rtol=0)
+
+
 def test_a_tree_holds_every_context_once():
     rng = random.Random(2)
     contexts = [[rng.randrange(2) for _ in range(rng.randint(1, 9))] + [7] * rng.choice((0, 80)) for _ in range(300)]
@@ -361,7 +393,7 @@ def test_only_models_of_constant_state_take_the_fast_path(teacher, student):
     hybrid = convert(teacher, full_attention_layers=[2], start="library")
     for model, fast in ((student, True), (hybrid, False), (teacher.model, False)):
         assert isinstance(lm_for(model, teacher.tokenizer), ConstantStateLM) == fast
-    assert type(lm_for(student, teacher.tokenizer, fast=False)) is HFLM
+    assert type(lm_for(student, teacher.tokenizer, fast=False)) is WholeLM
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import with_special_tokens
 
 from deltify import convert
 from deltify.chat import Conversation, chat
@@ -34,6 +35,21 @@ def test_each_turn_reads_only_what_is_new(kept):
         fresh = model.generate(ids[:, :-5], attention_mask=torch.ones_like(ids[:, :-5]), **greedy)[:, -5:]
         assert torch.equal(new, fresh)
     assert [m["role"] for m in conversation.messages] == ["user", "assistant"] * 3
+
+
+@pytest.mark.parametrize("end", [False, True])
+@pytest.mark.parametrize("template_begins", [False, True])
+def test_the_template_alone_writes_special_tokens(template_begins, end):
+    teacher = random_teacher("llama")
+    model, tokenizer = convert(teacher, start="library").eval(), with_special_tokens(teacher.tokenizer, end=end)
+    tokenizer.chat_template = ("{{ bos_token }}" if template_begins else "") + TEMPLATE
+    conversation = Conversation(model, tokenizer)
+    start, stop = tokenizer.bos_token_id, tokenizer.eos_token_id
+    options = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": stop, "suppress_tokens": [start, stop]}
+    for message, messages in (("Hello", 1), ("And then?", 3)):
+        conversation.say(message, **options)
+        ids = conversation.ids[0].tolist()
+        assert ids.count(start) == template_begins == (ids[0] == start) and ids.count(stop) == messages
 
 
 def test_in_the_terminal(tmp_path, monkeypatch, capsys):

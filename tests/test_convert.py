@@ -158,6 +158,109 @@ def test_long_heads_are_those_that_remembered_longest_and_forget_half_in_4096_to
         convert(teacher, start="calibrated", calibration=rows, long_heads=9)
 
 
+ZERO, KEPT = "attention output is zero", "o_proj starts as the teacher's"
+EQUAL = "all heads start with equal weights"
+SILENCE = {  # of layer 1: what of its projections is scaled by how much, in which heads, and what the report says
+    "o": ({"o": 0.0}, [ZERO]),
+    "v": ({"v": 0.0}, [ZERO, "values are zero in all heads", KEPT]),
+    "q": ({"q": 0.0}, ["queries are zero in all heads", EQUAL]),
+    "k": ({"k": 0.0}, ["keys are zero in all heads", EQUAL]),
+    "all": (dict.fromkeys("qkvo", 0.0), [ZERO, "queries are", "keys are", "values are zero in all heads", EQUAL, KEPT]),
+    "q of a head": ({"q": (0.0, 1)}, ["queries are zero in heads [0]", "heads [0] start with equal weights"]),
+    "k of a head": ({"k": (0.0, 1)}, ["keys are zero in heads [0, 1]", "heads [0, 1] start with equal weights"]),
+    "v of a head": ({"v": (0.0, 1)}, ["values are zero in heads [0, 1]"]),
+    "tiny o": ({"o": 1e-12}, [ZERO]),
+    "tiny v": ({"v": 1e-25}, [ZERO, "values are zero in all heads", KEPT]),
+    "tiny q and k": ({"q": 1e-20, "k": 1e-20}, ["queries are", "keys are zero in all heads", EQUAL]),
+}
+
+
+def silence(teacher, changes) -> None:
+    for name, scale in changes.items():
+        scale, heads = scale if isinstance(scale, tuple) else (scale, 99)
+        getattr(teacher.model.model.layers[1].self_attn, f"{name}_proj").weight[: heads * 16] *= scale
+
+
+@pytest.fixture(scope="module")
+def first_layer(rows):
+    student = convert(random_teacher("llama", num_hidden_layers=2), start="calibrated", calibration=rows)
+    return student.model.layers[0].state_dict()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("dead", SILENCE)
+def test_a_layer_that_says_nothing_gets_a_start_and_a_line(dead, exact, rows, first_layer):
+    changes, facts = SILENCE[dead]
+    teacher, lines = random_teacher("llama", num_hidden_layers=2), []
+    silence(teacher, changes)
+    if exact:
+        student = convert(teacher, start="calibrated", calibration=rows, report=lines.append)
+    else:
+        teacher.model.bfloat16()
+        options = {"start": "calibrated-constant", "long_heads": 1}
+        student = convert(teacher, **options, calibration=rows, report=lines.append)
+    assert all(x.isfinite().all() and x.abs().max() < 100 for x in student.state_dict().values())
+    (line,) = (line for line in lines if line.startswith("layer "))
+    said = line.removeprefix("layer 1: ").split("; ")
+    assert len(said) == len(facts) and all(fact.startswith(wanted) for fact, wanted in zip(said, facts)), line
+    (explained,) = (line for line in lines if line.startswith("variance"))
+    assert explained.endswith("nothing to explain") == (ZERO in facts) and "nan" not in explained
+    if exact:  # the layer before it starts as it would have
+        for name, tensor in student.model.layers[0].state_dict().items():
+            assert torch.equal(tensor, first_layer[name]), name
+
+
+def test_a_line_is_written_for_layers_that_say_nothing_alone(teacher, rows):
+    lines = []
+    convert(teacher, start="calibrated", calibration=rows, report=lines.append)
+    assert not [line for line in lines if line.startswith("layer ") or "nothing to explain" in line]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dead", ["o", "v"])
+def test_a_layer_that_says_the_same_of_every_token_starts_with_that(dead, dtype, rows):
+    teacher, lines = random_teacher("llama", num_hidden_layers=2, attention_bias=True), []
+    silence(teacher, {dead: 0.0})
+    getattr(teacher.model.model.layers[1].self_attn, f"{dead}_proj").bias.normal_()
+    teacher.model.to(dtype)
+    student = convert(teacher, start="calibrated", calibration=rows, report=lines.append)
+    (line,) = (line for line in lines if line.startswith("layer "))
+    equal = "; all heads start with equal weights for all tokens" if dead == "v" else ""
+    assert line == "layer 1: attention output is the same for every token" + equal
+    assert next(line for line in lines if line.startswith("variance")).endswith("nothing to explain")
+    said = []
+
+    def compare(module, args, kwargs, output):
+        said.append(mixer_loss(student.model.layers[1].self_attn(kwargs["hidden_states"].float()), output[0]))
+
+    teacher.model.model.layers[1].self_attn.register_forward_hook(compare, with_kwargs=True)
+    with torch.no_grad():
+        teacher.model(rows.input_ids.flip(0)[:, :40])
+    assert float(said[0]) < 1  # where the mean alone, in place of the rounding, would score 0, and nothing 10,000
+
+
+def test_heads_without_queries_or_keys_take_a_mean_of_values(rows):
+    teacher = random_teacher("llama", num_hidden_layers=2)
+    silence(teacher, {"k": (0.0, 1)})  # of query heads 0 and 1
+    mixer = convert(teacher, start="calibrated", calibration=rows).model.layers[1].self_attn
+    copied = convert(teacher, start="library").model.layers[1].self_attn
+    x = torch.randn(50, 64)
+    for mine, theirs in ((mixer.q_proj, copied.q_proj), (mixer.k_proj, copied.k_proj)):
+        assert torch.equal(mine.weight[32:], theirs.weight[32:])
+        equal = mine(x)[:, :32].unflatten(1, (2, 16)).detach()
+        torch.testing.assert_close(equal, equal[:, :1, :1].expand_as(equal))
+    torch.testing.assert_close(mixer.q_proj.weight[:32], mixer.k_proj.weight[:32])
+
+
+def test_heads_without_values_get_no_long_memory(rows):
+    teacher = random_teacher("llama", num_hidden_layers=2)
+    silence(teacher, {"v": (0.0, 1), "q": (0.0, 1)})  # equal weights look back furthest
+    mixer = convert(teacher, start="calibrated", calibration=rows, long_heads=2).model.layers[1].self_attn
+    half_lives = math.log(2) / torch.nn.functional.softplus(mixer.dt_bias.detach().unflatten(0, (4, 16)))[:, 0]
+    torch.testing.assert_close(half_lives[2:], torch.full((2,), 4096.0), rtol=1e-3, atol=0)
+    assert half_lives[:2].max() < 1
+
+
 def test_each_head_gets_the_memory_that_predicts_it_best(teacher):
     """Heads whose output is made by one of the candidates get that candidate."""
     student = convert(teacher, start="library")

@@ -1,6 +1,7 @@
 """Runs: every recipe in small, resuming after a kill, and what goes wrong."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -457,17 +458,108 @@ def test_another_precision_on_the_way_is_said(tmp_path, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dead", ["o", "v", "q", "qkvo", "constant"])
+def test_a_teacher_with_a_layer_that_says_nothing_trains(dead, tmp_path, monkeypatch):
+    teacher = random_teacher("llama", attention_bias=dead == "constant")
+    attention = teacher.model.model.layers[1].self_attn
+    for name in "v" if dead == "constant" else dead:
+        getattr(attention, f"{name}_proj").weight.zero_()
+    if dead == "constant":
+        attention.v_proj.bias.normal_(std=0.1)
+    monkeypatch.setattr(DISTILL, "open_teacher", lambda *args: teacher)
+    stage = Stage(tokens=2 * 2 * 32, length=32, batch=2)
+    folder = distill(tiny_recipe(tmp_path, align=stage, match=replace(stage, hidden_weight=0.2)))
+    rows = records(folder)
+    assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+    # where the teacher says the same of every token, nothing scores 10,000 (`LEAST_VARIANCE`), in one of four layers
+    assert max(row["loss"] for row in rows if "loss" in row) < (5000 if dead == "constant" else 5)
+    for name in ("converted", "align", "match"):
+        assert all(x.isfinite().all() for x in load_file(folder / name / "model.safetensors").values())
+
+
+class Tracker:
+    """Stands for the modules wandb and trackio: what was opened, logged and finished."""
+
+    def __init__(self):
+        self.opened, self.logged, self.finished = [], [], 0
+
+    def init(self, **settings):
+        self.opened.append(settings)
+        number = len(self.opened)
+        return SimpleNamespace(id=settings.get("id", f"id-{number}"), name=f"{settings['name'].split('@')[0]}@{number}")
+
+    def log(self, figures, step):
+        self.logged.append((step, figures))
+
+    def finish(self):
+        self.finished += 1
+
+
+def interrupted(recipe: Recipe) -> None:
+    """Runs a recipe that dies in the sixth step of align, two steps after a checkpoint, and resumes it."""
+    die_in_step(recipe, 5)
+    distill(recipe, resume=True)
+
+
+@pytest.mark.parametrize("name, key, known", [("wandb", "id", "id-1"), ("trackio", "name", "tiny@1")])
+def test_a_resumed_run_goes_on_in_its_trackers_run(name, key, known, tmp_path, monkeypatch):
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, name, tracker)
+    recipe = tiny_recipe(tmp_path)
+    recipe = replace(recipe, run=replace(recipe.run, log_to=name))
+    interrupted(recipe)
+    first, second = tracker.opened
+    assert "resume" not in first and first["name"] == "tiny" and "id" not in first
+    assert second["resume"] == "allow" and second[key] == known and second["project"] == first["project"]
+    assert [step for step, _ in tracker.logged] == list(range(17)) and tracker.finished == 2
+    losses = [(number, record["loss"]) for number, record in enumerate(records(recipe.folder)) if "loss" in record]
+    assert [(step, sent[key]) for step, sent in tracker.logged for key in sent if key.endswith("/loss")] == losses
+    shutil.rmtree(recipe.folder)  # another run of that name is another run there
+    distill(recipe)
+    assert "resume" not in tracker.opened[2] and len(tracker.logged) == 34
+
+
+def test_a_run_that_changes_its_tracker_begins_there(tmp_path, monkeypatch):
+    wandb, trackio = Tracker(), Tracker()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    recipe = tiny_recipe(tmp_path)
+    die_in_step(replace(recipe, run=replace(recipe.run, log_to="wandb")), 5)
+    distill(replace(recipe, run=replace(recipe.run, log_to="trackio")), resume=True)
+    assert "resume" not in trackio.opened[0] and [step for step, _ in trackio.logged] == list(range(5, 17))
+    assert json.loads((recipe.folder / "tracker.json").read_text()) == {"wandb": "id-1", "trackio": "tiny@1"}
+
+
+def test_tensorboard_takes_steps_that_are_made_again_in_place_of_the_old_ones(tmp_path, monkeypatch):
+    opened, points = [], []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            points[:] = [point for point in points if point[1] < purge_step]
+            opened.append((folder, purge_step))
+
+        def add_scalar(self, key, value, step):
+            points.append((key, step, value))
+
+        def close(self):
+            opened.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    recipe = tiny_recipe(tmp_path)
+    interrupted(replace(recipe, run=replace(recipe.run, log_to="tensorboard")))
+    folder = str(recipe.folder / "tensorboard")
+    assert opened == [(folder, 0), "closed", (folder, 5), "closed"]
+    losses = [(step, value) for key, step, value in points if key.endswith("/loss")]
+    assert losses == list(enumerate([r["loss"] for r in records(recipe.folder) if "loss" in r], 1))
+
+
 def test_one_tracker_sees_the_whole_run(tmp_path, monkeypatch):
-    opened, logged, finished = [], [], []
-    stub = SimpleNamespace(
-        init=lambda **settings: opened.append(settings),
-        log=lambda figures, step: logged.append((step, figures)),
-        finish=lambda: finished.append(True),
-    )
-    monkeypatch.setitem(sys.modules, "wandb", stub)
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
     recipe = tiny_recipe(tmp_path)
     distill(replace(recipe, run=replace(recipe.run, log_to="wandb")))
-    assert [settings["name"] for settings in opened] == ["tiny"] and finished == [True]
+    assert [settings["name"] for settings in tracker.opened] == ["tiny"] and tracker.finished == 1
+    logged = tracker.logged
     assert [step for step, _ in logged] == list(range(17))
     assert logged[0][1].keys() == {"converted/tokens", "converted/heldout_kl", "converted/heldout_perplexity"}
     assert "align/loss" in logged[8][1] and "match/lr_rest" in logged[9][1]

@@ -111,6 +111,19 @@ def test_the_kernel_in_the_interpreter_equals_the_torch_form(kind, temperature):
         assert torch.allclose(value, want[0], atol=2e-5)
 
 
+def test_mixer_loss_stays_finite_and_of_its_size_where_the_teacher_says_nothing():
+    student, constant = torch.randn(2, 30, 8, requires_grad=True), torch.randn(8).expand(2, 30, 8)
+    noisy = constant * (1 + 1e-4 * torch.randn(2, 30, 1))  # what rounding does to a constant
+    for teacher in (torch.zeros(2, 30, 8), constant, noisy, noisy.bfloat16(), 1e-25 * noisy):
+        loss = mixer_loss(student, teacher)
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert loss.isfinite() and gradient.isfinite().all()
+        assert float(mixer_loss(teacher.float(), teacher)) == 0
+    near = constant + 0.01 * constant.norm(dim=-1, keepdim=True) / 8**0.5 * torch.randn(2, 30, 8).sign()
+    for teacher in (constant, noisy):  # an error of 1% scores 1
+        assert float(mixer_loss(near, teacher)) == pytest.approx(1, rel=0.1)
+
+
 def test_an_unknown_divergence_is_named():
     student, head, teacher, t_head, _ = make()
     with pytest.raises(ValueError, match="divergence='kl' is unknown; choose one of forward"):

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from deltify import convert, needle, reading
 from deltify.curves import draw_by_length, draw_heat_map
 from deltify.haystack import ADJECTIVES, NOUNS
+from deltify.lm import lm_for
 from deltify.needle import GRID, TASKS, NeedleMaker, ask, ask_needles, hits, needle_table, summarise
 from deltify.teacher import byte_tokenizer, random_teacher
 
@@ -60,7 +61,7 @@ def made_text(sentences: int = 4000) -> str:
 TEXT = made_text()
 
 
-def trained(pre_tokenizer, decoder, *, bos: bool = False, **options) -> PreTrainedTokenizerFast:
+def trained(pre_tokenizer, decoder, *, bos: bool = False, end: bool = False, **options) -> PreTrainedTokenizerFast:
     """A small BPE tokenizer trained on the text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", **options))
     if pre_tokenizer is not None:
@@ -75,7 +76,9 @@ def trained(pre_tokenizer, decoder, *, bos: bool = False, **options) -> PreTrain
     )
     tokenizer.train_from_iterator([TEXT[:40_000], "0123456789"], trainer)
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        ids = [("<s>", 1), ("</s>", 2)]
+        template = "<s> $A </s>" if end else "<s> $A"
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
 
 
@@ -85,11 +88,16 @@ def gpt2_like() -> PreTrainedTokenizerFast:
     return trained(split, decoders.ByteLevel())
 
 
-def llama3_like() -> PreTrainedTokenizerFast:
+def llama3_like(end: bool = False) -> PreTrainedTokenizerFast:
     """Joins line ends to the punctuation before them; begins every text with a token."""
     split = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
     no_regex = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return trained(pre_tokenizers.Sequence([split, no_regex]), decoders.ByteLevel(), bos=True)
+    return trained(pre_tokenizers.Sequence([split, no_regex]), decoders.ByteLevel(), bos=True, end=end)
+
+
+def ending() -> PreTrainedTokenizerFast:
+    """Ends every text with a token, too, which is no part of a prompt."""
+    return llama3_like(end=True)
 
 
 def llama2_like() -> PreTrainedTokenizerFast:
@@ -97,12 +105,17 @@ def llama2_like() -> PreTrainedTokenizerFast:
     return trained(pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace(), bos=True, byte_fallback=True)
 
 
-def across_words() -> PreTrainedTokenizerFast:
+def across_words(**options) -> PreTrainedTokenizerFast:
     """Tokens reach across spaces, so that words do not have tokens of their own."""
-    return trained(None, decoders.Replace("▁", " "), byte_fallback=True)
+    return trained(None, decoders.Replace("▁", " "), byte_fallback=True, **options)
 
 
-TOKENIZERS = {f.__name__: f for f in (byte_tokenizer, gpt2_like, llama3_like, llama2_like, across_words)}
+def across_words_ending() -> PreTrainedTokenizerFast:
+    return across_words(bos=True, end=True)
+
+
+INEXACT = (across_words, across_words_ending)
+TOKENIZERS = {f.__name__: f for f in (byte_tokenizer, gpt2_like, llama3_like, ending, llama2_like, *INEXACT)}
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +138,14 @@ def make(source) -> NeedleMaker:
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_prompt_and_room_take_exactly_the_length(name, source):
     tokenizer = TOKENIZERS[name]()
-    make, exact = NeedleMaker(tokenizer, source, room=ROOM), name != "across_words"
+    make, exact = NeedleMaker(tokenizer, source, room=ROOM), TOKENIZERS[name] not in INEXACT
+    prompts = lm_for(random_teacher("llama").model, tokenizer)  # which tokens HFLM gives a prompt, save an end
     for task in TASKS if exact else ("niah_single_1", "niah_single_2", "niah_multikey_2"):
         for length, index in ((1200, 0), (1777, 1), (3001, 2)):
             sample = make(task, length, index)
-            assert sample.ids.tolist() == tokenizer(sample.prompt)["input_ids"], (task, length, index)
+            assert sample.ids.tolist() == prompts.tok_encode(sample.prompt), (task, length, index)
+            assert sample.ids.tolist() == tokenizer(sample.prompt)["input_ids"][: len(sample.ids)]
+            assert 2 not in sample.ids or name == "byte_tokenizer"
             short = length - ROOM - len(sample.ids)
             assert short == 0 if exact else 0 <= short < 25, (task, length, index)
             assert all(sample.prompt.count(value) == 1 for value in sample.expected)

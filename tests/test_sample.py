@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from conftest import with_special_tokens
 
 from deltify import convert
 from deltify.checkpoint import save_model
 from deltify.cli import main
-from deltify.sample import continuations, sample
-from deltify.teacher import random_teacher
+from deltify.sample import beginnings, continuations, sample
+from deltify.teacher import byte_tokenizer, random_teacher
 from deltify.text import documents, held_out
 
 TEXTS = [f"Document {number} tells of its number {number}, and goes on for a while." for number in range(60)]
@@ -36,6 +37,15 @@ def test_documents_begin_as_those_of_the_source_and_the_seed_decides_the_rest(mo
     assert [text[:16] for text in found] == [text[:16] for text in fit[:20]]
     assert all(text[16:] != whole[16:40] for text, whole in zip(found, fit))
     assert one.read_text() == same.read_text() != other.read_text()
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_a_beginning_begins_with_a_special_token_and_has_no_end(end, model, tmp_path):
+    plain, tokenizer = byte_tokenizer(), with_special_tokens(byte_tokenizer(), end=end)
+    texts = [text for text in ("", "ab", "abc", "abcd", "abcdef", "abcdefgh") if not held_out(text)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = list(beginnings(str(tmp_path / "text.jsonl"), tokenizer, 4))
+    assert found == [[tokenizer.bos_token_id, *plain(text[:3])["input_ids"]] for text in texts if len(text) > 2] != []
 
 
 def test_a_document_ends_with_the_end_of_sequence_token():

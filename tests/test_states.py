@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+from conftest import with_special_tokens
 
 import deltify
 from deltify import convert
 from deltify.checkpoint import save_model
 from deltify.cli import main
 from deltify.convert import sliding_control
+from deltify.generate import generate, read_file
 from deltify.states import load_state, read, tensors_of
 from deltify.teacher import random_teacher
+from deltify.tokens import beginning, open_ended, token_ids
 
 
 @pytest.fixture(scope="module", params=["K", "KS"])
@@ -45,6 +48,65 @@ def test_a_string_is_read_with_its_tokenizer(pair):
         assert all(torch.equal(mine[n], theirs[n]) for n in mine)
     with pytest.raises(ValueError, match="give the model's tokenizer too"):
         deltify.read(model, "It was a dark night")
+
+
+@pytest.fixture(params=["begin", "begin and end"])
+def special(pair, request):
+    tokenizer = with_special_tokens(random_teacher("llama").tokenizer, end=request.param == "begin and end")
+    return pair[0], tokenizer, tokenizer.bos_token_id
+
+
+def test_special_tokens_begin_a_document_and_stand_nowhere_else(special):
+    _, tokenizer, start = special
+    plain, written = random_teacher("llama").tokenizer("Hi")["input_ids"], f"{tokenizer.bos_token}Hi"
+    assert beginning(tokenizer) == [start] and beginning(random_teacher("llama").tokenizer) == []
+    for text in ("Hi", written):
+        assert token_ids(tokenizer, text) == [start, *plain]
+        assert token_ids(tokenizer, text, begins=False) == plain
+    assert token_ids(tokenizer, "") == token_ids(tokenizer, "", begins=False) == []
+    assert token_ids(tokenizer, tokenizer.bos_token) == [start]  # a text of its own
+    end = tokenizer("Hi")["input_ids"][-1] == tokenizer.eos_token_id
+    whole = open_ended(tokenizer)
+    assert (whole is tokenizer) == (not end) and whole(["Hi", ""])["input_ids"] == [[start, *plain], [start]]
+
+
+def test_a_text_read_in_parts_equals_the_whole(special):
+    model, tokenizer, _ = special
+    first, second, third = "The quick brown fox ", "jumps over", " the dog"
+    state = None
+    for part in (first, second, third):
+        state = read(model, part, tokenizer, state=state)
+    whole = read(model, first + second + third, tokenizer)
+    assert state.tokens == whole.tokens == 1 + len(first + second + third)
+    for mine, theirs in zip(state.layers, whole.layers):
+        assert all(torch.allclose(mine[n].float(), theirs[n].float(), atol=1e-6) for n in mine)
+    for before in (None, state):
+        with pytest.raises(ValueError, match="nothing to read"):
+            read(model, "", tokenizer, state=before)
+
+
+def test_a_prompt_after_a_state_goes_on_as_after_the_whole_text(special, tmp_path):
+    model, tokenizer, start = special
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    save_model(tmp_path / "model", model, tokenizer)
+    (tmp_path / "first.txt").write_text("It was a dark night. ")
+    folder, state = str(tmp_path / "model"), str(tmp_path / "state")
+    read_file(folder, str(tmp_path / "first.txt"), state)
+    read_before, steps = load_state(state, model), {"greedy": True, "max_new_tokens": 8}
+    for prompt, chat in (("Why", False), (f"{tokenizer.bos_token}Why", False), ("Why", True)):
+        text = "<user>Why" if chat else "Why"
+        whole = [start, *token_ids(tokenizer, "It was a dark night. " + text, begins=False)]
+        assert read_before.tokens + len(text) == len(whole)
+        ids = torch.tensor([whole])
+        want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        want = tokenizer.decode(want[0, len(whole) - len(text) :], skip_special_tokens=True)
+        assert generate(folder, prompt, state=state, chat=chat, **steps) == want
+        ids = torch.tensor([[start, *token_ids(tokenizer, text, begins=False)]])
+        want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        assert generate(folder, prompt, chat=chat, **steps) == tokenizer.decode(want[0], skip_special_tokens=True)
+    for before in (None, state):
+        with pytest.raises(ValueError, match="the prompt is empty"):
+            generate(folder, "", state=before)
 
 
 def test_from_any_length_one_size_and_one_effort_to_the_first_token(pair, tmp_path):

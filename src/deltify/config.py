@@ -140,7 +140,7 @@ class RunSpec:
         cuda_graphs: replay training steps as CUDA graphs on a GPU, where they can be captured.
         data_parallel: what several processes do with weights, gradients and optimizer: replicate, each has them all;
             shard, each has a piece (FSDP2); auto, shard what would fill more than half of a GPU.
-        log_to: trackio, wandb or tensorboard, besides metrics.jsonl.
+        log_to: trackio, wandb or tensorboard, besides metrics.jsonl; a resumed run goes on in the tracker's run.
     """
 
     device: str = "auto"

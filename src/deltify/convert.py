@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .data import Batch
+from .losses import LEAST_VARIANCE
 from .model import ArceeKDAConfig, DeltifyConfig, DeltifyForCausalLM, DeltifyKDA
 from .model.generation import followed_settings
 from .model.mixers import Packing, find_packing, inverse_softplus
@@ -297,6 +298,7 @@ LONG_BETA, LONG_HALF_LIFE = 0.1, 4096.0  # of heads that begin with a long memor
 CHOICE_TOKENS = 2048  # that the candidates are compared on
 CONV_TAP = 0.03  # where SiLU is nearly linear; 0.3 and 0.1 start worse, 0.01 no better
 RIDGE_PENALTY, GATE_PENALTY = 1e-4, 0.1
+SILENT = 1e-5  # root mean square below which numbers count as zeros; SmolLM2's queries and so on have .04 and more
 
 
 @torch.no_grad()
@@ -321,6 +323,10 @@ def calibrate(
     - Convolutions pass one token, scaled down (the L2 norms of q and k, and o_norm, undo the scale).
     - o_proj: the ridge regression of the teacher's attention output on what the student's o_proj reads. It takes in the
       scale per head that o_norm discards.
+
+    Layers that say nothing get a start, too, and a line of the report. Heads whose queries or keys are zero get
+    constant ones, and so do all heads of a layer that says the same of every token; heads whose values are zero get no
+    long memory; and where there is nothing to fit an o_proj on, it stays the teacher's.
     """
     batch, rows = batch.to(student.device), batch.input_ids.shape[1]
     few = max(1, CHOICE_TOKENS // rows)
@@ -330,6 +336,7 @@ def calibrate(
     )
     gather = lambda x, packing: x.flatten(0, 1) if packing is None else packing.gather(x)[0]  # noqa: E731
     distances, heads, shares, chosen = attention_distances(teacher, batch), {}, {}, Counter()
+    silence: dict[int, list[str]] = {}
 
     def keep(module, args):
         heads["output"] = args[0].float()
@@ -340,22 +347,32 @@ def calibrate(
             return
         mixer, x = layer.self_attn, kwargs["hidden_states"].float()
         N, K = gather(x, packing), mixer.head_dim
+        target = gather(output[0].float(), packing)
+        zero = is_silent(target)
+        if mixer.o_proj.bias is not None:
+            target = target - mixer.o_proj.bias
+        varies = (target - target.mean(0)).square().sum()
+        alike = varies <= LEAST_VARIANCE * target.square().sum()
+        silent = silent_heads(mixer, N)
+        # softmax weighs all tokens equally where queries or keys are zero; where all say the same, no weights matter
+        equal = silent["queries"] | silent["keys"] | (alike & ~is_silent(target))
         fit_output_gate(mixer, N, gather(heads["output"], packing).unflatten(-1, (-1, K)))
         wanted = gather(heads["output"][:few], few_packing).unflatten(-1, (-1, K))
         one = ridge(N, torch.ones_like(N[:, :1]), 1e-3)[:, 0]
+        weigh_equally(mixer, equal, one)
         if constant:
             add_constant(mixer, N, one)
-        distance = distances[module.layer_idx]
+        distance = distances[module.layer_idx].masked_fill(silent["values"], 0)
         choice = choose_memory(mixer, x[:few], few_packing, one, distance, wanted, long_heads)
         chosen.update(memory for memory in choice if memory in CANDIDATES)
-        target = gather(output[0].float(), packing)
-        if mixer.o_proj.bias is not None:
-            target = target - mixer.o_proj.bias
         features = inner_of(mixer, x, packing).flatten(0, 1)
-        weight = ridge(features, target, RIDGE_PENALTY)
-        mixer.o_proj.weight.copy_(weight.t())
-        residual = (features @ weight - target).square().sum() / (target - target.mean(0)).square().sum()
-        shares[module.layer_idx] = 1 - float(residual)
+        fitted = not is_silent(features)
+        if fitted:
+            mixer.o_proj.weight.copy_(ridge(features, target, RIDGE_PENALTY).t())
+        explained = 1 - (features @ mixer.o_proj.weight.t() - target).square().sum() / varies
+        shares[module.layer_idx] = "nothing to explain" if zero or alike else f"{100 * float(explained):.0f}%"
+        says = "zero" if zero else "the same for every token" if alike else ""
+        silence[module.layer_idx] = describe_silence(says, silent, equal, fitted)
 
     layers = [layer.self_attn for layer in teacher.model.model.layers]
     hooks = [attention.o_proj.register_forward_pre_hook(keep) for attention in layers]
@@ -363,8 +380,10 @@ def calibrate(
     teacher.model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     for hook in hooks:
         hook.remove()
-    explained = ", ".join(f"{100 * share:.0f}%" for share in shares.values())
-    report(f"variance of the teacher's attention outputs explained, layer by layer: {explained}")
+    report(f"variance of the teacher's attention outputs explained, layer by layer: {', '.join(shares.values())}")
+    for layer, facts in silence.items():
+        if facts:
+            report(f"layer {layer}: {'; '.join(facts)}")
     for (beta, share, lag), count in chosen.most_common(5):
         report(
             f"{count} heads: beta {beta}, half-life {share} of the mean distance{', one token behind' if lag else ''}"
@@ -375,6 +394,42 @@ def calibrate(
 
 def inner_of(mixer: DeltifyKDA, x_BTD: Tensor, packing: Packing | None) -> Tensor:
     return mixer.inner(x_BTD if packing is None else packing.gather(x_BTD), None, packing)
+
+
+def is_silent(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """Returns whether numbers are zero, or next to it, over all dimensions or some."""
+    return x.square().mean(dims).sqrt() < SILENT
+
+
+def silent_heads(mixer: DeltifyKDA, x_ND: Tensor) -> dict[str, Tensor]:
+    """Returns for queries, keys and values whether they are zero in each head, [H]."""
+    projections = {"queries": mixer.q_proj, "keys": mixer.k_proj, "values": mixer.v_proj}
+    return {
+        name: is_silent(projection(x_ND).unflatten(-1, (-1, mixer.head_dim)), (0, 2))
+        for name, projection in projections.items()
+    }
+
+
+def describe_silence(output: str, silent: dict[str, Tensor], equal_H: Tensor, fitted: bool) -> list[str]:
+    """Returns what of an attention layer says nothing, and how the student's layer starts there."""
+
+    def some(heads_H: Tensor) -> str:
+        return "all heads" if heads_H.all() else f"heads {heads_H.nonzero().flatten().tolist()}"
+
+    facts = [f"attention output is {output}"] if output else []
+    facts += [f"{name} are zero in {some(heads_H)}" for name, heads_H in silent.items() if heads_H.any()]
+    if equal_H.any():
+        facts.append(f"{some(equal_H)} start with equal weights for all tokens")
+    return facts if fitted else [*facts, "o_proj starts as the teacher's, for there is nothing to fit it on"]
+
+
+def weigh_equally(mixer: DeltifyKDA, heads_H: Tensor, one_D: Tensor) -> None:
+    """Makes queries and keys of some heads constant: their memory is then a mean of values."""
+    channels = heads_H.repeat_interleave(mixer.head_dim)
+    for projection in (mixer.q_proj, mixer.k_proj):
+        projection.weight[channels] = one_D if projection.bias is None else 0
+        if projection.bias is not None:
+            projection.bias[channels] = 1
 
 
 def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor) -> None:
@@ -476,7 +531,9 @@ def unexplained(features_NHK: Tensor, wanted_NHK: Tensor) -> Tensor:
 
 
 def ridge(X_ND: Tensor, Y_NE: Tensor, penalty: float) -> Tensor:
-    """W [D, E] that minimises |X W - Y|^2 + penalty * mean diagonal of X^T X * |W|^2."""
+    """W [D, E] that minimises |X W - Y|^2 + penalty * mean diagonal of X^T X * |W|^2; zero where X is."""
+    if is_silent(X_ND):
+        return X_ND.new_zeros(X_ND.shape[1], Y_NE.shape[1])
     gram = X_ND.T @ X_ND
     gram.diagonal().add_(penalty * gram.diagonal().mean())
     return torch.linalg.solve(gram, X_ND.T @ Y_NE)

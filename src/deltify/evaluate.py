@@ -37,6 +37,7 @@ from .needle import NeedleMaker, ask_needles, summarise
 from .runs import check_weights, pick_device
 from .teacher import Teacher, load_teacher
 from .text import PYTHON_DOCS, documents
+from .tokens import token_ids
 
 PROMPTS = ("The capital of France is", "To open a file in Python, you", "Once upon a time, there was a")
 CHUNK = 256  # tokens whose logits exist at a time
@@ -305,7 +306,7 @@ def open_models(
 def open_books(source: str, count: int, tokenizer) -> list[list[int]]:
     """Token ids of the longest of a source's first documents."""
     texts = sorted((text for _, text in zip(range(20 * count), documents(source))), key=len, reverse=True)
-    return [tokenizer(text, verbose=False)["input_ids"] for text in texts[:count]]
+    return [token_ids(tokenizer, text) for text in texts[:count]]
 
 
 def heldout_scores(
@@ -377,7 +378,7 @@ def sample(tokenizer, model: nn.Module, tokens: int = 32) -> list[str]:
     """Greedy continuations of a few fixed prompts."""
     texts = []
     for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+        ids = torch.tensor([token_ids(tokenizer, prompt)], device=model.device)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
         texts.append(str(tokenizer.decode(out[0], skip_special_tokens=True)))
     return texts

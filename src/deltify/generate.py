@@ -4,10 +4,11 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from .config import STAGES
 from .states import load_state, read
+from .tokens import token_ids
 
 
 def model_folder(path: str) -> str:
@@ -52,16 +53,10 @@ def generate(
     source = model_folder(path)
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(source)
-    if chat:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    ids = inputs["input_ids"].to(device)
-    if ids.shape[1] == 0:
+    found = prompt_ids(tokenizer, prompt, chat=chat, begins=state is None)
+    if not found:
         raise ValueError("the prompt is empty; give at least one token")
+    ids = torch.tensor([found], device=device)
     torch.manual_seed(seed)
     sampling: dict[str, object] = (
         {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_p": top_p}
@@ -78,13 +73,27 @@ def generate(
     return tokenizer.decode(out[0], skip_special_tokens=True)
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool, begins: bool) -> list[int]:
+    """Token ids of a prompt that begins a document, or follows another text.
+
+    A chat template writes special tokens itself, and none are added to those. After another text, those that begin a
+    document are left out.
+    """
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        if begins:
+            return tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    return token_ids(tokenizer, prompt, begins=begins)
+
+
 def read_file(path: str, text: str, output: str, *, device: str = "cpu") -> None:
     """Reads a text file with a model and writes the state; prints how long that took and how large it is."""
     source = model_folder(path)
     if not Path(text).is_file():
         raise FileNotFoundError(f"there is no text {text}")
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device).eval()
-    ids = AutoTokenizer.from_pretrained(source)(Path(text).read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    ids = token_ids(AutoTokenizer.from_pretrained(source), Path(text).read_text(encoding="utf-8"))
     started = time.perf_counter()
     read(model, ids).save(output)
     seconds, size = time.perf_counter() - started, Path(output).stat().st_size

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .text import documents
+from .tokens import beginning
 
 # ---- tokens, word by word --------------------------------------------------------------------------------------------
 
@@ -28,8 +29,7 @@ class Words:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.memo: dict[str, list[int]] = {}
-        whole = tokenizer("a")["input_ids"]
-        self.start = whole[: whole.index(self.encode("a")[0])]  # special tokens that begin every text
+        self.start = beginning(tokenizer)
         self.exact = self.check([PROBE])
 
     def encode(self, text: str) -> list[int]:

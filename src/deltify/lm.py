@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .model.mixers import store
 from .model.modeling import DeltifyCache, DeltifyForCausalLM
+from .tokens import open_ended
 
 try:
     from lm_eval.api.instance import Instance
@@ -49,7 +50,9 @@ def lm_for(
     batch_size: int | None = None,
     max_length: int | None = None,
 ) -> HFLM:
-    """lm-eval's view of a model: `ConstantStateLM` if every layer is KDA and `fast`, else lm-eval's own HFLM.
+    """lm-eval's view of a model: `ConstantStateLM` if every layer is KDA and `fast`, else `WholeLM`.
+
+    The tokenizer decides what begins a text (HFLM's `add_bos_token` stays unset); nothing ends one.
 
     Args:
         batch_size: rows of a batch; by the device's memory if absent.
@@ -57,12 +60,13 @@ def lm_for(
     """
     device = model.device.type
     constant = isinstance(model, DeltifyForCausalLM) and set(model.config.layer_types) == {"linear_attention"}
+    tokenizer = open_ended(tokenizer)
     with quiet():
         if fast and constant:
             rows = max(1, min(512, STATE_BYTES.get(device, 2**31) // state_bytes(model)))
             return ConstantStateLM(model, tokenizer=tokenizer, batch_size=batch_size or rows, max_length=max_length)
         rows = batch_size or WHOLE_ROWS.get(device, 64)
-        return HFLM(model, backend="causal", tokenizer=tokenizer, batch_size=rows, max_length=max_length)
+        return WholeLM(model, backend="causal", tokenizer=tokenizer, batch_size=rows, max_length=max_length)
 
 
 def state_bytes(model: PreTrainedModel) -> int:
@@ -81,6 +85,23 @@ def quiet():
         yield
     finally:
         logger.setLevel(level)
+
+
+class WholeLM(HFLM):
+    """HFLM, but what has no token before it follows the prefix token, as HFLM's own empty contexts do.
+
+    HFLM fails at an empty prompt, or beside other prompts answers to padding; and at a context of spaces alone.
+    """
+
+    def tok_batch_encode(self, strings: list[str], *args, **options) -> tuple[Tensor, Tensor]:
+        if not self.tok_encode(""):
+            prefix = self.tok_decode([self.prefix_token_id], skip_special_tokens=False)
+            strings = [string or prefix for string in strings]
+        return super().tok_batch_encode(strings, *args, **options)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        tokens, following = super()._encode_pair(context, continuation)
+        return tokens or [self.prefix_token_id], following
 
 
 # ---- what is read, as a tree -----------------------------------------------------------------------------------------
@@ -150,8 +171,8 @@ def walk(roots: list[Node]) -> Iterator[Node]:
 # ---- a model that goes on from copies of its state -------------------------------------------------------------------
 
 
-class ConstantStateLM(HFLM):
-    """HFLM for models of KDA layers alone: the same answers, to rounding, from a fraction of the tokens.
+class ConstantStateLM(WholeLM):
+    """`WholeLM` for models of KDA layers alone: the same answers, to rounding, from a fraction of the tokens.
 
     Contexts are read as a tree, so that a beginning they share is read once; the choices of a question each go on from
     a copy of the state. `tokens_read` counts the tokens read, `tokens_whole` those that HFLM would read.
@@ -190,6 +211,8 @@ class ConstantStateLM(HFLM):
         continuations: dict[bytes, dict[bytes, int]] = {}
         contexts, owners, endings, whole = [], [], [], {}
         for number, (_, context, continuation) in enumerate(requests):
+            if not context:
+                raise ValueError("a context has no tokens; give the prefix token in its place")
             if not 0 < len(continuation) <= self.max_length:
                 raise ValueError(f"a continuation has {len(continuation)} tokens; 1 to {self.max_length} are allowed")
             tokens = np.array((context + continuation)[-(self.max_length + 1) :], dtype=np.int64)

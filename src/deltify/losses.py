@@ -16,18 +16,22 @@ from .config import DIVERGENCES
 
 # of one [chunk, W] float32 matrix of logits: on a CPU small enough for the cache, on a GPU enough to fill the chip
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 15 * 2**24}
+LEAST_VARIANCE = 1e-4  # of a mixer's outputs, as a share of their mean square: those that vary less count as constant
 
 
 def mixer_loss(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:
     """Mean squared difference of two mixer outputs over the variance of the teacher's: its mean alone would score 1.
 
-    The variance is that of all ranks' tokens, so that their mean loss is the loss of all.
+    The variance is that of all ranks' tokens, so that their mean loss is the loss of all. It counts as at least
+    `LEAST_VARIANCE` of the squared mean: the rounding of a layer that says the same of every token would otherwise
+    outweigh all other layers.
     """
     teacher = teacher_BTD.float() if teacher_BTD.dtype != torch.float64 else teacher_BTD
     teacher, student = teacher.flatten(0, -2), student_BTD.to(teacher.dtype).flatten(0, -2)
     center = parallel.mean(teacher.mean(0))
-    variance = parallel.mean((teacher - center).square().mean(0)).sum().clamp(min=1e-12)
-    return (student - teacher).square().sum(-1).mean() / variance
+    variance = parallel.mean((teacher - center).square().mean(0)).sum()
+    least = (LEAST_VARIANCE * center.square().sum()).clamp(min=1e-12)
+    return (student - teacher).square().sum(-1).mean() / torch.maximum(variance, least)
 
 
 def hidden_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:

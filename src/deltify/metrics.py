@@ -15,8 +15,10 @@ from rich.progress import TextColumn, TimeRemainingColumn
 from . import parallel
 from .config import STAGES, Recipe
 from .files import write_text
+from .runs import holds_run
 
 TRACKERS = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
+IDENTITY = {"trackio": "name", "wandb": "id"}  # of a tracker's run, by which it is found again
 console = Console()
 
 
@@ -40,7 +42,10 @@ class Metrics:
             self.steps_before[stage] = total
             total += recipe.stage(stage).steps
         self.silent = parallel.rank() > 0  # the first rank speaks for all
-        self.log, self.close = (lambda figures, step: None, lambda: None) if self.silent else open_tracker(recipe)
+        self.log, self.close = lambda figures, step: None, lambda: None
+        if not self.silent:
+            sent = max((self.step_of_run(record) for _, record in self.lines()), default=-1)
+            self.log, self.close = open_tracker(recipe, sent)
 
     def __enter__(self) -> "Metrics":
         return self
@@ -53,30 +58,34 @@ class Metrics:
             return
         with self.path.open("a") as out:
             out.write(json.dumps({"stage": stage, "step": step, **record}) + "\n")
-        self.log({f"{stage}/{key}": value for key, value in record.items()}, self.steps_before[stage] + step)
+        figures = {f"{stage}/{key}": value for key, value in record.items()}
+        self.log(figures, self.step_of_run({"stage": stage, "step": step}))
 
-    def cut(self, stage: str, step: int) -> None:
-        """Drops lines of steps that a stage is about to make again, and a last line that a kill left half-written.
+    def step_of_run(self, record: dict) -> int:
+        """Returns the step of a line, counted over all stages."""
+        return self.steps_before[record["stage"]] + record["step"]
+
+    def lines(self) -> Iterator[tuple[str, dict]]:
+        """Yields each line and what it says, but for a last one that a kill left half-written.
 
         Raises:
             ValueError: if another line is damaged; says which.
         """
-        if self.silent:
-            return
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
-        kept = []
         for number, line in enumerate(lines, 1):
             try:
-                record = json.loads(line)
+                yield line, json.loads(line)
             except json.JSONDecodeError:
-                if number == len(lines):
-                    continue
-                raise ValueError(
-                    f"{self.path}, line {number}: {line[:60]!r} is not a JSON object; delete the line and --resume"
-                ) from None
-            if record["stage"] != stage or record["step"] <= step:
-                kept.append(line + "\n")
-        write_text(self.path, "".join(kept))
+                if number < len(lines):
+                    raise ValueError(
+                        f"{self.path}, line {number}: {line[:60]!r} is not a JSON object; delete the line and --resume"
+                    ) from None
+
+    def cut(self, stage: str, step: int) -> None:
+        """Drops lines of steps that a stage is about to make again, and a last line that a kill left half-written."""
+        if not self.silent:
+            kept = [line + "\n" for line, was in self.lines() if was["stage"] != stage or was["step"] <= step]
+            write_text(self.path, "".join(kept))
 
 
 def tracker_module(name: str | None) -> ModuleType | None:
@@ -98,21 +107,42 @@ def tracker_module(name: str | None) -> ModuleType | None:
         ) from None
 
 
-def open_tracker(recipe: Recipe) -> tuple[Callable[[dict[str, float], int], None], Callable[[], None]]:
-    """Two functions: one sends figures and their step to the tracker that `run.log_to` names, one ends it."""
-    tracker = tracker_module(recipe.run.log_to)
-    if tracker is None:
+def open_tracker(recipe: Recipe, sent: int) -> tuple[Callable[[dict[str, float], int], None], Callable[[], None]]:
+    """Opens the tracker that `run.log_to` names; a run that goes on goes on in the tracker's run, too.
+
+    Steps up to `sent` that are made again are not sent again; but tensorboard takes the new ones in their place.
+
+    Returns:
+        Two functions: one sends figures and their step, one ends the tracker's run.
+    """
+    name, tracker = recipe.run.log_to, tracker_module(recipe.run.log_to)
+    if name is None or tracker is None:
         return lambda figures, step: None, lambda: None
-    if recipe.run.log_to == "tensorboard":
-        writer = tracker.SummaryWriter(str(recipe.folder / "tensorboard"))
+    if name == "tensorboard":
+        writers = []  # one, which the first step opens: what older files say of that and later steps is hidden
 
-        def send(figures: dict[str, float], step: int) -> None:
+        def write(figures: dict[str, float], step: int) -> None:
+            if not writers:
+                writers.append(tracker.SummaryWriter(str(recipe.folder / "tensorboard"), purge_step=step))
             for key, value in figures.items():
-                writer.add_scalar(key, value, step)
+                writers[0].add_scalar(key, value, step)
 
-        return send, writer.close
-    tracker.init(project="deltify", name=recipe.name, config=asdict(recipe))
-    return lambda figures, step: tracker.log(figures, step=step), tracker.finish
+        def close() -> None:
+            for writer in writers:
+                writer.close()
+
+        return write, close
+    path, identity = recipe.folder / "tracker.json", IDENTITY[name]
+    known = json.loads(path.read_text()) if path.is_file() and holds_run(recipe.folder) else {}
+    going_on = {identity: known[name], "resume": "allow"} if name in known else {}
+    run = tracker.init(**{"project": "deltify", "name": recipe.name, "config": asdict(recipe), **going_on})
+    write_text(path, json.dumps(known | {name: getattr(run, identity)}))
+
+    def send(figures: dict[str, float], step: int) -> None:
+        if step > sent or not going_on:
+            tracker.log(figures, step=step)
+
+    return send, tracker.finish
 
 
 class progress_bar:

@@ -173,7 +173,7 @@ class NeedleMaker:
         query = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
         head, question, prefix = (part[several].format(kind=kind, query=query) for part in (HEAD, QUESTION, ANSWER))
         tail, tokens = f"{question} {prefix}", length - self.room
-        fixed = sum(map(self.words.count, (head, tail, *(needle for _, needle in needles))))
+        fixed = len(self.words.start) + sum(map(self.words.count, (head, tail, *(needle for _, needle in needles))))
         if tokens < fixed + LEAST:
             raise ValueError(
                 f"{length} tokens are too few: the answer needs {self.room}, question and needles {fixed}, "

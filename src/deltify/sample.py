@@ -32,6 +32,7 @@ from .needle import stop_tokens
 from .runs import pick_device
 from .teacher import locate
 from .text import documents, held_out
+from .tokens import token_ids
 
 LETTERS = 100  # of a text that are enough for a token of it
 CUT_LETTER = "\ufffd"  # what decoding makes of a letter whose last bytes are missing
@@ -116,7 +117,7 @@ def sample(
 def beginnings(source: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[list[int]]:
     """The first tokens of each document that is long enough and not held out."""
     for text in documents(source):
-        ids = tokenizer(text[: LETTERS * tokens], verbose=False)["input_ids"][:tokens]
+        ids = token_ids(tokenizer, text[: LETTERS * tokens])[:tokens]
         if len(ids) == tokens and not held_out(text):
             yield ids
 

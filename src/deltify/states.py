@@ -23,6 +23,7 @@ from .model.mixers import store
 from .model.modeling import DeltifyCache, DeltifyPreTrainedModel
 from .model.sliding import SinkLayer
 from .reading import read_pieces
+from .tokens import token_ids
 
 FORMAT = "deltify-state-4"
 
@@ -75,7 +76,8 @@ def read(
     """The state after reading a text, from the start or on from `state`; memory does not depend on its length.
 
     Args:
-        text: a string, for which `tokenizer` is needed, or token ids [T].
+        text: a string, for which `tokenizer` is needed, or token ids [T], which are read as they are. A string that
+            goes on from `state` gets none of the tokens that begin a document; no string gets one that ends it.
         piece: tokens in a forward pass.
 
     Raises:
@@ -85,7 +87,7 @@ def read(
     if isinstance(text, str):
         if tokenizer is None:
             raise ValueError("text is a string; give the model's tokenizer too, or token ids instead")
-        text = tokenizer(text, verbose=False)["input_ids"]
+        text = token_ids(tokenizer, text, begins=state is None)
     row = torch.as_tensor(text, dtype=torch.long, device=model.device).view(1, -1)
     if row.shape[1] == 0:
         raise ValueError("there is nothing to read: the text has no tokens")
