@@ -31,7 +31,7 @@ from deltify.data import (
     tokenize_split,
     window,
 )
-from deltify.recall import BREAKS, recall_document, scattered_documents
+from deltify.recall import BREAKS, recall_document, scattered_documents, scattered_outlines
 from deltify.teacher import byte_tokenizer
 from deltify.text import documents, held_out, python_docs
 
@@ -283,7 +283,7 @@ def test_recall_is_scattered_over_all_of_another_text_that_is_not_held_out(tmp_p
 
 
 def test_recall_documents_of_texts_that_begin_alike_tell_different_facts():
-    texts = list(scattered_documents(["Copyright 2020. All rights reserved.\n"] * 50))
+    texts = list(scattered_documents(scattered_outlines(["Copyright 2020. All rights reserved.\n"] * 50)))
     told = {text_.replace("Copyright 2020.", "").replace("All rights reserved.", "") for text_ in texts}
     assert len(texts) == len(told) == 50 and all("Copyright" in text_ for text_ in texts)
 
