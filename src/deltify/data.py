@@ -206,12 +206,12 @@ def write_documents(
             judges = part.lengths - trains
             room = before_limit(trains, len(train), max_tokens)
             # a source that has no more held-out documents would be read for ever
-            skips, length = run_lengths(~room & ~part.held, skipped), len(part.held)
+            skips = run_lengths(~room & ~part.held, skipped)
             ends = np.flatnonzero(skips >= PATIENCE)
-            length = int(ends[0]) + 1 if len(ends) else len(skips)
-            skipped = int(skips[length - 1]) if length else skipped
+            skipped = int(skips[-1]) if len(skips) else skipped
             kept = np.where(part.held, before_limit(judges, len(judged), heldout_tokens), room)
-            kept[length:] = False
+            if len(ends):
+                kept[ends[0] + 1 :] = False
             here, there = trains[kept], judges[kept]
             train.extend(part.tokens[: here.sum()], here)
             if held is not None:

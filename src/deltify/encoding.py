@@ -43,7 +43,7 @@ deltify = type(sys)("deltify")  # the package without what its __init__ imports
 deltify.__path__ = [package]
 sys.modules["deltify"] = deltify
 from deltify.encoding import serve
-serve(rules)
+serve(int(rules))
 """
 
 Encode = Callable[[list[str]], list[list[int]]]
@@ -256,10 +256,10 @@ class Processes:
     """Processes that encode pieces, each with a thread here that waits for it."""
 
     def __init__(self, rules: Rules, number: int):
-        self.folder = tempfile.TemporaryDirectory()
-        path = Path(self.folder.name) / "rules"
-        path.write_bytes(pickle.dumps(rules))
-        command = [sys.executable, "-c", START, str(Path(__file__).parent), str(path), *sys.path]
+        self.rules = tempfile.TemporaryFile()  # megabytes, and nameless: nothing stays after a kill
+        self.rules.write(pickle.dumps(rules))
+        self.rules.flush()
+        command = [sys.executable, "-c", START, str(Path(__file__).parent), str(self.rules.fileno()), *sys.path]
         self.threads = ThreadPoolExecutor(number)
         self.all: list[subprocess.Popen] = []
         self.idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
@@ -270,6 +270,7 @@ class Processes:
                         command,
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
+                        pass_fds=[self.rules.fileno()],
                         env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
                         start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the others
                     )
@@ -292,7 +293,7 @@ class Processes:
                 process.stdin.close()
             process.stdout.close()
             process.wait()
-        self.folder.cleanup()
+        self.rules.close()
 
     def submit(self, piece: Piece | Exception, wanted: tuple[bool, bool]) -> "Future[Encoded]":
         if isinstance(piece, Exception):
@@ -316,11 +317,11 @@ class Processes:
             self.idle.put(process)
 
 
-def serve(rules_path: str) -> None:
+def serve(rules_file: int) -> None:
     """Answer requests of `Processes.ask` on standard input until it ends."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a library that prints must not print into the answers
-    rules = pickle.loads(Path(rules_path).read_bytes())
+    rules = pickle.loads(os.pread(rules_file, os.fstat(rules_file).st_size, 0))  # all processes share its position
     ids_of = library_ids(rules)
     with contextlib.suppress(EOFError, BrokenPipeError):  # the process that asked is gone
         while True:
