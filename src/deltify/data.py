@@ -144,8 +144,8 @@ def tokenize_split(
 
     Reading ends when training has `max_tokens` and `heldout_tokens` are held out; what either has no room for is left
     out. Where the documents are so few that one side has none of them, or `heldout_length` tokens are not held out, a
-    twentieth of the tokens is held out instead, or `heldout_length` if that is more. Both meta.json count what was found
-    in the documents of both.
+    twentieth of the tokens is held out instead, or `heldout_length` if that is more. Both meta.json count what was
+    found in the documents of both.
 
     Raises:
         ValueError: as `tokenize` does, or if there is too little text to hold some out.
@@ -195,23 +195,23 @@ def write_documents(
     """
     judged = train if held is None else held  # without a second file, no document is for it
     special, replaced, first, skipped = Counter(), 0, "", 0
-    is_full = lambda: max_tokens is not None and len(train) >= max_tokens
-    wanted = lambda: (not is_full(), len(judged) < heldout_tokens)
-    parts = encode_all(
-        texts, train.tokenizer, train.dtype.name, split=held is not None, wanted=wanted, processes=processes
-    )
+
+    def wanted() -> tuple[bool, bool]:
+        return max_tokens is None or len(train) < max_tokens, len(judged) < heldout_tokens
+
+    options = {"split": held is not None, "wanted": wanted, "processes": processes}
+    parts = encode_all(texts, train.tokenizer, train.dtype.name, **options)
     with closing(parts), tokenize_bar(name, max_tokens) as show:
         for part in parts:
             trains = np.where(part.held, 0, part.lengths)
             judges = part.lengths - trains
             room = before_limit(trains, len(train), max_tokens)
-            # a source that has no more held-out documents would be read for ever
             skips = run_lengths(~room & ~part.held, skipped)
-            ends = np.flatnonzero(skips >= PATIENCE)
+            ends = np.flatnonzero(skips >= PATIENCE)[:1]
             skipped = int(skips[-1]) if len(skips) else skipped
             kept = np.where(part.held, before_limit(judges, len(judged), heldout_tokens), room)
-            if len(ends):
-                kept[ends[0] + 1 :] = False
+            for end in ends:
+                kept[end + 1 :] = False
             here, there = trains[kept], judges[kept]
             train.extend(part.tokens[: here.sum()], here)
             if held is not None:
@@ -221,7 +221,7 @@ def write_documents(
                 if kept[document]:
                     replaced, first = replaced + count, first or place
             show(part.size, len(train), part.done)
-            if is_full() and (len(judged) >= heldout_tokens or len(ends)):
+            if not wanted()[0] and (not wanted()[1] or len(ends)):
                 break
             if part.error is not None:
                 raise part.error
@@ -258,7 +258,7 @@ def tokenize_bar(name: str, max_tokens: int | None) -> Iterator[Callable[[int, i
     columns = (text, BarColumn(), TimeRemainingColumn())
     size, started = 0, time.perf_counter()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=None, size=0.0, speed=0.0)
+        task = bar.add_task(name.rpartition("/")[2], total=None, size=0.0, speed=0.0)
 
         def show(more: int, tokens: int, done: float | None) -> None:
             nonlocal size
@@ -304,8 +304,15 @@ def digest_of(folder: Path) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash that differs whenever two tokenizers give a text different ids."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+    """Return a hash that differs whenever two tokenizers give a text different ids.
+
+    Of a tokenizer that works in Python it covers class, vocabulary and special tokens; its rules are code.
+    """
+    if tokenizer.is_fast:
+        rules = tokenizer.backend_tokenizer.to_str()
+    else:
+        rules = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map], default=str)
+    return hashlib.sha256(rules.encode()).hexdigest()[:16]
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
@@ -86,7 +86,7 @@ def encode_all(
     split: bool,
     wanted: Callable[[], tuple[bool, bool]],
     processes: int | None = None,
-) -> Iterator[Encoded]:
+) -> Generator[Encoded]:
     """Yield the encoded documents of texts and pieces, in order; of a few hundred kilobytes each.
 
     Args:
@@ -123,7 +123,7 @@ def grouped(texts: Iterable[str | Piece]) -> Iterator[Piece | Exception]:
         for item in texts:
             if isinstance(item, str):
                 waiting.append((f"document {next(numbers)}", item))
-                size += len(item)
+                size += len(item) + 100  # what a tokenizer does for a document is worth 100 characters
             if waiting and (size >= text.PIECE or isinstance(item, Piece)):
                 yield Piece(list, (waiting,))
                 waiting, size = [], 0
@@ -222,8 +222,10 @@ def is_library(tokenizer: "PreTrainedTokenizerBase") -> bool:
     own."""
     from transformers import PreTrainedTokenizerFast
 
-    calls = [[getattr(kind, name, None) for name in ("__call__", "_encode_plus", "_batch_encode_plus")]
-             for kind in (type(tokenizer), PreTrainedTokenizerFast)]
+    calls = [
+        [getattr(kind, name, None) for name in ("__call__", "_encode_plus", "_batch_encode_plus")]
+        for kind in (type(tokenizer), PreTrainedTokenizerFast)
+    ]
     return isinstance(tokenizer, PreTrainedTokenizerFast) and calls[0] == calls[1]
 
 
@@ -256,7 +258,7 @@ class Processes:
     """Processes that encode pieces, each with a thread here that waits for it."""
 
     def __init__(self, rules: Rules, number: int):
-        self.rules = tempfile.TemporaryFile()  # megabytes, and nameless: nothing stays after a kill
+        self.rules = tempfile.TemporaryFile()  # noqa: SIM115  (without a name, so that nothing stays after a kill)
         self.rules.write(pickle.dumps(rules))
         self.rules.flush()
         command = [sys.executable, "-c", START, str(Path(__file__).parent), str(self.rules.fileno()), *sys.path]

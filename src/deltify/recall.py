@@ -66,8 +66,10 @@ def name(random: random.Random) -> str:
 
 
 def recall_documents(first: int = 0, last: int = COUNT, seed: int = 0) -> Iterator[str]:
-    """Yield documents `first` to `last` of `COUNT`: 4 to 93 facts each, then a question or two for each fact, in another
-    order; the same on any machine."""
+    """Yield documents `first` to `last` of `COUNT`, the same on any machine.
+
+    Each tells 4 to 93 facts and then asks for each of them once or twice, in another order.
+    """
     for number in range(first, min(last, COUNT)):
         yield recall_document(random.Random(f"{seed}:{number}"))
 
