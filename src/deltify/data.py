@@ -254,8 +254,8 @@ def say(line: str) -> None:
 @contextmanager
 def tokenize_bar(name: str, max_tokens: int | None) -> Iterator[Callable[[int, int, float | None], None]]:
     """Show megabytes of text, their rate and the time left, where the whole is known; silent without a terminal."""
-    text = TextColumn("tokenize {task.description}  {task.fields[size]:,.0f} MB, {task.fields[speed]:,.1f} MB/s")
-    columns = (text, BarColumn(), TimeRemainingColumn())
+    shown = "tokenize {task.description}  {task.fields[size]:,.0f} MB, {task.fields[speed]:,.1f} MB/s"
+    columns = (TextColumn(shown, markup=False), BarColumn(), TimeRemainingColumn())
     size, started = 0, time.perf_counter()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name.rpartition("/")[2], total=None, size=0.0, speed=0.0)
