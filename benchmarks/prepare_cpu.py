@@ -145,6 +145,8 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     if usable_cores() < cores:
         sys.exit(f"{cores} cores were asked for; this process may use {usable_cores()}")
+    if str(arguments.file).endswith(".zst") and importlib.util.find_spec("zstandard") is None:
+        sys.exit("zstandard is not installed; give a file that is not compressed, or run: pip install zstandard")
     tokenizer, repeats = open_tokenizer(arguments.tokenizer), arguments.repeats
     with tempfile.TemporaryDirectory() as folder:
         source = arguments.file or f"{folder}/python-docs.jsonl"
