@@ -11,13 +11,17 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from io import StringIO
 
 import numpy as np
 import pytest
 import torch
 import zstandard
+from rich.console import Console
+from tokenizers import normalizers, processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from deltify import text
+from deltify import data, encoding, text
 from deltify.config import DataSpec
 from deltify.data import (
     HELDOUT_TOKENS,
@@ -31,9 +35,9 @@ from deltify.data import (
     tokenize_split,
     window,
 )
-from deltify.recall import BREAKS, recall_document, scattered_documents
+from deltify.recall import BREAKS, recall_document, scattered_documents, scattered_outlines
 from deltify.teacher import byte_tokenizer
-from deltify.text import documents, held_out, python_docs
+from deltify.text import Piece, documents, held_out, pieces, python_docs
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,90 @@ def test_json_lines_plain_and_compressed(tmp_path, suffix):
     assert list(documents(str(path))) == ["one", "zwei", "три"]
     (tmp_path / "a.txt").write_text("a text")
     assert list(documents(str(tmp_path))) == ["a text", "one", "zwei", "три"]
+
+
+PACK = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress, ".jsonl": bytes, ".txt": bytes}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json.zst"])
+def test_what_cannot_be_encoded_is_replaced_counted_and_named_once(tmp_path, tokenizer, capsys, suffix):
+    lines = [r'{"text": "fine"}', "", r'{"text": "cut in two: \ud83d"}', r'{"text": "\ude00\ud83d, \ud83d\ude00"}']
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(PACK[path.suffix]("\n".join(lines).encode()))
+    whole = ["fine", "cut in two: \ufffd", "\ufffd\ufffd, \U0001f600"]
+    for source in (path, tmp_path):  # a file, and a folder
+        with pytest.warns(UserWarning, match=rf"rows{suffix}, line 3: half of a surrogate pair") as warned:
+            assert list(documents(str(source))) == whole
+        assert len(warned) == 1
+    file = tokenize(pieces(str(path)), tokenizer, tmp_path / "tokens")
+    assert tokenizer.decode(file.tokens) == "".join(one + "<|end|>" for one in whole)
+    assert meta_of(tmp_path / "tokens")["replaced_characters"] == 3
+    said = capsys.readouterr().out
+    assert said.count("surrogate") == 1 and f"3 were, the first in {path}, line 3" in said
+
+
+def test_texts_of_any_source_are_repaired(tmp_path, tokenizer, monkeypatch):
+    texts = ["halves \ud83d\ude00 of one", "\udc80", "\ufeffmarked", "\ufeff", " \n", "fine"]
+    whole = ["halves \U0001f600 of one", "\ufffd", "marked", "fine"]
+    monkeypatch.setattr(text, "hub_documents", lambda source: iter(texts))
+    with pytest.warns(UserWarning, match="hf:name, document 2: half of"):
+        assert list(documents("hf:name")) == whole
+    with pytest.warns(UserWarning, match="hf:name, document 2: half of"):
+        assert any("\ufffd" in document for document in documents("recall:hf:name"))
+    train, held = tokenize_split(pieces("hf:name"), tokenizer, tmp_path / "pair", heldout_length=4)
+    assert "".join(map(tokenizer.decode, (train.tokens, held.tokens))).count("<|end|>") == 4
+    assert meta_of(tmp_path / "pair" / "heldout")["replaced_characters"] == 1
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_byte_order_marks_are_no_text(tmp_path, suffix):
+    mark = b"\xef\xbb\xbf"
+    path = tmp_path / f"a{suffix}"
+    lines = [b'{"text": "one"}', b'{"text": "two"}', b'{"text": "\\ufeffthree"}']
+    content = b"one" if suffix == ".txt" else b"\r\n".join(mark + line for line in lines)  # files put together
+    path.write_bytes(PACK[path.suffix](content if suffix != ".txt" else mark + content))
+    assert list(documents(str(path))) == (["one"] if suffix == ".txt" else ["one", "two", "three"])
+
+
+def test_hidden_files_of_a_folder_are_left_out(tmp_path):
+    for name in (
+        "a.txt",
+        "._a.txt",
+        ".ipynb_checkpoints/a-checkpoint.txt",
+        "sub/.hidden.md",
+        "sub/b.md",
+        "sub/.c/d.md",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07\xb0" if name.startswith("._") else name.encode())
+    assert list(documents(str(tmp_path))) == ["a.txt", "sub/b.md"]
+    assert list(documents(str(tmp_path / "sub" / ".c"))) == ["sub/.c/d.md"]  # named, so meant
+    assert list(documents(str(tmp_path / "sub" / ".hidden.md"))) == ["sub/.hidden.md"]
+    with pytest.raises(ValueError, match="holds no file"):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "._b.txt").write_bytes(b"\xb0")
+        list(documents(str(tmp_path / "other")))
+
+
+def test_all_frames_of_a_compressed_file_are_read(tmp_path):
+    for suffix in (".gz", ".zst"):
+        path = tmp_path / f"a.jsonl{suffix}"
+        path.write_bytes(b"".join(PACK[suffix](json.dumps({"text": one}).encode() + b"\n") for one in ("one", "two")))
+        assert list(documents(str(path))) == ["one", "two"]
+
+
+@pytest.mark.parametrize("size", [1, 7, 40, 10**6])
+def test_lines_keep_their_numbers_in_blocks_of_any_size(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(text, "PIECE", size)
+    path = tmp_path / "a.jsonl"
+    ends = itertools.cycle(["\n", "\r\n", "\r", "\n\n"])
+    texts = [f"ünïcode\u2028 {number} " * (number % 5 + 1) for number in range(30)]
+    lines = [json.dumps({"text": one}, ensure_ascii=False) + next(ends) for one in texts]
+    path.write_bytes("".join(lines).encode() + b'{"text": 3}')
+    found = documents(str(path))
+    assert list(itertools.islice(found, 30)) == texts
+    with pytest.raises(ValueError, match=rf"line {30 + 7 + 1}: the field"):
+        next(found)
 
 
 def test_wrong_sources_are_named(tmp_path, tokenizer):
@@ -106,6 +194,200 @@ def test_tokens_and_bounds_survive_the_disk(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="damaged"):
         open_tokens(tmp_path / "tokens")
     assert tokenize(["ab"], tokenizer, tmp_path / "tokens").tokens.tolist() == first
+
+
+def meta_of(folder):
+    return json.loads((folder / "meta.json").read_text())
+
+
+def framed_tokenizer(**options):
+    """A tokenizer that puts a token before a text and the end after it, drops the character X, and knows no Y."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "unk_token": "<unk>", "extra_special_tokens": ["<|turn|>"]})
+    backend = tokenizer.backend_tokenizer
+    pairs = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "<|end|>")]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A <|end|>", special_tokens=pairs)
+    backend.normalizer = normalizers.Sequence([normalizers.Replace("X", ""), normalizers.Replace("Y", "<unk>")])
+    names = {"bos_token": "<s>", "eos_token": "<|end|>", "pad_token": "<|end|>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names, **options)
+
+
+def test_a_text_without_tokens_of_its_own_is_no_document(tmp_path):
+    tokenizer = framed_tokenizer()
+    file = tokenize(["ab", "", "\n", "XX", "c<|end|>", "\u3000"], tokenizer, tmp_path / "tokens")
+    assert tokenizer.decode(file.tokens) == "<s>ab<|end|><s>c<|end|><|end|>" and file.bounds.tolist() == [0, 4, 8]
+    with pytest.raises(ValueError, match="no text"):
+        tokenize(["", " ", "X"], tokenizer, tmp_path / "empty")
+
+
+def test_special_tokens_that_a_text_spells_are_counted(tmp_path, tokenizer, capsys):
+    chats = ["<|turn|>hello<|turn|>", "plain", "<s>", "[<unk>] Y Y", "more<|end|>"]
+    tokenizer = framed_tokenizer()
+    file = tokenize(chats, tokenizer, tmp_path / "tokens")
+    found = {"<s>": 1, "<unk>": 1, "<|turn|>": 2, "<|end|>": 1}
+    assert meta_of(tmp_path / "tokens")["special_tokens_in_text"] == found
+    assert (file.tokens == tokenizer.convert_tokens_to_ids("<|turn|>")).sum() == 2  # they stay special tokens
+    said = capsys.readouterr().out
+    assert said.count("stay special tokens") == 1 and "<|turn|> 2" in said
+    tokenize(chats, tokenizer, tmp_path / "first", max_tokens=10)  # only what was written counts
+    assert meta_of(tmp_path / "first")["special_tokens_in_text"] == {"<|turn|>": 2}
+    capsys.readouterr()
+    tokenize(chats, framed_tokenizer(split_special_tokens=True), tmp_path / "split")
+    assert meta_of(tmp_path / "split")["special_tokens_in_text"] == {} and not capsys.readouterr().out
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def plainly(texts, tokenizer, limit, room=None):
+    """Tokens and bounds of one file, or of two, document by document."""
+    parts, skipped = ([], []), 0
+
+    def size(part):
+        return sum(map(len, parts[part]))
+
+    for one in texts:
+        part, full = int(room is not None and held_out(one)), limit is not None and size(0) >= limit
+        skipped = skipped + 1 if full and not part else 0
+        if (size(1) < room) if part else not full:
+            ids = tokenizer(one)["input_ids"]
+            parts[part].append(ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id])
+        full = limit is not None and size(0) >= limit
+        if full and (size(1) >= (room or 0) or skipped >= data.PATIENCE):
+            break
+    return [(list(itertools.chain(*part)), np.cumsum([0, *map(len, part)]).tolist()) for part in parts]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("limit", [None, 1, 5000])
+def test_any_number_of_processes_makes_the_same_file(tmp_path, monkeypatch, processes, limit):
+    monkeypatch.setattr(encoding, "HERE", 1)
+    monkeypatch.setattr(data, "PATIENCE", 40)
+    tokenizer, draw = framed_tokenizer(), random.Random(0)
+    texts = ["".join(draw.choices("ab cXdé<|turn|>", k=draw.choice([1, 9, 90, 3000]))) + "." for _ in range(300)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+    for size in (1, 500, 10**6):
+        monkeypatch.setattr(text, "PIECE", size)
+        folder, options = tmp_path / str(size), {"max_tokens": limit, "processes": processes}
+        expected = plainly(texts, tokenizer, limit)[0]
+        for name, given in (("list", texts), ("file", pieces(str(path)))):
+            file = tokenize(given, tokenizer, folder / name, **options)
+            assert (file.tokens.tolist(), file.bounds.tolist()) == expected
+        for room in (1, 800):
+            pair = tokenize_split(pieces(str(path)), tokenizer, folder / f"{room}", heldout_tokens=room, **options)
+            expected = plainly(texts, tokenizer, limit, room)
+            assert [(file.tokens.tolist(), file.bounds.tolist()) for file in pair] == expected
+        if processes == 1:
+            continue
+        meta = meta_of(folder / "list")
+        assert meta == meta_of(folder / "file") | {"digest": meta["digest"]}
+
+
+def test_a_source_without_more_held_out_text_ends_at_the_same_document(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 300)
+    monkeypatch.setattr(data, "PATIENCE", 7)
+    texts = [f"document {number}" for number in range(2000)]
+    expected = plainly(texts, tokenizer, 100, 10**6)
+    for processes in (1, 2):
+        options = {"max_tokens": 100, "heldout_tokens": 10**6, "processes": processes}
+        pair = tokenize_split(texts, tokenizer, tmp_path / str(processes), **options)
+        assert [(file.tokens.tolist(), file.bounds.tolist()) for file in pair] == expected
+
+
+@pytest.mark.parametrize("source", ["recall", "recall:python-docs"])
+def test_recall_made_in_processes_is_the_same(tmp_path, tokenizer, monkeypatch, source):
+    monkeypatch.setattr(text, "python_docs", lambda: (f"Topic {n}. " + "One. Two! Three? " * n for n in range(60)))
+    monkeypatch.setattr(text, "COUNT", 200)
+    monkeypatch.setattr(text, "PIECE", 1000)
+    monkeypatch.setattr(encoding, "HERE", 1)
+    file = tokenize(pieces(source), tokenizer, tmp_path / "tokens", processes=2)
+    expected = plainly(documents(source), tokenizer, None)[0]
+    assert (file.tokens.tolist(), file.bounds.tolist()) == expected and len(file.bounds) > 100
+
+
+def test_processes_import_neither_torch_nor_the_script(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(encoding, "HERE", 0)
+    asks = Piece(eval, ("[('here', ' '.join(__import__('sys').modules))]",))
+    names = tokenizer.decode(tokenize([asks], tokenizer, tmp_path / "tokens", processes=2).tokens[:-1]).split()
+    assert "deltify.encoding" in names and not {"torch", "transformers", "pytest", "deltify.data"} & {*names}
+
+
+def test_errors_come_as_they_are_and_after_the_documents_before_them(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 200)
+    monkeypatch.setattr(encoding, "HERE", 1)
+    error = OSError("the line is dead")
+
+    def broken():
+        yield from (f"document {number}" for number in range(100))
+        raise error
+
+    with pytest.raises(OSError) as raised:
+        tokenize(broken(), tokenizer, tmp_path / "a", processes=2)
+    assert raised.value is error
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "document"}\n' * 99 + "broken\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 100: 'broken"):
+        tokenize(pieces(str(path)), tokenizer, tmp_path / "b", processes=2)
+    for name, texts in (("c", broken()), ("d", pieces(str(path)))):  # nothing is wrong before it is needed
+        assert len(tokenize(texts, tokenizer, tmp_path / name, max_tokens=99 * 9, processes=2)) >= 99 * 9
+    with pytest.raises(RuntimeError, match="a process that tokenizes ended with status 3"):
+        tokenize(["a" * 300, Piece(exec, ("import os; os._exit(3)",))], tokenizer, tmp_path / "e", processes=2)
+    with pytest.raises(RuntimeError, match="ArithmeticError: "):  # one that cannot be sent
+        code = "raise type('Local', (ArithmeticError,), {'__name__': 'ArithmeticError'})('odd')"
+        tokenize(["a" * 300, Piece(exec, (code.replace("Local", "ArithmeticError"),))], tokenizer, tmp_path / "f")
+    assert not any((tmp_path / name).exists() for name in "abef")
+
+
+def test_an_interrupt_ends_the_processes(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 200)
+    monkeypatch.setattr(encoding, "HERE", 0)
+    started = []
+    monkeypatch.setattr(encoding.Processes, "__enter__", lambda self: started.append(self) or self)
+
+    def interrupted():
+        yield from (f"document {number}" for number in range(1000))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(interrupted(), tokenizer, tmp_path / "tokens", processes=2)
+    assert [process.poll() is not None for process in started[0].all] == [True, True]
+
+
+def test_tokenizers_that_work_in_python_do(tmp_path):
+    class Loud(PreTrainedTokenizerFast):
+        def _encode_plus(self, text, *args, **options):
+            return super()._encode_plus(text.upper() if isinstance(text, str) else text, *args, **options)
+
+    texts = [f"document {number}" for number in range(100)]
+    byte = byte_tokenizer()
+    loud = Loud(tokenizer_object=byte.backend_tokenizer, eos_token="<|end|>")
+    for name, tokenizer in (("loud", loud), ("slow", ByT5Tokenizer())):
+        file = tokenize(texts, tokenizer, tmp_path / name, processes=2)
+        assert (file.tokens.tolist(), file.bounds.tolist()) == plainly(texts, tokenizer, None)[0]
+    assert byte.decode(tokenize(texts, loud, tmp_path / "loud").tokens).startswith("DOCUMENT 0<|end|>")
+    slow = ByT5Tokenizer()
+    slow.add_tokens(["new"])
+    with pytest.raises(ValueError, match="another tokenizer"):
+        tokenize(texts, slow, tmp_path / "slow")
+
+
+def test_padding_and_truncation_of_earlier_calls_are_not_kept(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)
+    file = tokenize(["a", "abc"], tokenizer, tmp_path / "tokens")
+    assert tokenizer.decode(file.tokens) == "a<|end|>abc<|end|>"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_on_a_terminal_alone(tmp_path, tokenizer, monkeypatch, terminal):
+    shown = StringIO()
+    monkeypatch.setattr(data, "console", Console(file=shown, force_terminal=terminal, width=120))
+    path = tmp_path / "a.txt"
+    path.write_text("some text " * 200_000)
+    tokenize(pieces(str(path)), tokenizer, tmp_path / "tokens", origin=origin_of(str(path)))
+    assert ("tokenize a.txt" in shown.getvalue() and "2 MB, " in shown.getvalue()) is terminal
+    assert (shown.getvalue() == "") is not terminal
 
 
 def test_another_tokenizer_is_refused(tmp_path, tokenizer):
@@ -285,7 +567,7 @@ def test_recall_is_scattered_over_all_of_another_text_that_is_not_held_out(tmp_p
 
 
 def test_recall_documents_of_texts_that_begin_alike_tell_different_facts():
-    texts = list(scattered_documents(["Copyright 2020. All rights reserved.\n"] * 50))
+    texts = list(scattered_documents(scattered_outlines(["Copyright 2020. All rights reserved.\n"] * 50)))
     told = {text_.replace("Copyright 2020.", "").replace("All rights reserved.", "") for text_ in texts}
     assert len(texts) == len(told) == 50 and all("Copyright" in text_ for text_ in texts)
 

@@ -8,22 +8,29 @@ Legend: B batch, T tokens of a row.
 
 import hashlib
 import json
+import math
+import time
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from . import recall
 from .config import DataSpec
+from .encoding import encode_all
 from .files import digest, make_once
-from .text import BUILT_IN, documents, held_out, scattered_over, text_files
+from .metrics import console
+from .text import BUILT_IN, REPAIRED, Piece, pieces, scattered_over, text_files
 
 HELDOUT_TOKENS = 2**16  # held out of a source even if fewer are asked for, so that most recipes share its token files
 PATIENCE = 1000  # documents in a row without a held-out one (chance 5e-23), after which a source must repeat itself
@@ -45,7 +52,7 @@ class TokenFile:
 
 
 class TokenWriter:
-    """A token file that grows document by document; after `finish`, `open_tokens` reads it."""
+    """A token file that grows by documents; after `finish`, `open_tokens` reads it."""
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase):
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,16 +64,11 @@ class TokenWriter:
     def __len__(self) -> int:
         return self.bounds[-1]
 
-    def add(self, text: str) -> None:
-        """Appends a document, ended by the end-of-sequence token; an empty one is left out."""
-        ids = self.tokenizer(text, verbose=False)["input_ids"]
-        if not ids:
-            return
-        end = self.tokenizer.eos_token_id
-        if end is not None and ids[-1] != end:
-            ids.append(end)
-        self.out.write(np.asarray(ids, self.dtype).tobytes())
-        self.bounds.append(len(self) + len(ids))
+    def extend(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents of these lengths; those without tokens are left out."""
+        self.out.write(tokens.tobytes())
+        ends = len(self) + np.cumsum(lengths[lengths > 0])
+        self.bounds.frombytes(ends.astype(np.int64).tobytes())
 
     def move(self, cut: int, to: "TokenWriter") -> None:
         """Moves the tokens from `cut` on to the end of another file; a document cut in two becomes two."""
@@ -87,21 +89,27 @@ class TokenWriter:
 
 
 def tokenize(
-    texts: Iterable[str],
+    texts: Iterable[str | Piece],
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
     max_tokens: int | None = None,
     origin: dict | None = None,
+    processes: int | None = None,
 ) -> TokenFile:
     """Writes the token file `folder` from texts, each ended by the end-of-sequence token, and opens it.
 
     A folder appears only when complete. One made from the same tokenizer and files is opened as it is; `folder` should
     therefore name the text it holds.
 
+    Special tokens that a text spells become those tokens, as people train on rendered chats. meta.json counts them in
+    `special_tokens_in_text`, and replaced characters (`text.documents`) in `replaced_characters`.
+
     Args:
-        max_tokens: the file ends with the document that reaches them.
-        origin: where the texts are from (`origin_of`), kept in meta.json.
+        texts: Texts, or the pieces of a source (`text.pieces`), which is faster.
+        max_tokens: The file ends with the document that reaches them.
+        origin: Where the texts are from (`origin_of`), kept in meta.json.
+        processes: Number of processes that tokenize. Defaults to the number of cores. The file is the same for any.
 
     Raises:
         ValueError: if there is no text, or the folder was made with another tokenizer or from files that changed since.
@@ -110,13 +118,11 @@ def tokenize(
 
     def make(unfinished: Path) -> None:
         writer = TokenWriter(unfinished, tokenizer)
-        for text in texts:
-            writer.add(text)
-            if max_tokens is not None and len(writer) >= max_tokens:
-                break
+        name = origin.get("source", folder.name)
+        found = write_documents(texts, writer, None, max_tokens, 0, name, processes)
         if not len(writer):
             raise ValueError(f"there is no text for {folder.name!r}: every document is empty, or there is none")
-        writer.finish(origin | {"max_tokens": max_tokens, "split": "all"})
+        writer.finish(origin | {"max_tokens": max_tokens, "split": "all"} | found)
 
     tokens = make_once(folder, make, open_tokens)
     check_made_from(folder, folder, tokenizer, origin)
@@ -124,7 +130,7 @@ def tokenize(
 
 
 def tokenize_split(
-    texts: Iterable[str],
+    texts: Iterable[str | Piece],
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
@@ -132,12 +138,14 @@ def tokenize_split(
     heldout_tokens: int = HELDOUT_TOKENS,
     heldout_length: int = 1,
     origin: dict | None = None,
+    processes: int | None = None,
 ) -> tuple[TokenFile, TokenFile]:
     """The token files `folder`/train and `folder`/heldout, written as `tokenize` does, in one pass over the texts.
 
     Reading ends when training has `max_tokens` and `heldout_tokens` are held out; what either has no room for is left
     out. Where the documents are so few that one side has none of them, or `heldout_length` tokens are not held out, a
-    twentieth of the tokens is held out instead, or `heldout_length` if that is more.
+    twentieth of the tokens is held out instead, or `heldout_length` if that is more. Both meta.json count what was
+    found in the documents of both.
 
     Raises:
         ValueError: as `tokenize` does, or if there is too little text to hold some out.
@@ -146,21 +154,10 @@ def tokenize_split(
 
     def make(unfinished: Path) -> None:
         train, held = (TokenWriter(unfinished / part, tokenizer) for part in parts)
-        full, skipped = False, 0
-        for text in texts:
-            if held_out(text):
-                skipped = 0
-                if len(held) < heldout_tokens:
-                    held.add(text)
-            elif full:
-                skipped += 1
-            else:
-                train.add(text)
-                full = max_tokens is not None and len(train) >= max_tokens
-            if full and (len(held) >= heldout_tokens or skipped >= PATIENCE):
-                break
+        name = origin.get("source", folder.name)
+        found = write_documents(texts, train, held, max_tokens, heldout_tokens, name, processes)
         if not len(train) or len(held) < heldout_length:
-            name, total = origin.get("source", folder.name), len(train) + len(held)
+            total = len(train) + len(held)
             if not total:
                 raise ValueError(f"there is no text in {name!r}: every document is empty, or there is none")
             share = max(total // 20, heldout_length)
@@ -174,12 +171,104 @@ def tokenize_split(
             else:
                 held.move(share, train)
         for writer in (train, held):
-            writer.finish(origin | {"max_tokens": max_tokens, "split": writer.folder.name})
+            writer.finish(origin | {"max_tokens": max_tokens, "split": writer.folder.name} | found)
 
     train, heldout = make_once(folder, make, lambda whole: [open_tokens(whole / part) for part in parts])
     for part in parts:
         check_made_from(folder / part, folder, tokenizer, origin)
     return train, heldout
+
+
+def write_documents(
+    texts: Iterable[str | Piece],
+    train: TokenWriter,
+    held: TokenWriter | None,
+    max_tokens: int | None,
+    heldout_tokens: int,
+    name: str,
+    processes: int | None,
+) -> dict:
+    """Tokenize texts to one file, or to two, until training has `max_tokens` and `heldout_tokens` are held out.
+
+    Returns:
+        What meta.json says of the documents that were written: special_tokens_in_text, replaced_characters.
+    """
+    judged = train if held is None else held  # without a second file, no document is for it
+    special, replaced, first, skipped = Counter(), 0, "", 0
+
+    def wanted() -> tuple[bool, bool]:
+        return max_tokens is None or len(train) < max_tokens, len(judged) < heldout_tokens
+
+    options = {"split": held is not None, "wanted": wanted, "processes": processes}
+    parts = encode_all(texts, train.tokenizer, train.dtype.name, **options)
+    with closing(parts), tokenize_bar(name, max_tokens) as show:
+        for part in parts:
+            trains = np.where(part.held, 0, part.lengths)
+            judges = part.lengths - trains
+            room = before_limit(trains, len(train), max_tokens)
+            skips = run_lengths(~room & ~part.held, skipped)
+            ends = np.flatnonzero(skips >= PATIENCE)[:1]
+            skipped = int(skips[-1]) if len(skips) else skipped
+            kept = np.where(part.held, before_limit(judges, len(judged), heldout_tokens), room)
+            for end in ends:
+                kept[end + 1 :] = False
+            here, there = trains[kept], judges[kept]
+            train.extend(part.tokens[: here.sum()], here)
+            if held is not None:
+                held.extend(part.tokens[trains.sum() :][: there.sum()], there)
+            special.update(part.spelled[kept[part.spelled[:, 0]], 1].tolist())
+            for document, count, place in part.repaired:
+                if kept[document]:
+                    replaced, first = replaced + count, first or place
+            show(part.size, len(train), part.done)
+            if not wanted()[0] and (not wanted()[1] or len(ends)):
+                break
+            if part.error is not None:
+                raise part.error
+    names = train.tokenizer.convert_ids_to_tokens(sorted(special))
+    found = {token: special[i] for token, i in zip(names, sorted(special))}
+    if replaced:
+        say(f"{name}: {REPAIRED}; {replaced:,} were, the first in {first}")
+    if found:
+        counts = ", ".join(f"{token} {count:,}" for token, count in found.items())
+        say(f"{name}: the text spells special tokens, which stay special tokens: {counts}")
+    return {"special_tokens_in_text": found, "replaced_characters": replaced}
+
+
+def before_limit(lengths: np.ndarray, tokens: int, limit: int | None) -> np.ndarray:
+    """Tell of each document whether it begins before a file with `tokens` tokens so far has reached its limit."""
+    return tokens + np.cumsum(lengths) - lengths < (math.inf if limit is None else limit)
+
+
+def run_lengths(flags: np.ndarray, before: int) -> np.ndarray:
+    """Return how many flags in a row are set up to each, with `before` ahead of the first."""
+    index = np.arange(len(flags))
+    last = np.maximum.accumulate(np.where(flags, -1 - before, index))
+    return index - last
+
+
+def say(line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def tokenize_bar(name: str, max_tokens: int | None) -> Iterator[Callable[[int, int, float | None], None]]:
+    """Show megabytes of text, their rate and the time left, where the whole is known; silent without a terminal."""
+    shown = "tokenize {task.description}  {task.fields[size]:,.0f} MB, {task.fields[speed]:,.1f} MB/s"
+    columns = (TextColumn(shown, markup=False), BarColumn(), TimeRemainingColumn())
+    size, started = 0, time.perf_counter()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name.rpartition("/")[2], total=None, size=0.0, speed=0.0)
+
+        def show(more: int, tokens: int, done: float | None) -> None:
+            nonlocal size
+            size += more
+            parts = [part for part in (done, tokens / max_tokens if max_tokens else None) if part is not None]
+            speed = size / 1e6 / (time.perf_counter() - started)
+            known = {"total": 1.0, "completed": min(1.0, max(parts))} if parts else {}
+            bar.update(task, size=size / 1e6, speed=speed, **known)
+
+        yield show
 
 
 def check_made_from(folder: Path, whole: Path, tokenizer: PreTrainedTokenizerBase, origin: dict) -> None:
@@ -216,8 +305,15 @@ def digest_of(folder: Path) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash that differs whenever two tokenizers give a text different ids."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+    """Return a hash that differs whenever two tokenizers give a text different ids.
+
+    Of a tokenizer that works in Python it covers class, vocabulary and special tokens; its rules are code.
+    """
+    if tokenizer.is_fast:
+        rules = tokenizer.backend_tokenizer.to_str()
+    else:
+        rules = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map], default=str)
+    return hashlib.sha256(rules.encode()).hexdigest()[:16]
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
@@ -252,17 +348,17 @@ def open_data(
         name, limits = short_name(origin["source"]), {"max_tokens": spec.max_tokens, "origin": origin}
         if spec.heldout is None and not scattered_over(source):
             limits |= {"heldout_tokens": room, "heldout_length": heldout_length}
-            pair = tokenize_split(documents(source), tokenizer, folder / f"{name}-split{room}", **limits)
+            pair = tokenize_split(pieces(source), tokenizer, folder / f"{name}-split{room}", **limits)
             train.append(pair[0])
             held.append(pair[1])
         else:
-            train.append(tokenize(documents(source), tokenizer, folder / f"{name}-all", **limits))
+            train.append(tokenize(pieces(source), tokenizer, folder / f"{name}-all", **limits))
     if spec.heldout is None and not held:
         raise ValueError(f"nothing is held out of {', '.join(spec.train)}; give data.heldout, a text that judges")
     if spec.heldout is not None:
         origin = origin_of(spec.heldout)
         here = folder / f"{short_name(origin['source'])}-first{room}"
-        held = [tokenize(documents(spec.heldout), tokenizer, here, max_tokens=room, origin=origin)]
+        held = [tokenize(pieces(spec.heldout), tokenizer, here, max_tokens=room, origin=origin)]
     return train, held
 
 

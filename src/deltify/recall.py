@@ -65,28 +65,45 @@ def name(random: random.Random) -> str:
     return "".join(random.choice(SYLLABLES) for _ in range(random.choice((2, 2, 3)))).capitalize()
 
 
-def recall_documents(seed: int = 0) -> Iterator[str]:
-    """`COUNT` documents of 4 to 93 facts, each asked for once or twice behind them, in another order; the same on any
-    machine."""
-    for number in range(COUNT):
+def recall_documents(first: int = 0, last: int = COUNT, seed: int = 0) -> Iterator[str]:
+    """Yield documents `first` to `last` of `COUNT`, the same on any machine.
+
+    Each tells 4 to 93 facts and then asks for each of them once or twice, in another order.
+    """
+    for number in range(first, min(last, COUNT)):
         yield recall_document(random.Random(f"{seed}:{number}"))
 
 
-def scattered_documents(passages: Iterable[str], seed: int = 0) -> Iterator[str]:
-    """All sentences of each passage in their order, some of them twice, with facts and questions between them, cut
-    anew into documents.
+def scattered_outlines(passages: Iterable[str], seed: int = 0) -> Iterator[tuple[int, list[str]]]:
+    """Yield number and sentences of the documents that passages are cut into: all sentences of each, in their order.
 
     The documents have 4 to 256 sentences, fewer at the end of a passage, and each doubling of that length gets as many
-    of the sentences as the next: whoever reads shorter rows finds questions whose answers were cut off. What is told
-    depends on a document's number and on the sentence that begins it, so that no two documents or texts tell the same.
+    of the sentences as the next: whoever reads shorter rows finds questions whose answers were cut off.
     """
     numbers = count()
     for passage in passages:
         sentences = (sentence for sentence in SENTENCE_END.split(passage) if sentence)
         for first in sentences:
-            generator = random.Random(f"{seed}:{next(numbers)}:{first}")
-            size = int(1 / (1 / SHORTEST - generator.random() * (1 / SHORTEST - 1 / LONGEST)))
-            yield scattered_document(generator, [first, *islice(sentences, size - 1)])
+            number = next(numbers)
+            _, size = opening(number, first, seed)
+            yield number, [first, *islice(sentences, size - 1)]
+
+
+def scattered_documents(outlines: Iterable[tuple[int, list[str]]], seed: int = 0) -> Iterator[str]:
+    """Yield the documents of outlines: their sentences, some of them twice, with facts and questions between them.
+
+    What is told depends on a document's number and on the sentence that begins it, so that no two documents or texts
+    tell the same.
+    """
+    for number, sentences in outlines:
+        generator, _ = opening(number, sentences[0], seed)
+        yield scattered_document(generator, sentences)
+
+
+def opening(number: int, first: str, seed: int) -> tuple[random.Random, int]:
+    """Return the random numbers of a scattered document, and how many sentences it has room for."""
+    generator = random.Random(f"{seed}:{number}:{first}")
+    return generator, int(1 / (1 / SHORTEST - generator.random() * (1 / SHORTEST - 1 / LONGEST)))
 
 
 def recall_document(random: random.Random) -> str:

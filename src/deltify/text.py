@@ -1,43 +1,146 @@
-"""Text as documents: files, folders, what every machine has, and datasets of the hub."""
+"""Text as documents: files, folders, what every machine has, and datasets of the hub.
+
+A source comes in pieces: what takes time to make, lines of a file or synthetic text, may be made in another process
+(`encoding.py`). `documents` makes them here. So this module imports nothing heavy.
+"""
 
 import gzip
 import hashlib
 import importlib
-import io
 import json
 import pkgutil
+import re
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from typing import IO
 
-from .recall import RECALL, recall_documents, scattered_documents
+from .recall import COUNT, RECALL, recall_documents, scattered_documents, scattered_outlines
 
 PYTHON_DOCS = "python-docs"
 BUILT_IN = (PYTHON_DOCS, RECALL)
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+PIECE = 2**19  # characters or bytes, about: a tenth of a second of a tokenizer's work
+REPAIRED = "half of a surrogate pair is no character and is read as U+FFFD"
+BYTE_ORDER_MARK = "\ufeff"
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a source. `make(*args)` gives its texts, each after the place that it is from."""
+
+    make: Callable[..., Iterable[tuple[str, str]]]  # a function of a module, which another process can import
+    args: tuple
+    done: float | None = None  # part of the source that has been read with this piece, if the whole is known
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text that can be encoded and is not blank."""
+
+    text: str
+    place: str  # file and line, or what names it in another source
+    repaired: int = 0  # characters that were replaced
 
 
 def documents(source: str) -> Iterator[str]:
-    """The documents of a source, in a fixed order.
+    """Yield the documents of a source, in a fixed order.
 
     Args:
-        source: a text file (one document), a .jsonl[.gz|.zst] file (the field `text` of each line), a folder of such
+        source: A text file (one document), a .jsonl[.gz|.zst] file (the field `text` of each line), a folder of such
             files, `python-docs` (CPython's own manual topics and the standard library's docstrings, 1.7 MB that every
             machine has), `recall` (synthetic documents that ask for what they said before, see recall.py),
             `recall:SOURCE` (such text scattered over another source, but for its documents that are held out), or
-            `hf:NAME[:CONFIG][:SPLIT]`, a dataset of the Hugging Face hub, streamed.
+            `hf:NAME[:CONFIG][:SPLIT]`, a dataset of the Hugging Face hub, streamed. In a folder, hidden files and
+            folders (`._x.txt`, `.ipynb_checkpoints`) are left out.
+
+    Of every text, a byte-order mark at its beginning is dropped, and characters that UTF-8 cannot hold are replaced by
+    U+FFFD: halves of surrogate pairs, as an emoji that was cut leaves in JSON. A warning names the first of these.
+    Blank texts are left out.
     """
+    for text, _ in documents_so_far(source):
+        yield text
+
+
+def documents_so_far(source: str) -> Iterator[tuple[str, float | None]]:
+    """Yield the documents of a source, each with the part of the source that has been read, if the whole is known."""
+    warned, number = False, count(1)
+    for piece in pieces(source):
+        texts = piece.make(*piece.args) if isinstance(piece, Piece) else [(f"{source}, document {next(number)}", piece)]
+        for document in cleaned(texts):
+            if document.repaired and not warned:
+                warned = True
+                warnings.warn(f"{document.place}: {REPAIRED}; so are others of this source", stacklevel=3)
+            yield document.text, piece.done if isinstance(piece, Piece) else None
+
+
+def cleaned(texts: Iterable[tuple[str, str]]) -> Iterator[Document]:
+    """Yield every text that is not blank, without a byte-order mark, repaired; texts come after their places."""
+    for place, text in texts:
+        text, repaired = repair(text.removeprefix(BYTE_ORDER_MARK))
+        if text and not text.isspace():
+            yield Document(text, place, repaired)
+
+
+def repair(text: str) -> tuple[str, int]:
+    """Return a text that can be encoded, and how many halves of surrogate pairs became U+FFFD; pairs are joined."""
+    try:
+        text.encode()
+        return text, 0
+    except UnicodeEncodeError:
+        joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+        return SURROGATE.subn("\ufffd", joined)
+
+
+def pieces(source: str) -> Iterator[str | Piece]:
+    """Yield a source's pieces, or its texts where these come from elsewhere, as they are; `documents` has the rest."""
     if source == PYTHON_DOCS:
         yield from python_docs()
     elif source == RECALL:
-        yield from recall_documents()
+        for first in range(0, COUNT, 100):
+            yield Piece(recall_texts, (first, first + 100), min(1.0, (first + 100) / COUNT))
     elif inner := scattered_over(source):
-        yield from scattered_documents(text for text in documents(inner) if not held_out(text))
+        yield from scattered_pieces(inner)
     elif source.startswith("hf:"):
         yield from hub_documents(source)
     else:
-        for file in text_files(source):
-            yield from file_documents(file)
+        yield from file_pieces(text_files(source))
+
+
+def recall_texts(first: int, last: int) -> Iterator[tuple[str, str]]:
+    for number, text in enumerate(recall_documents(first, last), first + 1):
+        yield f"{RECALL}, document {number}", text
+
+
+def scattered_pieces(source: str) -> Iterator[Piece]:
+    """Yield the pieces of `recall:SOURCE`; what is done here is to choose the sentences of each document."""
+    done = None
+
+    def passages() -> Iterator[str]:
+        nonlocal done
+        for text, read in documents_so_far(source):
+            done = read
+            if not held_out(text):
+                yield text
+
+    outlines, size = [], 0
+    for outline in scattered_outlines(passages()):
+        outlines.append(outline)
+        size += sum(map(len, outline[1]))
+        if size > PIECE:
+            yield Piece(scattered_texts, (source, outlines), done)
+            outlines, size = [], 0
+    if outlines:
+        yield Piece(scattered_texts, (source, outlines), done)
+
+
+def scattered_texts(source: str, outlines: list[tuple[int, list[str]]]) -> Iterator[tuple[str, str]]:
+    for (number, _), text in zip(outlines, scattered_documents(outlines)):
+        yield f"{RECALL}:{source}, document {number + 1}", text
 
 
 def scattered_over(source: str) -> str | None:
@@ -46,11 +149,11 @@ def scattered_over(source: str) -> str | None:
 
 
 def text_files(source: str) -> list[Path]:
-    """The files of a source that is a path, in order; in a folder, those of other kinds are left out.
+    """Return the files of a source that is a path, in order; of a folder, no hidden ones nor those of other kinds.
 
     Raises:
-        FileNotFoundError: if there is nothing.
-        ValueError: for a file of an unknown kind, or a folder without any of a known one.
+        FileNotFoundError: If there is nothing.
+        ValueError: If a file is of an unknown kind, or a folder has none of a known one.
     """
     path, known = Path(source).expanduser(), ", ".join(TEXT_SUFFIXES)
     if not path.exists():
@@ -60,43 +163,83 @@ def text_files(source: str) -> list[Path]:
         )
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in files if file.name.endswith(TEXT_SUFFIXES) and file.is_file()]
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     if not files:
         what = "holds no file that is read as text" if path.is_dir() else "is not a kind of file that is read as text"
         raise ValueError(f"{source!r} {what}; known are {known}")
     return files
 
 
-def file_documents(path: Path) -> Iterator[str]:
-    try:
+def file_pieces(files: list[Path]) -> Iterator[Piece]:
+    """Yield the pieces of text files: whole ones, or some lines of one with JSON lines."""
+    sizes = [path.stat().st_size for path in files]
+    total, before = max(1, sum(sizes)), 0
+    for path, size in zip(files, sizes):
         if path.suffix in (".txt", ".md"):
-            yield path.read_text(encoding="utf-8")
-            return
-        with open_text(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield text_of_line(line, f"{path}, line {number}")
+            yield Piece(whole_text, (str(path),), (before + size) / total)
+        else:
+            first = 1
+            with path.open("rb") as file:
+                for lines in line_blocks(unpacked(file, path.suffix)):
+                    yield Piece(texts_of_lines, (str(path), first, lines), (before + file.tell()) / total)
+                    first += lines.count(b"\n") if b"\r" not in lines else len(lines.splitlines())
+        before += size
+
+
+def unpacked(file: IO[bytes], suffix: str) -> IO[bytes] | gzip.GzipFile:
+    if suffix == ".gz":
+        return gzip.open(file)
+    if suffix == ".zst":
+        import zstandard
+
+        return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+    return file
+
+
+def line_blocks(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
+    """Yield a file's bytes in blocks of whole lines."""
+    parts = []
+    while block := file.read(PIECE):
+        end = block.rfind(b"\n") + 1
+        if end:
+            yield b"".join([*parts, block[:end]])
+            parts = []
+        parts.append(block[end:])
+    if any(parts):
+        yield b"".join(parts)
+
+
+def whole_text(path: str) -> Iterator[tuple[str, str]]:
+    try:
+        yield path, Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}); convert it, for example with iconv") from error
+        raise not_utf8(path, error) from error
 
 
-def text_of_line(line: str, where: str) -> str:
+def texts_of_lines(path: str, first: int, lines: bytes) -> Iterator[tuple[str, str]]:
+    """Yield the field `text` of JSON lines, the first of which has the number `first` in its file."""
+    for number, line in enumerate(lines.splitlines(), first):
+        place = f"{path}, line {number}"
+        try:
+            line = line.decode().removeprefix(BYTE_ORDER_MARK)
+        except UnicodeDecodeError as error:
+            raise not_utf8(path, error, f", line {number}") from error
+        if line.strip():
+            yield place, text_of_line(line, place)
+
+
+def not_utf8(path: str, error: UnicodeDecodeError, where: str = "") -> ValueError:
+    return ValueError(f"{path} is not UTF-8 ({error}{where}); convert it, for example with iconv")
+
+
+def text_of_line(line: str, place: str) -> str:
     try:
         text = json.loads(line)["text"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{where}: {line[:60]!r} is not a JSON object with a field 'text'") from error
+        raise ValueError(f"{place}: {line[:60]!r} is not a JSON object with a field 'text'") from error
     if not isinstance(text, str):
-        raise ValueError(f"{where}: the field 'text' is {json.dumps(text)[:60]}, not a string; remove the line")
+        raise ValueError(f"{place}: the field 'text' is {json.dumps(text)[:60]}, not a string; remove the line")
     return text
-
-
-def open_text(path: Path) -> io.TextIOBase:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.suffix == ".zst":
-        import zstandard
-
-        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(path.open("rb")), encoding="utf-8")
-    return path.open(encoding="utf-8")
 
 
 def python_docs() -> Iterator[str]:
@@ -149,5 +292,5 @@ def hub_documents(source: str) -> Iterator[str]:
 
 
 def held_out(text: str, every: int = 20) -> bool:
-    """Whether a document judges instead of training: one in `every`, by the hash of its text, on any machine."""
+    """Tell whether a document judges instead of training: one in `every`, by the hash of its text, on any machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) % every == 0
