@@ -18,7 +18,7 @@ import pytest
 import torch
 import zstandard
 from rich.console import Console
-from tokenizers import normalizers, processors
+from tokenizers import Tokenizer, normalizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from deltify import data, encoding, text
@@ -33,6 +33,7 @@ from deltify.data import (
     origin_of,
     tokenize,
     tokenize_split,
+    tokenizer_fingerprint,
     window,
 )
 from deltify.recall import BREAKS, recall_document, scattered_documents, scattered_outlines
@@ -388,6 +389,24 @@ def test_progress_shows_on_a_terminal_alone(tmp_path, tokenizer, monkeypatch, te
     tokenize(pieces(str(path)), tokenizer, tmp_path / "tokens", origin=origin_of(str(path)))
     assert ("tokenize a.txt" in shown.getvalue() and "2 MB, " in shown.getvalue()) is terminal
     assert (shown.getvalue() == "") is not terminal
+
+
+def test_a_tokenizer_is_the_same_after_a_call_that_pads_and_another_with_another_end(tokenizer):
+    mine = tokenizer_fingerprint(tokenizer)
+    tokenizer(["ab", "abc"], padding=True, truncation=True, max_length=9)
+    assert tokenizer_fingerprint(tokenizer) == mine
+    other = byte_tokenizer()
+    other.eos_token = "a"
+    assert tokenizer_fingerprint(other) != mine
+
+
+def test_ids_beyond_16_bits_are_kept_however_few_tokens_there_are(tmp_path):
+    other = byte_tokenizer()
+    state = json.loads(other.backend_tokenizer.to_str())
+    state["model"]["vocab"]["b"] = 70_000
+    far = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|end|>")
+    file = tokenize(["ab"], far, tmp_path / "tokens")
+    assert file.tokens.tolist() == [*far("a")["input_ids"], 70_000, far.eos_token_id]
 
 
 def test_another_tokenizer_is_refused(tmp_path, tokenizer):

@@ -57,7 +57,8 @@ class TokenWriter:
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.tokenizer = folder, tokenizer
-        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        largest = max(tokenizer.get_vocab().values(), default=0)  # some numbers may have no token
+        self.dtype = np.dtype(np.uint16 if largest < 2**16 else np.uint32)
         self.bounds = array("q", [0])
         self.out = (folder / "tokens.bin").open("wb")
 
@@ -305,15 +306,17 @@ def digest_of(folder: Path) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash that differs whenever two tokenizers give a text different ids.
+    """Return a hash that differs whenever two tokenizers give a document different ids, its end included.
 
     Of a tokenizer that works in Python it covers class, vocabulary and special tokens; its rules are code.
     """
     if tokenizer.is_fast:
-        rules = tokenizer.backend_tokenizer.to_str()
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules |= {"padding": None, "truncation": None}  # those of the last call
     else:
-        rules = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map], default=str)
-    return hashlib.sha256(rules.encode()).hexdigest()[:16]
+        rules = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map]
+    facts = json.dumps([rules, tokenizer.eos_token_id], default=str)
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
