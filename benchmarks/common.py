@@ -69,8 +69,10 @@ def row(case: str, metric: str, ours: float, peer: float | None, peer_name: str,
 
 
 def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+
+
+def processor_name() -> str:
     model = (
         [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         if Path("/proc/cpuinfo").exists()
@@ -80,17 +82,17 @@ def device_name() -> str:
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
-def write(name: str, rows: list[dict]) -> None:
-    """Prints the rows and keeps them in results/NAME.json."""
-    keep(name, rows)
-    print(f"{device_name()}, torch {torch.__version__}")
+def write(name: str, rows: list[dict], device: str | None = None) -> None:
+    """Print the rows and keep them in results/NAME.json; `device` is the GPU, or the processor, by default."""
+    keep(name, rows, device)
+    print(f"{device or device_name()}, torch {torch.__version__}")
     print(f"{'case':40} {'metric':15} {'ours':>10} {'peer':>10} {'ratio':>7}  peer")
     for r in rows:
         peer, ratio = ("-" if r[key] is None else f"{r[key]:.3g}" for key in ("peer", "ratio"))
         print(f"{r['case']:40} {r['metric']:15} {r['ours']:10.4g} {peer:>10} {ratio:>7}  {r['peer_name']}")
 
 
-def keep(name: str, rows: list[dict]) -> None:
+def keep(name: str, rows: list[dict], device: str | None = None) -> None:
     """Puts rows into results/NAME.json, in place of those of the same case, metric, peer and device; long benchmarks do
     so after each case. What was measured on another device or at another commit says so in its row."""
     try:
@@ -101,7 +103,7 @@ def keep(name: str, rows: list[dict]) -> None:
     for package in ("torch", "transformers", "triton", "fla-core"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    here = {"device": device_name(), "versions": versions, "commit": commit}
+    here = {"device": device or device_name(), "versions": versions, "commit": commit}
     path = RESULTS / f"{name}.json"
     before = json.loads(path.read_text()) if path.exists() else here | {"rows": []}
     path.parent.mkdir(exist_ok=True)

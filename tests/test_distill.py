@@ -283,8 +283,8 @@ def test_tokens_that_changed_since_the_start_are_refused(tmp_path, whole):
     with pytest.raises(ValueError, match=r"the tokens of .*text\.txt are not those that .*tiny began with"):
         distill(recipe, resume=True)
     (tokens,) = (tmp_path / "data").rglob("*-all*/tokens.bin")
-    flip(tokens, 100)
-    with pytest.raises(ValueError, match=r"is damaged: its checksum is not the one that was written; delete it"):
+    flip(tokens, 100)  # a broken token file is made anew, of the text that is there
+    with pytest.raises(ValueError, match=r"the tokens of .*text\.txt are not those that .*tiny began with"):
         distill(recipe, resume=True)
     shutil.rmtree(tmp_path / "data")
     text.write_text("A short text. " * 200)

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from .metrics import console
 from .vocabulary import fit_tokenizer, set_beginning
@@ -308,7 +308,8 @@ def read_tokenizer(model: GgufModel):
         ValueError: If the file does not say how text is split, or names a way that is not known.
     """
     first = parts_of(model.path)[0]
-    tokenizer = AutoTokenizer.from_pretrained(str(first.parent), gguf_file=first.name)
+    # AutoTokenizer would read the whole file once more, for a configuration
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(first.parent), gguf_file=first.name)
     begins, backend = True, tokenizer.backend_tokenizer  # sentencepiece vocabularies begin texts
     if model.key("tokenizer.ggml.model") == "gpt2":
         name = model.key("tokenizer.ggml.pre")
