@@ -22,11 +22,11 @@ from deltify.config import STAGES, Recipe, read_recipe
 from deltify.convert import sliding_control
 from deltify.curves import COLORS, open_figure, save
 from deltify.data import open_data
+from deltify.devices import pick_device
 from deltify.distill import distill, open_teacher
-from deltify.generate import model_folder
+from deltify.folders import model_folder
 from deltify.longcontext import by_position, device_name, equal_window
 from deltify.metrics import read_stages
-from deltify.runs import pick_device
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results" / "recipe.json"

@@ -45,7 +45,7 @@ def train(folder: Path) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from deltify import distill
-    from deltify.metrics import console
+    from deltify.console import console
 
     torch.set_num_threads(1)
     console.quiet = True

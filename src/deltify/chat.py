@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from .generate import model_folder
+from .folders import model_folder
 from .model.modeling import DeltifyCache
 
 

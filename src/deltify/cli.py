@@ -236,22 +236,22 @@ def run_report(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def run_generate(options: argparse.Namespace, _: list[str]) -> None:
+    from .devices import pick_device
     from .generate import generate
-    from .runs import pick_device
 
     settings = {k: v for k, v in vars(options).items() if k not in ("command", "model", "prompt", "device")}
     generate(options.model, options.prompt, device=str(pick_device(options.device)), **settings)
 
 
 def run_read(options: argparse.Namespace, _: list[str]) -> None:
+    from .devices import pick_device
     from .generate import read_file
-    from .runs import pick_device
 
     read_file(options.model, options.text, options.output, device=str(pick_device(options.device)))
 
 
 def run_export(options: argparse.Namespace, _: list[str]) -> None:
-    from .generate import model_folder
+    from .folders import model_folder
     from .layouts import export
 
     export(model_folder(options.model), options.layout, options.output)
@@ -264,7 +264,7 @@ def run_sample(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def run_serve(options: argparse.Namespace, _: list[str]) -> None:
-    from .runs import pick_device
+    from .devices import pick_device
     from .serve import serve
 
     pick_device(options.device)  # the server's own auto may spread a model over several GPUs
@@ -273,7 +273,7 @@ def run_serve(options: argparse.Namespace, _: list[str]) -> None:
 
 def run_chat(options: argparse.Namespace, _: list[str]) -> None:
     from .chat import chat
-    from .runs import pick_device
+    from .devices import pick_device
 
     device = str(pick_device(options.device))
     chat(options.model, device=device, temperature=options.temperature, top_p=options.top_p)

@@ -27,9 +27,9 @@ from transformers import PreTrainedTokenizerBase
 
 from . import recall
 from .config import DataSpec
+from .console import console, log
 from .encoding import encode_all
 from .files import digest, make_once
-from .metrics import console
 from .text import BUILT_IN, REPAIRED, Piece, pieces, scattered_over, text_files
 
 HELDOUT_TOKENS = 2**16  # held out of a source even if fewer are asked for, so that most recipes share its token files
@@ -229,10 +229,10 @@ def write_documents(
     names = train.tokenizer.convert_ids_to_tokens(sorted(special))
     found = {token: special[i] for token, i in zip(names, sorted(special))}
     if replaced:
-        say(f"{name}: {REPAIRED}; {replaced:,} were, the first in {first}")
+        log(f"{name}: {REPAIRED}; {replaced:,} were, the first in {first}")
     if found:
         counts = ", ".join(f"{token} {count:,}" for token, count in found.items())
-        say(f"{name}: the text spells special tokens, which stay special tokens: {counts}")
+        log(f"{name}: the text spells special tokens, which stay special tokens: {counts}")
     return {"special_tokens_in_text": found, "replaced_characters": replaced}
 
 
@@ -246,10 +246,6 @@ def run_lengths(flags: np.ndarray, before: int) -> np.ndarray:
     index = np.arange(len(flags))
     last = np.maximum.accumulate(np.where(flags, -1 - before, index))
     return index - last
-
-
-def say(line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -27,16 +27,18 @@ from transformers import AutoModelForCausalLM
 from . import checkpoint, parallel
 from .checkpoint import Progress
 from .config import STAGES, Recipe, Stage, check
+from .console import console, log
 from .convert import STARTS, convert, layer_kinds
 from .data import Batch, Mix, TokenFile, heldout_batches, open_data
+from .devices import pick_device, pick_precision
 from .fingerprint import fingerprint
-from .generate import model_folder
+from .folders import model_folder
 from .graphs import GraphedStep
 from .losses import hidden_loss, linear_kl, mixer_loss
-from .metrics import Metrics, console, progress_bar, tracker_module
+from .metrics import Metrics, progress_bar, tracker_module
 from .model import DeltifyForCausalLM
 from .model.modeling import find_packing
-from .runs import check_data, check_run, check_weights, pick_device, pick_precision, write_run
+from .runs import check_data, check_run, check_weights, write_run
 from .stopping import Stopped, Stopper
 from .targets import capture, open_targets, read_about
 from .teacher import Teacher, load_teacher, random_teacher
@@ -89,7 +91,7 @@ def distill(
         shared = f" of {parallel.count()}" if parallel.count() > 1 else ""
         console.print(f"[bold]{recipe.name}[/]: {recipe.teacher.model} on {device}{shared}, {precision}")
         for line in changes:
-            say(line)
+            log(line)
         with Stopper() as stopper:
             run_stages(recipe, device, precision, stages, deadline, stopper)
         console.print(f"models, metrics and checkpoints are in {recipe.folder}")
@@ -183,7 +185,7 @@ def choose_sharding(recipe: Recipe, teacher: Teacher, student: DeltifyForCausalL
     size = training_bytes(student, teacher.model if isinstance(teacher.model, nn.Module) else None)
     chosen = parallel.shards(recipe.run.data_parallel, size, parallel.memory_of(device))
     chosen = bool(parallel.largest(chosen, device))
-    say(f"{parallel.count()} processes: {'each has a piece of the models' if chosen else 'each has the whole models'}")
+    log(f"{parallel.count()} processes: {'each has a piece of the models' if chosen else 'each has the whole models'}")
     return chosen
 
 
@@ -216,10 +218,6 @@ def data_digests(recipe: Recipe, train: list[TokenFile], heldout: list[TokenFile
     """A checksum of the tokens of every training source, and of those held out."""
     digests = {source: file.digest for source, file in zip(recipe.data.train, train)}
     return digests | {f"held-out text {number}": file.digest for number, file in enumerate(heldout, 1)}
-
-
-def say(line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def stage_mix(recipe: Recipe, name: str, train: list[TokenFile]) -> Mix:
@@ -261,7 +259,7 @@ def convert_with(recipe: Recipe, teacher: Teacher, train: list[TokenFile]) -> De
         calibration=mix.batch(0),
         long_heads=spec.long_heads,
         seed=recipe.seed,
-        report=say,
+        report=log,
     )
 
 
@@ -311,7 +309,7 @@ class Loop:
             Stopped: if `stopper` was told to.
         """
         run, stage = self.recipe.run, self.stage
-        saved = checkpoint.load_last(self.recipe.folder, self.name, self.student, self.optimizers, say)
+        saved = checkpoint.load_last(self.recipe.folder, self.name, self.student, self.optimizers, log)
         if saved is not None:
             self.progress = saved
             console.print(f"{self.name}: going on from step {self.progress.step}")
@@ -367,7 +365,7 @@ class Loop:
         scale = 1 / len(parts)
         if self.graphed is None and self.can_be_graphed():
             step = functools.partial(self.step, scale=scale)
-            self.graphed = GraphedStep(step, trained(self.optimizers), say)
+            self.graphed = GraphedStep(step, trained(self.optimizers), log)
         device = self.student.device
         losses = [self.graphed(p, device) if self.graphed else self.step(p.to(device), scale) for p in parts]
         if parallel.count() > 1 and not self.sharded:  # FSDP2 has done so already

@@ -25,16 +25,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .benchmarks import paired, read_items, run_benchmarks
-from .checkpoint import write_text
 from .config import STAGES, Recipe, read_recipe
+from .console import log
 from .data import Batch, TokenFile, file_name, heldout_batches, open_data
+from .devices import pick_device
 from .distill import hidden_states, next_tokens, open_teacher
+from .files import write_text
 from .fingerprint import fingerprint
-from .generate import model_folder
+from .folders import model_folder
 from .longcontext import by_position, controls, decode_cost, device_name
-from .metrics import console, read_stages
+from .metrics import read_stages
 from .needle import NeedleMaker, ask_needles, summarise
-from .runs import check_weights, pick_device
+from .runs import check_weights
 from .teacher import Teacher, load_teacher
 from .text import PYTHON_DOCS, documents
 from .tokens import token_ids
@@ -176,26 +178,26 @@ def evaluate(
         rows = []
         for name, model in everyone.items():
             items = folder / "items" / file_name(name)
-            log = lambda line, name=name: say(f"{name}: {line}")  # noqa: E731
-            new = run_benchmarks(model, tokenizer, tasks, items_folder=items, data=data, limit=limit, log=log)
+            to_log = lambda line, name=name: log(f"{name}: {line}")  # noqa: E731
+            new = run_benchmarks(model, tokenizer, tasks, items_folder=items, data=data, limit=limit, log=to_log)
             rows += [{"model": name, **row} for row in new]
             results.add(benchmarks=rows)
         results.add(benchmarks=compare(rows, folder / "items"))
     if needles:
         make, rows = NeedleMaker(tokenizer, haystack), []
         for name, model in everyone.items():
-            asked = {"tasks": needles, "lengths": lengths, "samples": needle_samples, "report": say}
+            asked = {"tasks": needles, "lengths": lengths, "samples": needle_samples, "report": log}
             rows += ask_needles(model, make, folder / "needles.jsonl", name=name, **asked)
             results.add(needles=summarise(rows), needle_rows=rows)
     if books and reference is not None:
         rest = {name: model for name, model in everyone.items() if name != "teacher"}
         results.add(
             positions=by_position(
-                rest, reference.model, open_books(books, book_count, tokenizer), max_tokens=book_tokens, report=say
+                rest, reference.model, open_books(books, book_count, tokenizer), max_tokens=book_tokens, report=log
             )
         )
     if contexts:
-        results.add(decode=decode_cost(no_controls, contexts, report=say))
+        results.add(decode=decode_cost(no_controls, contexts, report=log))
     return results.path
 
 
@@ -218,10 +220,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in known:
         raise ValueError(f"--dtype {name!r} is unknown; choose one of {sorted(known)}")
     return known[name]
-
-
-def say(line: str) -> None:
-    console.print(line, highlight=False)
 
 
 class Results:

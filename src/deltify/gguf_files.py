@@ -23,7 +23,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from .metrics import console
+from .console import console
 from .vocabulary import fit_tokenizer, set_beginning
 
 SHARD_BYTES = 5 * 2**30

@@ -8,18 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
-from rich.console import Console
 from rich.progress import Progress as ProgressBar
 from rich.progress import TextColumn, TimeRemainingColumn
 
 from . import parallel
 from .config import STAGES, Recipe
+from .console import console
 from .files import write_text
 from .runs import holds_run
 
 TRACKERS = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
 IDENTITY = {"trackio": "name", "wandb": "id"}  # of a tracker's run, by which it is found again
-console = Console()
 
 
 def read_stages(folder: Path) -> Iterator[tuple[str, list[dict]]]:

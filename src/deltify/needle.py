@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .fingerprint import fingerprint
 from .haystack import Haystack, Words, distinct, draw, fill, line_haystack, text_haystack
-from .reading import new_cache, prefill, rows_at_once
+from .reading import new_cache, prefill, rows_at_once, stop_tokens
 from .text import PYTHON_DOCS
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
@@ -244,14 +244,6 @@ def ask(
             break
         logits = model(input_ids=token.unsqueeze(1), past_key_values=cache, use_cache=True).logits[:, -1]
     return answers
-
-
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """End-of-sequence tokens of the tokenizer and of the model's generation settings."""
-    settings = model.generation_config
-    ends = settings.eos_token_id if settings is not None else None
-    ends = ends if isinstance(ends, list) else [ends]
-    return {token for token in (tokenizer.eos_token_id, *ends) if token is not None}
 
 
 def hits(answer: str, expected: list[str]) -> list[bool]:

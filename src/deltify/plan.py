@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from . import parallel
 from .config import STAGES, Recipe, Stage, check
+from .console import console
 from .convert import layer_kinds, model_class, student_config
 from .losses import CHUNK_BYTES
-from .metrics import console
 from .teacher import EMBEDDED, Teacher, embedded_gguf, family_of, freeze, locate, random_teacher
 from .training import choose_trained, recomputes, training_bytes, waits_for_ranks
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .model import DeltifyConfig
 from .model.modeling import DeltifyCache
@@ -83,3 +83,11 @@ def cache_bytes(cache: DynamicCache) -> int:
         return sum(map(size, value)) if isinstance(value, list | tuple) else 0
 
     return sum(size(value) for layer in cache.layers for value in vars(layer).values())
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """End-of-sequence tokens of the tokenizer and of the model's generation settings."""
+    settings = model.generation_config
+    ends = settings.eos_token_id if settings is not None else None
+    ends = ends if isinstance(ends, list) else [ends]
+    return {token for token in (tokenizer.eos_token_id, *ends) if token is not None}

@@ -11,10 +11,10 @@ import yaml
 from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.table import Table as RichTable
 
-from .checkpoint import write_text
 from .config import STAGES
+from .console import console
 from .curves import draw_by_length, draw_by_position, draw_decode_cost, draw_heat_map, draw_training, short
-from .metrics import console
+from .files import write_text
 
 
 @dataclass(frozen=True)

@@ -106,36 +106,3 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
         nested = isinstance(value, dict) and key != "train"
         flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
-
-
-def pick_device(wanted: str) -> torch.device:
-    """The device of this name; for auto, a GPU if there is one.
-
-    Raises:
-        ValueError: if the name is unknown, or this machine has no such device.
-    """
-    gpus, apple = torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
-    if wanted == "auto":
-        return torch.device("cuda" if gpus else "mps" if apple else "cpu")
-    kind, _, index = wanted.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (":" in wanted and not index.isdecimal()):
-        raise ValueError(f"device {wanted!r} is unknown; choose auto, cpu, cuda, cuda:0 (or another number), or mps")
-    missing = {"cpu": False, "cuda": int(index or 0) >= gpus, "mps": not apple}
-    if missing[kind]:
-        seen = f"{gpus} CUDA GPUs and {'an' if apple else 'no'} Apple GPU"
-        raise ValueError(
-            f"device {wanted!r} is not there: PyTorch {torch.__version__} sees {seen}; choose auto or cpu, or install "
-            "a PyTorch built for your GPU"
-        )
-    return torch.device(wanted)
-
-
-def pick_precision(wanted: str, device: torch.device) -> str:
-    """fp32 or bf16: what was asked for; for auto, bf16 where its matrix products are faster than fp32's."""
-    if wanted != "auto":
-        return wanted
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
-    else:
-        fast = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
-    return "bf16" if fast else "fp32"

@@ -26,10 +26,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .generate import model_folder
-from .metrics import console
-from .needle import stop_tokens
-from .runs import pick_device
+from .console import console
+from .devices import pick_device
+from .folders import model_folder
+from .reading import stop_tokens
 from .teacher import locate
 from .text import documents, held_out
 from .tokens import token_ids

@@ -6,7 +6,7 @@ import transformers
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers.utils.import_utils import is_serve_available
 
-from .generate import model_folder
+from .folders import model_folder
 from .model import ArceeKDAForCausalLM, DeltifyForCausalLM
 
 

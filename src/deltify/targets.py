@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from .config import Stage
+from .console import console
 from .data import Batch, Mix
 from .files import write_text
 from .fingerprint import fingerprint
 from .losses import linear_kl
-from .metrics import console
 from .teacher import Teacher, family_of
 
 FORMATS = ("int8", "bf16")
