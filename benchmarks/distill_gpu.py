@@ -22,15 +22,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import eager_seconds, keep, row, write
 
 from deltify.config import Stage
-from deltify.convert import layer_kinds, model_class, student_config
-from deltify.data import Batch
-from deltify.distill import align_step, match_step
-from deltify.graphs import GraphedStep
-from deltify.losses import linear_kl
+from deltify.conversion.student import layer_kinds, model_class, student_config
+from deltify.conversion.teacher import FAMILIES, Teacher, freeze
+from deltify.data.token_files import Batch
 from deltify.model.mixers import library_gates
-from deltify.plan import product_flops
-from deltify.teacher import FAMILIES, Teacher, freeze
-from deltify.training import make_optimizers, recomputes, set_learning_rates, trained
+from deltify.training.cuda_graphs import GraphedStep
+from deltify.training.estimate import product_flops
+from deltify.training.losses import linear_kl
+from deltify.training.optimizers import make_optimizers, recomputes, set_learning_rates, trained
+from deltify.training.runner import align_step, match_step
 
 try:
     from fla.layers import KimiDeltaAttention

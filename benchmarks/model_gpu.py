@@ -14,10 +14,10 @@ from transformers import ArceeConfig, ArceeForCausalLM
 sys.path.insert(0, str(Path(__file__).parent))
 from common import RESULTS, keep, row, write
 
-from deltify.curves import draw_decode_cost
+from deltify.evaluation.plots import draw_decode_cost
+from deltify.inference.prefill import cache_bytes, new_cache, prefill
 from deltify.model import ArceeKDAConfig, ArceeKDAForCausalLM
 from deltify.model.capture import STEPS, CapturedStep
-from deltify.reading import cache_bytes, new_cache, prefill
 
 QUICK = "--quick" in sys.argv
 PREFILL = (8192, 32768, 131072) if QUICK else (8192, 32768, 131072, 1048576)

@@ -25,10 +25,10 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_D
 from common import processor_name, row, write
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from deltify.data import open_tokens, tokenize
-from deltify.encoding import usable_cores
-from deltify.teacher import EMBEDDED, locate
-from deltify.text import documents, pieces, python_docs
+from deltify.conversion.teacher import EMBEDDED, locate
+from deltify.data.encoding import usable_cores
+from deltify.data.sources import documents, pieces, python_docs
+from deltify.data.token_files import open_tokens, tokenize
 
 DATASETS = "datasets.map"
 SINGLE_MEGABYTES = 12  # text that one core reads

@@ -19,14 +19,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from deltify.config import STAGES, Recipe, read_recipe
-from deltify.convert import sliding_control
-from deltify.curves import COLORS, open_figure, save
-from deltify.data import open_data
-from deltify.devices import pick_device
-from deltify.distill import distill, open_teacher
-from deltify.folders import model_folder
-from deltify.longcontext import by_position, device_name, equal_window
-from deltify.metrics import read_stages
+from deltify.conversion.student import sliding_control
+from deltify.data.token_files import open_data
+from deltify.evaluation.plots import COLORS, open_figure, save
+from deltify.evaluation.positions import by_position, device_name, equal_window
+from deltify.training.metrics import read_stages
+from deltify.training.runner import distill, open_teacher
+from deltify.utils.devices import pick_device
+from deltify.utils.folders import model_folder
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results" / "recipe.json"

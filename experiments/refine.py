@@ -24,12 +24,12 @@ from recipe import LENGTH, OURS, RECALL, open_models, summary, windows, with_rec
 from result import SHARES, go_on, heldout, texts
 
 from deltify.config import read_recipe
-from deltify.files import make_once, write_text
-from deltify.longcontext import by_position, device_name, token_scores
-from deltify.needle import NeedleMaker, ask_needles, summarise
-from deltify.sample import sample
-from deltify.text import documents
-from deltify.tokens import token_ids
+from deltify.data.sources import documents
+from deltify.evaluation.needles import NeedleMaker, ask_needles, summarise
+from deltify.evaluation.positions import by_position, device_name, token_scores
+from deltify.inference.sample import sample
+from deltify.utils.files import make_once, write_text
+from deltify.utils.tokens import token_ids
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results" / "refine.json"

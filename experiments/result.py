@@ -23,9 +23,9 @@ from recipe import RECALL, with_recall
 
 from deltify import evaluate, report
 from deltify.config import read_recipe
-from deltify.distill import distill
-from deltify.needle import TASKS as NEEDLES
-from deltify.report import combine
+from deltify.evaluation.needles import TASKS as NEEDLES
+from deltify.evaluation.report import combine
+from deltify.training.runner import distill
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ("openstax", "changelog", "gutenberg-0")

@@ -17,13 +17,14 @@ from types import SimpleNamespace
 
 import torch
 
-from deltify import distill, parallel, read_recipe
-from deltify import teacher as teacher_module
+from deltify import distill, read_recipe
 from deltify.config import Recipe, Stage
-from deltify.convert import convert
-from deltify.data import Mix, TokenFile
-from deltify.distill import Loop
-from deltify.teacher import random_teacher
+from deltify.conversion import teacher as teacher_module
+from deltify.conversion.student import convert
+from deltify.conversion.teacher import random_teacher
+from deltify.data.token_files import Mix, TokenFile
+from deltify.training import distributed
+from deltify.training.runner import Loop
 
 
 def steps(name: str, how: str, out: Path) -> None:
@@ -37,21 +38,21 @@ def steps(name: str, how: str, out: Path) -> None:
     bounds = torch.arange(0, 4001, 50).numpy()
     mix = Mix([TokenFile(tokens, bounds, "")], [1.0], stage.length, stage.batch, 0)
     quiet = SimpleNamespace(cut=lambda *_: None, write=lambda **_: None)
-    with parallel.process_group(torch.device("cpu")):
+    with distributed.process_group(torch.device("cpu")):
         sharded = how == "shard"
         loop = Loop(name, recipe, teacher, student, mix, [], contextlib.nullcontext, inf, quiet, sharded)
         if sharded:
-            parallel.shard_teacher(teacher.model)
+            distributed.shard_teacher(teacher.model)
         loop.judge = dict
-        batch = mix.batch(0, parallel.rank(), parallel.count())
+        batch = mix.batch(0, distributed.rank(), distributed.count())
         loop.accumulate(batch)
-        gradients = {n: parallel.whole(p.grad) for n, p in student.named_parameters() if p.grad is not None}
+        gradients = {n: distributed.whole(p.grad) for n, p in student.named_parameters() if p.grad is not None}
         loop.student.zero_grad(set_to_none=True)
         loop.run(SimpleNamespace(signal=0))
-        weights = {n: parallel.whole(p.detach()) for n, p in student.named_parameters()}
+        weights = {n: distributed.whole(p.detach()) for n, p in student.named_parameters()}
         norms = torch.stack([x.norm() for x in weights.values()])
-        assert torch.equal(parallel.mean(norms), norms)  # all ranks', to the bit
-        if parallel.rank() == 0:
+        assert torch.equal(distributed.mean(norms), norms)  # all ranks', to the bit
+        if distributed.rank() == 0:
             torch.save((gradients, weights), out)
 
 

@@ -45,7 +45,7 @@ def train(folder: Path) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from deltify import distill
-    from deltify.console import console
+    from deltify.utils.console import console
 
     torch.set_num_threads(1)
     console.quiet = True
@@ -54,7 +54,7 @@ def train(folder: Path) -> None:
 
 
 def start(folder: Path):
-    PROCESSES.set_forkserver_preload(["deltify.distill", "transformers.models.llama.modeling_llama"])
+    PROCESSES.set_forkserver_preload(["deltify.training.runner", "transformers.models.llama.modeling_llama"])
     process = PROCESSES.Process(target=train, args=(folder,))
     process.start()
     return process

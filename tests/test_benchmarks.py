@@ -19,11 +19,11 @@ from lm_eval.tasks.hellaswag.utils import process_docs
 from tokenizers.processors import TemplateProcessing
 
 from deltify import convert
-from deltify.benchmarks import TASKS, letter_bias, paired, read_items, run_benchmark, run_benchmarks
-from deltify.items import Recorder, answer_key
-from deltify.lm import ConstantStateLM, WholeLM, lm_for, prefix_tree, walk
-from deltify.tasks import load_benchmark, parse_letter, spread, task_manager
-from deltify.teacher import byte_tokenizer, random_teacher
+from deltify.conversion.teacher import byte_tokenizer, random_teacher
+from deltify.evaluation.benchmarks import TASKS, letter_bias, paired, read_items, run_benchmark, run_benchmarks
+from deltify.evaluation.lm_eval_cache import Recorder, answer_key
+from deltify.evaluation.lm_eval_model import ConstantStateLM, WholeLM, lm_for, prefix_tree, walk
+from deltify.evaluation.lm_eval_tasks import load_benchmark, parse_letter, spread, task_manager
 
 SUBJECTS = [
     path.stem.removeprefix("mmlu_")
@@ -205,7 +205,9 @@ def test_names_and_data_that_are_not_there(data, tmp_path, teacher):
 
 
 def test_without_lm_eval_the_error_says_what_to_install(monkeypatch, teacher, tmp_path):
-    for name in [name for name in sys.modules if name.startswith("lm_eval.") or name == "deltify.lm"]:
+    for name in [
+        name for name in sys.modules if name.startswith("lm_eval.") or name == "deltify.evaluation.lm_eval_model"
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ModuleNotFoundError, match=r"lm_eval.* is not installed; run: pip install 'lm_eval"):

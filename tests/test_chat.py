@@ -5,9 +5,9 @@ import torch
 from conftest import with_special_tokens
 
 from deltify import convert
-from deltify.chat import Conversation, chat
-from deltify.checkpoint import save_model
-from deltify.teacher import random_teacher
+from deltify.conversion.teacher import random_teacher
+from deltify.inference.chat import Conversation, chat
+from deltify.training.checkpoint import save_model
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|end|>\n{% endfor %}"

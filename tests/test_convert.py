@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from deltify.convert import (
+from deltify.conversion.student import (
     CANDIDATES,
     add_constant,
     attention_distances,
@@ -21,10 +21,10 @@ from deltify.convert import (
     ridge,
     set_memory,
 )
-from deltify.data import Batch
-from deltify.losses import mixer_loss
+from deltify.conversion.teacher import family_of, load_teacher, random_teacher
+from deltify.data.token_files import Batch
 from deltify.model import ArceeKDAConfig, DeltifyConfig
-from deltify.teacher import family_of, load_teacher, random_teacher
+from deltify.training.losses import mixer_loss
 
 
 @pytest.fixture(scope="module")

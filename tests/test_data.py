@@ -21,9 +21,12 @@ from rich.console import Console
 from tokenizers import Tokenizer, normalizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from deltify import data, encoding, text
 from deltify.config import DataSpec
-from deltify.data import (
+from deltify.conversion.teacher import byte_tokenizer
+from deltify.data import encoding, sources, token_files
+from deltify.data.recall import BREAKS, recall_document, scattered_documents, scattered_outlines
+from deltify.data.sources import Piece, documents, held_out, pieces, python_docs
+from deltify.data.token_files import (
     HELDOUT_TOKENS,
     Mix,
     TokenFile,
@@ -36,9 +39,6 @@ from deltify.data import (
     tokenizer_fingerprint,
     window,
 )
-from deltify.recall import BREAKS, recall_document, scattered_documents, scattered_outlines
-from deltify.teacher import byte_tokenizer
-from deltify.text import Piece, documents, held_out, pieces, python_docs
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_what_cannot_be_encoded_is_replaced_counted_and_named_once(tmp_path, tok
 def test_texts_of_any_source_are_repaired(tmp_path, tokenizer, monkeypatch):
     texts = ["halves \ud83d\ude00 of one", "\udc80", "\ufeffmarked", "\ufeff", " \n", "fine"]
     whole = ["halves \U0001f600 of one", "\ufffd", "marked", "fine"]
-    monkeypatch.setattr(text, "hub_documents", lambda source: iter(texts))
+    monkeypatch.setattr(sources, "hub_documents", lambda source: iter(texts))
     with pytest.warns(UserWarning, match="hf:name, document 2: half of"):
         assert list(documents("hf:name")) == whole
     with pytest.warns(UserWarning, match="hf:name, document 2: half of"):
@@ -134,7 +134,7 @@ def test_all_frames_of_a_compressed_file_are_read(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 7, 40, 10**6])
 def test_lines_keep_their_numbers_in_blocks_of_any_size(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(text, "PIECE", size)
+    monkeypatch.setattr(sources, "PIECE", size)
     path = tmp_path / "a.jsonl"
     ends = itertools.cycle(["\n", "\r\n", "\r", "\n\n"])
     texts = [f"ünïcode\u2028 {number} " * (number % 5 + 1) for number in range(30)]
@@ -254,7 +254,7 @@ def plainly(texts, tokenizer, limit, room=None):
             ids = tokenizer(one)["input_ids"]
             parts[part].append(ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id])
         full = limit is not None and size(0) >= limit
-        if full and (size(1) >= (room or 0) or skipped >= data.PATIENCE):
+        if full and (size(1) >= (room or 0) or skipped >= token_files.PATIENCE):
             break
     return [(list(itertools.chain(*part)), np.cumsum([0, *map(len, part)]).tolist()) for part in parts]
 
@@ -263,13 +263,13 @@ def plainly(texts, tokenizer, limit, room=None):
 @pytest.mark.parametrize("limit", [None, 1, 5000])
 def test_any_number_of_processes_makes_the_same_file(tmp_path, monkeypatch, processes, limit):
     monkeypatch.setattr(encoding, "HERE", 1)
-    monkeypatch.setattr(data, "PATIENCE", 40)
+    monkeypatch.setattr(token_files, "PATIENCE", 40)
     tokenizer, draw = framed_tokenizer(), random.Random(0)
     texts = ["".join(draw.choices("ab cXdé<|turn|>", k=draw.choice([1, 9, 90, 3000]))) + "." for _ in range(300)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
     for size in (1, 500, 10**6):
-        monkeypatch.setattr(text, "PIECE", size)
+        monkeypatch.setattr(sources, "PIECE", size)
         folder, options = tmp_path / str(size), {"max_tokens": limit, "processes": processes}
         expected = plainly(texts, tokenizer, limit)[0]
         for name, given in (("list", texts), ("file", pieces(str(path)))):
@@ -286,8 +286,8 @@ def test_any_number_of_processes_makes_the_same_file(tmp_path, monkeypatch, proc
 
 
 def test_a_source_without_more_held_out_text_ends_at_the_same_document(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(text, "PIECE", 300)
-    monkeypatch.setattr(data, "PATIENCE", 7)
+    monkeypatch.setattr(sources, "PIECE", 300)
+    monkeypatch.setattr(token_files, "PATIENCE", 7)
     texts = [f"document {number}" for number in range(2000)]
     expected = plainly(texts, tokenizer, 100, 10**6)
     for processes in (1, 2):
@@ -298,9 +298,9 @@ def test_a_source_without_more_held_out_text_ends_at_the_same_document(tmp_path,
 
 @pytest.mark.parametrize("source", ["recall", "recall:python-docs"])
 def test_recall_made_in_processes_is_the_same(tmp_path, tokenizer, monkeypatch, source):
-    monkeypatch.setattr(text, "python_docs", lambda: (f"Topic {n}. " + "One. Two! Three? " * n for n in range(60)))
-    monkeypatch.setattr(text, "COUNT", 200)
-    monkeypatch.setattr(text, "PIECE", 1000)
+    monkeypatch.setattr(sources, "python_docs", lambda: (f"Topic {n}. " + "One. Two! Three? " * n for n in range(60)))
+    monkeypatch.setattr(sources, "COUNT", 200)
+    monkeypatch.setattr(sources, "PIECE", 1000)
     monkeypatch.setattr(encoding, "HERE", 1)
     file = tokenize(pieces(source), tokenizer, tmp_path / "tokens", processes=2)
     expected = plainly(documents(source), tokenizer, None)[0]
@@ -311,11 +311,12 @@ def test_processes_import_neither_torch_nor_the_script(tmp_path, tokenizer, monk
     monkeypatch.setattr(encoding, "HERE", 0)
     asks = Piece(eval, ("[('here', ' '.join(__import__('sys').modules))]",))
     names = tokenizer.decode(tokenize([asks], tokenizer, tmp_path / "tokens", processes=2).tokens[:-1]).split()
-    assert "deltify.encoding" in names and not {"torch", "transformers", "pytest", "deltify.data"} & {*names}
+    assert "deltify.data.encoding" in names
+    assert not {"torch", "transformers", "pytest", "deltify.data.token_files"} & {*names}
 
 
 def test_errors_come_as_they_are_and_after_the_documents_before_them(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(text, "PIECE", 200)
+    monkeypatch.setattr(sources, "PIECE", 200)
     monkeypatch.setattr(encoding, "HERE", 1)
     error = OSError("the line is dead")
 
@@ -341,7 +342,7 @@ def test_errors_come_as_they_are_and_after_the_documents_before_them(tmp_path, t
 
 
 def test_an_interrupt_ends_the_processes(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(text, "PIECE", 200)
+    monkeypatch.setattr(sources, "PIECE", 200)
     monkeypatch.setattr(encoding, "HERE", 0)
     started = []
     monkeypatch.setattr(encoding.Processes, "__enter__", lambda self: started.append(self) or self)
@@ -358,7 +359,7 @@ def test_an_interrupt_ends_the_processes(tmp_path, tokenizer, monkeypatch):
 def test_tokenizers_that_work_in_python_do(tmp_path):
     class Loud(PreTrainedTokenizerFast):
         def _encode_plus(self, text, *args, **options):
-            return super()._encode_plus(text.upper() if isinstance(text, str) else text, *args, **options)
+            return super()._encode_plus(sources.upper() if isinstance(text, str) else text, *args, **options)
 
     texts = [f"document {number}" for number in range(100)]
     byte = byte_tokenizer()
@@ -383,7 +384,7 @@ def test_padding_and_truncation_of_earlier_calls_are_not_kept(tmp_path):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_shows_on_a_terminal_alone(tmp_path, tokenizer, monkeypatch, terminal):
     shown = StringIO()
-    monkeypatch.setattr(data, "console", Console(file=shown, force_terminal=terminal, width=120))
+    monkeypatch.setattr(token_files, "console", Console(file=shown, force_terminal=terminal, width=120))
     path = tmp_path / "a.txt"
     path.write_text("some text " * 200_000)
     tokenize(pieces(str(path)), tokenizer, tmp_path / "tokens", origin=origin_of(str(path)))
@@ -504,7 +505,7 @@ def test_an_endless_source_is_read_as_far_as_needed(tmp_path, tokenizer, monkeyp
             read.append(f"document {number}: " + "text " * 400)
             yield read[-1]
 
-    monkeypatch.setattr(text, "python_docs", endless)
+    monkeypatch.setattr(sources, "python_docs", endless)
     spec = DataSpec(folder=str(tmp_path / "data"), max_tokens=100_000)
     (train,), (held,) = open_data(spec, "teacher", tokenizer, 1000)
     size = len(tokenizer(read[0])["input_ids"]) + 2
@@ -533,7 +534,7 @@ def test_a_source_that_repeats_itself_ends(tmp_path, tokenizer):
 
 
 def test_a_given_held_out_source_is_read_as_far_as_needed(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(text, "python_docs", lambda: map(str, itertools.count()))
+    monkeypatch.setattr(sources, "python_docs", lambda: map(str, itertools.count()))
     (tmp_path / "a.txt").write_text("training text")
     spec = DataSpec({str(tmp_path / "a.txt"): 1.0}, "python-docs", str(tmp_path / "data"))
     (train,), (held,) = open_data(spec, "teacher", tokenizer, 1000)
@@ -593,7 +594,7 @@ def test_recall_documents_of_texts_that_begin_alike_tell_different_facts():
 
 def test_recall_of_text_without_files_is_made_anew_when_its_rules_change(monkeypatch):
     before = [origin_of(f"recall:{source}")["files"] for source in ("python-docs", "hf:name", "/gone")]
-    monkeypatch.setattr("deltify.data.digest", lambda path: "another")
+    monkeypatch.setattr("deltify.data.token_files.digest", lambda path: "another")
     after = [origin_of(f"recall:{source}")["files"] for source in ("python-docs", "hf:name", "/gone")]
     assert before[0] != after[0] and before[1] != after[1] and before[2] is after[2] is None
 

@@ -21,19 +21,20 @@ from soak import soak
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
-from deltify import checkpoint, distill, read_recipe
+from deltify import distill, read_recipe
 from deltify.cli import main
 from deltify.config import STAGES, DataSpec, Recipe, RunSpec, Stage, StudentSpec, TeacherSpec, smoke, write_recipe
-from deltify.convert import convert
-from deltify.data import Batch, TokenFile
-from deltify.distill import align_step, hidden_states, match_step, next_tokens, own_weights, share_frozen
-from deltify.evaluate import count_models
+from deltify.conversion.student import convert
+from deltify.conversion.teacher import random_teacher
+from deltify.data.token_files import Batch, TokenFile
+from deltify.evaluation.runner import count_models
 from deltify.model import DeltifyForCausalLM
-from deltify.stopping import Stopped
-from deltify.teacher import random_teacher
-from deltify.training import choose_trained, make_optimizers, trained
+from deltify.training import checkpoint
+from deltify.training.optimizers import choose_trained, make_optimizers, trained
+from deltify.training.runner import align_step, hidden_states, match_step, next_tokens, own_weights, share_frozen
+from deltify.training.signals import Stopped
 
-DISTILL = import_module("deltify.distill")
+DISTILL = import_module("deltify.training.runner")
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 
 
@@ -763,7 +764,7 @@ def test_a_file_that_is_no_recipe_is_refused(text, message, tmp_path):
 def test_wrong_teachers_are_refused(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from deltify.teacher import load_teacher
+    from deltify.conversion.teacher import load_teacher
 
     teacher = random_teacher("llama")
     teacher.tokenizer.save_pretrained(tmp_path / "gpt2")

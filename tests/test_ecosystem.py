@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltify import convert
-from deltify.checkpoint import save_model
+from deltify.conversion.teacher import random_teacher
 from deltify.model.mixers import find_packing
 from deltify.model.sliding import find_slots
-from deltify.teacher import random_teacher
+from deltify.training.checkpoint import save_model
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

@@ -8,12 +8,12 @@ import pytest
 from test_distill import tiny_recipe
 
 from deltify import distill, evaluate, report
-from deltify.benchmarks import run_benchmarks
 from deltify.cli import main
 from deltify.config import Stage
-from deltify.curves import draw_training
-from deltify.evaluate import main_metric
-from deltify.report import verdict
+from deltify.evaluation.benchmarks import run_benchmarks
+from deltify.evaluation.plots import draw_training
+from deltify.evaluation.report import verdict
+from deltify.evaluation.runner import main_metric
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_a_model_that_fails_half_way_keeps_what_was_measured(run, data, monkeypa
             raise RuntimeError("the power went out")
         return run_benchmarks(*args, **options)
 
-    monkeypatch.setattr(sys.modules["deltify.evaluate"], "run_benchmarks", failing)
+    monkeypatch.setattr(sys.modules["deltify.evaluation.runner"], "run_benchmarks", failing)
     (run / "results.json").unlink(missing_ok=True)
     with pytest.raises(RuntimeError):
         evaluate([str(run)], tasks=("arc_easy",), data=data, limit=3, samples=False)

@@ -7,9 +7,9 @@ import torch
 from transformers import CompileConfig, GenerationConfig, TextIteratorStreamer, pipeline
 
 from deltify import convert
-from deltify.convert import sliding_control
-from deltify.states import read
-from deltify.teacher import random_teacher
+from deltify.conversion.student import sliding_control
+from deltify.conversion.teacher import random_teacher
+from deltify.inference.states import read
 
 
 @pytest.fixture(scope="module", params=["none", "3:1", "KSFS"], ids=["pure", "hybrid", "sliding"])

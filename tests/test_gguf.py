@@ -9,9 +9,9 @@ from helpers import small_model, small_tokenizer, write_gguf
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from deltify import gguf_files, teacher
-from deltify.gguf_files import SPLITS, halves_from_neighbours
-from deltify.teacher import load_teacher
+from deltify.conversion import gguf_files, teacher
+from deltify.conversion.gguf_files import SPLITS, halves_from_neighbours
+from deltify.conversion.teacher import load_teacher
 
 IDS = torch.arange(3, 43).view(1, 40)
 

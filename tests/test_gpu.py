@@ -8,12 +8,12 @@ import torch.utils.checkpoint
 
 from deltify import convert, kda
 from deltify.config import Stage
-from deltify.data import Batch
-from deltify.distill import align_step, match_step
-from deltify.graphs import GraphedStep
-from deltify.losses import DIVERGENCES, linear_kl
+from deltify.conversion.teacher import freeze, random_teacher
+from deltify.data.token_files import Batch
 from deltify.model import DeltifyConfig, DeltifyForCausalLM, capture, modeling
-from deltify.teacher import freeze, random_teacher
+from deltify.training.cuda_graphs import GraphedStep
+from deltify.training.losses import DIVERGENCES, linear_kl
+from deltify.training.runner import align_step, match_step
 
 pytestmark = pytest.mark.gpu
 

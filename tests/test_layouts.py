@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deltify import convert
-from deltify.checkpoint import save_model
 from deltify.cli import main
-from deltify.layouts import export, read_layout
-from deltify.teacher import random_teacher
+from deltify.conversion.teacher import random_teacher
+from deltify.inference.export import export, read_layout
+from deltify.training.checkpoint import save_model
 
 
 def saved(folder, architecture="llama", gate_bias=False, bounded=False, **options):

@@ -7,12 +7,21 @@ import pytest
 import torch
 from torch import nn
 
-from deltify import convert, longcontext
-from deltify.convert import sliding_control
-from deltify.curves import draw_by_position, draw_decode_cost, short
-from deltify.longcontext import by_position, controls, decode_cost, equal_window, forgetful, position_edges, state_bytes
-from deltify.reading import cache_bytes, key_value_bytes, new_cache, prefill, read_pieces
-from deltify.teacher import random_teacher
+from deltify import convert
+from deltify.conversion.student import sliding_control
+from deltify.conversion.teacher import random_teacher
+from deltify.evaluation import positions
+from deltify.evaluation.plots import draw_by_position, draw_decode_cost, short
+from deltify.evaluation.positions import (
+    by_position,
+    controls,
+    decode_cost,
+    equal_window,
+    forgetful,
+    position_edges,
+    state_bytes,
+)
+from deltify.inference.prefill import cache_bytes, key_value_bytes, new_cache, prefill, read_pieces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,7 +88,7 @@ def test_standard_errors_are_over_documents(teacher, student):
 
 def test_logits_exist_for_few_tokens(teacher, student, monkeypatch):
     sizes = []
-    monkeypatch.setitem(longcontext.CHUNK_BYTES, "cpu", 4 * teacher.config.vocab_size * 50)
+    monkeypatch.setitem(positions.CHUNK_BYTES, "cpu", 4 * teacher.config.vocab_size * 50)
     with monkeypatch.context() as patch:
         for model in (teacher.model, student):
             head = model.lm_head.forward

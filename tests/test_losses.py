@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deltify import losses
-from deltify.losses import linear_kl, mixer_loss
+from deltify.training import losses
+from deltify.training.losses import linear_kl, mixer_loss
 
 
 def make(N=50, D=8, W=40, dtype=torch.float64):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from deltify.convert import convert
+from deltify.conversion.student import convert
+from deltify.conversion.teacher import FAMILIES, random_teacher
 from deltify.model import DeltifyConfig, DeltifyForCausalLM, capture, mixers
 from deltify.model.mixers import fixed_documents, in_one_piece, put_in_one_piece
 from deltify.model.modeling import DeltifyCache
-from deltify.teacher import FAMILIES, random_teacher
 
 TINY = {
     "vocab_size": 97,

@@ -12,12 +12,14 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from deltify import convert, needle, reading
-from deltify.curves import draw_by_length, draw_heat_map
-from deltify.haystack import ADJECTIVES, NOUNS
-from deltify.lm import lm_for
-from deltify.needle import GRID, TASKS, NeedleMaker, ask, ask_needles, hits, needle_table, summarise
-from deltify.teacher import byte_tokenizer, random_teacher
+from deltify import convert
+from deltify.conversion.teacher import byte_tokenizer, random_teacher
+from deltify.evaluation import needles
+from deltify.evaluation.haystack import ADJECTIVES, NOUNS
+from deltify.evaluation.lm_eval_model import lm_for
+from deltify.evaluation.needles import GRID, TASKS, NeedleMaker, ask, ask_needles, hits, needle_table, summarise
+from deltify.evaluation.plots import draw_by_length, draw_heat_map
+from deltify.inference import prefill
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -326,14 +328,14 @@ def test_reading_in_pieces_changes_nothing(layers, make, monkeypatch):
     model = convert(random_teacher("llama"), start="library", full_attention_layers=layers).eval()
     samples = [make("niah_single_2", 900, index) for index in range(3)]
     ids = torch.from_numpy(samples[0].ids).long()[None]
-    whole, logits = ask(model, make.tokenizer, samples, ROOM), reading.prefill(model, ids, reading.new_cache(model))
+    whole, logits = ask(model, make.tokenizer, samples, ROOM), prefill.prefill(model, ids, prefill.new_cache(model))
     sizes = []
     forward = model.model.forward
-    monkeypatch.setattr(reading, "FORWARD_TOKENS", 200)
+    monkeypatch.setattr(prefill, "FORWARD_TOKENS", 200)
     monkeypatch.setattr(
         model.model, "forward", lambda *a, **kw: sizes.append(kw["input_ids"].shape) or forward(*a, **kw)
     )
-    torch.testing.assert_close(reading.prefill(model, ids, reading.new_cache(model)), logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(prefill.prefill(model, ids, prefill.new_cache(model)), logits, atol=1e-4, rtol=1e-4)
     assert ask(model, make.tokenizer, samples, ROOM) == whole
     assert (1, 192) in sizes and (3, 64) in sizes and max(rows * tokens for rows, tokens in sizes) <= 200
 
@@ -342,11 +344,11 @@ def test_attention_bounds_rows_and_pieces(monkeypatch):
     teacher = random_teacher("llama")
     student = convert(teacher, start="library").eval()
     per_token = 2 * 2 * 16 * 4 * 4  # keys and values, heads, width, layers, float32
-    monkeypatch.setattr(reading, "CACHE_BYTES", per_token * 5000)
-    assert [reading.rows_at_once(teacher.model, context) for context in (10, 1000, 9000)] == [128, 5, 1]
-    assert [reading.rows_at_once(student, context) for context in (10, 9000)] == [128, 128]
-    assert reading.piece_length(student, 1, 2**22) == 4096
-    assert reading.piece_length(teacher.model, 1, 2**20) == 256
+    monkeypatch.setattr(prefill, "CACHE_BYTES", per_token * 5000)
+    assert [prefill.rows_at_once(teacher.model, context) for context in (10, 1000, 9000)] == [128, 5, 1]
+    assert [prefill.rows_at_once(student, context) for context in (10, 9000)] == [128, 128]
+    assert prefill.piece_length(student, 1, 2**22) == 4096
+    assert prefill.piece_length(teacher.model, 1, 2**20) == 256
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -356,7 +358,7 @@ def test_other_weights_or_another_dtype_are_asked_anew_under_the_same_name(make,
     model, path = random_teacher("llama").model, tmp_path / "needles.jsonl"
     plan = {"name": "tiny", "tasks": ["niah_single_1"], "lengths": [1000], "samples": 2}
     asked = []
-    monkeypatch.setattr(needle, "ask", lambda model, tokenizer, group, room: asked.append(len(group)) or ["?"] * 2)
+    monkeypatch.setattr(needles, "ask", lambda model, tokenizer, group, room: asked.append(len(group)) or ["?"] * 2)
     first = ask_needles(model, make, path, **plan)
     model.model.layers[2].mlp.up_proj.weight.data[5, 7] += 0.1
     second = ask_needles(model, make, path, **plan)
@@ -383,7 +385,7 @@ def test_a_broken_run_goes_on_where_it_stopped(make, tmp_path, monkeypatch):
     path.write_text(text[: text.index("\n", len(text) // 2) + 60])  # killed while it wrote a line
     left = path.read_text().count("\n")
     asked = []
-    monkeypatch.setattr("deltify.needle.ask", lambda *args: asked.extend(args[2]) or ask(*args))
+    monkeypatch.setattr("deltify.evaluation.needles.ask", lambda *args: asked.extend(args[2]) or ask(*args))
     assert ask_needles(model, make, path, **plan) == rows
     assert len(asked) == 12 - left
     assert sorted(map(json.dumps, map(json.loads, path.read_text().splitlines()))) == sorted(map(json.dumps, rows))

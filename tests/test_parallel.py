@@ -12,8 +12,9 @@ from helpers import small_model, small_tokenizer, write_gguf
 from safetensors.torch import load_file
 from test_distill import tiny_recipe
 
-from deltify import distill, parallel
+from deltify import distill
 from deltify.config import Stage, TeacherSpec, write_recipe
+from deltify.training import distributed
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
@@ -68,7 +69,7 @@ def test_models_are_cut_up_where_they_would_fill_more_than_half_a_gpu():
         ("shard", 1, 80, True),
         ("replicate", 79, 80, False),
     ):
-        assert parallel.shards(choice, size, memory) == want
+        assert distributed.shards(choice, size, memory) == want
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -10,8 +10,8 @@ from transformers import ArceeConfig, LlamaConfig
 from deltify import read_recipe
 from deltify.cli import main
 from deltify.config import Recipe, Stage
-from deltify.convert import layer_kinds, model_class, student_config
-from deltify.plan import count, plan, plan_stage, skeleton, skeletons
+from deltify.conversion.student import layer_kinds, model_class, student_config
+from deltify.training.estimate import count, plan, plan_stage, skeleton, skeletons
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SMOLLM2 = {

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from deltify import convert
-from deltify.checkpoint import save_model
+from deltify.conversion.teacher import random_teacher
 from deltify.model import DeltifyConfig, DeltifyKDA
-from deltify.teacher import random_teacher
+from deltify.training.checkpoint import save_model
 
 SCRIPT = """
 import sys

@@ -7,11 +7,11 @@ import torch
 from conftest import with_special_tokens
 
 from deltify import convert
-from deltify.checkpoint import save_model
 from deltify.cli import main
-from deltify.sample import beginnings, continuations, sample
-from deltify.teacher import byte_tokenizer, random_teacher
-from deltify.text import documents, held_out
+from deltify.conversion.teacher import byte_tokenizer, random_teacher
+from deltify.data.sources import documents, held_out
+from deltify.inference.sample import beginnings, continuations, sample
+from deltify.training.checkpoint import save_model
 
 TEXTS = [f"Document {number} tells of its number {number}, and goes on for a while." for number in range(60)]
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from deltify import convert
-from deltify.checkpoint import save_model
-from deltify.serve import serve
-from deltify.teacher import random_teacher
+from deltify.conversion.teacher import random_teacher
+from deltify.inference.serve import serve
+from deltify.training.checkpoint import save_model
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -102,7 +102,7 @@ def test_the_openai_client_is_answered(served):
 
 def test_absent_packages_and_folders_are_named(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
-        patch.setattr("deltify.serve.is_serve_available", lambda: False)
+        patch.setattr("deltify.inference.serve.is_serve_available", lambda: False)
         with pytest.raises(ValueError, match=r"pip install 'deltify\[serve\]'"):
             serve(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="holds neither a model"):

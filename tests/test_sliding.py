@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from deltify.convert import convert, origins, sliding_control
+from deltify.conversion.student import convert, origins, sliding_control
+from deltify.conversion.teacher import random_teacher
 from deltify.model import DeltifyConfig, DeltifyForCausalLM
 from deltify.model.modeling import DeltifyCache
-from deltify.teacher import random_teacher
 
 TINY = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}

@@ -6,13 +6,13 @@ from conftest import with_special_tokens
 
 import deltify
 from deltify import convert
-from deltify.checkpoint import save_model
 from deltify.cli import main
-from deltify.convert import sliding_control
-from deltify.generate import generate, read_file
-from deltify.states import load_state, read, tensors_of
-from deltify.teacher import random_teacher
-from deltify.tokens import beginning, open_ended, token_ids
+from deltify.conversion.student import sliding_control
+from deltify.conversion.teacher import random_teacher
+from deltify.inference.generate import generate, read_file
+from deltify.inference.states import load_state, read, tensors_of
+from deltify.training.checkpoint import save_model
+from deltify.utils.tokens import beginning, open_ended, token_ids
 
 
 @pytest.fixture(scope="module", params=["K", "KS"])

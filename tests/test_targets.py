@@ -8,16 +8,17 @@ import torch
 from safetensors.torch import load_file
 from test_distill import records, tiny_recipe
 
-from deltify import distill, targets
+from deltify import distill
 from deltify.cli import main
 from deltify.config import TeacherSpec, write_recipe
-from deltify.data import open_data
-from deltify.distill import capture_recipe
-from deltify.evaluate import evaluate
-from deltify.targets import open_targets, pack, row_key, unpack
-from deltify.teacher import random_teacher
+from deltify.conversion.teacher import random_teacher
+from deltify.data.token_files import open_data
+from deltify.evaluation.runner import evaluate
+from deltify.training import teacher_cache
+from deltify.training.runner import capture_recipe
+from deltify.training.teacher_cache import open_targets, pack, row_key, unpack
 
-DISTILL = import_module("deltify.distill")
+DISTILL = import_module("deltify.training.runner")
 
 
 @pytest.mark.parametrize("format, bound", [("int8", 0.01), ("bf16", 0.004)])
@@ -56,8 +57,8 @@ def test_a_run_goes_on_without_its_teacher_and_learns_the_same(tmp_path, monkeyp
 
 def test_a_capture_that_was_cut_short_goes_on_and_stores_no_row_twice(tmp_path, monkeypatch):
     recipe, folder = tiny_recipe(tmp_path), tmp_path / "targets"
-    monkeypatch.setattr(targets, "SHARD_BYTES", 1)  # a shard for each batch
-    asked, read_rows = [], targets.read_rows
+    monkeypatch.setattr(teacher_cache, "SHARD_BYTES", 1)  # a shard for each batch
+    asked, read_rows = [], teacher_cache.read_rows
 
     def dies(teacher, batch):
         asked.append(len(batch.input_ids))
@@ -65,10 +66,10 @@ def test_a_capture_that_was_cut_short_goes_on_and_stores_no_row_twice(tmp_path, 
             raise KeyboardInterrupt
         return read_rows(teacher, batch)
 
-    monkeypatch.setattr(targets, "read_rows", dies)
+    monkeypatch.setattr(teacher_cache, "read_rows", dies)
     with pytest.raises(KeyboardInterrupt):
         capture_recipe(recipe, folder, "bf16")
-    kept = len(targets.read_index(folder))
+    kept = len(teacher_cache.read_index(folder))
     assert 0 < kept < 20
     found = capture_recipe(recipe, folder, "bf16")
     assert found["rows"] == 20 and found["kl"] < 1e-3 and 2 * 64 <= found["bytes_per_token"] < 3 * 64
@@ -121,8 +122,8 @@ def test_targets_of_other_weights_are_refused_before_anything_is_computed(tmp_pa
 
 def test_a_capture_does_not_go_on_with_other_weights(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path / "runs", teacher=replace_teacher(tmp_path / "teacher", 0))
-    monkeypatch.setattr(targets, "SHARD_BYTES", 1)
-    read_rows, asked = targets.read_rows, []
+    monkeypatch.setattr(teacher_cache, "SHARD_BYTES", 1)
+    read_rows, asked = teacher_cache.read_rows, []
 
     def dies(teacher, batch):
         asked.append(batch)
@@ -130,7 +131,7 @@ def test_a_capture_does_not_go_on_with_other_weights(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return read_rows(teacher, batch)
 
-    monkeypatch.setattr(targets, "read_rows", dies)
+    monkeypatch.setattr(teacher_cache, "read_rows", dies)
     with pytest.raises(KeyboardInterrupt):
         capture_recipe(recipe, tmp_path / "targets", "bf16")
     replace_teacher(tmp_path / "teacher", 1)

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltify import convert
-from deltify.convert import sliding_control
-from deltify.fingerprint import fingerprint
+from deltify.conversion.student import sliding_control
+from deltify.conversion.teacher import load_teacher, random_teacher
 from deltify.model import DeltifyForCausalLM
-from deltify.teacher import load_teacher, random_teacher
+from deltify.utils.fingerprint import fingerprint
 
 IDS = torch.arange(1, 31).view(1, 30)
 

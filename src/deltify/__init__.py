@@ -4,14 +4,14 @@ Importing it registers the model types `deltify` and `arcee_kda` with transforme
 """
 
 from .config import Recipe, read_recipe
-from .convert import convert
-from .distill import distill
-from .evaluate import evaluate
+from .conversion.student import convert
+from .conversion.teacher import load_teacher
+from .evaluation.report import report
+from .evaluation.runner import evaluate
+from .inference.states import load_state, read
 from .model import ArceeKDAConfig, ArceeKDAForCausalLM, DeltifyConfig, DeltifyForCausalLM
 from .ops import kda, kda_step
-from .report import report
-from .states import load_state, read
-from .teacher import load_teacher
+from .training.runner import distill
 
 __version__ = "0.1.0"
 __all__ = [

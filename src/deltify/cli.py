@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .stopping import Stopped
+from .training.signals import Stopped
 
 DESCRIPTION = """\
 Turn a pretrained transformer into a Kimi Delta Attention (KDA) language model by distillation.
@@ -171,8 +171,8 @@ def recipe_fields() -> str:
 
 def run_distill(options: argparse.Namespace, overrides: list[str]) -> None:
     from .config import read_recipe, smoke
-    from .distill import distill
-    from .parallel import start_ranks
+    from .training.distributed import start_ranks
+    from .training.runner import distill
 
     recipe = read_recipe(options.recipe, overrides)
     if not options.smoke and recipe.run.device in ("auto", "cuda"):
@@ -182,7 +182,7 @@ def run_distill(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def run_convert(options: argparse.Namespace, overrides: list[str]) -> None:
     from .config import read_recipe, smoke
-    from .distill import distill
+    from .training.runner import distill
 
     recipe = read_recipe(options.recipe, overrides)
     distill(smoke(recipe) if options.smoke else recipe, resume=options.resume, stages=())
@@ -190,7 +190,7 @@ def run_convert(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def run_capture(options: argparse.Namespace, overrides: list[str]) -> None:
     from .config import read_recipe
-    from .distill import capture_recipe
+    from .training.runner import capture_recipe
 
     found = capture_recipe(read_recipe(options.recipe, overrides), options.output, options.format)
     print(
@@ -201,7 +201,7 @@ def run_capture(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def run_plan(options: argparse.Namespace, overrides: list[str]) -> None:
     from .config import read_recipe
-    from .plan import plan
+    from .training.estimate import plan
 
     plan(read_recipe(options.recipe, overrides), gpu=options.gpu, gpus=options.gpus)
 
@@ -215,9 +215,9 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def run_evaluate(options: argparse.Namespace, _: list[str]) -> None:
-    from .benchmarks import TASKS
-    from .evaluate import evaluate
-    from .needle import TASKS as NEEDLES
+    from .evaluation.benchmarks import TASKS
+    from .evaluation.needles import TASKS as NEEDLES
+    from .evaluation.runner import evaluate
 
     settings = {key: value for key, value in vars(options).items() if key != "command" and not key.startswith("no_")}
     settings |= {"with_controls": not options.no_controls, "with_stages": not options.no_stages}
@@ -227,7 +227,7 @@ def run_evaluate(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def run_report(options: argparse.Namespace, _: list[str]) -> None:
-    from .report import combine, report
+    from .evaluation.report import combine, report
 
     runs = [Path(run) for run in options.runs]
     if len(runs) > 1 and options.output is None:
@@ -236,44 +236,44 @@ def run_report(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def run_generate(options: argparse.Namespace, _: list[str]) -> None:
-    from .devices import pick_device
-    from .generate import generate
+    from .inference.generate import generate
+    from .utils.devices import pick_device
 
     settings = {k: v for k, v in vars(options).items() if k not in ("command", "model", "prompt", "device")}
     generate(options.model, options.prompt, device=str(pick_device(options.device)), **settings)
 
 
 def run_read(options: argparse.Namespace, _: list[str]) -> None:
-    from .devices import pick_device
-    from .generate import read_file
+    from .inference.generate import read_file
+    from .utils.devices import pick_device
 
     read_file(options.model, options.text, options.output, device=str(pick_device(options.device)))
 
 
 def run_export(options: argparse.Namespace, _: list[str]) -> None:
-    from .folders import model_folder
-    from .layouts import export
+    from .inference.export import export
+    from .utils.folders import model_folder
 
     export(model_folder(options.model), options.layout, options.output)
 
 
 def run_sample(options: argparse.Namespace, _: list[str]) -> None:
-    from .sample import sample
+    from .inference.sample import sample
 
     print(sample(**{key: value for key, value in vars(options).items() if key != "command"}))
 
 
 def run_serve(options: argparse.Namespace, _: list[str]) -> None:
-    from .devices import pick_device
-    from .serve import serve
+    from .inference.serve import serve
+    from .utils.devices import pick_device
 
     pick_device(options.device)  # the server's own auto may spread a model over several GPUs
     serve(options.model, host=options.host, port=options.port, device=options.device)
 
 
 def run_chat(options: argparse.Namespace, _: list[str]) -> None:
-    from .chat import chat
-    from .devices import pick_device
+    from .inference.chat import chat
+    from .utils.devices import pick_device
 
     device = str(pick_device(options.device))
     chat(options.model, device=device, temperature=options.temperature, top_p=options.top_p)

@@ -1,0 +1,396 @@
+"""Unpack GGUF files into folders of bf16 safetensors: every tensor and every key is accounted for, or refused by name.
+
+transformers skips what it does not know: a tensor that it has no name for, a key that changes the positions, a second
+file. Here the names are gguf's own, the model's tensors come from transformers on the meta device, and both lists must
+be the same.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
+
+from ..utils.console import console
+from .vocabulary import fit_tokenizer, set_beginning
+
+SHARD_BYTES = 5 * 2**30
+PIECE = 2**19  # elements that are dequantized at a time: few enough to stay in a cache
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+# ---- which keys are read ---------------------------------------------------------------------------------------------
+
+# keys after the architecture's name, and the configuration's fields that take their values
+FIELDS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+# keys that are read otherwise, below
+READ = {
+    *("rope.freq_base", "rope.dimension_count", "attention.key_length", "attention.value_length", "vocab_size"),
+    *("attention.sliding_window", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
+}
+# keys that change nothing, or nothing while they have this value
+NEUTRAL: dict[str, object] = {
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "attention.causal": True,
+    "use_parallel_residual": False,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.finetuned": ...,
+    "tensor_data_layout": ...,
+}
+# architectures by gguf's name, and whether they store q and k with neighbours rotated together instead of halves
+ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a byte-level tokenizer cuts text before merging, by the name that `tokenizer.ggml.pre` has for it."""
+
+    pattern: str | None  # None: GPT-2's
+    digits: bool = False  # each digit by itself, before anything else
+    nfc: bool = False  # text is composed first (Unicode NFC)
+    whole_words: bool = False  # a word that is a token is not merged from pieces
+    begins: bool = False  # texts begin with the beginning-of-sequence token, if the file does not say otherwise
+
+
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LETTERS = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
+TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{LETTERS % ('*', '+')}|[^\r\n\p{{L}}\p{{N}}]?{LETTERS % ('+', '*')}"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {
+    "default": Split(None),
+    "gpt-2": Split(None),
+    "smollm": Split(None, digits=True),
+    "qwen2": Split(WORDS % "", nfc=True),
+    "deepseek-r1-qwen": Split(WORDS % ""),
+    "llama-bpe": Split(WORDS % "{1,3}", whole_words=True, begins=True),
+    "tekken": Split(TEKKEN, whole_words=True, begins=True),
+}
+
+
+# ---- read ------------------------------------------------------------------------------------------------------------
+
+
+def parts_of(path: Path) -> list[Path]:
+    """Return all files of a model that is split over several, in order; of any other model its one file.
+
+    Raises:
+        FileNotFoundError: If a part is missing; names it.
+    """
+    name = PART.fullmatch(path.name)
+    if name is None:
+        return [path]
+    paths = [path.with_name(f"{name[1]}-{part:05d}-of-{name[3]}.gguf") for part in range(1, int(name[3]) + 1)]
+    if missing := [part.name for part in paths if not part.is_file()]:
+        raise FileNotFoundError(f"{path} is one part of {len(paths)}; {', '.join(missing)} must lie beside it")
+    return paths
+
+
+class GgufModel:
+    """The keys and tensors of a GGUF model of one or several files, and what of transformers they make."""
+
+    def __init__(self, path: Path):
+        readers = [gguf.GGUFReader(part) for part in parts_of(path)]
+        self.path, self.fields = path, readers[0].fields
+        self.tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+        if (count := self.key("split.count", 1)) != len(readers):
+            raise ValueError(
+                f"{path} is one part of {count}, but {len(readers)} were found; keep the names that llama.cpp gave "
+                "them (NAME-00001-of-00002.gguf), all in one folder"
+            )
+        if (kind := self.key("general.type", "model")) != "model":
+            raise ValueError(f"{path} holds a {kind}, not a whole model")
+        self.architecture = self.key("general.architecture")
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"{path} is of the architecture {self.architecture!r}; GGUF files are read of "
+                f"{', '.join(ARCHITECTURES)}. Give the model's safetensors folder or hub id"
+            )
+        self.config = self.read_config()
+        self.names = self.tensor_names()
+
+    def key(self, name: str, default: Any = None) -> Any:
+        """The value of a key; `default` if the file has none."""
+        return self.fields[name].contents() if name in self.fields else default
+
+    def read_config(self) -> PreTrainedConfig:
+        """Raises ValueError for a key that is not known and could change what the model computes."""
+        prefix = f"{self.architecture}."
+        own = {name.removeprefix(prefix): self.key(name) for name in self.fields if name.startswith(prefix)}
+        own = {name: distinct(value) for name, value in own.items()}
+        unknown = [name for name in own if name not in {**FIELDS, **NEUTRAL} and name not in READ]
+        unknown += [n for n, neutral in NEUTRAL.items() if n in own and neutral is not ... and own[n] != neutral]
+        unknown += [name for name in FIELDS if isinstance(own.get(name), list)]  # layers that differ
+        if unknown:
+            told = ", ".join(f"{prefix}{name} = {own[name]}" for name in sorted(unknown))
+            raise ValueError(f"{self.path} has {told}, which is not understood; give the model's safetensors folder")
+        if missing := [f"{prefix}{name}" for name in FIELDS if name not in own and name != "attention.head_count_kv"]:
+            raise ValueError(f"{self.path} lacks the keys {', '.join(missing)}")
+        facts = {field: own[name] for name, field in FIELDS.items() if name in own}
+        facts.setdefault("num_key_value_heads", facts["num_attention_heads"])
+        head_dim = own.get("attention.key_length") or facts["hidden_size"] // facts["num_attention_heads"]
+        for name in ("rope.dimension_count", "attention.value_length"):
+            if own.get(name, head_dim) != head_dim:
+                raise ValueError(
+                    f"{self.path} has {prefix}{name} = {own[name]} but heads of {head_dim}; they must agree"
+                )
+        window = own.get("attention.sliding_window") or 0
+        if 0 < window < facts["max_position_embeddings"]:
+            raise ValueError(
+                f"{self.path} has {prefix}attention.sliding_window = {window}; sliding windows are read from "
+                "safetensors folders only"
+            )
+        vocabulary = self.shape("token_embd.weight")[0]
+        if own.get("vocab_size", vocabulary) != vocabulary:
+            raise ValueError(f"{self.path} has {prefix}vocab_size = {own['vocab_size']} for {vocabulary} embeddings")
+        special = {name: self.key(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL_TOKENS.items()}
+        return AutoConfig.for_model(
+            self.architecture,
+            **facts,
+            **{f"{name}_id": token for name, token in special.items() if name != "unk_token"},
+            head_dim=head_dim,
+            vocab_size=vocabulary,
+            rope_parameters=self.rope(own, head_dim),
+            tie_word_embeddings="output.weight" not in self.tensors,
+            **self.biases(),
+        )
+
+    def rope(self, own: dict, head_dim: int) -> dict:
+        """The rotary parameters, from keys and from the tensor of factors that Llama 3.1 and later have."""
+        rope: dict[str, object] = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)}
+        kind, factor = own.get("rope.scaling.type", "none"), own.get("rope.scaling.factor", 1.0)
+        if kind in ("linear", "yarn"):
+            rope |= {"rope_type": kind, "factor": factor}
+            if kind == "yarn":
+                rope["original_max_position_embeddings"] = own["rope.scaling.original_context_length"]
+        elif kind != "none":
+            raise ValueError(f"{self.path} scales its positions by {kind!r}; none, linear and yarn are read")
+        if "rope_freqs.weight" in self.tensors:
+            if kind != "none":
+                raise ValueError(f"{self.path} has both rope.scaling.type = {kind} and rope_freqs.weight")
+            rope |= llama3_scaling(self.values("rope_freqs.weight"), rope["rope_theta"], head_dim, self.path)
+        return rope
+
+    def biases(self) -> dict[str, bool]:
+        """Which biases the file has, where the configuration must say it."""
+        if self.architecture == "qwen2":  # always of q, k and v
+            return {}
+        found = {"attention_bias": "blk.0.attn_q.bias" in self.tensors}
+        return found | ({"mlp_bias": "blk.0.ffn_up.bias" in self.tensors} if self.architecture == "llama" else {})
+
+    def tensor_names(self) -> dict[str, str]:
+        """The file's name of each of the model's tensors.
+
+        Raises:
+            ValueError: If the file lacks one, has one more, or has one of another shape; names up to five.
+        """
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config)
+        architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
+        known = gguf.get_tensor_name_map(architecture, self.config.num_hidden_layers)
+        names, problems = {}, []
+        for name, tensor in model.state_dict().items():
+            if name == "lm_head.weight" and self.config.tie_word_embeddings:
+                continue
+            stem, _, kind = name.rpartition(".")
+            names[name] = mine = f"{known.get_name(stem)}.{kind}"
+            if mine not in self.tensors:
+                problems.append(f"{mine} is missing")
+            elif self.shape(mine) != tuple(tensor.shape):
+                problems.append(f"{mine} has shape {list(self.shape(mine))}, expected {list(tensor.shape)}")
+        more = self.tensors.keys() - set(names.values()) - {"rope_freqs.weight"}
+        problems += [f"{name} is not expected" for name in sorted(more)]
+        if problems:
+            rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise ValueError(f"{self.path} does not fit its own keys: {'; '.join(problems[:5])}{rest}")
+        return names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self.tensors:
+            raise ValueError(f"{self.path} lacks the tensor {name}; is it the first part of a split file?")
+        return tuple(int(size) for size in reversed(self.tensors[name].shape))
+
+    def values(self, name: str) -> np.ndarray:
+        """A small tensor's values, float32."""
+        tensor = self.tensors[name]
+        return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(self.shape(name))
+
+    def pieces(self, name: str) -> Iterator[tuple[int, int]]:
+        """Ranges of rows that are small enough to be dequantized at once."""
+        rows, *rest = self.shape(name)
+        step = max(1, PIECE // max(1, int(np.prod(rest))))
+        yield from ((start, min(rows, start + step)) for start in range(0, rows, step))
+
+    def read_piece(self, name: str, first: int, last: int, into: Tensor) -> int:
+        """Write rows of the file's tensor into the bf16 tensor `into`; return the bytes read."""
+        tensor = self.tensors[name]
+        data = tensor.data.reshape(self.shape(name)[0], -1)[first:last]
+        values = np.require(gguf.dequantize(data, tensor.tensor_type), requirements="W")  # float32 is not copied
+        into[first:last].copy_(torch.from_numpy(values).view(into[first:last].shape))
+        return data.nbytes
+
+    def read(self, names: list[str], pool: ThreadPoolExecutor, advance: Callable[[int], None]) -> dict[str, Tensor]:
+        """The model's tensors `names` in bfloat16, dequantized by all threads of `pool`."""
+        tensors = {name: torch.empty(self.shape(self.names[name]), dtype=torch.bfloat16) for name in names}
+        jobs = [
+            pool.submit(self.read_piece, self.names[name], *piece, tensor)
+            for name, tensor in tensors.items()
+            for piece in self.pieces(self.names[name])
+        ]
+        for job in jobs:
+            advance(job.result())
+        if ARCHITECTURES[self.architecture]:
+            for kind, heads in (("q", self.config.num_attention_heads), ("k", self.config.num_key_value_heads)):
+                for name in names:
+                    if f".{kind}_proj." in name:
+                        tensors[name] = halves_from_neighbours(tensors[name], heads)
+        return tensors
+
+
+def distinct(value: object) -> object:
+    """One value for a list of equal ones, as some files have for each layer."""
+    return value[0] if isinstance(value, list) and value and value.count(value[0]) == len(value) else value
+
+
+def halves_from_neighbours(x: Tensor, heads: int) -> Tensor:
+    """Rows of q or k, of which llama.cpp rotates neighbours together, in transformers' order: the first half of a head
+    with the second."""
+    return x.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, path: Path) -> dict:
+    """The parameters of Llama 3.1's scaling that give these factors of the wavelengths, [head_dim / 2].
+
+    Raises:
+        ValueError: If no known parameters do.
+    """
+    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    factor, low, high, original = float(factors.max()), 1.0, 4.0, 8192
+    smooth = ((original / wavelength - low) / (high - low)).clip(0, 1)
+    if not np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=1e-3):
+        raise ValueError(f"{path} has rope_freqs.weight, which are not Llama 3's factors; give its safetensors folder")
+    scaling = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+    return {"rope_type": "llama3", **scaling, "original_max_position_embeddings": original}
+
+
+# ---- the tokenizer ---------------------------------------------------------------------------------------------------
+
+SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+
+
+def read_tokenizer(model: GgufModel):
+    """The tokenizer of a GGUF file, which splits and begins texts as the file says.
+
+    Raises:
+        ValueError: If the file does not say how text is split, or names a way that is not known.
+    """
+    first = parts_of(model.path)[0]
+    # AutoTokenizer would read the whole file once more, for a configuration
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(first.parent), gguf_file=first.name)
+    begins, backend = True, tokenizer.backend_tokenizer  # sentencepiece vocabularies begin texts
+    if model.key("tokenizer.ggml.model") == "gpt2":
+        name = model.key("tokenizer.ggml.pre")
+        if name not in SPLITS:
+            raise ValueError(
+                f"{model.path} has tokenizer.ggml.pre = {name!r}; known are {', '.join(SPLITS)}. Give the model's "
+                "safetensors folder or hub id"
+            )
+        if name == "default":
+            console.print(f"warning: {model.path.name} does not name its tokenizer; text is split as GPT-2 does")
+        begins = SPLITS[name].begins
+        split_text(backend, SPLITS[name])
+    words = model.key("tokenizer.ggml.tokens")
+    for name, key in SPECIAL_TOKENS.items():
+        token = model.key(f"tokenizer.ggml.{key}_token_id")
+        setattr(tokenizer, name, None if token is None else words[token])
+    tokenizer = fit_tokenizer(tokenizer, model.config, str(model.path))
+    begins = model.key("tokenizer.ggml.add_bos_token", begins) and tokenizer.bos_token_id is not None
+    set_beginning(tokenizer, begins, bool(model.key("tokenizer.ggml.add_eos_token", False)))
+    return tokenizer
+
+
+def split_text(backend: Tokenizer, split: Split) -> None:
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None)
+    steps = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
+    steps += [pre_tokenizers.Split(Regex(split.pattern), "isolated")] if split.pattern else []
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level]) if steps else byte_level
+    if split.nfc:
+        backend.normalizer = normalizers.NFC()
+    if split.whole_words:
+        backend.model.ignore_merges = True
+
+
+# ---- write -----------------------------------------------------------------------------------------------------------
+
+
+def unpack(path: Path, folder: Path) -> None:
+    """Write the model and tokenizer of a GGUF file to `folder` as transformers reads them, weights in bfloat16.
+
+    Every process may call it: nothing here asks for its rank, as transformers' `save_pretrained` of a model does.
+
+    Raises:
+        ValueError: If the file has a tensor or key that is not understood, or lacks one; names it.
+    """
+    model = GgufModel(path)
+    tokenizer = read_tokenizer(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = plan_shards({name: 2 * int(np.prod(model.shape(mine))) for name, mine in model.names.items()})
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = ["model.safetensors"] if len(shards) == 1 else names
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    total = sum(tensor.data.nbytes for tensor in model.tensors.values())
+    with (
+        ThreadPoolExecutor(os.cpu_count() or 1) as pool,
+        Progress(TextColumn(f"unpack {path.name}"), *columns, console=console, transient=True) as bar,
+    ):
+        task = bar.add_task("unpack", total=total)
+        for name, wanted in zip(names, shards):
+            save_file(model.read(wanted, pool, lambda n: bar.advance(task, n)), folder / name, {"format": "pt"})
+    if len(shards) > 1:
+        where = {tensor: name for name, wanted in zip(names, shards) for tensor in wanted}
+        index = {"metadata": {"total_size": 2 * sum(np.prod(model.shape(m)) for m in model.names.values())}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index | {"weight_map": where}, default=int))
+    model.config.architectures = [AutoModelForCausalLM._model_mapping[type(model.config)].__name__]
+    model.config.dtype = torch.bfloat16
+    model.config.save_pretrained(folder)
+    ends = [model.key(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    special = {"bos_token_id": model.config.bos_token_id, "pad_token_id": model.config.pad_token_id}
+    GenerationConfig(eos_token_id=ends if len(ends) > 1 else next(iter(ends), None), **special).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def plan_shards(sizes: dict[str, int]) -> list[list[str]]:
+    """Group tensors, in order, into files of at most SHARD_BYTES, or of one larger tensor."""
+    shards: list[list[str]] = [[]]
+    room = SHARD_BYTES
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= size
+    return shards

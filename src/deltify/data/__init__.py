@@ -1,0 +1,1 @@
+"""Text to packed token files, and from them batches."""

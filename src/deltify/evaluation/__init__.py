@@ -1,0 +1,1 @@
+"""What came out: benchmarks, needles, curves and reports."""

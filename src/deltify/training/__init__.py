@@ -1,0 +1,1 @@
+"""Distillation: the stages, the training loop, and all that a run keeps."""

@@ -1,0 +1,161 @@
+"""What a run says while it goes: the terminal, metrics.jsonl, and a tracker besides if the recipe names one."""
+
+import importlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+
+from rich.progress import Progress as ProgressBar
+from rich.progress import TextColumn, TimeRemainingColumn
+
+from ..config import STAGES, Recipe
+from ..utils.console import console
+from ..utils.files import write_text
+from . import distributed
+from .run_folder import holds_run
+
+TRACKERS = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
+IDENTITY = {"trackio": "name", "wandb": "id"}  # of a tracker's run, by which it is found again
+
+
+def read_stages(folder: Path) -> Iterator[tuple[str, list[dict]]]:
+    """A run's stages in their order with their lines of metrics.jsonl, whose tokens count from the run's beginning."""
+    lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]  # a last line without its end was cut
+    records, before = [json.loads(line) for line in lines], 0
+    for stage in ("converted", *STAGES):
+        if mine := [r | {"tokens": before + r["tokens"]} for r in records if r["stage"] == stage]:
+            yield stage, mine
+            before = mine[-1]["tokens"]
+
+
+class Metrics:
+    """metrics.jsonl, one line per step, and the run's one tracker, which sees `stage/key` over the steps of the run."""
+
+    def __init__(self, recipe: Recipe):
+        self.path = recipe.folder / "metrics.jsonl"
+        self.steps_before, total = {"converted": 0}, 0
+        for stage in STAGES:
+            self.steps_before[stage] = total
+            total += recipe.stage(stage).steps
+        self.silent = distributed.rank() > 0  # the first rank speaks for all
+        self.log, self.close = lambda figures, step: None, lambda: None
+        if not self.silent:
+            sent = max((self.step_of_run(record) for _, record in self.lines()), default=-1)
+            self.log, self.close = open_tracker(recipe, sent)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def write(self, stage: str, step: int, **record) -> None:
+        if self.silent:
+            return
+        with self.path.open("a") as out:
+            out.write(json.dumps({"stage": stage, "step": step, **record}) + "\n")
+        figures = {f"{stage}/{key}": value for key, value in record.items()}
+        self.log(figures, self.step_of_run({"stage": stage, "step": step}))
+
+    def step_of_run(self, record: dict) -> int:
+        """Returns the step of a line, counted over all stages."""
+        return self.steps_before[record["stage"]] + record["step"]
+
+    def lines(self) -> Iterator[tuple[str, dict]]:
+        """Yields each line and what it says, but for a last one that a kill left half-written.
+
+        Raises:
+            ValueError: if another line is damaged; says which.
+        """
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                yield line, json.loads(line)
+            except json.JSONDecodeError:
+                if number < len(lines):
+                    raise ValueError(
+                        f"{self.path}, line {number}: {line[:60]!r} is not a JSON object; delete the line and --resume"
+                    ) from None
+
+    def cut(self, stage: str, step: int) -> None:
+        """Drops lines of steps that a stage is about to make again, and a last line that a kill left half-written."""
+        if not self.silent:
+            kept = [line + "\n" for line, was in self.lines() if was["stage"] != stage or was["step"] <= step]
+            write_text(self.path, "".join(kept))
+
+
+def tracker_module(name: str | None) -> ModuleType | None:
+    """The module of the tracker that `run.log_to` names.
+
+    Raises:
+        ValueError: if it is unknown or not installed.
+    """
+    if name is None:
+        return None
+    if name not in TRACKERS:
+        raise ValueError(f"run.log_to={name!r}; choose trackio, wandb or tensorboard, or leave it out")
+    try:
+        return importlib.import_module(TRACKERS[name])
+    except ImportError as error:
+        raise ValueError(
+            f"run.log_to={name!r} needs a package that is not installed ({error}); run: pip install {name}, or leave "
+            "it out"
+        ) from None
+
+
+def open_tracker(recipe: Recipe, sent: int) -> tuple[Callable[[dict[str, float], int], None], Callable[[], None]]:
+    """Opens the tracker that `run.log_to` names; a run that goes on goes on in the tracker's run, too.
+
+    Steps up to `sent` that are made again are not sent again; but tensorboard takes the new ones in their place.
+
+    Returns:
+        Two functions: one sends figures and their step, one ends the tracker's run.
+    """
+    name, tracker = recipe.run.log_to, tracker_module(recipe.run.log_to)
+    if name is None or tracker is None:
+        return lambda figures, step: None, lambda: None
+    if name == "tensorboard":
+        writers = []  # one, which the first step opens: what older files say of that and later steps is hidden
+
+        def write(figures: dict[str, float], step: int) -> None:
+            if not writers:
+                writers.append(tracker.SummaryWriter(str(recipe.folder / "tensorboard"), purge_step=step))
+            for key, value in figures.items():
+                writers[0].add_scalar(key, value, step)
+
+        def close() -> None:
+            for writer in writers:
+                writer.close()
+
+        return write, close
+    path, identity = recipe.folder / "tracker.json", IDENTITY[name]
+    known = json.loads(path.read_text()) if path.is_file() and holds_run(recipe.folder) else {}
+    going_on = {identity: known[name], "resume": "allow"} if name in known else {}
+    run = tracker.init(**{"project": "deltify", "name": recipe.name, "config": asdict(recipe), **going_on})
+    write_text(path, json.dumps(known | {name: getattr(run, identity)}))
+
+    def send(figures: dict[str, float], step: int) -> None:
+        if step > sent or not going_on:
+            tracker.log(figures, step=step)
+
+    return send, tracker.finish
+
+
+class progress_bar:
+    """A bar with loss, tokens/s and the time left; silent where there is no terminal."""
+
+    def __init__(self, name: str, steps: int):
+        text = TextColumn("{task.description} {task.completed}/{task.total}  loss {task.fields[loss]:.3f}")
+        speed = TextColumn("{task.fields[speed]:,.0f} tokens/s")
+        self.bar = ProgressBar(text, speed, TimeRemainingColumn(), console=console, transient=True)
+        self.task = self.bar.add_task(name, total=steps, loss=math.nan, speed=0.0)
+
+    def __enter__(self):
+        self.bar.start()
+        return lambda done, loss, speed: self.bar.update(self.task, completed=done, loss=loss, speed=speed)
+
+    def __exit__(self, *error):
+        self.bar.stop()
