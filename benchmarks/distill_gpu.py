@@ -56,8 +56,8 @@ STEPS = [
     ("smollm2-135m", "match", 8, 2048, {}),
     ("smollm2-135m", "align", 32, 512, {}),
     ("afm-4.5b", "align", 4, 2048, {}),
-    ("afm-4.5b", "match", 1, 16384, {"checkpoint_layers": True}),
-    ("afm-4.5b", "extend", 1, 32768, {"checkpoint_layers": True, "optimizer": "adamw8bit"}),
+    ("afm-4.5b", "match", 1, 16384, {"activation_checkpointing": True}),
+    ("afm-4.5b", "extend", 1, 32768, {"activation_checkpointing": True, "optimizer": "adamw8bit"}),
 ]
 PEER, STEADY = "DistillKit-style step, fla", 6  # the last steps are timed
 
@@ -135,7 +135,7 @@ def pair(shape: str, stage: str) -> tuple[Teacher, torch.nn.Module]:
 def step_rates(shape: str, name: str, rows: int, length: int, options: dict) -> tuple[float, float, float]:
     """(tokens per second; GiB at the peak; FLOPs of products with weights, a token)."""
     teacher, student = pair(shape, name)
-    stage = Stage(tokens=rows * length * 100, length=length, batch=rows, **options)
+    stage = Stage(tokens=rows * length * 100, sequence_length=length, batch_size=rows, **options)
     optimizers = make_optimizers(student, stage, name)
     compute = align_step if name == "align" else match_step
 
@@ -153,7 +153,7 @@ def step_rates(shape: str, name: str, rows: int, length: int, options: dict) -> 
     def whole_step(number: int) -> None:
         set_learning_rates(optimizers, stage, number)
         step(Batch(ids.roll(number, 1), positions), torch.device("cuda"))
-        torch.nn.utils.clip_grad_norm_(trained(optimizers), stage.clip)
+        torch.nn.utils.clip_grad_norm_(trained(optimizers), stage.max_grad_norm)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=again)

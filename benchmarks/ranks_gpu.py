@@ -32,9 +32,9 @@ def rate(folder: Path, stage: str, processes: int, how: str, extra: list[str]) -
     rows, length = SHAPES[stage]
     batch, name = rows * processes, f"{stage}-{processes}-{how}"
     fields = {
-        "name": name, "output": folder, "student.start": "library", "data.train": '{"recall": 1.0}',
+        "name": name, "output": folder, "student.init": "library", "data.train": '{"recall": 1.0}',
         "data.folder": folder / "data", "data.max_tokens": "null", "run.heldout_tokens": 2048,
-        "run.heldout_steps": STEPS, "run.checkpoint_minutes": 60, "run.data_parallel": how,
+        "run.eval_every": STEPS, "run.save_every_minutes": 60, "run.data_parallel": how,
     } | {f"{other}.tokens": 0 for other in STAGES}  # fmt: skip
     fields |= {f"{stage}.tokens": STEPS * batch * length, f"{stage}.batch": batch, f"{stage}.length": length}
     flags = [f"--{field}={value}" for field, value in fields.items()] + extra

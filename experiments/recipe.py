@@ -35,70 +35,73 @@ OURS, HYBRID, ARCEE, RADLADS = "smollm2-135m-kda", "smollm2-135m-hybrid", "basel
 # name: recipe, share of the tokens in each stage, overrides
 MATCH_ALL, WITH_ALIGN, WITH_EXTEND = {"match": 1.0}, {"align": 0.125, "match": 0.875}, {"match": 0.875, "extend": 0.125}
 # what the variants of our recipe differ from; those named "default" from the second, what it had become
-BASE: dict[str, object] = {"match.batch": 8, "match.lr_rest": 1e-4, "student.long_heads": 0}
-BETTER = BASE | {"match.batch": 2, "match.lr_rest": 3e-4}
+BASE: dict[str, object] = {"match.batch_size": 8, "match.lr_other": 1e-4, "student.long_memory_heads": 0}
+BETTER = BASE | {"match.batch_size": 2, "match.lr_other": 3e-4}
 MUON: dict[str, object] = {"match.optimizer": "muon"}
-DOUBLE: dict[str, object] = {"match.lr_mixers": 2e-3, "match.lr_rest": 6e-4}
-LONG: dict[str, object] = {"match.length": 8192, "match.batch": 1}  # as many tokens a step as 4 rows of 2,048
+DOUBLE: dict[str, object] = {"match.lr_mixers": 2e-3, "match.lr_other": 6e-4}
+LONG: dict[str, object] = {
+    "match.sequence_length": 8192,
+    "match.batch_size": 1,
+}  # as many tokens a step as 4 rows of 2,048
 VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "base": (OURS, WITH_ALIGN, {}),
     "default": (OURS, WITH_ALIGN, {}),
     "arcee": (ARCEE, WITH_EXTEND, {}),
     "arcee-lr-2e-3": (ARCEE, WITH_EXTEND, {"match.lr_mixers": 2e-3}),
-    "arcee-batch-2": (ARCEE, WITH_EXTEND, {"match.batch": 2, "extend.batch": 2}),
+    "arcee-batch-2": (ARCEE, WITH_EXTEND, {"match.batch_size": 2, "extend.batch_size": 2}),
     "radlads": (RADLADS, {"align": 1 / 6, "match": 5 / 6}, {}),
-    "radlads-lr-1e-4": (RADLADS, {"align": 1 / 6, "match": 5 / 6}, {"match.lr_mixers": 1e-4, "match.lr_rest": 1e-4}),
-    "start-library": (OURS, WITH_ALIGN, {"student.start": "library"}),
-    "start-arcee": (OURS, WITH_ALIGN, {"student.start": "arcee"}),
+    "radlads-lr-1e-4": (RADLADS, {"align": 1 / 6, "match": 5 / 6}, {"match.lr_mixers": 1e-4, "match.lr_other": 1e-4}),
+    "start-library": (OURS, WITH_ALIGN, {"student.init": "library"}),
+    "start-arcee": (OURS, WITH_ALIGN, {"student.init": "arcee"}),
     "align-none": (OURS, MATCH_ALL, {}),
     "align-quarter": (OURS, {"align": 0.25, "match": 0.75}, {}),
     "lr-mixers-2e-3": (OURS, WITH_ALIGN, {"match.lr_mixers": 2e-3}),
     "lr-mixers-5e-4": (OURS, WITH_ALIGN, {"match.lr_mixers": 5e-4}),
-    "lr-rest-3e-4": (OURS, WITH_ALIGN, {"match.lr_rest": 3e-4}),
-    "lr-rest-1e-3": (OURS, WITH_ALIGN, {"match.lr_rest": 1e-3}),
-    "lr-both": (OURS, WITH_ALIGN, {"match.lr_mixers": 2e-3, "match.lr_rest": 3e-4}),
-    "lr-rest-3e-4-batch-4": (OURS, WITH_ALIGN, {"match.lr_rest": 3e-4, "match.batch": 4}),
-    "rest-frozen": (OURS, WITH_ALIGN, {"match.lr_rest": 0.0}),
-    "batch-4": (OURS, WITH_ALIGN, {"match.batch": 4}),
-    "batch-16": (OURS, WITH_ALIGN, {"match.batch": 16, "align.batch": 64}),
+    "lr-rest-3e-4": (OURS, WITH_ALIGN, {"match.lr_other": 3e-4}),
+    "lr-rest-1e-3": (OURS, WITH_ALIGN, {"match.lr_other": 1e-3}),
+    "lr-both": (OURS, WITH_ALIGN, {"match.lr_mixers": 2e-3, "match.lr_other": 3e-4}),
+    "lr-rest-3e-4-batch-4": (OURS, WITH_ALIGN, {"match.lr_other": 3e-4, "match.batch_size": 4}),
+    "rest-frozen": (OURS, WITH_ALIGN, {"match.lr_other": 0.0}),
+    "batch-4": (OURS, WITH_ALIGN, {"match.batch_size": 4}),
+    "batch-16": (OURS, WITH_ALIGN, {"match.batch_size": 16, "align.batch_size": 64}),
     "temperature-2": (OURS, WITH_ALIGN, {"match.temperature": 2.0}),
     "ce-0.2": (OURS, WITH_ALIGN, {"match.ce_weight": 0.2}),
-    "hidden-0.3": (OURS, WITH_ALIGN, {"match.hidden_weight": 0.3}),
-    "length-1024": (OURS, WITH_ALIGN, {"match.length": 1024, "match.batch": 16}),
-    "default-batch-1": (OURS, WITH_ALIGN, {"match.batch": 1}),
-    "default-batch-4": (OURS, WITH_ALIGN, {"match.batch": 4}),
+    "hidden-0.3": (OURS, WITH_ALIGN, {"match.hidden_state_weight": 0.3}),
+    "length-1024": (OURS, WITH_ALIGN, {"match.sequence_length": 1024, "match.batch_size": 16}),
+    "default-batch-1": (OURS, WITH_ALIGN, {"match.batch_size": 1}),
+    "default-batch-4": (OURS, WITH_ALIGN, {"match.batch_size": 4}),
     "default-align-half": (OURS, {"align": 0.5, "match": 0.5}, {}),
     "default-temperature-2": (OURS, WITH_ALIGN, {"match.temperature": 2.0}),
     "default-ce-0.2": (OURS, WITH_ALIGN, {"match.ce_weight": 0.2}),
-    "default-rest-frozen": (OURS, WITH_ALIGN, {"match.lr_rest": 0.0}),
+    "default-rest-frozen": (OURS, WITH_ALIGN, {"match.lr_other": 0.0}),
     "default-double": (OURS, WITH_ALIGN, DOUBLE),
     "default-muon": (OURS, WITH_ALIGN, MUON),
     "default-muon-double": (OURS, WITH_ALIGN, MUON | DOUBLE),
-    "default-muon-batch-4": (OURS, WITH_ALIGN, MUON | {"match.batch": 4}),
-    "default-muon-double-batch-4": (OURS, WITH_ALIGN, MUON | DOUBLE | {"match.batch": 4}),
+    "default-muon-batch-4": (OURS, WITH_ALIGN, MUON | {"match.batch_size": 4}),
+    "default-muon-double-batch-4": (OURS, WITH_ALIGN, MUON | DOUBLE | {"match.batch_size": 4}),
     "default-muon-half-batch-4": (
         OURS,
         WITH_ALIGN,
-        MUON | {"match.batch": 4, "match.lr_mixers": 5e-4, "match.lr_rest": 1.5e-4},
+        MUON | {"match.batch_size": 4, "match.lr_mixers": 5e-4, "match.lr_other": 1.5e-4},
     ),
-    "default-start-library": (OURS, WITH_ALIGN, {"student.start": "library"}),
-    "default-constant": (OURS, WITH_ALIGN, {"student.start": "calibrated-constant"}),
+    "default-start-library": (OURS, WITH_ALIGN, {"student.init": "library"}),
+    "default-constant": (OURS, WITH_ALIGN, {"student.init": "calibrated-constant"}),
     "default-recall-quarter": (OURS, WITH_ALIGN, {}),
-    "default-recall-quarter-long-head": (OURS, WITH_ALIGN, {"student.long_heads": 1}),
-    "default-recall-quarter-two-long-heads": (OURS, WITH_ALIGN, {"student.long_heads": 2}),
+    "default-recall-quarter-long-head": (OURS, WITH_ALIGN, {"student.long_memory_heads": 1}),
+    "default-recall-quarter-two-long-heads": (OURS, WITH_ALIGN, {"student.long_memory_heads": 2}),
     "default-muon-double-recall-quarter": (OURS, WITH_ALIGN, MUON | DOUBLE),
-    "default-recall-quarter-batch-4": (OURS, WITH_ALIGN, {"match.batch": 4}),
+    "default-recall-quarter-batch-4": (OURS, WITH_ALIGN, {"match.batch_size": 4}),
     "default-recall-quarter-batch-4-calibration-2048": (
         OURS,
         WITH_ALIGN,
-        {"match.batch": 4, "student.calibration_length": 2048},
+        {"match.batch_size": 4, "student.calibration_sequence_length": 2048},
     ),
     "default-recall-quarter-long": (OURS, WITH_ALIGN, LONG),
     "default-recall-half-long": (OURS, WITH_ALIGN, LONG),
     "default-double-recall-quarter-long": (OURS, WITH_ALIGN, DOUBLE | LONG),
     "hybrid": (HYBRID, WITH_ALIGN, {}),
-    "hybrid-recall-quarter-batch-4": (HYBRID, WITH_ALIGN, {"match.batch": 4}),
-    "arcee-recall-quarter-batch-4": (ARCEE, WITH_EXTEND, {"match.batch": 4, "extend.batch": 4}),
+    "hybrid-recall-quarter-batch-4": (HYBRID, WITH_ALIGN, {"match.batch_size": 4}),
+    "arcee-recall-quarter-batch-4": (ARCEE, WITH_EXTEND, {"match.batch_size": 4, "extend.batch_size": 4}),
 }
 
 # share of synthetic text that asks for what it told, by a part of the variant's name
@@ -122,8 +125,8 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     data = dataclasses.replace(
         recipe.data, train=weights, heldout=options.heldout, folder=options.data, max_tokens=None
     )
-    judging = {"heldout_tokens": HELDOUT, "heldout_length": LENGTH, "heldout_steps": options.every}
-    run = dataclasses.replace(recipe.run, checkpoint_minutes=60.0, **judging)
+    judging = {"heldout_tokens": HELDOUT, "heldout_sequence_length": LENGTH, "eval_every": options.every}
+    run = dataclasses.replace(recipe.run, save_every_minutes=60.0, **judging)
     folder = f"{name}-{options.tokens}-seed{options.seed}"
     return dataclasses.replace(recipe, name=folder, output=options.out, seed=options.seed, data=data, run=run, **stages)
 

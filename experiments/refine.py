@@ -72,8 +72,8 @@ def train(arm: str, options: argparse.Namespace) -> Path:
         own = write(options.start, source, options.out / "own-text", options.documents, options.batch)
         weights = {text: weight * (1 - share) for text, weight in weights.items()} | {str(own): share}
     fields = {
-        "run.heldout_steps": 1_000_000, "seed": options.seed, "extend.tokens": 0, "match.tokens": options.tokens,
-        "match.divergence": divergence, "match.lr_mixers": options.lr, "match.lr_rest": 0.3 * options.lr,
+        "run.eval_every": 1_000_000, "seed": options.seed, "extend.tokens": 0, "match.tokens": options.tokens,
+        "match.divergence": divergence, "match.lr_mixers": options.lr, "match.lr_other": 0.3 * options.lr,
     }  # fmt: skip
     return go_on(OURS, arm, options.start, weights, fields, options)
 

@@ -86,9 +86,9 @@ def long(model: str, options: argparse.Namespace) -> None:
     weights = with_recall(dict(zip(texts(options), LONG_SHARES)), RECALL["recall-quarter"])
     for suffix, millions, length, batch, mixers, rest, ce in STAGES:
         fields = {
-            "run.heldout_tokens": 131_072, "run.heldout_steps": 200, "match.tokens": 0,
-            "extend.tokens": millions * options.million, "extend.length": length, "extend.batch": batch,
-            "extend.lr_mixers": mixers, "extend.lr_rest": rest, "extend.ce_weight": ce,
+            "run.heldout_tokens": 131_072, "run.eval_every": 200, "match.tokens": 0,
+            "extend.tokens": millions * options.million, "extend.sequence_length": length, "extend.batch_size": batch,
+            "extend.lr_mixers": mixers, "extend.lr_other": rest, "extend.ce_weight": ce,
         }  # fmt: skip
         start = go_on(recipe, model + suffix, options.out / start, weights, fields, options).name
 
@@ -98,9 +98,9 @@ def go_on(
 ) -> Path:
     """The folder of a run that goes on from another, on these texts, by a recipe with fields changed."""
     fields = {
-        "name": name, "output": options.out, "student.start": start, "data.train": json.dumps(weights),
+        "name": name, "output": options.out, "student.init": start, "data.train": json.dumps(weights),
         "data.folder": options.data, "data.max_tokens": "null", "data.heldout": heldout(options),
-        "run.checkpoint_minutes": 60, "align.tokens": 0,
+        "run.save_every_minutes": 60, "align.tokens": 0,
     } | fields  # fmt: skip
     recipe_file = ROOT / "recipes" / f"{recipe}.yaml"
     made = read_recipe(recipe_file, [f"--{field}={value}" for field, value in fields.items()])

@@ -30,13 +30,19 @@ from deltify.training.runner import Loop
 def steps(name: str, how: str, out: Path) -> None:
     torch.manual_seed(0)
     teacher = random_teacher("llama")
-    student = convert(teacher, full_attention_layers="3:1", start="library").double()
+    student = convert(teacher, full_attention_layers="3:1", init="library").double()
     teacher.model.double()
-    stage = Stage(tokens=10 * 4 * 32, length=32, batch=4, micro_batch=1 if name == "match" else 0, ce_weight=0.2)
+    stage = Stage(
+        tokens=10 * 4 * 32,
+        sequence_length=32,
+        batch_size=4,
+        micro_batch_size=1 if name == "match" else 0,
+        ce_weight=0.2,
+    )
     recipe = replace(Recipe("steps", output=str(out.parent / f"{out.stem}-run")), **{name: stage})
     tokens = torch.randint(0, 250, (4000,), generator=torch.Generator().manual_seed(1)).numpy()
     bounds = torch.arange(0, 4001, 50).numpy()
-    mix = Mix([TokenFile(tokens, bounds, "")], [1.0], stage.length, stage.batch, 0)
+    mix = Mix([TokenFile(tokens, bounds, "")], [1.0], stage.sequence_length, stage.batch_size, 0)
     quiet = SimpleNamespace(cut=lambda *_: None, write=lambda **_: None)
     with distributed.process_group(torch.device("cpu")):
         sharded = how == "shard"

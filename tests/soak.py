@@ -28,16 +28,16 @@ def recipe_of(folder: Path):
     """The tiny recipe whose run is `folder`/run; it writes a checkpoint after every second step."""
     from deltify.config import DataSpec, Recipe, RunSpec, Stage, StudentSpec, TeacherSpec
 
-    stage = Stage(tokens=STEPS * 2 * ROW, length=ROW, batch=2)
+    stage = Stage(tokens=STEPS * 2 * ROW, sequence_length=ROW, batch_size=2)
     return Recipe(
         name="run",
         output=str(folder),
         teacher=TeacherSpec(model="random:llama"),
-        student=StudentSpec(calibration_tokens=256, calibration_length=ROW),
+        student=StudentSpec(calibration_tokens=256, calibration_sequence_length=ROW),
         data=DataSpec(folder=str(folder.parent / "data"), max_tokens=5000),
         align=stage,
         match=stage,
-        run=RunSpec("cpu", "fp32", heldout_tokens=128, heldout_length=ROW, heldout_steps=3, checkpoint_steps=2),
+        run=RunSpec("cpu", "fp32", heldout_tokens=128, heldout_sequence_length=ROW, eval_every=3, save_every=2),
     )
 
 

@@ -133,7 +133,7 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def student(teacher):
-    return convert(teacher, start="library").eval()
+    return convert(teacher, init="library").eval()
 
 
 def whole(model, tokenizer, batch_size: int = 8, **options) -> HFLM:
@@ -392,7 +392,7 @@ def test_a_tree_holds_every_context_once():
 
 
 def test_only_models_of_constant_state_take_the_fast_path(teacher, student):
-    hybrid = convert(teacher, full_attention_layers=[2], start="library")
+    hybrid = convert(teacher, full_attention_layers=[2], init="library")
     for model, fast in ((student, True), (hybrid, False), (teacher.model, False)):
         assert isinstance(lm_for(model, teacher.tokenizer), ConstantStateLM) == fast
     assert type(lm_for(student, teacher.tokenizer, fast=False)) is WholeLM
@@ -505,8 +505,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(data, teacher, tmp_path, mo
 def test_the_fingerprint_changes_with_weights_dtype_and_length(teacher, student):
     tokenizer = teacher.tokenizer
     prints = [answer_key(lm_for(student, tokenizer)), answer_key(lm_for(student, tokenizer, max_length=99))]
-    prints.append(answer_key(lm_for(convert(teacher, start="library", seed=1), tokenizer)))
-    prints.append(answer_key(lm_for(convert(teacher, start="library").bfloat16(), tokenizer)))
+    prints.append(answer_key(lm_for(convert(teacher, init="library", seed=1), tokenizer)))
+    prints.append(answer_key(lm_for(convert(teacher, init="library").bfloat16(), tokenizer)))
     assert len(set(prints)) == 4
     assert answer_key(lm_for(student, tokenizer, fast=False)) == prints[0]
 

@@ -18,7 +18,7 @@ TEMPLATE = (
 @pytest.mark.parametrize("kept", ["none", "3:1", "KS"])
 def test_each_turn_reads_only_what_is_new(kept):
     teacher = random_teacher("llama")
-    model, tokenizer = convert(teacher, full_attention_layers=kept, start="library").eval(), teacher.tokenizer
+    model, tokenizer = convert(teacher, full_attention_layers=kept, init="library").eval(), teacher.tokenizer
     with pytest.raises(ValueError, match="no chat template"):
         Conversation(model, tokenizer)
     tokenizer.chat_template = TEMPLATE
@@ -41,7 +41,7 @@ def test_each_turn_reads_only_what_is_new(kept):
 @pytest.mark.parametrize("template_begins", [False, True])
 def test_the_template_alone_writes_special_tokens(template_begins, end):
     teacher = random_teacher("llama")
-    model, tokenizer = convert(teacher, start="library").eval(), with_special_tokens(teacher.tokenizer, end=end)
+    model, tokenizer = convert(teacher, init="library").eval(), with_special_tokens(teacher.tokenizer, end=end)
     tokenizer.chat_template = ("{{ bos_token }}" if template_begins else "") + TEMPLATE
     conversation = Conversation(model, tokenizer)
     start, stop = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -55,7 +55,7 @@ def test_the_template_alone_writes_special_tokens(template_begins, end):
 def test_in_the_terminal(tmp_path, monkeypatch, capsys):
     teacher = random_teacher("llama")
     teacher.tokenizer.chat_template = TEMPLATE
-    student = convert(teacher, start="library")
+    student = convert(teacher, init="library")
     student.generation_config.max_length = 30
     save_model(tmp_path / "model", student, teacher.tokenizer)
     lines = iter(["Hi", "/new", "Again", ""])

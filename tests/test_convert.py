@@ -62,7 +62,7 @@ def test_layers_can_be_given_as_ratio_list_word_or_pattern():
 @pytest.mark.parametrize("architecture, config", [("llama", DeltifyConfig), ("arcee", ArceeKDAConfig)])
 def test_copied_tensors_equal_the_teachers(architecture, config):
     teacher = random_teacher(architecture)
-    student = convert(teacher, full_attention_layers="3:1", start="library")
+    student = convert(teacher, full_attention_layers="3:1", init="library")
     assert type(student.config) is config
     mine, theirs = student.state_dict(), teacher.model.state_dict()
     for i in range(4):
@@ -78,7 +78,7 @@ def test_copied_tensors_equal_the_teachers(architecture, config):
 
 
 def test_every_tensor_has_an_origin_and_all_numbers_are_counted(teacher):
-    student = convert(teacher, start="library")
+    student = convert(teacher, init="library")
     lines = origins(student, "library")
     counted = sum(int(line.split("tensors")[1].split("numbers")[0].replace(",", "")) for line in lines)
     assert counted == sum(p.numel() for p in student.parameters())
@@ -125,22 +125,22 @@ def test_the_calibrated_start_is_nearer_to_the_teacher_than_the_others(teacher, 
 
 
 def test_starts_are_what_their_names_say(teacher, rows):
-    arcee = convert(teacher, start="arcee").model.layers[0].self_attn
+    arcee = convert(teacher, init="arcee").model.layers[0].self_attn
     assert float(arcee.dt_bias.detach().abs().max()) == 0 and float(arcee.A_log.detach().exp().min()) >= 1
-    library = convert(teacher, start="library").model.layers[0].self_attn
+    library = convert(teacher, init="library").model.layers[0].self_attn
     dt = torch.nn.functional.softplus(library.dt_bias)
     assert float(dt.min()) >= 1e-3 * 0.99 and float(dt.max()) <= 0.1 * 1.01
-    calibrated = convert(teacher, start="calibrated", calibration=rows).model.layers[0].self_attn
+    calibrated = convert(teacher, init="calibrated", calibration=rows).model.layers[0].self_attn
     assert float(calibrated.q_conv1d.weight[..., :-1].abs().max()) == 0
-    with pytest.raises(ValueError, match="start='random'"):
-        convert(teacher, start="random")
+    with pytest.raises(ValueError, match="init='random'"):
+        convert(teacher, init="random")
     with pytest.raises(ValueError, match="needs calibration text"):
-        convert(teacher, start="calibrated")
+        convert(teacher, init="calibrated")
 
 
 def test_long_heads_are_those_that_remembered_longest_and_forget_half_in_4096_tokens(teacher, rows):
-    def half_lives(long_heads):
-        student = convert(teacher, start="calibrated", calibration=rows, long_heads=long_heads)
+    def half_lives(long_memory_heads):
+        student = convert(teacher, init="calibrated", calibration=rows, long_memory_heads=long_memory_heads)
         mixers = [layer.self_attn for layer in student.model.layers]
         decays = [
             m.A_log.exp()[:, None] * torch.nn.functional.softplus(m.dt_bias.unflatten(0, (len(m.A_log), -1)))
@@ -154,8 +154,8 @@ def test_long_heads_are_those_that_remembered_longest_and_forget_half_in_4096_to
     assert torch.equal(changed.float().argmax(1), without.argmax(1))
     torch.testing.assert_close(one[changed], torch.full((len(one),), 4096.0), rtol=1e-3, atol=0)
     assert lengthened([(0.1, 3.0, 0)] * 2, torch.tensor([3000.0, 0.0]), 2) == [(0.1, 3.0, 0)] * 2
-    with pytest.raises(ValueError, match="long_heads=9"):
-        convert(teacher, start="calibrated", calibration=rows, long_heads=9)
+    with pytest.raises(ValueError, match="long_memory_heads=9"):
+        convert(teacher, init="calibrated", calibration=rows, long_memory_heads=9)
 
 
 ZERO, KEPT = "attention output is zero", "o_proj starts as the teacher's"
@@ -183,7 +183,7 @@ def silence(teacher, changes) -> None:
 
 @pytest.fixture(scope="module")
 def first_layer(rows):
-    student = convert(random_teacher("llama", num_hidden_layers=2), start="calibrated", calibration=rows)
+    student = convert(random_teacher("llama", num_hidden_layers=2), init="calibrated", calibration=rows)
     return student.model.layers[0].state_dict()
 
 
@@ -194,10 +194,10 @@ def test_a_layer_that_says_nothing_gets_a_start_and_a_line(dead, exact, rows, fi
     teacher, lines = random_teacher("llama", num_hidden_layers=2), []
     silence(teacher, changes)
     if exact:
-        student = convert(teacher, start="calibrated", calibration=rows, report=lines.append)
+        student = convert(teacher, init="calibrated", calibration=rows, report=lines.append)
     else:
         teacher.model.bfloat16()
-        options = {"start": "calibrated-constant", "long_heads": 1}
+        options = {"start": "calibrated-constant", "long_memory_heads": 1}
         student = convert(teacher, **options, calibration=rows, report=lines.append)
     assert all(x.isfinite().all() and x.abs().max() < 100 for x in student.state_dict().values())
     (line,) = (line for line in lines if line.startswith("layer "))
@@ -212,7 +212,7 @@ def test_a_layer_that_says_nothing_gets_a_start_and_a_line(dead, exact, rows, fi
 
 def test_a_line_is_written_for_layers_that_say_nothing_alone(teacher, rows):
     lines = []
-    convert(teacher, start="calibrated", calibration=rows, report=lines.append)
+    convert(teacher, init="calibrated", calibration=rows, report=lines.append)
     assert not [line for line in lines if line.startswith("layer ") or "nothing to explain" in line]
 
 
@@ -223,7 +223,7 @@ def test_a_layer_that_says_the_same_of_every_token_starts_with_that(dead, dtype,
     silence(teacher, {dead: 0.0})
     getattr(teacher.model.model.layers[1].self_attn, f"{dead}_proj").bias.normal_()
     teacher.model.to(dtype)
-    student = convert(teacher, start="calibrated", calibration=rows, report=lines.append)
+    student = convert(teacher, init="calibrated", calibration=rows, report=lines.append)
     (line,) = (line for line in lines if line.startswith("layer "))
     equal = "; all heads start with equal weights for all tokens" if dead == "v" else ""
     assert line == "layer 1: attention output is the same for every token" + equal
@@ -242,8 +242,8 @@ def test_a_layer_that_says_the_same_of_every_token_starts_with_that(dead, dtype,
 def test_heads_without_queries_or_keys_take_a_mean_of_values(rows):
     teacher = random_teacher("llama", num_hidden_layers=2)
     silence(teacher, {"k": (0.0, 1)})  # of query heads 0 and 1
-    mixer = convert(teacher, start="calibrated", calibration=rows).model.layers[1].self_attn
-    copied = convert(teacher, start="library").model.layers[1].self_attn
+    mixer = convert(teacher, init="calibrated", calibration=rows).model.layers[1].self_attn
+    copied = convert(teacher, init="library").model.layers[1].self_attn
     x = torch.randn(50, 64)
     for mine, theirs in ((mixer.q_proj, copied.q_proj), (mixer.k_proj, copied.k_proj)):
         assert torch.equal(mine.weight[32:], theirs.weight[32:])
@@ -255,7 +255,7 @@ def test_heads_without_queries_or_keys_take_a_mean_of_values(rows):
 def test_heads_without_values_get_no_long_memory(rows):
     teacher = random_teacher("llama", num_hidden_layers=2)
     silence(teacher, {"v": (0.0, 1), "q": (0.0, 1)})  # equal weights look back furthest
-    mixer = convert(teacher, start="calibrated", calibration=rows, long_heads=2).model.layers[1].self_attn
+    mixer = convert(teacher, init="calibrated", calibration=rows, long_memory_heads=2).model.layers[1].self_attn
     half_lives = math.log(2) / torch.nn.functional.softplus(mixer.dt_bias.detach().unflatten(0, (4, 16)))[:, 0]
     torch.testing.assert_close(half_lives[2:], torch.full((2,), 4096.0), rtol=1e-3, atol=0)
     assert half_lives[:2].max() < 1
@@ -263,7 +263,7 @@ def test_heads_without_values_get_no_long_memory(rows):
 
 def test_each_head_gets_the_memory_that_predicts_it_best(teacher):
     """Heads whose output is made by one of the candidates get that candidate."""
-    student = convert(teacher, start="library")
+    student = convert(teacher, init="library")
     mixer, x = student.model.layers[0].self_attn, torch.randn(4, 64, student.config.hidden_size)
     x += torch.randn(student.config.hidden_size)  # what all inputs agree in
     one = ridge(x.flatten(0, 1), torch.ones(256, 1), 1e-3)[:, 0]
@@ -278,7 +278,7 @@ def test_each_head_gets_the_memory_that_predicts_it_best(teacher):
 
 
 def test_the_output_gate_follows_the_size_of_a_heads_output(teacher):
-    student = convert(teacher, start="library")
+    student = convert(teacher, init="library")
     mixer, x = student.model.layers[0].self_attn, torch.randn(400, student.config.hidden_size)
     heads, K = student.config.num_attention_heads, mixer.head_dim
     size = torch.sigmoid(x @ torch.randn(student.config.hidden_size, heads) / 8 - 1)
@@ -290,7 +290,7 @@ def test_the_output_gate_follows_the_size_of_a_heads_output(teacher):
 
 
 def test_one_channel_of_each_heads_values_becomes_a_constant(teacher):
-    mixer = convert(teacher, start="library").model.layers[1].self_attn
+    mixer = convert(teacher, init="library").model.layers[1].self_attn
     torch.manual_seed(0)
     x = torch.randn(500, mixer.q_proj.in_features) + 3 * torch.randn(mixer.q_proj.in_features)
     before = mixer.v_proj.weight.detach().clone()

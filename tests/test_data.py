@@ -90,7 +90,7 @@ def test_texts_of_any_source_are_repaired(tmp_path, tokenizer, monkeypatch):
         assert list(documents("hf:name")) == whole
     with pytest.warns(UserWarning, match="hf:name, document 2: half of"):
         assert any("\ufffd" in document for document in documents("recall:hf:name"))
-    train, held = tokenize_split(pieces("hf:name"), tokenizer, tmp_path / "pair", heldout_length=4)
+    train, held = tokenize_split(pieces("hf:name"), tokenizer, tmp_path / "pair", heldout_sequence_length=4)
     assert "".join(map(tokenizer.decode, (train.tokens, held.tokens))).count("<|end|>") == 4
     assert meta_of(tmp_path / "pair" / "heldout")["replaced_characters"] == 1
 
@@ -528,7 +528,7 @@ def test_held_out_text_is_capped_while_training_goes_on(tmp_path, tokenizer):
 def test_a_source_that_repeats_itself_ends(tmp_path, tokenizer):
     text = next(text for text in map(str, itertools.count()) if not held_out(text))
     train, held = tokenize_split(
-        itertools.repeat(text), tokenizer, tmp_path / "pair", max_tokens=2000, heldout_length=64
+        itertools.repeat(text), tokenizer, tmp_path / "pair", max_tokens=2000, heldout_sequence_length=64
     )
     assert len(train) + len(held) >= 2000 and len(held) >= 64
 
@@ -638,7 +638,7 @@ def test_both_parts_appear_when_complete_or_neither_does(tmp_path, tokenizer):
 def test_of_one_document_a_twentieth_of_the_tokens_is_held_out(tmp_path, tokenizer, judges):
     texts = (f"{number} " + "".join(map(str, range(1000))) for number in itertools.count())
     text = next(text for text in texts if held_out(text) is judges)
-    train, held = tokenize_split([text], tokenizer, tmp_path / "pair", heldout_length=32)
+    train, held = tokenize_split([text], tokenizer, tmp_path / "pair", heldout_sequence_length=32)
     whole = tokenize([text], tokenizer, tmp_path / "whole").tokens.tolist()
     both = (held, train) if judges else (train, held)
     assert [*both[0].tokens, *both[1].tokens] == whole and len(held) == len(whole) // 20
@@ -647,13 +647,15 @@ def test_of_one_document_a_twentieth_of_the_tokens_is_held_out(tmp_path, tokeniz
 
 def test_few_documents_are_cut_where_tokens_say_and_keep_their_bounds(tmp_path, tokenizer):
     texts = [text for text in (f"document {number:02}" for number in range(30)) if not held_out(text)][:10]
-    train, held = tokenize_split(texts, tokenizer, tmp_path / "pair", heldout_length=32)  # 10 documents of 12 tokens
+    train, held = tokenize_split(
+        texts, tokenizer, tmp_path / "pair", heldout_sequence_length=32
+    )  # 10 documents of 12 tokens
     whole = tokenize(texts, tokenizer, tmp_path / "whole").tokens.tolist()
     assert [*train.tokens, *held.tokens] == whole
     assert train.bounds.tolist() == [*range(0, 88, 12), 88] and held.bounds.tolist() == [0, 8, 20, 32]
     # a whole document is held out, but a row is longer: it stays so, and the tail joins it
     judge = next(text for text in (f"document {number:02}" for number in range(99)) if held_out(text))
-    train, held = tokenize_split([judge, *texts], tokenizer, tmp_path / "other", heldout_length=32)
+    train, held = tokenize_split([judge, *texts], tokenizer, tmp_path / "other", heldout_sequence_length=32)
     assert held.bounds.tolist() == [0, 12, 20, 32, 44] and len(train) == 88
 
 

@@ -39,15 +39,15 @@ RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 
 
 def tiny_recipe(folder: Path, **changes) -> Recipe:
-    stage = Stage(tokens=8 * 2 * 32, length=32, batch=2)
+    stage = Stage(tokens=8 * 2 * 32, sequence_length=32, batch_size=2)
     recipe = Recipe(
         name="tiny",
         output=str(folder),
         teacher=TeacherSpec(model="random:llama"),
-        student=StudentSpec(calibration_tokens=256, calibration_length=32),
+        student=StudentSpec(calibration_tokens=256, calibration_sequence_length=32),
         align=stage,
         match=stage,
-        run=RunSpec("cpu", "fp32", heldout_tokens=128, heldout_length=32, heldout_steps=4, checkpoint_steps=2),
+        run=RunSpec("cpu", "fp32", heldout_tokens=128, heldout_sequence_length=32, eval_every=4, save_every=2),
     )
     data = replace(recipe.data, folder=str(folder / "data"), max_tokens=5000)
     return replace(recipe, data=data, **changes)
@@ -95,7 +95,7 @@ def die_in_step(recipe: Recipe, step: int) -> None:
 
 def test_align_keeps_one_copy_of_what_is_frozen(tmp_path):
     teacher, rounded = random_teacher("llama"), random_teacher("llama").model.bfloat16()
-    student = convert(teacher, full_attention_layers="none", start="library")
+    student = convert(teacher, full_attention_layers="none", init="library")
     choose_trained(student, Stage(), "align")
     share_frozen(rounded, student)
     assert student.model.layers[0].mlp.up_proj.weight.dtype == torch.float32  # which is not what was rounded
@@ -172,8 +172,8 @@ def test_every_recipe_runs_in_small(path, tmp_path):
 
 
 def test_training_lowers_the_loss_of_each_stage(tmp_path):
-    longer = Stage(tokens=40 * 4 * 64, length=64, batch=4, lr_mixers=3e-3, lr_rest=1e-3)
-    start = StudentSpec(start="library")
+    longer = Stage(tokens=40 * 4 * 64, sequence_length=64, batch_size=4, lr_mixers=3e-3, lr_other=1e-3)
+    start = StudentSpec(init="library")
     run = distill(tiny_recipe(tmp_path, student=start, align=longer, match=longer))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for stage in ("align", "match"):
@@ -249,12 +249,16 @@ def test_a_gpu_out_of_memory_names_the_settings_to_change(tmp_path, monkeypatch,
     monkeypatch.setattr(DISTILL, "match_step", too_large)
     assert main(["distill", str(tmp_path / "recipe.yaml")]) == 1
     said = capsys.readouterr().err
-    assert "match does not fit in the GPU's memory: micro_batch=0 (2 rows at a time), length=32, checkpoint" in said
-    advice = ["--resume --match.micro_batch 1", "--resume --match.checkpoint_layers true", "--match.length 16"]
+    assert "match does not fit in the GPU's memory: micro_batch_size=0 (2 at a time), sequence_length=32, act" in said
+    advice = [
+        "--resume --match.micro_batch_size 1",
+        "--resume --match.activation_checkpointing true",
+        "--match.sequence_length 16",
+    ]
     assert all(way in said for way in advice) and "(CUDA out of memory. Tried to allocate 2.00 GiB.)" in said
     monkeypatch.undo()
     # the advice works, and what it changes is memory alone
-    options = ["--resume", "--match.micro_batch", "1", "--match.checkpoint_layers", "true"]
+    options = ["--resume", "--match.micro_batch_size", "1", "--match.activation_checkpointing", "true"]
     assert main(["distill", str(tmp_path / "recipe.yaml"), *options]) == 0
     got, want = (load_file(run / "match" / "model.safetensors") for run in (recipe.folder, whole))
     # as a whole: Adam turns the rounding of a gradient near zero, which differs between CPUs, into a step of any size
@@ -263,12 +267,12 @@ def test_a_gpu_out_of_memory_names_the_settings_to_change(tmp_path, monkeypatch,
 
 
 def test_out_of_memory_where_nothing_is_left_to_lower_but_the_length():
-    stage = Stage(length=4096, batch=8, micro_batch=1, checkpoint_layers=True)
+    stage = Stage(sequence_length=4096, batch_size=8, micro_batch_size=1, activation_checkpointing=True)
     with pytest.raises(MemoryError) as error, DISTILL.naming_memory("extend", stage):
         raise torch.OutOfMemoryError("CUDA out of memory.")
-    assert "go on with --extend.length 2048 and another --name" in str(error.value)
-    fewer = pytest.raises(MemoryError, match=r"--align.micro_batch 2, or with --align\.length")
-    with fewer, DISTILL.naming_memory("align", replace(stage, micro_batch=4)):
+    assert "go on with --extend.sequence_length 2048 and another --name" in str(error.value)
+    fewer = pytest.raises(MemoryError, match=r"--align.micro_batch_size 2, or with --align\.length")
+    with fewer, DISTILL.naming_memory("align", replace(stage, micro_batch_size=4)):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
@@ -343,7 +347,9 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     judgements = iter([9.0, 5.0, 6.0, 7.0, 4.0])  # of the conversion, then of steps 2, 4, 6 and 8
     judge = lambda *args: {"heldout_kl": next(judgements), "heldout_perplexity": 1.0}  # noqa: E731
     monkeypatch.setattr(DISTILL, "judge", judge)
-    run = RunSpec("cpu", "fp32", heldout_tokens=64, heldout_length=32, heldout_steps=2, checkpoint_steps=3, keep=1)
+    run = RunSpec(
+        "cpu", "fp32", heldout_tokens=64, heldout_sequence_length=32, eval_every=2, save_every=3, keep_checkpoints=1
+    )
     folder = distill(tiny_recipe(tmp_path, match=Stage(), run=run))
     assert [path.name for path in checkpoint.checkpoints(folder, "align")] == ["align-0000002", "align-0000006"]
 
@@ -413,8 +419,8 @@ def test_damaged_checkpoints_alone_are_named(tmp_path, whole):
     [
         {"data": DataSpec(train={"absent.txt": 1.0})},
         {"teacher": TeacherSpec(model="gpt-nowhere")},
-        {"match": Stage(tokens=2 * 4096, length=4096, batch=2)},  # a row longer than the text
-        {"student": StudentSpec(full_attention_layers="KX", calibration_tokens=256, calibration_length=32)},
+        {"match": Stage(tokens=2 * 4096, sequence_length=4096, batch_size=2)},  # a row longer than the text
+        {"student": StudentSpec(full_attention_layers="KX", calibration_tokens=256, calibration_sequence_length=32)},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
@@ -432,10 +438,10 @@ def test_a_mistyped_first_run_does_not_take_the_name(wrong, tmp_path, monkeypatc
 def test_learning_rates_may_change_on_the_way_and_nothing_else(tmp_path, capsys):
     recipe = tiny_recipe(tmp_path)
     distill(recipe, max_minutes=0)
-    lower = replace(recipe.align, lr_mixers=2e-4, lr_end=0.5, warmup=0.0, clip=0.7)
+    lower = replace(recipe.align, lr_mixers=2e-4, min_lr_ratio=0.5, warmup_ratio=0.0, max_grad_norm=0.7)
     for changes, message in (
         ({"align": replace(lower, weight_decay=0.1)}, r"align\.weight_decay: 0\.0 then, 0\.1 now\)"),
-        ({"match": replace(recipe.match, lr_rest=0.0)}, r"match\.lr_rest: 0\.0001 then, 0\.0 now\)"),
+        ({"match": replace(recipe.match, lr_other=0.0)}, r"match\.lr_other: 0\.0001 then, 0\.0 now\)"),
         ({"seed": 5}, r"seed: 0 then, 5 now\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -443,7 +449,7 @@ def test_learning_rates_may_change_on_the_way_and_nothing_else(tmp_path, capsys)
     run = distill(replace(recipe, align=lower), resume=True)
     said = capsys.readouterr().out
     assert "align.lr_mixers: 0.001 until now, 0.0002 from here on" in said
-    assert "align.clip: 1.0 until now, 0.7 from here on" in said
+    assert "align.max_grad_norm: 1.0 until now, 0.7 from here on" in said
     rates = [record["lr_mixers"] for record in records(run) if record["stage"] == "align" and record["step"]]
     assert rates[:2] == [1e-3, 2e-4] and 1e-4 < rates[-1] < rates[-2] < 2e-4
     assert read_recipe(run / "recipe.yaml").align.lr_mixers == 2e-4
@@ -468,8 +474,8 @@ def test_a_teacher_with_a_layer_that_says_nothing_trains(dead, tmp_path, monkeyp
     if dead == "constant":
         attention.v_proj.bias.normal_(std=0.1)
     monkeypatch.setattr(DISTILL, "open_teacher", lambda *args: teacher)
-    stage = Stage(tokens=2 * 2 * 32, length=32, batch=2)
-    folder = distill(tiny_recipe(tmp_path, align=stage, match=replace(stage, hidden_weight=0.2)))
+    stage = Stage(tokens=2 * 2 * 32, sequence_length=32, batch_size=2)
+    folder = distill(tiny_recipe(tmp_path, align=stage, match=replace(stage, hidden_state_weight=0.2)))
     rows = records(folder)
     assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
     # where the teacher says the same of every token, nothing scores 10,000 (`LEAST_VARIANCE`), in one of four layers
@@ -507,7 +513,7 @@ def test_a_resumed_run_goes_on_in_its_trackers_run(name, key, known, tmp_path, m
     tracker = Tracker()
     monkeypatch.setitem(sys.modules, name, tracker)
     recipe = tiny_recipe(tmp_path)
-    recipe = replace(recipe, run=replace(recipe.run, log_to=name))
+    recipe = replace(recipe, run=replace(recipe.run, report_to=name))
     interrupted(recipe)
     first, second = tracker.opened
     assert "resume" not in first and first["name"] == "tiny" and "id" not in first
@@ -525,8 +531,8 @@ def test_a_run_that_changes_its_tracker_begins_there(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(sys.modules, "trackio", trackio)
     recipe = tiny_recipe(tmp_path)
-    die_in_step(replace(recipe, run=replace(recipe.run, log_to="wandb")), 5)
-    distill(replace(recipe, run=replace(recipe.run, log_to="trackio")), resume=True)
+    die_in_step(replace(recipe, run=replace(recipe.run, report_to="wandb")), 5)
+    distill(replace(recipe, run=replace(recipe.run, report_to="trackio")), resume=True)
     assert "resume" not in trackio.opened[0] and [step for step, _ in trackio.logged] == list(range(5, 17))
     assert json.loads((recipe.folder / "tracker.json").read_text()) == {"wandb": "id-1", "trackio": "tiny@1"}
 
@@ -547,7 +553,7 @@ def test_tensorboard_takes_steps_that_are_made_again_in_place_of_the_old_ones(tm
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     recipe = tiny_recipe(tmp_path)
-    interrupted(replace(recipe, run=replace(recipe.run, log_to="tensorboard")))
+    interrupted(replace(recipe, run=replace(recipe.run, report_to="tensorboard")))
     folder = str(recipe.folder / "tensorboard")
     assert opened == [(folder, 0), "closed", (folder, 5), "closed"]
     losses = [(step, value) for key, step, value in points if key.endswith("/loss")]
@@ -558,12 +564,12 @@ def test_one_tracker_sees_the_whole_run(tmp_path, monkeypatch):
     tracker = Tracker()
     monkeypatch.setitem(sys.modules, "wandb", tracker)
     recipe = tiny_recipe(tmp_path)
-    distill(replace(recipe, run=replace(recipe.run, log_to="wandb")))
+    distill(replace(recipe, run=replace(recipe.run, report_to="wandb")))
     assert [settings["name"] for settings in tracker.opened] == ["tiny"] and tracker.finished == 1
     logged = tracker.logged
     assert [step for step, _ in logged] == list(range(17))
     assert logged[0][1].keys() == {"converted/tokens", "converted/heldout_kl", "converted/heldout_perplexity"}
-    assert "align/loss" in logged[8][1] and "match/lr_rest" in logged[9][1]
+    assert "align/loss" in logged[8][1] and "match/lr_other" in logged[9][1]
 
 
 def test_nothing_is_loaded_for_a_recipe_that_cannot_run(tmp_path, monkeypatch):
@@ -571,11 +577,14 @@ def test_nothing_is_loaded_for_a_recipe_that_cannot_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not installed
     recipe = tiny_recipe(tmp_path)
     for changes, message in (
-        ({"run": replace(recipe.run, log_to="paper")}, "run.log_to='paper'; choose trackio, wandb or tensorboard"),
-        ({"run": replace(recipe.run, log_to="trackio")}, "run.log_to='trackio' needs.*pip install trackio"),
+        (
+            {"run": replace(recipe.run, report_to="paper")},
+            "run.report_to='paper'; choose trackio, wandb or tensorboard",
+        ),
+        ({"run": replace(recipe.run, report_to="trackio")}, "run.report_to='trackio' needs.*pip install trackio"),
         ({"run": replace(recipe.run, device="cuda:99")}, "device 'cuda:99' is not there.*choose auto or cpu"),
-        ({"student": StudentSpec(start="cold")}, "start='cold'; choose one of calibrated"),
-        ({"run": replace(recipe.run, heldout_steps=0)}, "run.heldout_steps=0 must be at least 1"),
+        ({"student": StudentSpec(init="cold")}, "init='cold'; choose one of calibrated"),
+        ({"run": replace(recipe.run, eval_every=0)}, "run.eval_every=0 must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             distill(replace(recipe, **changes))
@@ -591,12 +600,12 @@ def test_count_models_equal_counting_by_hand():
 
 
 def test_an_existing_run_is_not_overwritten_nor_mixed_with_another_recipe(tmp_path):
-    recipe = tiny_recipe(tmp_path, align=Stage(), match=Stage(tokens=64, length=32, batch=2))
+    recipe = tiny_recipe(tmp_path, align=Stage(), match=Stage(tokens=64, sequence_length=32, batch_size=2))
     distill(recipe)
     with pytest.raises(FileExistsError, match="--resume"):
         distill(recipe)
-    with pytest.raises(ValueError, match=r"match.batch: 2 then, 1 now"):
-        distill(replace(recipe, match=replace(recipe.match, batch=1)), resume=True)
+    with pytest.raises(ValueError, match=r"match.batch_size: 2 then, 1 now"):
+        distill(replace(recipe, match=replace(recipe.match, batch_size=1)), resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch):
@@ -639,7 +648,7 @@ def test_each_layer_is_trained_on_the_teachers_own_input():
     teacher = random_teacher("llama")
     from deltify import convert
 
-    student = convert(teacher, start="library")
+    student = convert(teacher, init="library")
     batch = Batch(torch.randint(0, 200, (2, 32)), torch.arange(32).expand(2, 32))
     student.requires_grad_(True)
     align_step(teacher, student, batch, Stage(), 1.0)
@@ -656,7 +665,7 @@ def test_match_compares_packed_documents_apart():
     teacher = random_teacher("llama")
     from deltify import convert
 
-    student = convert(teacher, full_attention_layers="3:1", start="library")
+    student = convert(teacher, full_attention_layers="3:1", init="library")
     ids = torch.randint(0, 200, (1, 48))
     packed = Batch(ids, torch.cat([torch.arange(20), torch.arange(28)])[None])
     first = hidden_states(student, Batch(ids[:, :20], torch.arange(20)[None]))
@@ -669,7 +678,7 @@ def test_match_compares_packed_documents_apart():
 
 def test_behind_the_teachers_reach_the_text_alone_teaches():
     teacher = random_teacher("llama")
-    student = convert(teacher, full_attention_layers="none", start="library").requires_grad_(True)
+    student = convert(teacher, full_attention_layers="none", init="library").requires_grad_(True)
     ids = torch.randint(0, 250, (2, 12))
     batch, short = (Batch(ids[:, :n], torch.arange(n).expand(2, n)) for n in (12, 8))
     teacher.model.config.max_position_embeddings = 8
@@ -690,7 +699,7 @@ def test_behind_the_teachers_reach_the_text_alone_teaches():
 
 
 def test_a_run_starts_from_a_students_folder(tmp_path, whole):
-    start = StudentSpec(start=str(whole))
+    start = StudentSpec(init=str(whole))
     nothing = Stage()
     run = distill(tiny_recipe(tmp_path, student=start, align=nothing))
     first, last = load_file(run / "converted" / "model.safetensors"), load_file(whole / "match" / "model.safetensors")
@@ -710,15 +719,18 @@ def test_a_run_starts_from_a_students_folder(tmp_path, whole):
         (["distill", "{recipe}", "--match.tokens", "many"], "many"),
         (["distill", "{recipe}", "--teacher.model", "gpt-nowhere"], "'gpt-nowhere' is neither a folder"),
         (["distill", "{recipe}", "--data.train", '{"absent.txt": 1}'], "no text at 'absent.txt'"),
-        (["distill", "{recipe}", "--run.log_to", "paper"], "run.log_to='paper'"),
-        (["distill", "{recipe}", "--student.start", "cold"], "start='cold'"),
+        (["distill", "{recipe}", "--run.report_to", "paper"], "run.report_to='paper'"),
+        (["distill", "{recipe}", "--student.init", "cold"], "init='cold'"),
         (["distill", "{recipe}", "--run.device", "cuda:99"], "device 'cuda:99' is not there"),
-        (["distill", "{recipe}", "--run.heldout_steps", "0"], "run.heldout_steps=0 must be at least 1"),
-        (["distill", "{recipe}", "--run.heldout_length", "1"], "run.heldout_length=1 must be at least 2"),
+        (["distill", "{recipe}", "--run.eval_every", "0"], "run.eval_every=0 must be at least 1"),
+        (
+            ["distill", "{recipe}", "--run.heldout_sequence_length", "1"],
+            "run.heldout_sequence_length=1 must be at least 2",
+        ),
         (["distill", "{recipe}", "--run.heldout_tokens", "8"], "run.heldout_tokens=8 must be at least run.heldout_len"),
-        (["distill", "{recipe}", "--run.checkpoint_steps", "-1"], "run.checkpoint_steps=-1 must be at least 0"),
-        (["distill", "{recipe}", "--run.checkpoint_minutes", "0"], "run.checkpoint_minutes=0.0 must be above 0"),
-        (["distill", "{recipe}", "--align.clip", "0"], "align.clip=0.0 must be above 0"),
+        (["distill", "{recipe}", "--run.save_every", "-1"], "run.save_every=-1 must be at least 0"),
+        (["distill", "{recipe}", "--run.save_every_minutes", "0"], "run.save_every_minutes=0.0 must be above 0"),
+        (["distill", "{recipe}", "--align.max_grad_norm", "0"], "align.max_grad_norm=0.0 must be above 0"),
         (["generate", "{folder}", "Hello", "--device", "gpu"], "device 'gpu' is unknown; choose auto, cpu, cuda"),
         (["read", "{folder}", "a.txt", "-o", "b", "--device", "cuda:99"], "choose auto or cpu"),
         (["chat", "{folder}", "--device", "cuda:x"], "device 'cuda:x' is unknown"),
@@ -737,7 +749,7 @@ def test_bad_input_is_named_on_the_command_line(arguments, message, tmp_path, ca
 
 def test_unknown_fields_in_a_file_name_the_nearest(tmp_path):
     (tmp_path / "bad.yaml").write_text("name: x\nalign: {tokens: 4096, lenght: 32}\n")
-    with pytest.raises(ValueError, match=r"unknown field align.lenght; did you mean align.length\?"):
+    with pytest.raises(ValueError, match=r"unknown field align.lenght; did you mean align.sequence_length\?"):
         read_recipe(tmp_path / "bad.yaml")
     (tmp_path / "bad.yaml").write_text("name: x\nalign: {tokens: 64, length: 64, batch: 4}\n")
     with pytest.raises(ValueError, match=r"align\.tokens=64 is less than one step"):
@@ -784,7 +796,7 @@ def test_a_row_longer_than_the_teacher_reads_is_refused(tmp_path):
         part.save_pretrained(tmp_path / "teacher")
     recipe = tiny_recipe(tmp_path, teacher=TeacherSpec(model=str(tmp_path / "teacher")))
     with pytest.raises(ValueError, match=r"match\.length=128 is longer than the teacher can read"):
-        distill(replace(recipe, match=Stage(tokens=512, length=128, batch=2)))
+        distill(replace(recipe, match=Stage(tokens=512, sequence_length=128, batch_size=2)))
 
 
 def test_generate_streams_and_counts(tmp_path, capsys):

@@ -26,7 +26,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 def tiny(pattern: str, **teacher):
     """A student with layers of the kinds in `pattern`, and its tokenizer."""
     teacher = random_teacher("llama", num_hidden_layers=len(pattern), **teacher)
-    student = convert(teacher, full_attention_layers=pattern, sliding_window=16, start="library")
+    student = convert(teacher, full_attention_layers=pattern, sliding_window=16, init="library")
     return student.eval(), teacher.tokenizer
 
 

@@ -19,7 +19,7 @@ from deltify.evaluation.runner import main_metric
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    return distill(tiny_recipe(folder, match=Stage(tokens=256, length=32, batch=2)))
+    return distill(tiny_recipe(folder, match=Stage(tokens=256, sequence_length=32, batch_size=2)))
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +81,8 @@ def test_several_models_need_a_place_and_one_teacher(run, tmp_path):
 
 
 def test_evaluations_made_one_by_one_are_reported_together(run, data, tmp_path, capsys):
-    again = tiny_recipe(tmp_path, name="again", align=Stage(), match=Stage(tokens=64, length=32, batch=2))
-    again = distill(replace(again, student=replace(again.student, start=str(run))))
+    again = tiny_recipe(tmp_path, name="again", align=Stage(), match=Stage(tokens=64, sequence_length=32, batch_size=2))
+    again = distill(replace(again, student=replace(again.student, init=str(run))))
     settings = {"tasks": ("arc_easy",), "data": data, "limit": 4, "with_controls": False, "contexts": (64,)}
     for source in (run, again):
         evaluate([str(source)], output=tmp_path / f"of-{source.name}", with_stages=False, samples=False, **settings)

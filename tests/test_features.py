@@ -15,7 +15,7 @@ from deltify.inference.states import read
 @pytest.fixture(scope="module", params=["none", "3:1", "KSFS"], ids=["pure", "hybrid", "sliding"])
 def pair(request):
     teacher = random_teacher("llama")
-    student = convert(teacher, full_attention_layers=request.param, start="library").eval()
+    student = convert(teacher, full_attention_layers=request.param, init="library").eval()
     return student, teacher.tokenizer
 
 
@@ -64,7 +64,7 @@ def test_settings_that_a_student_cannot_follow_stay_with_the_teacher(ids):
     unfit = {"cache_implementation": "static", "prompt_lookup_num_tokens": 3, "num_assistant_tokens": 4}
     unfit |= {"max_cache_len": 90, "compile_config": CompileConfig(), "penalty_alpha": 0.6, "dola_layers": "high"}
     teacher.model.generation_config = GenerationConfig(**unfit, temperature=0.7, top_k=4, use_cache=False)
-    student = convert(teacher, full_attention_layers="KSF", start="library", report=lines.append).eval()
+    student = convert(teacher, full_attention_layers="KSF", init="library", report=lines.append).eval()
     (line,) = [line for line in lines if "generation settings" in line]
     assert all(name in line for name in unfit) and "temperature" not in line and "use_cache" not in line
     for model in (student, sliding_control(teacher)):
@@ -75,14 +75,14 @@ def test_settings_that_a_student_cannot_follow_stay_with_the_teacher(ids):
         assert torch.equal(alone(model, ids, **options), want)
     assert teacher.model.generation_config.cache_implementation == "static"
     lines.clear()
-    convert(random_teacher("llama"), start="library", report=lines.append)
+    convert(random_teacher("llama"), init="library", report=lines.append)
     assert not [line for line in lines if "generation settings" in line]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("beams", [1, 3])
 def test_several_answers_go_on_from_one_state(beams):
-    model = convert(random_teacher("llama"), full_attention_layers="SK", sliding_window=6, start="library").eval()
+    model = convert(random_teacher("llama"), full_attention_layers="SK", sliding_window=6, init="library").eval()
     text, question = torch.randint(1, 200, (1, 30)), torch.randint(1, 200, (1, 5))
     options = {"max_new_tokens": 6, "num_beams": beams, "num_return_sequences": 3, "do_sample": beams == 1}
     torch.manual_seed(1)

@@ -16,7 +16,7 @@ from deltify.training.checkpoint import save_model
 
 def saved(folder, architecture="llama", gate_bias=False, bounded=False, **options):
     teacher = random_teacher(architecture, tie_word_embeddings=options.pop("tied", False))
-    student = convert(teacher, start="library", **options).eval()
+    student = convert(teacher, init="library", **options).eval()
     if bounded:
         student.config.gate_lower_bound = -5.0
     if gate_bias:
@@ -125,7 +125,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path, layout):
 
 def test_flas_usual_config_is_read_and_what_has_no_place_is_refused(tmp_path):
     teacher = random_teacher("llama")
-    student = convert(teacher, start="library").eval()
+    student = convert(teacher, init="library").eval()
     save_model(tmp_path / "ours", student, teacher.tokenizer)
     export(str(tmp_path / "ours"), "kda", tmp_path / "fla")
     config = json.loads((tmp_path / "fla" / "config.json").read_text())
@@ -140,7 +140,7 @@ def test_flas_usual_config_is_read_and_what_has_no_place_is_refused(tmp_path):
 def test_a_tensor_that_kimi_linear_has_no_place_for_is_refused(tmp_path):
     pytest.importorskip("transformers.models.kimi_linear", reason="transformers before 5.23 has no kimi_linear")
     teacher = random_teacher("llama")
-    student = convert(teacher, start="library")
+    student = convert(teacher, init="library")
     for layer in student.model.layers:
         layer.self_attn.g_proj[1].bias.data.zero_()
     save_model(tmp_path / "ours", student, teacher.tokenizer)

@@ -33,7 +33,7 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def student(teacher):
-    return convert(teacher, start="library").eval()
+    return convert(teacher, init="library").eval()
 
 
 # ---- by position -----------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_a_zeroed_state_with_padding(student):
 
 
 def test_attention_layers_of_a_hybrid_remember(teacher):
-    hybrid = convert(teacher, start="library", full_attention_layers=[2]).eval()
+    hybrid = convert(teacher, init="library", full_attention_layers=[2]).eval()
     ids = torch.randint(0, 250, (1, 90))
     model = forgetful(hybrid, 16)
     got = hidden(model, ids)

@@ -52,19 +52,19 @@ def test_every_family_is_tested():
 @pytest.mark.parametrize("architecture", FAMILY_OPTIONS)
 def test_with_all_layers_converted_a_student_trains(architecture):
     teacher = random_teacher(architecture, **FAMILY_OPTIONS[architecture])
-    student = convert(teacher, start="library")
+    student = convert(teacher, init="library")
     ids = torch.randint(0, 200, (2, 24))
     student(ids, labels=ids).loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in student.parameters())
     assert not [name for name in student.state_dict() if name.endswith("q_norm.weight")]
     with pytest.raises(ValueError, match="attend to a window of 16 tokens"):
-        convert(random_teacher("mistral", sliding_window=16), full_attention_layers="3:1", start="library")
+        convert(random_teacher("mistral", sliding_window=16), full_attention_layers="3:1", init="library")
 
 
 @pytest.mark.parametrize("architecture", FAMILY_OPTIONS)
 def test_with_no_layer_converted_the_teacher_comes_back_bit_for_bit(architecture):
     teacher = random_teacher(architecture, **FAMILY_OPTIONS[architecture])
-    student = convert(teacher, full_attention_layers="all", keep_rope=True, start="library")
+    student = convert(teacher, full_attention_layers="all", keep_rope=True, init="library")
     ids = torch.randint(0, 200, (2, 50))
     mask = torch.ones_like(ids)
     mask[0, :9] = 0

@@ -300,7 +300,7 @@ def test_answers_are_lm_evals(kind, make):
 def speaker(kind: str):
     """A tiny random model that says printable letters only, each one token."""
     teacher = random_teacher("llama", initializer_range=0.3)
-    model = teacher.model if kind == "teacher" else convert(teacher, start="library").eval()
+    model = teacher.model if kind == "teacher" else convert(teacher, init="library").eval()
     letters = [ids[0] for ids in byte_tokenizer()([chr(code) for code in range(33, 127)])["input_ids"]]
     with torch.no_grad():
         keep = torch.zeros(len(model.lm_head.weight), 1).index_fill(0, torch.tensor(letters), 1.0)
@@ -325,7 +325,7 @@ def test_an_answer_ends_when_it_holds_what_was_asked(make):
 
 @pytest.mark.parametrize("layers", ["none", "3:1", "all"])
 def test_reading_in_pieces_changes_nothing(layers, make, monkeypatch):
-    model = convert(random_teacher("llama"), start="library", full_attention_layers=layers).eval()
+    model = convert(random_teacher("llama"), init="library", full_attention_layers=layers).eval()
     samples = [make("niah_single_2", 900, index) for index in range(3)]
     ids = torch.from_numpy(samples[0].ids).long()[None]
     whole, logits = ask(model, make.tokenizer, samples, ROOM), prefill.prefill(model, ids, prefill.new_cache(model))
@@ -342,7 +342,7 @@ def test_reading_in_pieces_changes_nothing(layers, make, monkeypatch):
 
 def test_attention_bounds_rows_and_pieces(monkeypatch):
     teacher = random_teacher("llama")
-    student = convert(teacher, start="library").eval()
+    student = convert(teacher, init="library").eval()
     per_token = 2 * 2 * 16 * 4 * 4  # keys and values, heads, width, layers, float32
     monkeypatch.setattr(prefill, "CACHE_BYTES", per_token * 5000)
     assert [prefill.rows_at_once(teacher.model, context) for context in (10, 1000, 9000)] == [128, 5, 1]

@@ -70,7 +70,7 @@ def test_afm_counts_are_those_of_the_published_model_and_its_stages_as_measured(
     )
     teacher, student = pair(config)
     assert (count(teacher.model), count(student)) == (4_619_184_640, 5_046_996_688)
-    again = {"checkpoint_layers": True}
+    again = {"activation_checkpointing": True}
     for name, stage, gpu, memory, rate in (
         ("align", Stage(2**30, 2048, 4), "h100", 26.1, 18_700),
         ("align", Stage(2**30, 2048, 4), "h200", 26.1, 21_000),
@@ -79,7 +79,7 @@ def test_afm_counts_are_those_of_the_published_model_and_its_stages_as_measured(
     ):
         planned = plan_stage(name, stage, teacher, student, gpu, 1)
         assert planned.total / 2**30 == pytest.approx(memory, rel=0.1)
-        assert stage.batch * stage.length / planned.seconds == pytest.approx(rate, rel=0.3)
+        assert stage.batch_size * stage.sequence_length / planned.seconds == pytest.approx(rate, rel=0.3)
 
 
 def test_more_gpus_and_checkpointed_layers_take_less():
@@ -89,7 +89,7 @@ def test_more_gpus_and_checkpointed_layers_take_less():
     assert four.total < one.total and four.bytes["moments"] * 4 == one.bytes["moments"]
     copies = plan_stage("match", stage, teacher, student, "h100", 4)
     assert copies.bytes["moments"] == one.bytes["moments"] and copies.seconds < four.seconds
-    less = plan_stage("match", replace(stage, checkpoint_layers=True), teacher, student, "h100", 1)
+    less = plan_stage("match", replace(stage, activation_checkpointing=True), teacher, student, "h100", 1)
     assert less.bytes["activations"] < one.bytes["activations"] / 5
 
 

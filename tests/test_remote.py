@@ -40,7 +40,7 @@ def run_elsewhere(tmp_path, folder, block: str) -> tuple[str, tuple]:
 @pytest.mark.parametrize("architecture, kept", [("llama", "KKSF"), ("arcee", "none")])
 def test_a_saved_folder_loads_without_deltify(tmp_path, architecture, kept):
     teacher = random_teacher(architecture)
-    student = convert(teacher, full_attention_layers=kept, start="library").eval()
+    student = convert(teacher, full_attention_layers=kept, init="library").eval()
     save_model(tmp_path / "saved", student, teacher.tokenizer)
     ids = teacher.tokenizer("Hello there", return_tensors="pt")["input_ids"]
     with torch.no_grad():

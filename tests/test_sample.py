@@ -20,7 +20,7 @@ TEXTS = [f"Document {number} tells of its number {number}, and goes on for a whi
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample")
     teacher = random_teacher("llama")
-    save_model(folder / "model", convert(teacher, start="library"), teacher.tokenizer)
+    save_model(folder / "model", convert(teacher, init="library"), teacher.tokenizer)
     lines = [json.dumps({"text": text}) + "\n" for text in ["short", *TEXTS]]
     (folder / "text.jsonl").write_text("".join(lines))
     return folder

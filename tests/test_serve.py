@@ -30,7 +30,7 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     teacher = random_teacher("llama")
     teacher.tokenizer.chat_template = TEMPLATE
-    model = convert(teacher, full_attention_layers="KSFK", start="library").eval()
+    model = convert(teacher, full_attention_layers="KSFK", init="library").eval()
     # random bytes would end in the middle of a character, which a stream holds back
     words = [teacher.tokenizer.decode([i]) for i in range(len(teacher.tokenizer))]
     model.generation_config.suppress_tokens = [i for i, word in enumerate(words) if not word.isalnum()]

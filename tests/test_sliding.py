@@ -205,14 +205,14 @@ def test_the_control_is_the_teacher_with_less_to_see(architecture):
     weight = control.model.layers[1].self_attn.q_proj.weight
     assert weight.data_ptr() == teacher.model.model.layers[1].self_attn.q_proj.weight.data_ptr()
     assert not any(p.requires_grad for p in control.parameters())
-    trained = convert(teacher, full_attention_layers="S", sliding_window=16, start="library").eval()
+    trained = convert(teacher, full_attention_layers="S", sliding_window=16, init="library").eval()
     with torch.no_grad():
         assert torch.equal(trained(ids).logits, got)
 
 
 def test_a_pattern_of_three_kinds_is_converted_explained_and_saved(tmp_path):
     teacher = random_teacher("llama")
-    student = convert(teacher, full_attention_layers="KSF", sliding_window=16, start="library").eval()
+    student = convert(teacher, full_attention_layers="KSF", sliding_window=16, init="library").eval()
     kinds = ["linear_attention", "sliding_attention", "full_attention", "linear_attention"]
     assert student.config.layer_types == kinds and student.config.use_rope == [False, True, False, False]
     lines = [line for line in origins(student, "library") if "a window of 16 tokens and 4 sinks" in line]

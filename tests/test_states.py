@@ -18,7 +18,7 @@ from deltify.utils.tokens import beginning, open_ended, token_ids
 @pytest.fixture(scope="module", params=["K", "KS"])
 def pair(request):
     teacher = random_teacher("llama", num_hidden_layers=2)
-    student = convert(teacher, full_attention_layers=request.param, sliding_window=16, start="library")
+    student = convert(teacher, full_attention_layers=request.param, sliding_window=16, init="library")
     return student.eval(), teacher.tokenizer
 
 
@@ -133,7 +133,7 @@ def test_wrong_states_are_refused(pair, tmp_path):
     model, _ = pair
     read(model, [1, 2, 3]).save(tmp_path / "state")
     options = {"full_attention_layers": ["K", "KS"]["sliding_attention" in model.config.layer_types]}
-    other = convert(random_teacher("llama", num_hidden_layers=2), start="library", sliding_window=16, seed=1, **options)
+    other = convert(random_teacher("llama", num_hidden_layers=2), init="library", sliding_window=16, seed=1, **options)
     with pytest.raises(ValueError, match="read by another model"):
         load_state(tmp_path / "state", other)
     (tmp_path / "cut").write_bytes((tmp_path / "state").read_bytes()[:-10])
@@ -143,7 +143,7 @@ def test_wrong_states_are_refused(pair, tmp_path):
         load_state(tmp_path / "absent", model)
     with pytest.raises(ValueError, match="nothing to read"):
         read(model, [])
-    hybrid = convert(random_teacher("llama"), full_attention_layers=[2], start="library")
+    hybrid = convert(random_teacher("llama"), full_attention_layers=[2], init="library")
     with pytest.raises(ValueError, match=r"layers \[2\] are attention"):
         read(hybrid, [1, 2])
     with pytest.raises(ValueError, match="no layer is KDA"):

@@ -36,7 +36,7 @@ def test_a_run_goes_on_without_its_teacher_and_learns_the_same(tmp_path, monkeyp
     assert "20 rows, 640 tokens" in said  # 16 rows of match and 4 held-out ones
     distill(recipe)
     want = records(recipe.folder)
-    stored = replace(recipe, name="stored", teacher=replace(recipe.teacher, targets=str(folder)))
+    stored = replace(recipe, name="stored", teacher=replace(recipe.teacher, cache=str(folder)))
     distill(replace(stored, match=replace(stored.match, tokens=0)))
     (tmp_path / "runs" / "stored" / "recipe.yaml").unlink()  # the run above had no match
 
@@ -107,13 +107,13 @@ def test_targets_of_other_weights_are_refused_before_anything_is_computed(tmp_pa
     one, two = (replace_teacher(tmp_path / name, seed) for name, seed in (("one", 0), ("two", 1)))
     recipe = tiny_recipe(tmp_path / "runs", teacher=one)
     capture_recipe(recipe, tmp_path / "targets", "bf16")
-    mixed = replace(two, targets=str(tmp_path / "targets"))
+    mixed = replace(two, cache=str(tmp_path / "targets"))
     with pytest.raises(ValueError, match=r"holds targets of other weights .* than the teacher .*two has"):
         distill(replace(recipe, teacher=mixed))
     assert not (recipe.folder / "converted").exists()
     with pytest.raises(FileNotFoundError, match="there are no targets"):
-        distill(replace(recipe, teacher=replace(one, targets=str(tmp_path / "nowhere"))))
-    distill(replace(recipe, teacher=replace(one, targets=str(tmp_path / "targets"))))
+        distill(replace(recipe, teacher=replace(one, cache=str(tmp_path / "nowhere"))))
+    distill(replace(recipe, teacher=replace(one, cache=str(tmp_path / "targets"))))
     # the teacher at that path is another one now
     replace_teacher(tmp_path / "one", 1)
     with pytest.raises(ValueError, match="holds targets of"):

@@ -45,13 +45,13 @@ def test_a_head_of_its_own_is_kept_though_the_config_says_tied(tied, tmp_path):
     head, embeddings = teacher.model.lm_head.weight, teacher.model.model.embed_tokens.weight
     assert (head.data_ptr() == embeddings.data_ptr()) == tied
     want = logits(saved.model)
-    student = convert(teacher, full_attention_layers="all", keep_rope=True, start="library").eval()
+    student = convert(teacher, full_attention_layers="all", keep_rope=True, init="library").eval()
     for model in (teacher.model, student, sliding_control(teacher, window=64, sinks=4)):
         torch.testing.assert_close(logits(model), want, rtol=0, atol=1e-6)
 
 
 def test_a_students_own_head_is_kept_too(tmp_path):
-    student = convert(random_teacher("llama", num_hidden_layers=2), start="library").eval()
+    student = convert(random_teacher("llama", num_hidden_layers=2), init="library").eval()
     student.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
@@ -84,7 +84,7 @@ def test_tensors_that_the_config_has_no_place_for_are_refused(family, facts, sai
 @pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
 def test_the_names_of_wrappers_are_taken_off(wrapper, tmp_path):
     saved = random_teacher("llama", num_hidden_layers=2)
-    student = convert(saved, start="library").eval()
+    student = convert(saved, init="library").eval()
     save(saved, tmp_path / "teacher")
     student.save_pretrained(tmp_path / "student")
     for name in ("teacher", "student"):
@@ -114,7 +114,7 @@ def test_bitsandbytes_weights_are_dequantized(bits, tmp_path):
     for name, want in plain.model.state_dict().items():
         got = teacher.model.state_dict()[name]
         assert got.dtype == torch.float32 and float((got - want).norm() / want.norm()) < far, name
-    student = convert(teacher, full_attention_layers="all", keep_rope=True, start="library").eval()
+    student = convert(teacher, full_attention_layers="all", keep_rope=True, init="library").eval()
     torch.testing.assert_close(logits(student), logits(teacher.model), rtol=0, atol=1e-6)
     student.save_pretrained(tmp_path / "student")
     assert "quantization_config" not in json.loads((tmp_path / "student" / "config.json").read_text())
@@ -215,10 +215,10 @@ def test_an_ordinary_token_without_a_row_is_refused_however_few_tokens_there_are
 
 
 def test_a_fingerprint_differs_when_a_weight_or_its_use_does_and_not_with_the_dtype(tmp_path):
-    student = convert(random_teacher("llama", num_hidden_layers=2), full_attention_layers="KS", start="library")
+    student = convert(random_teacher("llama", num_hidden_layers=2), full_attention_layers="KS", init="library")
     student.bfloat16().float()
     mine = fingerprint(student)
-    assert fingerprint(convert(random_teacher("llama", num_hidden_layers=2, seed=1), start="library")) != mine
+    assert fingerprint(convert(random_teacher("llama", num_hidden_layers=2, seed=1), init="library")) != mine
     student.save_pretrained(tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
         assert fingerprint(DeltifyForCausalLM.from_pretrained(tmp_path, dtype=dtype)) == mine

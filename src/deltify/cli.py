@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     capture = add_recipe_command(
         "capture", "write the teacher's hidden states of a recipe's text to files, for training without the teacher"
     )
-    capture.add_argument("-o", "--output", type=Path, required=True, help="folder, for --teacher.targets")
+    capture.add_argument("-o", "--output", type=Path, required=True, help="folder, for --teacher.cache")
     capture.add_argument("--format", default="int8", help="int8, with a scale for 32 channels, or bf16")
 
     plan = add_recipe_command("plan", "what a recipe will take: memory, hours, disk; nothing is loaded")

@@ -1,6 +1,8 @@
-"""Recipes: everything a run needs to know, in YAML, behind frozen dataclasses."""
+"""Recipes: all settings of a run as frozen dataclasses, read from YAML and the command line."""
 
 import difflib
+import functools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -11,64 +13,65 @@ STAGES = ("align", "match", "extend")
 DATA_PARALLEL = ("auto", "replicate", "shard")
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 DIVERGENCES = ("forward", "reverse", "jensen-shannon")
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """The pretrained model that is converted.
+    """The pretrained model to convert.
 
     Args:
-        model: hub id, folder, GGUF file, or smollm2-135m-instruct (the embedded one).
-        architecture: its model_type, for --smoke, which must not need the model.
-        trust_remote_code: whether code that comes with the model may run.
-        revision: commit or branch on the hub.
-        targets: folder that `deltify capture` wrote; match and extend then run without the teacher.
+        model: Hub id, folder or GGUF file of the teacher, or smollm2-135m-instruct, the embedded one.
+        architecture: Model type of the random stand-in that --smoke uses instead of the teacher.
+        trust_remote_code: Whether to run code that comes with the teacher.
+        revision: Commit or branch on the hub. Defaults to the main branch.
+        cache: Folder that `deltify capture` wrote. match and extend then run without the teacher in memory.
     """
 
     model: str = "smollm2-135m-instruct"
     architecture: str = "llama"
     trust_remote_code: bool = False
     revision: str | None = None
-    targets: str | None = None
+    cache: str | None = None
 
 
 @dataclass(frozen=True)
 class StudentSpec:
-    """What the teacher is converted to.
+    """The model to convert the teacher to.
 
     Args:
-        full_attention_layers: layers that stay attention: none, all, a ratio like "3:1", a list of indices, or a
+        full_attention_layers: Layers that stay attention: none, all, a ratio like "3:1", a list of indices, or a
             pattern that repeats over the layers: K for KDA, F for full attention, S for a sliding window with sinks.
-        keep_rope: whether full attention keeps rotary positions; without, it is NoPE.
-        sliding_window: tokens that sliding layers look back to, the current one included.
-        sink_tokens: first tokens of a document that sliding layers always see.
-        start: of gates and convolutions: calibrated, calibrated-constant, library or arcee; or the folder of a student
-            or run, to train on.
-        calibration_tokens: training tokens that the calibrated start looks at.
-        calibration_length: tokens in a row of them.
-        long_heads: heads of each KDA layer that a calibrated start gives a half-life of 4,096 tokens.
+        keep_rope: Whether full attention layers keep their rotary positions. Without, they have no positions (NoPE).
+        sliding_window: Number of tokens that sliding layers see, the current one included.
+        sink_tokens: Number of first tokens of a document that sliding layers always see.
+        init: Initialisation of gates and convolutions: calibrated, calibrated-constant, library or arcee. Or the folder
+            of a student or run, to train that model on.
+        calibration_tokens: Number of training tokens that the calibrated initialisation is fitted to.
+        calibration_sequence_length: Tokens per sequence of the calibration text.
+        long_memory_heads: Heads per KDA layer that the calibrated initialisation gives a half-life of 4,096 tokens.
     """
 
     full_attention_layers: str | list[int] = "none"
     keep_rope: bool = False
     sliding_window: int = 64
     sink_tokens: int = 4
-    start: str = "calibrated"
+    init: str = "calibrated"
     calibration_tokens: int = 8192
-    calibration_length: int = 512
-    long_heads: int = 0
+    calibration_sequence_length: int = 512
+    long_memory_heads: int = 0
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Text.
+    """Training and validation text.
 
     Args:
-        train: sources and their weights. A source is a file, a folder, python-docs, recall or recall:SOURCE
-            (synthetic, see recall.py), or hf:NAME[:CONFIG][:SPLIT].
-        heldout: source that judges; if absent, one in twenty documents of the training sources is held out.
-        folder: where token files are kept, made at the first use.
-        max_tokens: of each training source.
+        train: Sources and their weights. A source is a file, a folder, python-docs, recall or recall:SOURCE
+            (synthetic, see docs/recipe.md), or hf:NAME[:CONFIG][:SPLIT].
+        heldout: Source of validation text. Defaults to one document in twenty of the training sources.
+        folder: Folder for tokenized text, which is written at the first use.
+        max_tokens: Largest number of training tokens of each source. Defaults to all.
     """
 
     train: dict[str, float] = field(default_factory=lambda: {"python-docs": 1.0})
@@ -79,81 +82,114 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training; with tokens: 0 it is left out.
+    """One stage of training.
 
     Args:
-        tokens: to train on.
-        length: tokens in a row.
-        batch: rows in an optimizer step.
-        micro_batch: rows in memory at a time; 0 for all of them.
-        lr_mixers: peak learning rate of the layers that replace attention.
-        lr_rest: of everything else; 0 freezes it. Has no meaning in align.
-        warmup: share of the steps in which the rate rises.
-        lr_end: last learning rate, as a share of the peak (cosine).
-        ce_weight: share of cross-entropy in the loss. The rest is the divergence.
-        hidden_weight: share of the hidden states' loss: 1 - cosine with the teacher's, the mean over layers and tokens.
-        divergence: of the two distributions of the next token: forward (KL of the student from the teacher), reverse
-            or jensen-shannon.
-        temperature: that both models' logits are divided by before it.
-        optimizer: adamw; adamw8bit, whose moments take 2 bytes a number instead of 8 (bitsandbytes); or muon, for
-            matrices other than embeddings and head, which stay AdamW's (4 bytes a number). Sharded models need adamw.
-        weight_decay: of matrices.
-        clip: largest norm of the gradient.
-        checkpoint_layers: recompute activations layer by layer to save memory.
+        tokens: Number of tokens to train on; 0 leaves the stage out.
+        sequence_length: Tokens per sequence.
+        batch_size: Sequences per optimizer step, over all processes.
+        micro_batch_size: Sequences in memory at a time; 0 for all of a process.
+        lr_mixers: Peak learning rate of the layers that replace attention.
+        lr_other: Peak learning rate of all other parameters; 0 freezes them. align does not use it.
+        warmup_ratio: Fraction of the steps over which the learning rate rises.
+        min_lr_ratio: Final learning rate as a fraction of the peak (cosine schedule).
+        ce_weight: Weight of cross-entropy in the loss. The divergence has the rest.
+        hidden_state_weight: Weight of the hidden-state loss: 1 - cosine similarity with the teacher's hidden states,
+            averaged over layers and tokens.
+        divergence: Divergence between the two next-token distributions: forward (KL of the student from the teacher),
+            reverse or jensen-shannon.
+        temperature: Softmax temperature of teacher and student in the divergence.
+        optimizer: adamw; adamw8bit (bitsandbytes: moments of 2 bytes a parameter instead of 8); or muon, which uses
+            AdamW for embeddings, head and vectors (4 bytes a parameter). Sharded models need adamw.
+        weight_decay: Weight decay of matrices.
+        max_grad_norm: Largest norm of the gradient; a larger one is scaled down.
+        activation_checkpointing: Whether to recompute activations layer by layer, which saves memory.
     """
 
     tokens: int = 0
-    length: int = 2048
-    batch: int = 8
-    micro_batch: int = 0
+    sequence_length: int = 2048
+    batch_size: int = 8
+    micro_batch_size: int = 0
     lr_mixers: float = 1e-3
-    lr_rest: float = 1e-4
-    warmup: float = 0.05
-    lr_end: float = 0.05
+    lr_other: float = 1e-4
+    warmup_ratio: float = 0.05
+    min_lr_ratio: float = 0.05
     ce_weight: float = 0.0
-    hidden_weight: float = 0.0
+    hidden_state_weight: float = 0.0
     divergence: str = "forward"
     temperature: float = 1.0
     optimizer: str = "adamw"
     weight_decay: float = 0.0
-    clip: float = 1.0
-    checkpoint_layers: bool = False
+    max_grad_norm: float = 1.0
+    activation_checkpointing: bool = False
 
     @property
     def steps(self) -> int:
-        return self.tokens // (self.batch * self.length)
+        return self.tokens // (self.batch_size * self.sequence_length)
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """How a run goes.
+    """Device, validation, checkpoints and tracking of a run.
 
     Args:
         device: auto, cpu, cuda or mps.
-        precision: of the matrix products: fp32, bf16, or auto (bf16 where it is fast). Weights and optimizer are fp32.
-        heldout_tokens: tokens of held-out text that judge during training.
-        heldout_length: tokens in a row of them.
-        heldout_steps: steps between two judgements.
-        checkpoint_minutes: time between two checkpoints.
-        checkpoint_steps: steps between two checkpoints; 0 for by time alone.
-        keep: how many of the last checkpoints stay; the best one stays besides.
-        cuda_graphs: replay training steps as CUDA graphs on a GPU, where they can be captured.
-        data_parallel: what several processes do with weights, gradients and optimizer: replicate, each has them all;
-            shard, each has a piece (FSDP2); auto, shard what would fill more than half of a GPU.
-        log_to: trackio, wandb or tensorboard, besides metrics.jsonl; a resumed run goes on in the tracker's run.
+        precision: Precision of matrix products: fp32, bf16, or auto (bf16 where it is faster). Weights and optimizer
+            states are float32.
+        heldout_tokens: Number of validation tokens.
+        heldout_sequence_length: Tokens per validation sequence.
+        eval_every: Validate every N steps.
+        save_every_minutes: Save a checkpoint every N minutes.
+        save_every: Save a checkpoint every N steps; 0 for by time alone.
+        keep_checkpoints: Number of latest checkpoints to keep. The best one is kept besides.
+        cuda_graphs: Whether to replay training steps as CUDA graphs on a GPU, where they can be captured.
+        data_parallel: How several processes hold weights, gradients and optimizer states: replicate, all of them in
+            each; shard, a piece in each (FSDP2); auto, shard what would fill more than half of a GPU.
+        report_to: Tracker besides metrics.jsonl: trackio, wandb or tensorboard. A resumed run continues its tracker's
+            run.
     """
 
     device: str = "auto"
     precision: str = "auto"
     heldout_tokens: int = 16384
-    heldout_length: int = 512
-    heldout_steps: int = 50
-    checkpoint_minutes: float = 10.0
-    checkpoint_steps: int = 0
-    keep: int = 2
+    heldout_sequence_length: int = 512
+    eval_every: int = 50
+    save_every_minutes: float = 10.0
+    save_every: int = 0
+    keep_checkpoints: int = 2
     cuda_graphs: bool = True
     data_parallel: str = "auto"
-    log_to: str | None = None
+    report_to: str | None = None
+
+
+# fields of recipes before version 0.1, and what they are called now
+RENAMED = {
+    "teacher.cache": "teacher.cache",
+    "student.init": "student.init",
+    "student.long_heads": "student.long_memory_heads",
+    "student.calibration_length": "student.calibration_sequence_length",
+    **{
+        f"{stage}.{old}": f"{stage}.{new}"
+        for stage in STAGES
+        for old, new in {
+            "length": "sequence_length",
+            "batch": "batch_size",
+            "micro_batch": "micro_batch_size",
+            "lr_rest": "lr_other",
+            "warmup": "warmup_ratio",
+            "lr_end": "min_lr_ratio",
+            "hidden_weight": "hidden_state_weight",
+            "clip": "max_grad_norm",
+            "checkpoint_layers": "activation_checkpointing",
+        }.items()
+    },
+    "run.heldout_length": "run.heldout_sequence_length",
+    "run.heldout_steps": "run.eval_every",
+    "run.checkpoint_minutes": "run.save_every_minutes",
+    "run.checkpoint_steps": "run.save_every",
+    "run.keep": "run.keep_checkpoints",
+    "run.log_to": "run.report_to",
+}
 
 
 @dataclass(frozen=True)
@@ -161,9 +197,9 @@ class Recipe:
     """A whole conversion: teacher, student, text, and the stages align, match and extend.
 
     Args:
-        name: of the folder under `output` that everything is written to.
-        output: folder of all runs.
-        seed: of everything random.
+        name: Name of the run and of its folder under `output`.
+        output: Folder of all runs.
+        seed: Random seed for data order, initialisation and sampling.
     """
 
     name: str
@@ -186,7 +222,7 @@ class Recipe:
 
 
 def recipe_parser() -> ArgumentParser:
-    """A parser of recipe files and of `--field value` for each of their fields."""
+    """Return a parser of recipe files and of `--field value` for each of their fields."""
     parser = ArgumentParser(exit_on_error=False, add_help=False)
     parser.add_argument("--recipe", action="config")
     parser.add_class_arguments(Recipe)
@@ -194,11 +230,11 @@ def recipe_parser() -> ArgumentParser:
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe in a YAML file, with fields overridden as on the command line, `["--match.tokens", "1000"]`.
+    """Read the recipe in a YAML file; fields can be overridden as on the command line, `["--match.tokens", "1000"]`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: for a field or value that does not fit; the message names the nearest known field.
+        FileNotFoundError: If there is no such file.
+        ValueError: If a field or value does not fit. The message names the nearest known field.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no recipe {path}; recipes ship in the folder recipes/")
@@ -225,7 +261,7 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def read_mapping(path: Path) -> dict:
-    """A YAML file's fields; ValueError if it is not YAML, or no mapping of fields."""
+    """Return the fields of a YAML file. Raise ValueError if it is no YAML, or no mapping of fields."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -239,9 +275,11 @@ def read_mapping(path: Path) -> dict:
 
 
 def reject_unknown(content: dict, where: str, cls: type = Recipe, prefix: str = "") -> None:
-    """Raises ValueError for a key that is no field, with the nearest field's name."""
+    """Raise ValueError for a key that is no field. The message has the field's new name, or the nearest field's."""
     known = {f.name: f.type for f in fields(cls)}
     for key, value in content.items():
+        if new := RENAMED.get(f"{prefix}{key}"):
+            raise ValueError(f"{where}: {prefix}{key} is now called {new}")
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known are: {', '.join(known)}"
@@ -250,65 +288,79 @@ def reject_unknown(content: dict, where: str, cls: type = Recipe, prefix: str = 
             reject_unknown(value, where, known[key], f"{prefix}{key}.")
 
 
+AT_LEAST_0 = (lambda x: x >= 0, "must be at least 0")
+AT_LEAST_1 = (lambda x: x >= 1, "must be at least 1")
+AT_LEAST_2 = (lambda x: x >= 2, "must be at least 2")
+ABOVE_0 = (lambda x: x > 0, "must be above 0")
+FRACTION = (lambda x: 0 <= x <= 1, "must be in [0, 1]")
+
+
+def one_of(choices: tuple[str, ...]) -> tuple[Callable[[object], bool], str]:
+    return lambda x: x in choices, f"is not one of {', '.join(choices)}"
+
+
+# what each field must be, by its name after the section's
+RULES = {
+    "student.long_memory_heads": AT_LEAST_0,
+    "data.train": (lambda x: x and all(weight > 0 for weight in x.values()), "must name sources with positive weights"),
+    "run.precision": one_of(PRECISIONS),
+    "run.data_parallel": one_of(DATA_PARALLEL),
+    "run.keep_checkpoints": AT_LEAST_1,
+    "run.eval_every": AT_LEAST_1,
+    "run.heldout_sequence_length": AT_LEAST_2,
+    "run.save_every": AT_LEAST_0,
+    "run.save_every_minutes": ABOVE_0,
+}
+STAGE_RULES = {
+    "sequence_length": AT_LEAST_2,
+    "batch_size": AT_LEAST_1,
+    "lr_mixers": AT_LEAST_0,
+    "lr_other": AT_LEAST_0,
+    "min_lr_ratio": FRACTION,
+    "warmup_ratio": FRACTION,
+    "max_grad_norm": ABOVE_0,
+    "ce_weight": FRACTION,
+    "hidden_state_weight": (lambda x: 0 <= x < 1, "must be in [0, 1)"),
+    "divergence": one_of(DIVERGENCES),
+    "optimizer": one_of(OPTIMIZERS),
+    "temperature": ABOVE_0,
+}
+
+
 def check(recipe: Recipe) -> Recipe:
-    """The recipe, if its values make sense together; else ValueError with the field, the value and what is allowed."""
-    rules = [
-        (recipe.student.long_heads >= 0, "student.long_heads", "must be at least 0"),
-        (recipe.data.train, "data.train", "must name at least one source"),
-        (all(w > 0 for w in recipe.data.train.values()), "data.train", "weights must be positive"),
-        (recipe.run.precision in ("auto", "fp32", "bf16"), "run.precision", "is one of auto, fp32, bf16"),
+    """Return the recipe if its values make sense, each and together.
+
+    Raises:
+        ValueError: If one does not. The message names the field, its value and what is allowed.
+    """
+    rules = RULES | {f"{stage}.{name}": rule for stage in STAGES for name, rule in STAGE_RULES.items()}
+    checks = [(good(value_of(recipe, name)), name, what) for name, (good, what) in rules.items()]
+    run, stages = recipe.run, {name: recipe.stage(name) for name in STAGES}
+    checks += [
         (
-            recipe.run.data_parallel in DATA_PARALLEL,
-            "run.data_parallel",
-            f"is one of {', '.join(DATA_PARALLEL)}",
-        ),
-        (recipe.run.keep >= 1, "run.keep", "must be at least 1"),
-        (recipe.run.heldout_steps >= 1, "run.heldout_steps", "must be at least 1"),
-        (recipe.run.heldout_length >= 2, "run.heldout_length", "must be at least 2"),
-        (
-            recipe.run.heldout_tokens >= recipe.run.heldout_length,
+            run.heldout_tokens >= run.heldout_sequence_length,
             "run.heldout_tokens",
-            f"must be at least run.heldout_length={recipe.run.heldout_length}",
+            f"must be at least run.heldout_sequence_length={run.heldout_sequence_length}",
         ),
-        (recipe.run.checkpoint_steps >= 0, "run.checkpoint_steps", "must be at least 0; 0 is for by time alone"),
-        (recipe.run.checkpoint_minutes > 0, "run.checkpoint_minutes", "must be above 0"),
-        (any(recipe.stage(s).tokens for s in STAGES), "align.tokens", "or another stage's must be above 0"),
+        (any(stage.tokens for stage in stages.values()), "align.tokens", "or another stage's must be above 0"),
     ]
-    for name in STAGES:
-        stage = recipe.stage(name)
-        rules += [
-            (stage.length >= 2, f"{name}.length", "must be at least 2"),
-            (stage.batch >= 1, f"{name}.batch", "must be at least 1"),
-            (stage.lr_mixers >= 0, f"{name}.lr_mixers", "must be at least 0"),
-            (stage.lr_rest >= 0, f"{name}.lr_rest", "must be at least 0"),
-            (0 <= stage.lr_end <= 1, f"{name}.lr_end", "must be in [0, 1]"),
-            (0 <= stage.warmup <= 1, f"{name}.warmup", "must be in [0, 1]"),
-            (stage.clip > 0, f"{name}.clip", "must be above 0"),
-            (0 <= stage.ce_weight <= 1, f"{name}.ce_weight", "must be in [0, 1]"),
-            (0 <= stage.hidden_weight < 1, f"{name}.hidden_weight", "must be in [0, 1)"),
-            (stage.hidden_weight + stage.ce_weight <= 1, f"{name}.hidden_weight", "and ce_weight must not exceed 1"),
-            (
-                not (stage.hidden_weight and recipe.teacher.targets),
-                f"{name}.hidden_weight",
-                "needs teacher.targets null",
-            ),
-            (stage.divergence in DIVERGENCES, f"{name}.divergence", f"is one of {', '.join(DIVERGENCES)}"),
-            (stage.optimizer in OPTIMIZERS, f"{name}.optimizer", f"is one of {', '.join(OPTIMIZERS)}"),
-            (stage.temperature > 0, f"{name}.temperature", "must be above 0"),
-            (not stage.micro_batch or stage.batch % stage.micro_batch == 0, f"{name}.micro_batch", "must divide batch"),
-            (
-                stage.tokens == 0 or stage.tokens >= stage.length * stage.batch,
-                f"{name}.tokens",
-                "is less than one step",
-            ),
+    for name, stage in stages.items():
+        micro, weight = stage.micro_batch_size, stage.hidden_state_weight
+        checks += [
+            (weight + stage.ce_weight <= 1, f"{name}.hidden_state_weight", "and ce_weight must not exceed 1"),
+            (not (weight and recipe.teacher.cache), f"{name}.hidden_state_weight", "needs teacher.cache null"),
+            (not micro or stage.batch_size % micro == 0, f"{name}.micro_batch_size", "must divide batch_size"),
+            (not stage.tokens or stage.steps, f"{name}.tokens", "is less than one step"),
         ]
-    for good, name, what in rules:
+    for good, name, what in checks:
         if not good:
-            value = recipe
-            for part in name.split("."):
-                value = getattr(value, part)
-            raise ValueError(f"recipe {recipe.name!r}: {name}={value!r} {what}")
+            raise ValueError(f"recipe {recipe.name!r}: {name}={value_of(recipe, name)!r} {what}")
     return recipe
+
+
+def value_of(recipe: Recipe, name: str) -> object:
+    """Return the value of a field by its dotted name."""
+    return functools.reduce(getattr, name.split("."), recipe)
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
@@ -318,15 +370,17 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def smoke(recipe: Recipe) -> Recipe:
-    """The same recipe, two tiny steps a stage; the teacher becomes a random one of its architecture."""
-    tiny = {"tokens": 2 * 2 * 32, "length": 32, "batch": 2, "micro_batch": 0}
+    """Return the recipe with two tiny steps a stage and a random teacher of the same architecture."""
+    tiny = {"tokens": 2 * 2 * 32, "sequence_length": 32, "batch_size": 2, "micro_batch_size": 0}
     stages = {name: replace(recipe.stage(name), **tiny) for name in STAGES if recipe.stage(name).tokens}
     return replace(
         recipe,
         name=f"{recipe.name}-smoke",
         teacher=replace(recipe.teacher, model=f"random:{recipe.teacher.architecture}"),
-        student=replace(recipe.student, calibration_tokens=256, calibration_length=32),
+        student=replace(recipe.student, calibration_tokens=256, calibration_sequence_length=32),
         data=replace(recipe.data, train={"python-docs": 1.0}, heldout=None, max_tokens=20_000),
-        run=replace(recipe.run, device="cpu", precision="fp32", heldout_tokens=64, heldout_length=32, heldout_steps=1),
+        run=replace(
+            recipe.run, device="cpu", precision="fp32", heldout_tokens=64, heldout_sequence_length=32, eval_every=1
+        ),
         **stages,
     )

@@ -19,7 +19,7 @@ from ..model.generation import followed_settings
 from ..model.mixers import Packing, find_packing, inverse_softplus
 from .teacher import Teacher, freeze
 
-STARTS = ("calibrated", "calibrated-constant", "library", "arcee")
+INITS = ("calibrated", "calibrated-constant", "library", "arcee")
 ARCHITECTURES = {"deltify": DeltifyConfig, "arcee_kda": ArceeKDAConfig}
 
 
@@ -112,7 +112,7 @@ class Origin:
 
     pattern: str
     source: str  # shown to the user
-    rule: str  # "copy", "repeat" (whole key/value head blocks, once per query head) or "start"
+    rule: str  # "copy", "repeat" (whole key/value head blocks, once per query head) or "init"
 
 
 KDA_ORIGINS = [
@@ -120,15 +120,15 @@ KDA_ORIGINS = [
     Origin("k_proj", "teacher's k_proj, each key/value head repeated for its query heads", "repeat"),
     Origin("v_proj", "teacher's v_proj, each key/value head repeated for its query heads", "repeat"),
     Origin("o_proj", "teacher's o_proj", "copy"),
-    Origin("q_conv1d", "{start}", "start"),
-    Origin("k_conv1d", "{start}", "start"),
-    Origin("v_conv1d", "{start}", "start"),
-    Origin("f_proj", "{start}", "start"),
-    Origin("b_proj", "{start}", "start"),
-    Origin("g_proj", "{start}", "start"),
-    Origin("A_log", "{start}", "start"),
-    Origin("dt_bias", "{start}", "start"),
-    Origin("o_norm", "{start}", "start"),
+    Origin("q_conv1d", "{init}", "init"),
+    Origin("k_conv1d", "{init}", "init"),
+    Origin("v_conv1d", "{init}", "init"),
+    Origin("f_proj", "{init}", "init"),
+    Origin("b_proj", "{init}", "init"),
+    Origin("g_proj", "{init}", "init"),
+    Origin("A_log", "{init}", "init"),
+    Origin("dt_bias", "{init}", "init"),
+    Origin("o_norm", "{init}", "init"),
 ]
 
 
@@ -157,9 +157,9 @@ def convert(
     keep_rope: bool = False,
     sliding_window: int = 64,
     sink_tokens: int = 4,
-    start: str = "calibrated",
+    init: str = "calibrated",
     calibration: Batch | None = None,
-    long_heads: int = 0,
+    long_memory_heads: int = 0,
     seed: int = 0,
     report: Callable[[str], None] = lambda line: None,
 ) -> DeltifyForCausalLM:
@@ -169,21 +169,24 @@ def convert(
         full_attention_layers: the layers that stay attention, see `layer_kinds`.
         keep_rope: whether full attention keeps its rotary positions; without, it is NoPE.
         sliding_window, sink_tokens: what sliding layers see, see `DeltifyConfig`.
-        start: of the gates and convolutions: "library" (fla's default), "arcee" (the model card's: forgets at once) or
-            "calibrated" (memory, output gate and projection by least squares, see `calibrate`); needs `calibration`; as
-            does "calibrated-constant", which makes one channel of each head's values a constant (see `add_constant`).
+        init: Initialisation of gates and convolutions: "library" (fla's default), "arcee" (the model card's: forgets at
+            once) or "calibrated" (memory, output gate and projection by least squares, see `calibrate`). The last needs
+            `calibration`, and so does "calibrated-constant", which makes one channel of each head's values a constant
+            (see `add_constant`).
         calibration: rows of text, a few thousand tokens.
-        long_heads: heads of each KDA layer that a calibrated start, and no other, gives a long memory, see
+        long_memory_heads: heads of each KDA layer that a calibrated start, and no other, gives a long memory, see
             `lengthened`.
         report: called with a line for each group of tensors and each calibrated layer.
     """
-    if start not in STARTS:
-        raise ValueError(f"start={start!r}; choose one of {list(STARTS)}")
-    if start.startswith("calibrated") and calibration is None:
-        raise ValueError(f"start={start!r} needs calibration text; or choose start='library'")
+    if init not in INITS:
+        raise ValueError(f"init={init!r}; choose one of {list(INITS)}")
+    if init.startswith("calibrated") and calibration is None:
+        raise ValueError(f"init={init!r} needs calibration text; or choose init='library'")
     heads = teacher.config.num_attention_heads
-    if not 0 <= long_heads <= heads:
-        raise ValueError(f"long_heads={long_heads}; a layer of this teacher has {heads} heads, so give 0 to {heads}")
+    if not 0 <= long_memory_heads <= heads:
+        raise ValueError(
+            f"long_memory_heads={long_memory_heads}; a layer of this teacher has {heads} heads, so give 0 to {heads}"
+        )
     kinds = layer_kinds(full_attention_layers, teacher.config.num_hidden_layers)
     config = student_config(teacher, kinds, keep_rope=keep_rope, window=sliding_window, sinks=sink_tokens)
     device = teacher.model.device
@@ -193,16 +196,16 @@ def convert(
     copy_weights(teacher, student)
     student.to(device)
     mixers = [layer.self_attn for layer in student.model.layers if layer.linear]
-    if start == "arcee":
+    if init == "arcee":
         for mixer in mixers:
             nn.init.zeros_(mixer.dt_bias)
-    for line in origins(student, start):
+    for line in origins(student, init):
         report(line)
     if config.qk_norm and mixers:
         report("the teacher's q_norm and k_norm are dropped in KDA layers: L2 normalisation takes their place")
-    if start.startswith("calibrated"):
-        constant = start == "calibrated-constant"
-        calibrate(teacher, student, calibration, report, constant=constant, long_heads=long_heads)
+    if init.startswith("calibrated"):
+        constant = init == "calibrated-constant"
+        calibrate(teacher, student, calibration, report, constant=constant, long_memory_heads=long_memory_heads)
     student.generation_config, dropped = followed_settings(teacher.model.generation_config)
     if dropped:
         report(f"the teacher's generation settings {', '.join(dropped)} are dropped: a student cannot follow them")
@@ -221,7 +224,7 @@ def copy_weights(teacher: Teacher, student: DeltifyForCausalLM) -> None:
     source = teacher.model.state_dict()
     for name, target in student.state_dict().items():
         origin = origin_of(name, config)
-        if origin.rule == "start":
+        if origin.rule == "init":
             continue
         if name not in source:
             raise ValueError(f"the teacher ({teacher.config.model_type}) has no tensor {name}; it cannot be converted")
@@ -233,16 +236,16 @@ def copy_weights(teacher: Teacher, student: DeltifyForCausalLM) -> None:
         target.copy_(value)
 
 
-def origins(student: DeltifyForCausalLM, start: str) -> list[str]:
+def origins(student: DeltifyForCausalLM, init: str) -> list[str]:
     """One line per group of tensors: how many, how many numbers, and where they come from."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name, tensor in student.named_parameters():
         origin = origin_of(name, student.config)
         short = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        if origin.rule == "start":
+        if origin.rule == "init":
             short = f"model.layers.*.self_attn.{origin.pattern}"
-        source = origin.source.format(start=f"start: {start}")
-        if start.startswith("calibrated") and origin.pattern == "o_proj":
+        source = origin.source.format(init=f"init: {init}")
+        if init.startswith("calibrated") and origin.pattern == "o_proj":
             source = "least squares: the student's mixer against the teacher's attention output"
         count = groups.setdefault((short, source), [0, 0])
         count[0] += 1
@@ -309,7 +312,7 @@ def calibrate(
     report: Callable[[str], None],
     *,
     constant: bool = False,
-    long_heads: int = 0,
+    long_memory_heads: int = 0,
 ) -> None:
     """Gives every KDA layer of the student a start that already resembles the attention it replaces.
 
@@ -318,8 +321,8 @@ def calibrate(
 
     - Output gate: a linear guess from the layer's input at how large each head's output is, which o_norm takes away.
     - Memory: each head gets the one of `CANDIDATES` from which its output in the teacher is predicted best, but for
-      `long_heads` of them (see `lengthened`). beta, whose projection has no bias, is made constant by the direction in
-      which all inputs agree; f_proj starts silent.
+      `long_memory_heads` of them (see `lengthened`). beta, whose projection has no bias, is made constant by the
+      direction in which all inputs agree; f_proj starts silent.
     - Convolutions pass one token, scaled down (the L2 norms of q and k, and o_norm, undo the scale).
     - o_proj: the ridge regression of the teacher's attention output on what the student's o_proj reads. It takes in the
       scale per head that o_norm discards.
@@ -363,7 +366,7 @@ def calibrate(
         if constant:
             add_constant(mixer, N, one)
         distance = distances[module.layer_idx].masked_fill(silent["values"], 0)
-        choice = choose_memory(mixer, x[:few], few_packing, one, distance, wanted, long_heads)
+        choice = choose_memory(mixer, x[:few], few_packing, one, distance, wanted, long_memory_heads)
         chosen.update(memory for memory in choice if memory in CANDIDATES)
         features = inner_of(mixer, x, packing).flatten(0, 1)
         fitted = not is_silent(features)
@@ -388,8 +391,8 @@ def calibrate(
         report(
             f"{count} heads: beta {beta}, half-life {share} of the mean distance{', one token behind' if lag else ''}"
         )
-    if long_heads:
-        report(f"of each layer, heads given a half-life of {LONG_HALF_LIFE:,.0f} tokens: {long_heads}")
+    if long_memory_heads:
+        report(f"of each layer, heads given a half-life of {LONG_HALF_LIFE:,.0f} tokens: {long_memory_heads}")
 
 
 def inner_of(mixer: DeltifyKDA, x_BTD: Tensor, packing: Packing | None) -> Tensor:
@@ -475,18 +478,18 @@ def choose_memory(
     one_D: Tensor,
     distance_H: Tensor,
     heads_NHK: Tensor,
-    long_heads: int = 0,
+    long_memory_heads: int = 0,
 ) -> list[tuple[float, float, int]]:
     """Gives each head the best of `CANDIDATES`, and says which: the one whose output of the head, normalised and gated,
-    leaves least of the teacher's unexplained; `long_heads` of them then get a long memory. `one_D`: what maps every
-    input to about 1."""
+    leaves least of the teacher's unexplained; `long_memory_heads` of them then get a long memory. `one_D`: what maps
+    every input to about 1."""
     left = []
     for candidate in CANDIDATES:
         set_memory(mixer, [candidate] * len(distance_H), one_D, distance_H)
         features = inner_of(mixer, x_BTD, packing).flatten(0, 1).unflatten(-1, (-1, mixer.head_dim))
         left.append(unexplained(features.float(), heads_NHK))
     best = [CANDIDATES[index] for index in torch.stack(left).argmin(0).tolist()]
-    best = lengthened(best, distance_H, long_heads)
+    best = lengthened(best, distance_H, long_memory_heads)
     set_memory(mixer, best, one_D, distance_H)
     return best
 

@@ -137,16 +137,16 @@ def tokenize_split(
     *,
     max_tokens: int | None = None,
     heldout_tokens: int = HELDOUT_TOKENS,
-    heldout_length: int = 1,
+    heldout_sequence_length: int = 1,
     origin: dict | None = None,
     processes: int | None = None,
 ) -> tuple[TokenFile, TokenFile]:
     """The token files `folder`/train and `folder`/heldout, written as `tokenize` does, in one pass over the texts.
 
     Reading ends when training has `max_tokens` and `heldout_tokens` are held out; what either has no room for is left
-    out. Where the documents are so few that one side has none of them, or `heldout_length` tokens are not held out, a
-    twentieth of the tokens is held out instead, or `heldout_length` if that is more. Both meta.json count what was
-    found in the documents of both.
+    out. Where the documents are so few that one side has none of them, or `heldout_sequence_length` tokens are not held
+    out, a twentieth of the tokens is held out instead, or `heldout_sequence_length` if that is more. Both meta.json
+    count what was found in the documents of both.
 
     Raises:
         ValueError: as `tokenize` does, or if there is too little text to hold some out.
@@ -157,11 +157,11 @@ def tokenize_split(
         train, held = (TokenWriter(unfinished / part, tokenizer) for part in parts)
         name = origin.get("source", folder.name)
         found = write_documents(texts, train, held, max_tokens, heldout_tokens, name, processes)
-        if not len(train) or len(held) < heldout_length:
+        if not len(train) or len(held) < heldout_sequence_length:
             total = len(train) + len(held)
             if not total:
                 raise ValueError(f"there is no text in {name!r}: every document is empty, or there is none")
-            share = max(total // 20, heldout_length)
+            share = max(total // 20, heldout_sequence_length)
             if 2 * share > max(len(train), len(held)):
                 raise ValueError(
                     f"{name!r} has {total} tokens, too few to hold out {share} of them; give data.heldout, a text that "
@@ -323,13 +323,13 @@ def open_data(
     teacher_name: str,
     tokenizer: PreTrainedTokenizerBase,
     heldout_tokens: int,
-    heldout_length: int = 512,
+    heldout_sequence_length: int = 512,
 ) -> tuple[list[TokenFile], list[TokenFile]]:
     """The training sources and the held-out texts as token files, made at the first use.
 
     Args:
         heldout_tokens: that will judge; 65,536 or so are held out of each source at least, if it has them.
-        heldout_length: tokens in a row of them, for sources of too few documents to hold out whole ones.
+        heldout_sequence_length: tokens in a row of them, for sources of too few documents to hold out whole ones.
 
     Of recall:SOURCE nothing is held out: its text is SOURCE's.
 
@@ -346,7 +346,7 @@ def open_data(
         origin = origin_of(source)
         name, limits = short_name(origin["source"]), {"max_tokens": spec.max_tokens, "origin": origin}
         if spec.heldout is None and not scattered_over(source):
-            limits |= {"heldout_tokens": room, "heldout_length": heldout_length}
+            limits |= {"heldout_tokens": room, "heldout_sequence_length": heldout_sequence_length}
             pair = tokenize_split(pieces(source), tokenizer, folder / f"{name}-split{room}", **limits)
             train.append(pair[0])
             held.append(pair[1])
@@ -489,7 +489,7 @@ def heldout_batches(files: list[TokenFile], length: int, rows: int, limit: int) 
         if len(file) < length:
             raise ValueError(
                 f"a held-out text has {len(file)} tokens, fewer than one row of length={length}; lower "
-                "run.heldout_length, or give data.heldout, a longer text that judges"
+                "run.heldout_sequence_length, or give data.heldout, a longer text that judges"
             )
         count = max(1, min(limit // len(files), len(file)) // length)
         stretches += [window(file, index * length, length) for index in range(count)]

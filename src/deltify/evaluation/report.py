@@ -88,7 +88,7 @@ def combine(folders: Sequence[Path], output: Path) -> Path:
         ValueError: if they were measured with different teachers, on different devices or in different dtypes.
     """
     parts = [read_results(folder) for folder in folders]
-    for key in ("teacher", "device", "dtype", "heldout_tokens", "heldout_length"):
+    for key in ("teacher", "device", "dtype", "heldout_tokens", "heldout_sequence_length"):
         if len(values := {str(part.get(key)) for part in parts}) > 1:
             raise ValueError(
                 f"{key} is not the same in all of them but {', '.join(sorted(values))}; evaluate them alike"
@@ -166,7 +166,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def heldout_table(results: dict) -> Table:
-    size = f"{results['heldout_tokens']:,} held-out tokens, rows of {results['heldout_length']}"
+    size = f"{results['heldout_tokens']:,} held-out tokens, rows of {results['heldout_sequence_length']}"
     title = f"{size}; teacher: {results['teacher']}"
     rows = [
         (
@@ -295,14 +295,14 @@ def decode_table(rows: list[dict]) -> Table:
 
 
 def recipe_text(run: Path, results: dict) -> str:
-    """The recipes of all runs, and, before each, those of the runs that it goes on from (`student.start`)."""
+    """The recipes of all runs, and, before each, those of the runs that it goes on from (`student.init`)."""
     found: dict[Path, str] = {}
     for folder in results["runs"] or [run]:
         chain: dict[Path, str] = {}
         path = recipe_folder(str(folder))
         while path is not None and path not in chain:
             chain[path] = (path / "recipe.yaml").read_text()
-            path = recipe_folder(yaml.safe_load(chain[path])["student"]["start"])
+            path = recipe_folder(yaml.safe_load(chain[path])["student"]["init"])
         found |= dict(reversed(chain.items()))
     return "\n---\n".join(found.values())
 

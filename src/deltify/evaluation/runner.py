@@ -227,7 +227,9 @@ class Results:
 
     def __init__(self, path: Path, teacher: Teacher | None, runs: dict[str, Recipe], device, dtype: torch.dtype):
         self.path, self.started = path, time.time()
-        trained = [recipe.stage(s).length for recipe in runs.values() for s in STAGES if recipe.stage(s).tokens]
+        trained = [
+            recipe.stage(s).sequence_length for recipe in runs.values() for s in STAGES if recipe.stage(s).tokens
+        ]
         self.content: dict = {
             "teacher": next((r.teacher.model for r in runs.values()), None) or (teacher and teacher.model.name_or_path),
             "runs": list(runs),
@@ -314,16 +316,16 @@ def heldout_scores(
     recipe = next(iter(runs.values()))
     text = recipe.data if heldout is None else replace(recipe.data, heldout=heldout)
     train, held = open_data(
-        text, recipe.teacher.model, teacher.tokenizer, recipe.run.heldout_tokens, recipe.run.heldout_length
+        text, recipe.teacher.model, teacher.tokenizer, recipe.run.heldout_tokens, recipe.run.heldout_sequence_length
     )
-    batches = heldout_batches(held, recipe.run.heldout_length, 8, recipe.run.heldout_tokens)
+    batches = heldout_batches(held, recipe.run.heldout_sequence_length, 8, recipe.run.heldout_tokens)
     perplexity, _, _ = agreement(teacher.model, teacher.model, batches)
     scores = [Score("teacher", perplexity, 0.0, 1.0), *count_models(train, batches, teacher.config.vocab_size)]
     trained = trained_tokens(recipe) | {Path(path).name: trained_tokens(run)["extend"] for path, run in runs.items()}
     scores += [Score(name, *agreement(teacher.model, m, batches), trained.get(name, 0)) for name, m in models.items()]
     return {
         "heldout_tokens": sum(batch.input_ids.numel() for batch in batches),
-        "heldout_length": batches[0].input_ids.shape[1],
+        "heldout_sequence_length": batches[0].input_ids.shape[1],
         "scores": [asdict(score) for score in scores],
     }
 
@@ -362,7 +364,7 @@ def main_metric(rows: list[dict], task: str) -> str:
 
 def trained_tokens(recipe: Recipe) -> dict[str, int]:
     """Tokens that each stage's model has seen, earlier stages included, and the run's that it started from."""
-    before, seen = Path(recipe.student.start).expanduser() / "recipe.yaml", {}
+    before, seen = Path(recipe.student.init).expanduser() / "recipe.yaml", {}
     begun = total = trained_tokens(read_recipe(before))["extend"] if before.is_file() else 0
     last = {name: records[-1]["tokens"] for name, records in read_stages(recipe.folder)}
     for name in STAGES:

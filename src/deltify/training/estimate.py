@@ -138,9 +138,9 @@ def plan_stage(
     trained = sum(p.numel() for group in choose_trained(student, stage, name).values() for p in group)
     weights, config = count(student), student.config
     words = 0 if trained < weights else weights - count(student.model.layers)
-    share = max(1, stage.batch // gpus)
-    rows = stage.micro_batch or share
-    tokens = rows * stage.length
+    share = max(1, stage.batch_size // gpus)
+    rows = stage.micro_batch_size or share
+    tokens = rows * stage.sequence_length
     cast = trained if name == "align" else weights  # autocast keeps a bfloat16 copy of what it has multiplied with
     own = trained if name == "align" and not sharded else weights  # align shares what is frozen with the teacher
     sizes = {
@@ -151,14 +151,14 @@ def plan_stage(
         "loss": 0 if name == "align" else loss_bytes(config.vocab_size, config.hidden_size, tokens),
         "gradients besides": 4 * trained // pieces,
     }
-    flops = product_flops(name, stage, teacher, student) + attention_flops(student, stage.length, name)
+    flops = product_flops(name, stage, teacher, student) + attention_flops(student, stage.sequence_length, name)
     eager = waits_for_ranks(name, gpus, sharded) or recomputes(stage, name) or not graphs
     if eager and rows == share and name != "align":  # gradients come as activations go; what is more than these counts
         gone = (sizes["activations"] + sizes["loss"]) * (config.num_hidden_layers - 1) // config.num_hidden_layers
         sizes["gradients besides"] = max(0, sizes["gradients besides"] - gone)
     layers = config.num_hidden_layers * (share // rows)
     reached = GPUS[gpu] * min(0.5, SHARE * (config.hidden_size / SHARE_WIDTH) ** SHARE_POWER)
-    seconds = LAYER_SECONDS * layers + share * stage.length * flops / reached
+    seconds = LAYER_SECONDS * layers + share * stage.sequence_length * flops / reached
     return StagePlan(name, stage, sizes, max(seconds, HOST_SECONDS * layers if eager else 0.0))
 
 
@@ -203,7 +203,7 @@ def activation_bytes(name: str, stage: Stage, student: nn.Module) -> int:
     if name == "align":  # one layer's graph, and the teacher's forward beside it
         return max(mixers) + mlp + 8 * D
     layers = [mixer + mlp + 16 * D for mixer in mixers]  # two norms of the float32 stream: it and what comes out
-    return 4 * D * len(layers) + max(layers) if stage.checkpoint_layers else sum(layers)
+    return 4 * D * len(layers) + max(layers) if stage.activation_checkpointing else sum(layers)
 
 
 def workspace_bytes(student: nn.Module, tokens: int) -> int:
@@ -229,7 +229,7 @@ def files(recipe: Recipe, student: nn.Module, plans: list[StagePlan]) -> dict[st
     for name in ("converted", *(p.name for p in plans)):
         table[f"{recipe.folder / name}/"] = f"{gib(model)}, a Hugging Face folder"
     largest = max(p.bytes["moments"] for p in plans)
-    kept = recipe.run.keep + 1
+    kept = recipe.run.keep_checkpoints + 1
     table[f"{recipe.folder}/checkpoints/"] = f"up to {gib(kept * (model + largest))}: {kept} of a stage"
     table[f"{recipe.folder}/"] = "recipe.yaml, run.json, metrics.jsonl; results.json and report.html later"
     return table

@@ -88,7 +88,7 @@ class Metrics:
 
 
 def tracker_module(name: str | None) -> ModuleType | None:
-    """The module of the tracker that `run.log_to` names.
+    """The module of the tracker that `run.report_to` names.
 
     Raises:
         ValueError: if it is unknown or not installed.
@@ -96,25 +96,25 @@ def tracker_module(name: str | None) -> ModuleType | None:
     if name is None:
         return None
     if name not in TRACKERS:
-        raise ValueError(f"run.log_to={name!r}; choose trackio, wandb or tensorboard, or leave it out")
+        raise ValueError(f"run.report_to={name!r}; choose trackio, wandb or tensorboard, or leave it out")
     try:
         return importlib.import_module(TRACKERS[name])
     except ImportError as error:
         raise ValueError(
-            f"run.log_to={name!r} needs a package that is not installed ({error}); run: pip install {name}, or leave "
-            "it out"
+            f"run.report_to={name!r} needs a package that is not installed ({error}); run: pip install {name}, or "
+            "leave it out"
         ) from None
 
 
 def open_tracker(recipe: Recipe, sent: int) -> tuple[Callable[[dict[str, float], int], None], Callable[[], None]]:
-    """Opens the tracker that `run.log_to` names; a run that goes on goes on in the tracker's run, too.
+    """Opens the tracker that `run.report_to` names; a run that goes on goes on in the tracker's run, too.
 
     Steps up to `sent` that are made again are not sent again; but tensorboard takes the new ones in their place.
 
     Returns:
         Two functions: one sends figures and their step, one ends the tracker's run.
     """
-    name, tracker = recipe.run.log_to, tracker_module(recipe.run.log_to)
+    name, tracker = recipe.run.report_to, tracker_module(recipe.run.report_to)
     if name is None or tracker is None:
         return lambda figures, step: None, lambda: None
     if name == "tensorboard":

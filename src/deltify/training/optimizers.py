@@ -11,7 +11,7 @@ from ..model import DeltifyForCausalLM
 
 def recomputes(stage: Stage, name: str) -> bool:
     """Whether activations are computed again in the backward; in align only one layer's are alive anyway."""
-    return stage.checkpoint_layers and name != "align"
+    return stage.activation_checkpointing and name != "align"
 
 
 def waits_for_ranks(name: str, ranks: int, sharded: bool) -> bool:
@@ -31,7 +31,7 @@ def choose_trained(student: DeltifyForCausalLM, stage: Stage, name: str) -> dict
         if layer.linear or nope:
             mixers += layer.self_attn.parameters()
     known = {id(p) for p in mixers}
-    rest = [p for p in student.parameters() if id(p) not in known] if name != "align" and stage.lr_rest > 0 else []
+    rest = [p for p in student.parameters() if id(p) not in known] if name != "align" and stage.lr_other > 0 else []
     if not mixers and not rest:
         raise ValueError(
             f"{name} has nothing to train: no layer of the student replaces attention; set {name}.tokens to 0"
@@ -138,15 +138,15 @@ def trained(optimizers: list[torch.optim.Optimizer]) -> list[nn.Parameter]:
 
 
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], stage: Stage, step: int) -> None:
-    """Linear warm-up, then cosine to `lr_end` of the peak; a function of the stage and the step alone.
+    """Linear warm-up, then cosine to `min_lr_ratio` of the peak; a function of the stage and the step alone.
 
     The peaks are the stage's, not the optimizer's: a checkpoint must not bring back rates that the recipe changed.
     """
-    warm = max(1, round(stage.warmup * stage.steps))
+    warm = max(1, round(stage.warmup_ratio * stage.steps))
     if step < warm:
         factor = (step + 1) / warm
     else:
         along = (step - warm) / max(1, stage.steps - warm)
-        factor = stage.lr_end + (1 - stage.lr_end) * (1 + math.cos(math.pi * along)) / 2
+        factor = stage.min_lr_ratio + (1 - stage.min_lr_ratio) * (1 + math.cos(math.pi * along)) / 2
     for group in groups(optimizers):
-        group["lr"] = factor * (stage.lr_mixers if group["name"].startswith("mixers") else stage.lr_rest)
+        group["lr"] = factor * (stage.lr_mixers if group["name"].startswith("mixers") else stage.lr_other)

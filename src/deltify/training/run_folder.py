@@ -9,8 +9,11 @@ import torch
 from ..config import STAGES, Recipe, read_recipe, write_recipe
 from ..utils.files import write_text
 
-RATES = ("lr_mixers", "lr_rest", "lr_end", "warmup", "clip")
-MEMORY = ("micro_batch", "checkpoint_layers")  # the same training, but for rounding; align scales by micro-batch
+RATES = ("lr_mixers", "lr_other", "min_lr_ratio", "warmup_ratio", "max_grad_norm")
+MEMORY = (
+    "micro_batch_size",
+    "activation_checkpointing",
+)  # the same training, but for rounding; align scales by micro-batch
 
 
 def check_run(recipe: Recipe, resume: bool, device: torch.device, precision: str) -> list[str]:
@@ -33,7 +36,7 @@ def check_run(recipe: Recipe, resume: bool, device: torch.device, precision: str
         changes = ", ".join(f"{key}: {old.get(key)!r} then, {new[key]!r} now" for key in refused)
         raise ValueError(
             f"{folder} was made from another recipe ({changes}); use another --name, or give it as it was. Only a "
-            f"stage's {', '.join(RATES + MEMORY)} and teacher.targets may change on the way, lr_rest not to or from 0"
+            f"stage's {', '.join(RATES + MEMORY)} and teacher.cache may change on the way, lr_other not to or from 0"
         )
     lines = [f"{key}: {old[key]!r} until now, {new[key]!r} from here on" for key in changed]
     now = machine(device, precision)
@@ -49,12 +52,12 @@ def check_run(recipe: Recipe, resume: bool, device: torch.device, precision: str
 
 def may_change(key: str, old: object, new: object) -> bool:
     """Whether a run may go on with this field changed."""
-    if key == "teacher.targets":  # the same teacher, but for rounding
+    if key == "teacher.cache":  # the same teacher, but for rounding
         return True
     stage, _, field = key.partition(".")
     if stage not in STAGES or field not in RATES + MEMORY:
         return False
-    return field != "lr_rest" or bool(old) == bool(new)  # 0 freezes: the checkpoint's optimizer has other tensors
+    return field != "lr_other" or bool(old) == bool(new)  # 0 freezes: the checkpoint's optimizer has other tensors
 
 
 def holds_run(folder: Path) -> bool:

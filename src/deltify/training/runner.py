@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ..config import STAGES, Recipe, Stage, check
-from ..conversion.student import STARTS, convert, layer_kinds
+from ..conversion.student import INITS, convert, layer_kinds
 from ..conversion.teacher import Teacher, load_teacher, random_teacher
 from ..data.token_files import Batch, Mix, TokenFile, heldout_batches, open_data
 from ..model import DeltifyForCausalLM
@@ -77,11 +77,11 @@ def distill(
     started = time.monotonic()
     deadline = math.inf if max_minutes is None else started + 60 * max_minutes
     check(recipe)
-    if recipe.student.start not in STARTS and not Path(recipe.student.start).expanduser().is_dir():
+    if recipe.student.init not in INITS and not Path(recipe.student.init).expanduser().is_dir():
         raise ValueError(
-            f"student.start={recipe.student.start!r}; choose one of {', '.join(STARTS)}, or the folder of a student"
+            f"student.init={recipe.student.init!r}; choose one of {', '.join(INITS)}, or the folder of a student"
         )
-    tracker_module(recipe.run.log_to)
+    tracker_module(recipe.run.report_to)
     with distributed.process_group(pick_device(recipe.run.device)) as device:
         console.quiet = distributed.rank() > 0
         check_ranks(recipe)
@@ -102,11 +102,11 @@ def check_ranks(recipe: Recipe) -> None:
     """Raises ValueError if a stage's batch cannot be shared by all ranks in equal micro-batches."""
     for name in STAGES:
         stage = recipe.stage(name)
-        share, rest = divmod(stage.batch, distributed.count())
-        if stage.tokens and (rest or (stage.micro_batch and share % stage.micro_batch)):
+        share, rest = divmod(stage.batch_size, distributed.count())
+        if stage.tokens and (rest or (stage.micro_batch_size and share % stage.micro_batch_size)):
             raise ValueError(
-                f"{name}.batch={stage.batch} cannot be shared by {distributed.count()} processes in micro-batches of "
-                f"{stage.micro_batch or 'any size'}; make it a multiple of their product"
+                f"{name}.batch_size={stage.batch_size} cannot be shared by {distributed.count()} processes in "
+                f"micro-batches of {stage.micro_batch_size or 'any size'}; make it a multiple of their product"
             )
 
 
@@ -115,7 +115,7 @@ def run_stages(
 ) -> None:
     """Opens teacher and text, and makes every model of the run that is not there yet, each from the one before."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    stored = Path(recipe.teacher.targets).expanduser() if recipe.teacher.targets else None
+    stored = Path(recipe.teacher.cache).expanduser() if recipe.teacher.cache else None
     early = [recipe.folder / name for name in ("converted", "align") if name != "align" or recipe.align.tokens]
     targets = read_about(stored).get("weights", "") if stored else None
     if stored and all(map(checkpoint.is_finished, early)):
@@ -126,7 +126,7 @@ def run_stages(
     check_weights(recipe, weights, f"the teacher {recipe.teacher.model}")
     if targets not in (None, weights):
         raise ValueError(
-            f"{recipe.teacher.targets} holds targets of other weights (fingerprint {targets}) than the teacher "
+            f"{recipe.teacher.cache} holds targets of other weights (fingerprint {targets}) than the teacher "
             f"{recipe.teacher.model} has ({weights}); run deltify capture with this recipe, into another folder"
         )
     train, heldout, heldout_rows = open_text(recipe, teacher)  # one process makes the token files
@@ -206,9 +206,9 @@ def open_text(recipe: Recipe, teacher: Teacher) -> tuple[list[TokenFile], list[T
     """Training sources, held-out texts, and the batches of these that judge."""
     run = recipe.run
     train, heldout = open_data(
-        recipe.data, recipe.teacher.model, teacher.tokenizer, run.heldout_tokens, run.heldout_length
+        recipe.data, recipe.teacher.model, teacher.tokenizer, run.heldout_tokens, run.heldout_sequence_length
     )
-    return train, heldout, heldout_batches(heldout, run.heldout_length, 8, run.heldout_tokens)
+    return train, heldout, heldout_batches(heldout, run.heldout_sequence_length, 8, run.heldout_tokens)
 
 
 def load_student(folder: Path, device: torch.device) -> DeltifyForCausalLM:
@@ -223,7 +223,13 @@ def data_digests(recipe: Recipe, train: list[TokenFile], heldout: list[TokenFile
 
 def stage_mix(recipe: Recipe, name: str, train: list[TokenFile]) -> Mix:
     stage = recipe.stage(name)
-    return Mix(train, list(recipe.data.train.values()), stage.length, stage.batch, recipe.seed + STAGES.index(name))
+    return Mix(
+        train,
+        list(recipe.data.train.values()),
+        stage.sequence_length,
+        stage.batch_size,
+        recipe.seed + STAGES.index(name),
+    )
 
 
 def open_teacher(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Teacher:
@@ -236,29 +242,29 @@ def open_teacher(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Te
     longest = teacher.config.max_position_embeddings
     for name in STAGES:
         stage = recipe.stage(name)
-        if stage.tokens and stage.length > longest and (name != "extend" or stage.ce_weight == 0):
+        if stage.tokens and stage.sequence_length > longest and (name != "extend" or stage.ce_weight == 0):
             raise ValueError(
-                f"{name}.length={stage.length} is longer than the teacher can read ({longest}); make it shorter, or "
-                "give extend a ce_weight above 0"
+                f"{name}.sequence_length={stage.sequence_length} is longer than the teacher can read ({longest}); make "
+                "it shorter, or give extend a ce_weight above 0"
             )
     return teacher
 
 
 def convert_with(recipe: Recipe, teacher: Teacher, train: list[TokenFile]) -> DeltifyForCausalLM:
     spec = recipe.student
-    if spec.start not in STARTS:
-        return trained_before(model_folder(spec.start), spec.full_attention_layers, teacher)
-    rows = max(1, spec.calibration_tokens // spec.calibration_length)
-    mix = Mix(train, list(recipe.data.train.values()), spec.calibration_length, rows, recipe.seed)
+    if spec.init not in INITS:
+        return trained_before(model_folder(spec.init), spec.full_attention_layers, teacher)
+    rows = max(1, spec.calibration_tokens // spec.calibration_sequence_length)
+    mix = Mix(train, list(recipe.data.train.values()), spec.calibration_sequence_length, rows, recipe.seed)
     return convert(
         teacher,
         full_attention_layers=spec.full_attention_layers,
         keep_rope=spec.keep_rope,
         sliding_window=spec.sliding_window,
         sink_tokens=spec.sink_tokens,
-        start=spec.start,
+        init=spec.init,
         calibration=mix.batch(0),
-        long_heads=spec.long_heads,
+        long_memory_heads=spec.long_memory_heads,
         seed=recipe.seed,
         report=log,
     )
@@ -274,7 +280,7 @@ def trained_before(folder: str, layers: str | list[int], teacher: Teacher) -> De
     kinds = layer_kinds(layers, student.config.num_hidden_layers)
     if not isinstance(student, DeltifyForCausalLM) or list(student.config.layer_types) != kinds:
         raise ValueError(
-            f"student.start={folder}: its layers are {student.config.layer_types}, the recipe's "
+            f"student.init={folder}: its layers are {student.config.layer_types}, the recipe's "
             f"full_attention_layers={layers!r} are {kinds}; let both be the same"
         )
     return student
@@ -323,31 +329,31 @@ class Loop:
                 set_learning_rates(self.optimizers, stage, step)
                 with naming_memory(self.name, stage, self.sharded):
                     losses = self.accumulate(self.mix.batch(step, distributed.rank(), distributed.count()))
-                    norm = distributed.whole(nn.utils.clip_grad_norm_(trained(self.optimizers), stage.clip))
+                    norm = distributed.whole(nn.utils.clip_grad_norm_(trained(self.optimizers), stage.max_grad_norm))
                     self.check_finite(step, losses, norm)
                     for optimizer in self.optimizers:
                         optimizer.step()
                         optimizer.zero_grad(set_to_none=self.graphed is None)
 
                 now = time.monotonic()
-                tokens = self.progress.tokens + stage.batch * stage.length
+                tokens = self.progress.tokens + stage.batch_size * stage.sequence_length
                 spent, last_clock = now - last_clock, now
                 self.progress = replace(
                     self.progress, step=step + 1, tokens=tokens, seconds=self.progress.seconds + spent
                 )
                 record = {"stage": self.name, "step": step + 1, "tokens": tokens, **losses, "grad_norm": float(norm)}
                 rates = {f"lr_{group['name']}": group["lr"] for group in groups(self.optimizers)}
-                speed = stage.batch * stage.length / spent
+                speed = stage.batch_size * stage.sequence_length / spent
                 last_step = step + 1 == stage.steps
                 signal = int(distributed.largest(stopper.signal, device))
                 self.stopped_early = bool(distributed.largest(not last_step and now > self.deadline, device))
-                if (step + 1) % run.heldout_steps == 0 or last_step or self.stopped_early:
+                if (step + 1) % run.eval_every == 0 or last_step or self.stopped_early:
                     record |= self.judge()
                     last_clock = time.monotonic()
                 self.metrics.write(**record, **rates, tokens_per_second=speed, seconds=self.progress.seconds)
                 show(step + 1, losses["loss"], speed)
-                due = now - last_save > 60 * run.checkpoint_minutes
-                due = due or (run.checkpoint_steps and (step + 1) % run.checkpoint_steps == 0)
+                due = now - last_save > 60 * run.save_every_minutes
+                due = due or (run.save_every and (step + 1) % run.save_every == 0)
                 due = due or self.progress.best_step == step + 1  # the best weights stay, whatever comes after
                 due = bool(distributed.largest(bool(due), device))
                 if (due and not last_step) or self.stopped_early or signal:
@@ -361,7 +367,7 @@ class Loop:
 
     def accumulate(self, batch: Batch) -> dict[str, float]:
         """Adds the gradients of a batch, micro-batch by micro-batch; returns the mean losses."""
-        rows = self.stage.micro_batch or len(batch.input_ids)
+        rows = self.stage.micro_batch_size or len(batch.input_ids)
         parts = batch.split(rows)
         scale = 1 / len(parts)
         if self.graphed is None and self.can_be_graphed():
@@ -417,7 +423,7 @@ class Loop:
         checkpoint.save_checkpoint(
             checkpoint.checkpoint_folder(folder, self.progress), self.student, self.optimizers, self.progress
         )
-        checkpoint.prune(folder, self.name, self.recipe.run.keep, self.progress.best_step)
+        checkpoint.prune(folder, self.name, self.recipe.run.keep_checkpoints, self.progress.best_step)
 
 
 def share_frozen(teacher: nn.Module, student: DeltifyForCausalLM) -> None:
@@ -449,21 +455,21 @@ def naming_memory(name: str, stage: Stage, sharded: bool = False) -> Iterator[No
     try:
         yield
     except torch.OutOfMemoryError as error:
-        share = stage.batch // distributed.count()
-        rows = stage.micro_batch or share
+        share = stage.batch_size // distributed.count()
+        rows = stage.micro_batch_size or share
         ways = []
         if rows > 1:
             fewer = max(count for count in range(1, rows) if share % count == 0)
-            ways.append(f"--resume --{name}.micro_batch {fewer}")
+            ways.append(f"--resume --{name}.micro_batch_size {fewer}")
         if not sharded and distributed.count() > 1 and stage.optimizer == "adamw":
             ways.append("--resume --run.data_parallel shard")
-        if name != "align" and not stage.checkpoint_layers:
-            ways.append(f"--resume --{name}.checkpoint_layers true")
-        ways.append(f"--{name}.length {stage.length // 2} and another --name")
+        if name != "align" and not stage.activation_checkpointing:
+            ways.append(f"--resume --{name}.activation_checkpointing true")
+        ways.append(f"--{name}.sequence_length {stage.sequence_length // 2} and another --name")
         raise MemoryError(
-            f"{name} does not fit in the GPU's memory: micro_batch={stage.micro_batch} ({rows} rows at a time), "
-            f"length={stage.length}, checkpoint_layers={stage.checkpoint_layers}; go on with "
-            f"{', or with '.join(ways)} ({str(error).splitlines()[0]})"
+            f"{name} does not fit in the GPU's memory: micro_batch_size={stage.micro_batch_size} ({rows} at a time), "
+            f"sequence_length={stage.sequence_length}, activation_checkpointing={stage.activation_checkpointing}; go "
+            f"on with {', or with '.join(ways)} ({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -506,12 +512,12 @@ def match_step(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, stag
 
     On rows longer than the teacher can read, the divergence counts where it can.
     """
-    layers = {"output_hidden_states": True} if stage.hidden_weight else {}
+    layers = {"output_hidden_states": True} if stage.hidden_state_weight else {}
     with torch.no_grad():
         wanted, *inner = layer_states(teacher.model, batch, **layers)
     head = distributed.whole(teacher.model.lm_head.weight)
     labels = next_tokens(batch).flatten() if stage.ce_weight else None
-    share = stage.ce_weight / (1 - stage.hidden_weight)
+    share = stage.ce_weight / (1 - stage.hidden_state_weight)
     options: dict[str, Any] = {"divergence": stage.divergence, "temperature": stage.temperature}
     longest = teacher.config.max_position_embeddings
     if batch.input_ids.shape[1] > longest:  # behind the teacher's reach the text alone teaches
@@ -524,7 +530,7 @@ def match_step(teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, stag
         if not layers:
             return loss, kl, ce
         inside = hidden_loss(mine, inner)
-        return (1 - stage.hidden_weight) * loss + stage.hidden_weight * inside, kl, ce, inside.detach()
+        return (1 - stage.hidden_state_weight) * loss + stage.hidden_state_weight * inside, kl, ce, inside.detach()
 
     loss, kl, ce, *apart = student.whole(read)
     with torch.autocast(loss.device.type, enabled=False):

@@ -69,7 +69,7 @@ def capture(
     known, waiting, size = set(read_index(folder)), [], 0
     device, kl, judged = head.device, 0.0, 0
     batches = chain(((True, batch) for batch in heldout), ((False, batch) for batch in training_batches(mixes)))
-    total = len(heldout) + sum(stage.steps * (stage.batch // micro_rows(stage)) for stage, _ in mixes.values())
+    total = len(heldout) + sum(stage.steps * (stage.batch_size // micro_rows(stage)) for stage, _ in mixes.values())
     silent = not console.is_terminal
     for is_heldout, batch in track(batches, "capture", total, console=console, transient=True, disable=silent):
         keys = [row_key(ids, positions) for ids, positions in zip(batch.input_ids, batch.position_ids)]
@@ -106,7 +106,7 @@ def read_about(folder: Path) -> dict[str, str]:
 
 
 def micro_rows(stage: Stage) -> int:
-    return stage.micro_batch or stage.batch
+    return stage.micro_batch_size or stage.batch_size
 
 
 def training_batches(mixes: dict[str, tuple[Stage, Mix]]) -> Iterator[Batch]:
