@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from deltify.config import STAGES, Recipe, read_recipe
+from deltify.config import STAGES, Recipe, load_recipe
 from deltify.conversion.student import sliding_control
 from deltify.data.token_files import open_data
 from deltify.evaluation.plots import COLORS, open_figure, save
@@ -113,7 +113,7 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     file, shares, changes = VARIANTS[name]
     if file in (OURS, HYBRID):
         changes = (BETTER if name.startswith(("default", "hybrid")) else BASE) | changes
-    recipe = read_recipe(ROOT / "recipes" / f"{file}.yaml", [f"--{key}={value}" for key, value in changes.items()])
+    recipe = load_recipe(ROOT / "recipes" / f"{file}.yaml", [f"--{key}={value}" for key, value in changes.items()])
     stages = {
         stage: dataclasses.replace(recipe.stage(stage), tokens=int(options.tokens * shares.get(stage, 0)))
         for stage in STAGES

@@ -23,7 +23,7 @@ import torch
 from recipe import LENGTH, OURS, RECALL, open_models, summary, windows, with_recall
 from result import SHARES, go_on, heldout, texts
 
-from deltify.config import read_recipe
+from deltify.config import load_recipe
 from deltify.data.sources import documents
 from deltify.evaluation.needles import NeedleMaker, ask_needles, summarise
 from deltify.evaluation.positions import by_position, device_name, token_scores
@@ -87,7 +87,7 @@ def write(model: str, source: str, folder: Path, count: int, batch: int) -> Path
 
 @torch.no_grad()
 def judge(arm: str, folder: Path, options: argparse.Namespace) -> dict:
-    recipe = read_recipe(Path(options.start) / "recipe.yaml")
+    recipe = load_recipe(Path(options.start) / "recipe.yaml")
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, heldout=heldout(options)))
     teacher, student = open_models(recipe, folder)
     source = beginnings([heldout(options)], options.out / "heldout-beginnings.jsonl", PASSAGES)

@@ -22,7 +22,7 @@ from pathlib import Path
 from recipe import RECALL, with_recall
 
 from deltify import evaluate, report
-from deltify.config import read_recipe
+from deltify.config import load_recipe
 from deltify.evaluation.needles import TASKS as NEEDLES
 from deltify.evaluation.report import combine
 from deltify.training.runner import distill
@@ -103,7 +103,7 @@ def go_on(
         "run.save_every_minutes": 60, "align.tokens": 0,
     } | fields  # fmt: skip
     recipe_file = ROOT / "recipes" / f"{recipe}.yaml"
-    made = read_recipe(recipe_file, [f"--{field}={value}" for field, value in fields.items()])
+    made = load_recipe(recipe_file, [f"--{field}={value}" for field, value in fields.items()])
     return distill(made, resume=(made.folder / "recipe.yaml").exists())
 
 

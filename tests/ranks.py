@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import torch
 
-from deltify import distill, read_recipe
+from deltify import distill, load_recipe
 from deltify.config import Recipe, Stage
 from deltify.conversion import teacher as teacher_module
 from deltify.conversion.student import convert
@@ -71,4 +71,4 @@ if __name__ == "__main__":
             unpack = teacher_module.unpack_gguf
             teacher_module.unpack_gguf = lambda path: (time.sleep(3), unpack(path))[1]
         minutes = -time.monotonic() / 60 if "--stop" in sys.argv else None  # a deadline that has passed
-        distill(read_recipe(sys.argv[2]), resume="--resume" in sys.argv, max_minutes=minutes)
+        distill(load_recipe(sys.argv[2]), resume="--resume" in sys.argv, max_minutes=minutes)

@@ -119,9 +119,9 @@ def test_the_calibrated_start_is_nearer_to_the_teacher_than_the_others(teacher, 
             hook.remove()
         return sum(errors) / len(errors)
 
-    errors = {start: mean_error(convert(teacher, start=start, calibration=rows)) for start in ("library", "arcee")}
+    errors = {start: mean_error(convert(teacher, init=start, calibration=rows)) for start in ("library", "arcee")}
     for start in ("calibrated", "calibrated-constant"):
-        assert mean_error(convert(teacher, start=start, calibration=rows)) < min(errors.values()), start
+        assert mean_error(convert(teacher, init=start, calibration=rows)) < min(errors.values()), start
 
 
 def test_starts_are_what_their_names_say(teacher, rows):
@@ -197,7 +197,7 @@ def test_a_layer_that_says_nothing_gets_a_start_and_a_line(dead, exact, rows, fi
         student = convert(teacher, init="calibrated", calibration=rows, report=lines.append)
     else:
         teacher.model.bfloat16()
-        options = {"start": "calibrated-constant", "long_memory_heads": 1}
+        options = {"init": "calibrated-constant", "long_memory_heads": 1}
         student = convert(teacher, **options, calibration=rows, report=lines.append)
     assert all(x.isfinite().all() and x.abs().max() < 100 for x in student.state_dict().values())
     (line,) = (line for line in lines if line.startswith("layer "))

@@ -359,7 +359,7 @@ def test_an_interrupt_ends_the_processes(tmp_path, tokenizer, monkeypatch):
 def test_tokenizers_that_work_in_python_do(tmp_path):
     class Loud(PreTrainedTokenizerFast):
         def _encode_plus(self, text, *args, **options):
-            return super()._encode_plus(sources.upper() if isinstance(text, str) else text, *args, **options)
+            return super()._encode_plus(text.upper() if isinstance(text, str) else text, *args, **options)
 
     texts = [f"document {number}" for number in range(100)]
     byte = byte_tokenizer()

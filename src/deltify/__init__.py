@@ -3,7 +3,7 @@
 Importing it registers the model types `deltify` and `arcee_kda` with transformers' Auto classes.
 """
 
-from .config import Recipe, read_recipe
+from .config import Recipe, load_recipe
 from .conversion.student import convert
 from .conversion.teacher import load_teacher
 from .evaluation.report import report
@@ -25,9 +25,9 @@ __all__ = [
     "evaluate",
     "kda",
     "kda_step",
+    "load_recipe",
     "load_state",
     "load_teacher",
     "read",
-    "read_recipe",
     "report",
 ]

@@ -170,29 +170,29 @@ def recipe_fields() -> str:
 
 
 def run_distill(options: argparse.Namespace, overrides: list[str]) -> None:
-    from .config import read_recipe, smoke
+    from .config import load_recipe, smoke
     from .training.distributed import start_ranks
     from .training.runner import distill
 
-    recipe = read_recipe(options.recipe, overrides)
+    recipe = load_recipe(options.recipe, overrides)
     if not options.smoke and recipe.run.device in ("auto", "cuda"):
         start_ranks()
     distill(smoke(recipe) if options.smoke else recipe, resume=options.resume, max_minutes=options.max_minutes)
 
 
 def run_convert(options: argparse.Namespace, overrides: list[str]) -> None:
-    from .config import read_recipe, smoke
+    from .config import load_recipe, smoke
     from .training.runner import distill
 
-    recipe = read_recipe(options.recipe, overrides)
+    recipe = load_recipe(options.recipe, overrides)
     distill(smoke(recipe) if options.smoke else recipe, resume=options.resume, stages=())
 
 
 def run_capture(options: argparse.Namespace, overrides: list[str]) -> None:
-    from .config import read_recipe
+    from .config import load_recipe
     from .training.runner import capture_recipe
 
-    found = capture_recipe(read_recipe(options.recipe, overrides), options.output, options.format)
+    found = capture_recipe(load_recipe(options.recipe, overrides), options.output, options.format)
     print(
         f"{options.output}: {found['rows']:,} rows, {found['tokens']:,} tokens, {found['bytes_per_token']:,.0f} bytes "
         f"a token; KL of what is stored from what the teacher says: {found['kl']:.2g} nats/token"
@@ -200,10 +200,10 @@ def run_capture(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def run_plan(options: argparse.Namespace, overrides: list[str]) -> None:
-    from .config import read_recipe
+    from .config import load_recipe
     from .training.estimate import plan
 
-    plan(read_recipe(options.recipe, overrides), gpu=options.gpu, gpus=options.gpus)
+    plan(load_recipe(options.recipe, overrides), gpu=options.gpu, gpus=options.gpus)
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -164,8 +164,8 @@ class RunSpec:
 
 # fields of recipes before version 0.1, and what they are called now
 RENAMED = {
-    "teacher.cache": "teacher.cache",
-    "student.init": "student.init",
+    "teacher.targets": "teacher.cache",
+    "student.start": "student.init",
     "student.long_heads": "student.long_memory_heads",
     "student.calibration_length": "student.calibration_sequence_length",
     **{
@@ -229,7 +229,7 @@ def recipe_parser() -> ArgumentParser:
     return parser
 
 
-def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read the recipe in a YAML file; fields can be overridden as on the command line, `["--match.tokens", "1000"]`.
 
     Raises:
@@ -281,8 +281,10 @@ def reject_unknown(content: dict, where: str, cls: type = Recipe, prefix: str = 
         if new := RENAMED.get(f"{prefix}{key}"):
             raise ValueError(f"{where}: {prefix}{key} is now called {new}")
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are: {', '.join(known)}"
+            names = {name: f"{prefix}{name}" for name in known}
+            names |= {old.rpartition(".")[2]: new for old, new in RENAMED.items() if old.startswith(prefix or "-")}
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {names[near[0]]}?" if near else f"known are: {', '.join(known)}"
             raise ValueError(f"{where}: unknown field {prefix}{key}; {hint}")
         if isinstance(value, dict) and is_dataclass(known[key]):
             reject_unknown(value, where, known[key], f"{prefix}{key}.")

@@ -70,7 +70,9 @@ def report(run: Path) -> list[Path]:
         pages["card.md"] = stage / "README.md"
         facts["card"] = card_metadata(run, results)
     escape = select_autoescape(["html"], default=False)
-    environment = Environment(loader=PackageLoader("deltify"), autoescape=escape, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("deltify.evaluation"), autoescape=escape, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"data_url": data_url, "flat": lambda text: " ".join(text.split())}
     for template, path in pages.items():
         path.write_text(environment.get_template(template).render(**facts), encoding="utf-8")

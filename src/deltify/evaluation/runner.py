@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..config import STAGES, Recipe, read_recipe
+from ..config import STAGES, Recipe, load_recipe
 from ..conversion.teacher import Teacher, load_teacher
 from ..data.sources import PYTHON_DOCS, documents
 from ..data.token_files import Batch, TokenFile, file_name, heldout_batches, open_data
@@ -147,7 +147,7 @@ def evaluate(
     Raises:
         ValueError: for sources that do not fit together, or a measure's bad argument; names what is allowed.
     """
-    runs = {path: read_recipe(Path(path) / "recipe.yaml") for path in sources if (Path(path) / "recipe.yaml").is_file()}
+    runs = {path: load_recipe(Path(path) / "recipe.yaml") for path in sources if (Path(path) / "recipe.yaml").is_file()}
     if output is None and (len(runs) != 1 or len(sources) > 1):
         raise ValueError(f"{len(sources)} sources; say with --output where the results should go")
     place = pick_device(device)
@@ -365,7 +365,7 @@ def main_metric(rows: list[dict], task: str) -> str:
 def trained_tokens(recipe: Recipe) -> dict[str, int]:
     """Tokens that each stage's model has seen, earlier stages included, and the run's that it started from."""
     before, seen = Path(recipe.student.init).expanduser() / "recipe.yaml", {}
-    begun = total = trained_tokens(read_recipe(before))["extend"] if before.is_file() else 0
+    begun = total = trained_tokens(load_recipe(before))["extend"] if before.is_file() else 0
     last = {name: records[-1]["tokens"] for name, records in read_stages(recipe.folder)}
     for name in STAGES:
         total = begun + last[name] if name in last else total

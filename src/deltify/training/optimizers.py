@@ -39,7 +39,7 @@ def choose_trained(student: DeltifyForCausalLM, stage: Stage, name: str) -> dict
     student.requires_grad_(False)
     for parameter in mixers + rest:
         parameter.requires_grad_(True)
-    return {"mixers": mixers, "rest": rest}
+    return {"mixers": mixers, "other": rest}
 
 
 def training_bytes(student: nn.Module, teacher: nn.Module | None) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import STAGES, Recipe, read_recipe, write_recipe
+from ..config import STAGES, Recipe, load_recipe, write_recipe
 from ..utils.files import write_text
 
 RATES = ("lr_mixers", "lr_other", "min_lr_ratio", "warmup_ratio", "max_grad_norm")
@@ -30,7 +30,7 @@ def check_run(recipe: Recipe, resume: bool, device: torch.device, precision: str
         return []
     if not resume:
         raise FileExistsError(f"{folder} holds a run already; add --resume to go on with it, or --name for another one")
-    old, new = flatten(asdict(read_recipe(folder / "recipe.yaml"))), flatten(asdict(recipe))
+    old, new = flatten(asdict(load_recipe(folder / "recipe.yaml"))), flatten(asdict(recipe))
     changed = [key for key in new if old.get(key) != new[key] and not key.startswith(("run.", "output"))]
     if refused := [key for key in changed if not may_change(key, old.get(key), new[key])]:
         changes = ", ".join(f"{key}: {old.get(key)!r} then, {new[key]!r} now" for key in refused)
