@@ -37,8 +37,9 @@ from .tiles import (
     table,
 )
 
-# log2 of the largest factor of a span whose pairs are all taken at once, its gates' gradients being differences then
-SAFE_GRADIENT = tl.constexpr(16.0)
+# log2 of the largest factor of a span whose pairs are all taken at once. Its gates' gradients are then differences of
+# rows and columns, which lose nothing: both sides are multiplied by the same rounded factors.
+SAFE_GRADIENT = tl.constexpr(100.0)
 # of each token: q . dq, k . dk, do . u, and the factors that normalise q and k
 Q_DQ, K_DK, DIAGONAL, Q_NORM, K_NORM, ROWS = (tl.constexpr(n) for n in range(6))
 
@@ -157,9 +158,9 @@ def finish_kernel(
             kind = level + tl.where(once, LEVELS, 0)
             cols = (unit_rows(tables, tl.minimum(level, 0), raw_k, k_norm) * col_factor).to(W)
             dP = table(pairs_ptr, slot, C) * table(tables, PAIRS + kind, C)
-            new = tl.dot(dP, cols, input_precision="ieee") * row_factor
-            dq += new
-            crossing = unit_rows(tables, tl.minimum(level, 0), raw_q, q_norm) * new
+            new = tl.dot(dP, cols, input_precision="ieee")
+            dq += new * row_factor
+            crossing = (unit_rows(tables, tl.minimum(level, 0), raw_q, q_norm) * row_factor).to(W).to(tl.float32) * new
             dg = sums(dg, table(tables, ACROSS + kind, C), crossing)
             level = tl.where(once, LEVELS, level + 1)
         dq += tl.load(of_rows + DIAGONAL * C + rows)[:, None] * unit_rows(tables, tl.minimum(level, 0), raw_k, k_norm)
@@ -189,15 +190,16 @@ def finish_kernel(
             cols, k_rows = (k * col_factor).to(W), (k * row_factor).to(W)
             q_rows = (unit_rows(tables, tl.minimum(level, 0), raw_q, q_norm) * row_factor).to(W)
             dM = table(pairs_ptr, many + slot, C) * table(tables, PAIRS + kind, C)
-            crossing = tl.dot(dM, cols, input_precision="ieee") * row_factor
-            dk += crossing
+            crossing = tl.dot(dM, cols, input_precision="ieee")
+            dk += crossing * row_factor
+            crossing *= k_rows.to(tl.float32)
             pairs = table(tables, PAIRS_T + kind, C)
             new = tl.dot(table(pairs_ptr, 2 * many + slot, C) * pairs, q_rows, input_precision="ieee")
             dM = table(pairs_ptr, 3 * many + slot, C) * pairs
-            new = tl.dot(dM, k_rows, new, input_precision="ieee") * col_factor
-            dk += new
+            new = tl.dot(dM, k_rows, new, input_precision="ieee")
+            dk += new * col_factor
+            new *= cols.to(tl.float32)
             crossing += tl.where(once, -new, new)
-            crossing *= unit_rows(tables, tl.minimum(level + 1, 0), raw_k, k_norm)
             dg = sums(dg, table(tables, ACROSS + kind, C), crossing)
             level = tl.where(once, LEVELS, level + 1)
         dk += tl.load(of_rows + DIAGONAL * C + rows)[:, None] * unit_rows(tables, tl.minimum(level, 0), raw_q, q_norm)
