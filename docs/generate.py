@@ -10,7 +10,6 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from deltify.cli import COMMANDS, make_parser
-from deltify.config import Recipe
 from deltify.schema import FieldInfo, choices_of, recipe_schema, renamed_fields, sections, type_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +24,27 @@ API_INTRO = """# Python API
 `import deltify` gives the names on this page. They are the public interface: they change only as
 [Contributing](../project/contributing.md) says. Everything else may change in any version.
 """
+COMMAND_INTRO = """# Command line
+
+`deltify --version` prints the version, `deltify COMMAND --help` a command's options."""
+RECIPE_INTRO = """# Recipe fields
+
+A recipe is a YAML file with the fields below. Each is also a flag: `match.tokens` is `--match.tokens`. An unknown field
+is an error that names the nearest known one.
+
+Editors check and complete recipes by their [JSON Schema](recipe.schema.json), which `deltify schema` prints. In VS Code
+with the YAML extension, save it beside the recipe and begin the recipe with this line:
+
+```yaml
+# yaml-language-server: $schema=recipe.schema.json
+```"""
+RENAMED_INTRO = """
+## Renamed fields
+
+Recipes written before version 0.1 use other names. deltify refuses them with the new name.
+
+| old | new |
+|---|---|"""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -51,11 +71,7 @@ def command_line() -> str:
     parser = make_parser()
     commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     summaries = {choice.dest: choice.help for choice in commands._choices_actions}
-    lines = [
-        "# Command line",
-        "",
-        "`deltify --version` prints the version, `deltify COMMAND --help` a command's options.",
-    ]
+    lines = [COMMAND_INTRO]
     for name in COMMANDS:
         command = commands.choices[name]
         command.prog, command.epilog = f"deltify {name}", None
@@ -74,30 +90,12 @@ def command_line() -> str:
 
 def recipe_fields() -> str:
     """Return the page of all recipe fields, from the dataclasses."""
-    lines = [
-        "# Recipe fields",
-        "",
-        "A recipe is a YAML file with the fields below. Each is also a flag: `match.tokens` is",
-    ]
-    lines += [
-        "`--match.tokens`. An unknown field is an error that names the nearest known one. Editors check and complete"
-    ]
-    lines += [
-        "recipes by their [JSON Schema](recipe.schema.json), which `deltify schema` prints. In VS Code with the YAML"
-    ]
-    lines += ["extension, save it beside the recipe and begin the recipe with this line:", ""]
-    lines += ["```yaml", "# yaml-language-server: $schema=recipe.schema.json", "```"]
+    lines = [RECIPE_INTRO]
     for name, summary, fields in sections():
         title = " and ".join(f"`{part}`" for part in name.split(", ")) if name else "Top level"
         lines += ["", f"## {title}", "", summary, "", "| field | type | default | meaning |", "|---|---|---|---|"]
         lines += [field_row(name.split(", ")[0], field) for field in fields]
-    lines += [
-        "",
-        "## Renamed fields",
-        "",
-        "Recipes written before version 0.1 use other names. deltify refuses them with the",
-    ]
-    lines += ["new name.", "", "| old | new |", "|---|---|"]
+    lines += [RENAMED_INTRO]
     lines += [f"| `{old}` | `{new}` |" for old, new in renamed_fields().items()]
     return "\n".join(lines) + "\n"
 
@@ -120,6 +118,3 @@ def python_api() -> str:
     )
     names = sorted((name for name in names if not name.startswith("_")), key=lambda name: (name[0].isupper(), name))
     return API_INTRO + "\n" + "\n\n".join(f"::: deltify.{name}" for name in names) + "\n"
-
-
-assert Recipe.__doc__, "the recipe page is made of docstrings: do not run this with python -OO"

@@ -135,4 +135,6 @@ def test_version_is_printed(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])
     assert stopped.value.code == 0 and capsys.readouterr().out == f"deltify {deltify.__version__}\n"
+    if deltify.__version__ == "unknown":
+        pytest.skip("deltify is not installed, so its version is unknown")
     assert f'version = "{deltify.__version__}"' in (ROOT / "pyproject.toml").read_text()
