@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     options, extra = parser.parse_known_args(arguments)
     if extra and options.command not in RECIPE_COMMANDS:
-        parser.error(f"{options.command} does not know {' '.join(extra)}")
+        parser.error(f"{options.command} has no option {' '.join(extra)}")
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
