@@ -1,4 +1,4 @@
-# Two commands for a fresh machine: `make demo` and `make test`.
+# On a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/smollm2-135m-demo
@@ -33,11 +33,11 @@ lint: .venv/developing
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
 
-# the documentation, in site/; a broken link is an error
+# Build the documentation into site/. A broken link is an error.
 docs: .venv/developing
 	$(BIN)/mkdocs build --strict
 
-# a tiny run killed at 20 random moments and resumed, bit for bit; two minutes
+# Kill a tiny run at 20 random moments, resume it, and compare the result bit for bit; two minutes.
 soak: .venv/developing
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
