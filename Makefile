@@ -1,11 +1,11 @@
-# Two commands for a fresh machine: `make demo` and `make test`.
+# On a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/smollm2-135m-demo
 MEASURES := --needles niah_single_1 --lengths 512,1024 --needle-samples 4 --books python-docs --book-tokens 1024 \
 	--book-count 2 --contexts 256,1024
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test docs soak lint clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -29,13 +29,17 @@ lint: .venv/developing
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 
-# two processes of one thread: the models are tiny, and idle threads that spin would take the processors from others
+# Two processes with one thread each: the models are tiny, and idle threads would only spin.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
 
-# a tiny run killed at 20 random moments and resumed, bit for bit; two minutes
+# Build the documentation into site/. A broken link is an error.
+docs: .venv/developing
+	$(BIN)/mkdocs build --strict
+
+# Kill a tiny run at 20 random moments, resume it, and compare the result bit for bit; two minutes.
 soak: .venv/developing
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

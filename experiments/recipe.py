@@ -239,7 +239,7 @@ def main() -> None:
     if not options.variants:
         cut = json.loads(RESULTS.with_name("recipe-16m-cut.json").read_text())
         whole = [run for run in results if run["tokens"] == options.tokens]
-        draw(sorted(whole + cut, key=lambda run: -run["curve"][-1][1]), ROOT / "docs" / "recipe-curves")
+        draw(sorted(whole + cut, key=lambda run: -run["curve"][-1][1]), ROOT / "docs" / "assets" / "recipe-curves")
     for name in options.variants:
         if any((r["variant"], r["tokens"], r["seed"]) == (name, options.tokens, options.seed) for r in results):
             continue

@@ -1,4 +1,4 @@
-"""The tables of docs/results.md: SmolLM2-135M-Instruct to KDA-only and hybrid students, and Arcee's recipe beside them.
+"""Make the tables of docs/log/results.md: SmolLM2-135M-Instruct to KDA-only and hybrid students, and Arcee's recipe.
 
     python experiments/result.py --text TEXT --out runs/result train kda-only-46M hybrid-46M arcee
     python experiments/result.py --text TEXT --out runs/result long kda-only hybrid

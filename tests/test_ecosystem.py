@@ -41,6 +41,7 @@ def gradients(model, forward, ids):
     return [p.grad.clone() for p in model.parameters()]
 
 
+@pytest.mark.slow
 def test_compiled_gradients_equal_eager(ids):
     model, _ = tiny("KS")
     torch.compiler.reset()
@@ -49,6 +50,7 @@ def test_compiled_gradients_equal_eager(ids):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_and_exported_forward_equal_eager(ids):
     model, _ = tiny("KF")
@@ -108,6 +110,7 @@ def test_trl_fine_tunes_a_step_and_saves(tmp_path, packing):
         assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
 
 
+@pytest.mark.slow
 def test_a_push_to_the_hub_uploads_code_and_safetensors_and_no_pickle(monkeypatch):
     uploaded = []
 

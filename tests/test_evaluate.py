@@ -87,7 +87,7 @@ def test_evaluations_made_one_by_one_are_reported_together(run, data, tmp_path, 
     for source in (run, again):
         evaluate([str(source)], output=tmp_path / f"of-{source.name}", with_stages=False, samples=False, **settings)
     folders = [str(tmp_path / f"of-{source.name}") for source in (run, again)]
-    assert main(["report", *folders]) == 1 and "say with --output" in capsys.readouterr().err
+    assert main(["report", *folders]) == 1 and "folders need --output" in capsys.readouterr().err
     assert main(["report", *folders, "-o", str(tmp_path / "all")]) == 0
     results = json.loads((tmp_path / "all" / "results.json").read_text())
     names = ["teacher", "unigram model", "bigram model", "tiny", "again"]

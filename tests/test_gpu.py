@@ -123,7 +123,7 @@ def test_widths_without_kernels_fall_back_with_a_notice(caplog):
 
 
 NAMES = "o state dq dk dv df db dA_log ddt_bias dstate".split()
-# the field's bounds in bfloat16: docs/kernels.md
+# the field's bounds in bfloat16: docs/log/benchmarks.md
 GRADIENT_BOUNDS = dict(zip(NAMES, (5e-3, 5e-3, 8e-3, 8e-3, 8e-3, 2e-2, 2e-2, 2e-2, 1e-2, 8e-3)))
 
 

@@ -16,6 +16,7 @@ from deltify import distill
 from deltify.config import Stage, TeacherSpec, write_recipe
 from deltify.training import distributed
 
+pytestmark = pytest.mark.slow
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 

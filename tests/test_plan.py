@@ -1,4 +1,4 @@
-"""Plans against what was measured (docs/distillation.md, "Plans"), and what the command prints."""
+"""Plans against what was measured (docs/log/benchmarks.md), and what the command prints."""
 
 import importlib.util
 from dataclasses import replace

@@ -1,7 +1,9 @@
-"""deltify: turn a pretrained transformer into a Kimi Delta Attention language model, and prove what came out.
+"""Convert a pretrained transformer into a Kimi Delta Attention language model, and measure the result.
 
 Importing it registers the model types `deltify` and `arcee_kda` with transformers' Auto classes.
 """
+
+from importlib.metadata import PackageNotFoundError, version
 
 from .config import Recipe, load_recipe
 from .conversion.student import convert
@@ -13,7 +15,11 @@ from .model import ArceeKDAConfig, ArceeKDAForCausalLM, DeltifyConfig, DeltifyFo
 from .ops import kda, kda_step
 from .training.runner import distill
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("deltify")  # pyproject.toml has the number
+except PackageNotFoundError:  # run from its source without being installed
+    __version__ = "unknown"
+
 __all__ = [
     "ArceeKDAConfig",
     "ArceeKDAForCausalLM",

@@ -1,41 +1,47 @@
-"""`deltify`: the package's functions as sub-commands."""
+"""`deltify`: the package's functions as commands. Each command's options stand beside the function that runs it."""
 
 import argparse
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from . import __version__
 from .training.signals import Stopped
 
 DESCRIPTION = """\
-Turn a pretrained transformer into a Kimi Delta Attention (KDA) language model by distillation.
+Convert a pretrained transformer into a Kimi Delta Attention (KDA) language model by distillation.
 
-  deltify distill recipes/smollm2-135m-demo.yaml     convert the teacher, train the student, stage by stage
-  deltify evaluate runs/smollm2-135m-demo            teacher and every stage, side by side
-  deltify report runs/smollm2-135m-demo              tables, pictures, report.html, and a model card
-  deltify generate runs/smollm2-135m-demo "Once"     text from the student
-  deltify sample runs/smollm2-135m-demo TEXT -o a.jsonl   its own text, to train on
-  deltify convert recipes/smollm2-135m-demo.yaml     the conversion alone, without training
-  deltify plan recipes/afm-4.5b-kda.yaml             memory, hours and disk of a recipe, before anything is loaded
+  deltify distill recipes/smollm2-135m-demo.yaml     convert the teacher and train the student, stage by stage
+  deltify evaluate runs/smollm2-135m-demo            measure the student beside its teacher
+  deltify report runs/smollm2-135m-demo              write tables, plots, report.html and a model card
+  deltify generate runs/smollm2-135m-demo "Once"     generate text with the student
+  deltify plan recipes/afm-4.5b-kda.yaml             estimate memory, hours and disk space of a recipe
 
-Each sub-command explains itself: deltify distill --help
+`deltify COMMAND --help` explains a command.
 """
 
 RECIPE_HELP = """\
-Any field of the recipe can be given here too: --match.tokens 1000000 --data.train '{"book.txt": 1.0}'.
-All fields:
+Every field of the recipe is also a flag: --match.tokens 1000000 --data.train '{"book.txt": 1.0}'.
+Fields:
 """
+
+RECIPE_COMMANDS = ("distill", "convert", "plan", "capture")
+MODEL_HELP = "folder of a model or run, or hub id"
+DEVICE_HELP = "auto, cpu, cuda or mps (default: auto)"
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
     parser = make_parser()
     options, extra = parser.parse_known_args(arguments)
-    if extra and options.command not in ("distill", "convert", "plan", "capture"):
-        parser.error(f"{options.command} does not know {' '.join(extra)}")
+    if extra and options.command not in RECIPE_COMMANDS:
+        parser.error(f"{options.command} has no option {' '.join(extra)}")
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
-        COMMANDS[options.command](options, extra)
+        COMMANDS[options.command][1](options, extra)
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"deltify: {error}", file=sys.stderr)
         return 1
@@ -43,43 +49,116 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"deltify: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
-        print("deltify: stopped; what was saved can be taken up with --resume", file=sys.stderr)
+        print("deltify: stopped. Continue from the last checkpoint with --resume", file=sys.stderr)
         return 130
     return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("deltify", description=DESCRIPTION, formatter_class=raw)
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        "deltify", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"deltify {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add_command, _ in COMMANDS.values():
+        add_command(commands)
+    return parser
 
-    def add_recipe_command(name: str, what: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=what, formatter_class=raw, epilog=fields)
-        command.add_argument("recipe", help="YAML file")
-        return command
 
-    fields = recipe_fields()
-    distill = add_recipe_command("distill", "run a recipe: convert, align, match, extend")
-    distill.add_argument("--resume", action="store_true", help="go on with the folder's run; learning rates may change")
-    distill.add_argument("--smoke", action="store_true", help="two steps a stage on a tiny random model, on the CPU")
-    distill.add_argument("--max-minutes", type=float, help="stop training after this time; --resume goes on")
+def add_recipe_command(commands: argparse._SubParsersAction, name: str, summary: str) -> argparse.ArgumentParser:
+    """Add a command whose first argument is a recipe and whose flags include the recipe's fields."""
+    raw = argparse.RawDescriptionHelpFormatter
+    command = commands.add_parser(name, help=summary, description=summary, formatter_class=raw, epilog=recipe_fields())
+    command.add_argument("recipe", help="recipe file (YAML)")
+    return command
 
-    convert = add_recipe_command(
-        "convert", "the conversion alone: where each tensor comes from, and the KL before training"
-    )
+
+def recipe_fields() -> str:
+    """Return the help of all recipe fields if help is asked for, else nothing, since making it takes time."""
+    if not {"-h", "--help"} & set(sys.argv):
+        return ""
+    from .config import recipe_parser
+
+    text = recipe_parser().format_help()
+    return RECIPE_HELP + text[text.index("  --name") :]
+
+
+def add_distill(commands: argparse._SubParsersAction) -> None:
+    distill = add_recipe_command(commands, "distill", "run a recipe: convert, align, match, extend")
+    distill.add_argument("--resume", action="store_true", help="continue the run in the recipe's folder")
+    distill.add_argument("--smoke", action="store_true", help="two steps per stage of a tiny random model on the CPU")
+    distill.add_argument("--max-minutes", type=float, help="stop training after this time; --resume continues")
+
+
+def run_distill(options: argparse.Namespace, overrides: list[str]) -> None:
+    from .config import load_recipe, smoke
+    from .training.distributed import start_ranks
+    from .training.runner import distill
+
+    recipe = load_recipe(options.recipe, overrides)
+    if not options.smoke and recipe.run.device in ("auto", "cuda"):
+        start_ranks()
+    distill(smoke(recipe) if options.smoke else recipe, resume=options.resume, max_minutes=options.max_minutes)
+
+
+def add_convert(commands: argparse._SubParsersAction) -> None:
+    summary = "convert without training; print the origin of each tensor and the KL before training"
+    convert = add_recipe_command(commands, "convert", summary)
     convert.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
-    convert.add_argument("--smoke", action="store_true", help="of a tiny random model")
+    convert.add_argument("--smoke", action="store_true", help="convert a tiny random model")
 
-    capture = add_recipe_command(
-        "capture", "write the teacher's hidden states of a recipe's text to files, for training without the teacher"
+
+def run_convert(options: argparse.Namespace, overrides: list[str]) -> None:
+    from .config import load_recipe, smoke
+    from .training.runner import distill
+
+    recipe = load_recipe(options.recipe, overrides)
+    distill(smoke(recipe) if options.smoke else recipe, resume=options.resume, stages=())
+
+
+def add_capture(commands: argparse._SubParsersAction) -> None:
+    summary = "save the teacher's hidden states, so that training no longer needs the teacher in memory"
+    capture = add_recipe_command(commands, "capture", summary)
+    capture.add_argument("-o", "--output", type=Path, required=True, help="folder to write, for --teacher.cache")
+    capture.add_argument("--format", default="int8", help="int8 (one scale per 32 channels) or bf16 (default: int8)")
+
+
+def run_capture(options: argparse.Namespace, overrides: list[str]) -> None:
+    from .config import load_recipe
+    from .training.runner import capture_recipe
+
+    found = capture_recipe(load_recipe(options.recipe, overrides), options.output, options.format)
+    print(
+        f"{options.output}: {found['rows']:,} sequences, {found['tokens']:,} tokens, "
+        f"{found['bytes_per_token']:,.0f} bytes per token; KL of the stored distribution from the teacher's: "
+        f"{found['kl']:.2g} nats/token"
     )
-    capture.add_argument("-o", "--output", type=Path, required=True, help="folder, for --teacher.cache")
-    capture.add_argument("--format", default="int8", help="int8, with a scale for 32 channels, or bf16")
 
-    plan = add_recipe_command("plan", "what a recipe will take: memory, hours, disk; nothing is loaded")
-    plan.add_argument("--gpu", default="h100", help="h100 or h200, whose speed the hours come from")
-    plan.add_argument("--gpus", type=int, default=1, help="processes that share the work")
 
+def add_plan(commands: argparse._SubParsersAction) -> None:
+    summary = "estimate memory, hours and disk space of a recipe without loading the teacher"
+    plan = add_recipe_command(commands, "plan", summary)
+    plan.add_argument("--gpu", default="h100", help="GPU whose speed is assumed: h100 or h200 (default: h100)")
+    plan.add_argument("--gpus", type=int, default=1, help="number of GPUs (default: 1)")
+
+
+def run_plan(options: argparse.Namespace, overrides: list[str]) -> None:
+    from .config import load_recipe
+    from .training.estimate import plan
+
+    plan(load_recipe(options.recipe, overrides), gpu=options.gpu, gpus=options.gpus)
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in words(text))
+
+
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="measure a run's stages, or any models, beside their teacher",
@@ -106,113 +185,6 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", default="auto")
     evaluate.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16; auto: by device")
 
-    report = commands.add_parser("report", help="tables, pictures, report.html and a model card of an evaluated run")
-    report.add_argument("runs", nargs="+", metavar="FOLDER", help="an evaluated run, or an evaluation's output")
-    report.add_argument("-o", "--output", type=Path, help="of several folders, where their common report goes")
-
-    generate = commands.add_parser("generate", help="stream text from a model")
-    generate.add_argument("model", help="folder of a model or run, or hub id")
-    generate.add_argument("prompt")
-    generate.add_argument("--max-new-tokens", type=int, default=128)
-    generate.add_argument("--temperature", type=float, default=0.7)
-    generate.add_argument("--top-p", type=float, default=0.95)
-    generate.add_argument("--greedy", action="store_true", help="the likeliest token each time")
-    generate.add_argument("--chat", action="store_true", help="through the tokenizer's chat template")
-    generate.add_argument("--device", default="auto")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--state", help="file of a text already read (deltify read); the prompt follows it")
-
-    read = commands.add_parser("read", help="read a text once and save the model's state, to go on from many times")
-    read.add_argument("model", help="folder of a model or run, or hub id; KDA and sliding layers only")
-    read.add_argument("text", help="text file")
-    read.add_argument("-o", "--output", required=True, help="state file to write")
-    read.add_argument("--device", default="auto")
-
-    chat = commands.add_parser("chat", help="talk with a model in the terminal")
-    chat.add_argument("model", help="folder of a model or run, or hub id")
-    chat.add_argument("--device", default="auto")
-    chat.add_argument("--temperature", type=float, default=0.7)
-    chat.add_argument("--top-p", type=float, default=0.95)
-
-    serve = commands.add_parser("serve", help="an OpenAI-compatible endpoint on this machine")
-    serve.add_argument("model", help="folder of a model or run, or hub id")
-    serve.add_argument("--host", default="localhost")
-    serve.add_argument("--port", type=int, default=8000)
-    serve.add_argument("--device", default="auto")
-
-    sample = commands.add_parser("sample", help="write text of a model's own, to train on")
-    sample.add_argument("model", help="folder of a model or run, GGUF file, hub id, or smollm2-135m-instruct")
-    sample.add_argument("source", help="text whose documents begin the new ones: file, folder, python-docs or hf:NAME")
-    sample.add_argument("-o", "--output", type=Path, required=True, help="JSON lines file to write, for data.train")
-    sample.add_argument("--count", type=int, default=1024, help="documents")
-    sample.add_argument("--prompt-tokens", type=int, default=32, help="of a document that the model goes on from")
-    sample.add_argument("--length", type=int, default=512, help="tokens of a document at most")
-    sample.add_argument("--batch", type=int, default=64, help="documents at a time")
-    sample.add_argument("--temperature", type=float, default=1.0)
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--device", default="auto")
-
-    export = commands.add_parser("export", help="write a model under another library's names")
-    export.add_argument("model", help="folder of a model or run")
-    export.add_argument("--layout", required=True, help="kda (flash-linear-attention), kimi_linear or deltify")
-    export.add_argument("-o", "--output", required=True, help="folder to write")
-    return parser
-
-
-def recipe_fields() -> str:
-    """The help of every recipe field, when help is asked for; making it takes a moment."""
-    if not {"-h", "--help"} & set(sys.argv):
-        return ""
-    from .config import recipe_parser
-
-    text = recipe_parser().format_help()
-    return RECIPE_HELP + text[text.index("  --name") :]
-
-
-def run_distill(options: argparse.Namespace, overrides: list[str]) -> None:
-    from .config import load_recipe, smoke
-    from .training.distributed import start_ranks
-    from .training.runner import distill
-
-    recipe = load_recipe(options.recipe, overrides)
-    if not options.smoke and recipe.run.device in ("auto", "cuda"):
-        start_ranks()
-    distill(smoke(recipe) if options.smoke else recipe, resume=options.resume, max_minutes=options.max_minutes)
-
-
-def run_convert(options: argparse.Namespace, overrides: list[str]) -> None:
-    from .config import load_recipe, smoke
-    from .training.runner import distill
-
-    recipe = load_recipe(options.recipe, overrides)
-    distill(smoke(recipe) if options.smoke else recipe, resume=options.resume, stages=())
-
-
-def run_capture(options: argparse.Namespace, overrides: list[str]) -> None:
-    from .config import load_recipe
-    from .training.runner import capture_recipe
-
-    found = capture_recipe(load_recipe(options.recipe, overrides), options.output, options.format)
-    print(
-        f"{options.output}: {found['rows']:,} rows, {found['tokens']:,} tokens, {found['bytes_per_token']:,.0f} bytes "
-        f"a token; KL of what is stored from what the teacher says: {found['kl']:.2g} nats/token"
-    )
-
-
-def run_plan(options: argparse.Namespace, overrides: list[str]) -> None:
-    from .config import load_recipe
-    from .training.estimate import plan
-
-    plan(load_recipe(options.recipe, overrides), gpu=options.gpu, gpus=options.gpus)
-
-
-def words(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in words(text))
-
 
 def run_evaluate(options: argparse.Namespace, _: list[str]) -> None:
     from .evaluation.benchmarks import TASKS
@@ -226,13 +198,39 @@ def run_evaluate(options: argparse.Namespace, _: list[str]) -> None:
     print(evaluate(**settings, samples=not options.no_samples))
 
 
+def add_report(commands: argparse._SubParsersAction) -> None:
+    summary = "write tables, plots, report.html and a model card of an evaluated run"
+    report = commands.add_parser("report", help=summary, description=summary)
+    report.add_argument("runs", nargs="+", metavar="FOLDER", help="evaluated run, or output folder of an evaluation")
+    report.add_argument("-o", "--output", type=Path, help="folder of the common report, if several folders are given")
+
+
 def run_report(options: argparse.Namespace, _: list[str]) -> None:
     from .evaluation.report import combine, report
 
     runs = [Path(run) for run in options.runs]
     if len(runs) > 1 and options.output is None:
-        raise ValueError(f"{len(runs)} folders; say with --output where their common report should go")
+        raise ValueError(f"{len(runs)} folders need --output, the folder of their common report")
     report(runs[0] if options.output is None else combine(runs, options.output))
+
+
+def add_generate(commands: argparse._SubParsersAction) -> None:
+    summary = "generate text with a model"
+    generate = commands.add_parser("generate", help=summary, description=summary)
+    generate.add_argument("model", help=MODEL_HELP)
+    generate.add_argument("prompt", help="text to continue")
+    generate.add_argument("--max-new-tokens", type=int, default=128, help="largest number of tokens (default: 128)")
+    add_sampling(generate)
+    generate.add_argument("--greedy", action="store_true", help="always take the most likely token")
+    generate.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template to the prompt")
+    generate.add_argument("--device", default="auto", help=DEVICE_HELP)
+    generate.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    generate.add_argument("--state", help="state file of `deltify read`; the prompt continues its text")
+
+
+def add_sampling(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--temperature", type=float, default=0.7, help="sampling temperature (default: 0.7)")
+    command.add_argument("--top-p", type=float, default=0.95, help="probability mass to sample from (default: 0.95)")
 
 
 def run_generate(options: argparse.Namespace, _: list[str]) -> None:
@@ -243,6 +241,15 @@ def run_generate(options: argparse.Namespace, _: list[str]) -> None:
     generate(options.model, options.prompt, device=str(pick_device(options.device)), **settings)
 
 
+def add_read(commands: argparse._SubParsersAction) -> None:
+    summary = "read a text once and save the model's state, to continue from it many times"
+    read = commands.add_parser("read", help=summary, description=summary)
+    read.add_argument("model", help=f"{MODEL_HELP}; a model without full attention layers")
+    read.add_argument("text", help="text file")
+    read.add_argument("-o", "--output", required=True, help="state file to write")
+    read.add_argument("--device", default="auto", help=DEVICE_HELP)
+
+
 def run_read(options: argparse.Namespace, _: list[str]) -> None:
     from .inference.generate import read_file
     from .utils.devices import pick_device
@@ -250,25 +257,12 @@ def run_read(options: argparse.Namespace, _: list[str]) -> None:
     read_file(options.model, options.text, options.output, device=str(pick_device(options.device)))
 
 
-def run_export(options: argparse.Namespace, _: list[str]) -> None:
-    from .inference.export import export
-    from .utils.folders import model_folder
-
-    export(model_folder(options.model), options.layout, options.output)
-
-
-def run_sample(options: argparse.Namespace, _: list[str]) -> None:
-    from .inference.sample import sample
-
-    print(sample(**{key: value for key, value in vars(options).items() if key != "command"}))
-
-
-def run_serve(options: argparse.Namespace, _: list[str]) -> None:
-    from .inference.serve import serve
-    from .utils.devices import pick_device
-
-    pick_device(options.device)  # the server's own auto may spread a model over several GPUs
-    serve(options.model, host=options.host, port=options.port, device=options.device)
+def add_chat(commands: argparse._SubParsersAction) -> None:
+    summary = "chat with a model in the terminal"
+    chat = commands.add_parser("chat", help=summary, description=summary)
+    chat.add_argument("model", help=MODEL_HELP)
+    chat.add_argument("--device", default="auto", help=DEVICE_HELP)
+    add_sampling(chat)
 
 
 def run_chat(options: argparse.Namespace, _: list[str]) -> None:
@@ -279,19 +273,86 @@ def run_chat(options: argparse.Namespace, _: list[str]) -> None:
     chat(options.model, device=device, temperature=options.temperature, top_p=options.top_p)
 
 
-COMMANDS = {
-    "distill": run_distill,
-    "convert": run_convert,
-    "plan": run_plan,
-    "capture": run_capture,
-    "evaluate": run_evaluate,
-    "report": run_report,
-    "generate": run_generate,
-    "read": run_read,
-    "sample": run_sample,
-    "export": run_export,
-    "chat": run_chat,
-    "serve": run_serve,
+def add_serve(commands: argparse._SubParsersAction) -> None:
+    summary = "serve a model over an OpenAI-compatible HTTP API"
+    serve = commands.add_parser("serve", help=summary, description=summary)
+    serve.add_argument("model", help=MODEL_HELP)
+    serve.add_argument("--host", default="localhost", help="address to listen on (default: localhost)")
+    serve.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    serve.add_argument("--device", default="auto", help=DEVICE_HELP)
+
+
+def run_serve(options: argparse.Namespace, _: list[str]) -> None:
+    from .inference.serve import serve
+    from .utils.devices import pick_device
+
+    pick_device(options.device)  # the server's own auto may spread a model over several GPUs
+    serve(options.model, host=options.host, port=options.port, device=options.device)
+
+
+def add_sample(commands: argparse._SubParsersAction) -> None:
+    summary = "write a training text of a model's own samples"
+    sample = commands.add_parser("sample", help=summary, description=summary)
+    sample.add_argument("model", help=f"{MODEL_HELP}, GGUF file, or smollm2-135m-instruct")
+    sample.add_argument("source", help="text to take prompts from: file, folder, python-docs or hf:NAME")
+    sample.add_argument("-o", "--output", type=Path, required=True, help="JSON lines file to write, for data.train")
+    sample.add_argument("--count", type=int, default=1024, help="number of documents (default: 1024)")
+    sample.add_argument("--prompt-tokens", type=int, default=32, help="tokens of each prompt (default: 32)")
+    sample.add_argument("--length", type=int, default=512, help="largest number of tokens per document (default: 512)")
+    sample.add_argument("--batch", type=int, default=64, help="documents generated at a time (default: 64)")
+    sample.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: 1.0)")
+    sample.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    sample.add_argument("--device", default="auto", help=DEVICE_HELP)
+
+
+def run_sample(options: argparse.Namespace, _: list[str]) -> None:
+    from .inference.sample import sample
+
+    print(sample(**{key: value for key, value in vars(options).items() if key != "command"}))
+
+
+def add_export(commands: argparse._SubParsersAction) -> None:
+    summary = "write a model in another library's layout"
+    export = commands.add_parser("export", help=summary, description=summary)
+    export.add_argument("model", help="folder of a model or run")
+    export.add_argument("--layout", required=True, help="kda (flash-linear-attention), kimi_linear or deltify")
+    export.add_argument("-o", "--output", required=True, help="folder to write")
+
+
+def run_export(options: argparse.Namespace, _: list[str]) -> None:
+    from .inference.export import export
+    from .utils.folders import model_folder
+
+    export(model_folder(options.model), options.layout, options.output)
+
+
+def add_schema(commands: argparse._SubParsersAction) -> None:
+    summary = "print the JSON Schema of recipes, for editors"
+    commands.add_parser("schema", help=summary, description=summary)
+
+
+def run_schema(options: argparse.Namespace, _: list[str]) -> None:
+    from .schema import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2))
+
+
+Add = Callable[[argparse._SubParsersAction], None]
+Run = Callable[[argparse.Namespace, list[str]], None]
+COMMANDS: dict[str, tuple[Add, Run]] = {
+    "distill": (add_distill, run_distill),
+    "convert": (add_convert, run_convert),
+    "capture": (add_capture, run_capture),
+    "plan": (add_plan, run_plan),
+    "evaluate": (add_evaluate, run_evaluate),
+    "report": (add_report, run_report),
+    "generate": (add_generate, run_generate),
+    "read": (add_read, run_read),
+    "chat": (add_chat, run_chat),
+    "serve": (add_serve, run_serve),
+    "sample": (add_sample, run_sample),
+    "export": (add_export, run_export),
+    "schema": (add_schema, run_schema),
 }
 
 if __name__ == "__main__":

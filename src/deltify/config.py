@@ -21,7 +21,7 @@ class TeacherSpec:
     """The pretrained model to convert.
 
     Args:
-        model: Hub id, folder or GGUF file of the teacher, or smollm2-135m-instruct, the embedded one.
+        model: Hub id, folder or GGUF file of the teacher, or smollm2-135m-instruct (from PyPI).
         architecture: Model type of the random stand-in that --smoke uses instead of the teacher.
         trust_remote_code: Whether to run code that comes with the teacher.
         revision: Commit or branch on the hub. Defaults to the main branch.
@@ -68,7 +68,7 @@ class DataSpec:
 
     Args:
         train: Sources and their weights. A source is a file, a folder, python-docs, recall or recall:SOURCE
-            (synthetic, see docs/recipe.md), or hf:NAME[:CONFIG][:SPLIT].
+            (synthetic text that trains memory), or hf:NAME[:CONFIG][:SPLIT].
         heldout: Source of validation text. Defaults to one document in twenty of the training sources.
         folder: Folder for tokenized text, which is written at the first use.
         max_tokens: Largest number of training tokens of each source. Defaults to all.
@@ -162,7 +162,7 @@ class RunSpec:
     report_to: str | None = None
 
 
-# fields of recipes before version 0.1, and what they are called now
+# Fields that were renamed before version 0.1.
 RENAMED = {
     "teacher.targets": "teacher.cache",
     "student.start": "student.init",
@@ -301,7 +301,7 @@ def one_of(choices: tuple[str, ...]) -> tuple[Callable[[object], bool], str]:
     return lambda x: x in choices, f"is not one of {', '.join(choices)}"
 
 
-# what each field must be, by its name after the section's
+# Rules of single fields, by dotted name; those of stages by the field's name.
 RULES = {
     "student.long_memory_heads": AT_LEAST_0,
     "data.train": (lambda x: x and all(weight > 0 for weight in x.values()), "must name sources with positive weights"),

@@ -5,7 +5,7 @@ reads, in the order in which it reads it.
 
 No factor leaves the range of its type, for any gate: a span of 2h tokens is anchored at its middle, and where its decay
 is too strong for one anchor, only the pairs across the middle are taken (both factors are then at most 1) and the
-halves are anchored again. docs/kernels.md tells the story.
+halves are anchored again. docs/explanation/kernels.md explains it.
 
 Legend: B batch, T tokens, H heads, K key width, V value width, C tokens of a chunk, N documents (rows, or packed).
 """
