@@ -7,22 +7,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from deltify.conversion.student import (
+from deltify.conversion.calibration import (
     CANDIDATES,
     add_constant,
     attention_distances,
     choose_memory,
-    convert,
     fit_output_gate,
-    layer_kinds,
-    lengthened,
-    origins,
-    repeat_heads,
     ridge,
     set_memory,
+    with_long_half_lives,
 )
+from deltify.conversion.student import convert, layer_kinds, origins, repeat_heads
 from deltify.conversion.teacher import family_of, load_teacher, random_teacher
-from deltify.data.token_files import Batch
+from deltify.data.batches import Batch
 from deltify.model import ArceeKDAConfig, DeltifyConfig
 from deltify.training.losses import mixer_loss
 
@@ -80,7 +77,7 @@ def test_copied_tensors_equal_the_teachers(architecture, config):
 def test_every_tensor_has_an_origin_and_all_numbers_are_counted(teacher):
     student = convert(teacher, init="library")
     lines = origins(student, "library")
-    counted = sum(int(line.split("tensors")[1].split("numbers")[0].replace(",", "")) for line in lines)
+    counted = sum(int(line.split("tensors")[1].split("parameters")[0].replace(",", "")) for line in lines)
     assert counted == sum(p.numel() for p in student.parameters())
 
 
@@ -153,12 +150,12 @@ def test_long_heads_are_those_that_remembered_longest_and_forget_half_in_4096_to
     assert changed.sum(1).tolist() == [1] * len(one)
     assert torch.equal(changed.float().argmax(1), without.argmax(1))
     torch.testing.assert_close(one[changed], torch.full((len(one),), 4096.0), rtol=1e-3, atol=0)
-    assert lengthened([(0.1, 3.0, 0)] * 2, torch.tensor([3000.0, 0.0]), 2) == [(0.1, 3.0, 0)] * 2
+    assert with_long_half_lives([(0.1, 3.0, 0)] * 2, torch.tensor([3000.0, 0.0]), 2) == [(0.1, 3.0, 0)] * 2
     with pytest.raises(ValueError, match="long_memory_heads=9"):
         convert(teacher, init="calibrated", calibration=rows, long_memory_heads=9)
 
 
-ZERO, KEPT = "attention output is zero", "o_proj starts as the teacher's"
+ZERO, KEPT = "attention output is zero", "o_proj keeps the teacher's weights"
 EQUAL = "all heads start with equal weights"
 SILENCE = {  # of layer 1: what of its projections is scaled by how much, in which heads, and what the report says
     "o": ({"o": 0.0}, [ZERO]),
@@ -194,11 +191,11 @@ def test_a_layer_that_says_nothing_gets_a_start_and_a_line(dead, exact, rows, fi
     teacher, lines = random_teacher("llama", num_hidden_layers=2), []
     silence(teacher, changes)
     if exact:
-        student = convert(teacher, init="calibrated", calibration=rows, report=lines.append)
+        student = convert(teacher, init="calibrated", calibration=rows, log=lines.append)
     else:
         teacher.model.bfloat16()
         options = {"init": "calibrated-constant", "long_memory_heads": 1}
-        student = convert(teacher, **options, calibration=rows, report=lines.append)
+        student = convert(teacher, **options, calibration=rows, log=lines.append)
     assert all(x.isfinite().all() and x.abs().max() < 100 for x in student.state_dict().values())
     (line,) = (line for line in lines if line.startswith("layer "))
     said = line.removeprefix("layer 1: ").split("; ")
@@ -212,7 +209,7 @@ def test_a_layer_that_says_nothing_gets_a_start_and_a_line(dead, exact, rows, fi
 
 def test_a_line_is_written_for_layers_that_say_nothing_alone(teacher, rows):
     lines = []
-    convert(teacher, init="calibrated", calibration=rows, report=lines.append)
+    convert(teacher, init="calibrated", calibration=rows, log=lines.append)
     assert not [line for line in lines if line.startswith("layer ") or "nothing to explain" in line]
 
 
@@ -223,7 +220,7 @@ def test_a_layer_that_says_the_same_of_every_token_starts_with_that(dead, dtype,
     silence(teacher, {dead: 0.0})
     getattr(teacher.model.model.layers[1].self_attn, f"{dead}_proj").bias.normal_()
     teacher.model.to(dtype)
-    student = convert(teacher, init="calibrated", calibration=rows, report=lines.append)
+    student = convert(teacher, init="calibrated", calibration=rows, log=lines.append)
     (line,) = (line for line in lines if line.startswith("layer "))
     equal = "; all heads start with equal weights for all tokens" if dead == "v" else ""
     assert line == "layer 1: attention output is the same for every token" + equal

@@ -24,20 +24,18 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from deltify.config import DataSpec
 from deltify.conversion.teacher import byte_tokenizer
 from deltify.data import encoding, sources, token_files
+from deltify.data.batches import MixedBatches, heldout_batches, window
 from deltify.data.recall import BREAKS, recall_document, scattered_documents, scattered_outlines
 from deltify.data.sources import Piece, documents, held_out, pieces, python_docs
 from deltify.data.token_files import (
     HELDOUT_TOKENS,
-    Mix,
     TokenFile,
-    heldout_batches,
     open_data,
     open_tokens,
     origin_of,
     tokenize,
     tokenize_split,
     tokenizer_fingerprint,
-    window,
 )
 
 
@@ -229,7 +227,7 @@ def test_special_tokens_that_a_text_spells_are_counted(tmp_path, tokenizer, caps
     assert meta_of(tmp_path / "tokens")["special_tokens_in_text"] == found
     assert (file.tokens == tokenizer.convert_tokens_to_ids("<|turn|>")).sum() == 2  # they stay special tokens
     said = capsys.readouterr().out
-    assert said.count("stay special tokens") == 1 and "<|turn|> 2" in said
+    assert said.count("become those tokens") == 1 and "<|turn|> 2" in said
     tokenize(chats, tokenizer, tmp_path / "first", max_tokens=10)  # only what was written counts
     assert meta_of(tmp_path / "first")["special_tokens_in_text"] == {"<|turn|>": 2}
     capsys.readouterr()
@@ -254,7 +252,7 @@ def plainly(texts, tokenizer, limit, room=None):
             ids = tokenizer(one)["input_ids"]
             parts[part].append(ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id])
         full = limit is not None and size(0) >= limit
-        if full and (size(1) >= (room or 0) or skipped >= token_files.PATIENCE):
+        if full and (size(1) >= (room or 0) or skipped >= token_files.MAX_SKIPPED_DOCUMENTS):
             break
     return [(list(itertools.chain(*part)), np.cumsum([0, *map(len, part)]).tolist()) for part in parts]
 
@@ -263,7 +261,7 @@ def plainly(texts, tokenizer, limit, room=None):
 @pytest.mark.parametrize("limit", [None, 1, 5000])
 def test_any_number_of_processes_makes_the_same_file(tmp_path, monkeypatch, processes, limit):
     monkeypatch.setattr(encoding, "HERE", 1)
-    monkeypatch.setattr(token_files, "PATIENCE", 40)
+    monkeypatch.setattr(token_files, "MAX_SKIPPED_DOCUMENTS", 40)
     tokenizer, draw = framed_tokenizer(), random.Random(0)
     texts = ["".join(draw.choices("ab cXdé<|turn|>", k=draw.choice([1, 9, 90, 3000]))) + "." for _ in range(300)]
     path = tmp_path / "a.jsonl"
@@ -287,7 +285,7 @@ def test_any_number_of_processes_makes_the_same_file(tmp_path, monkeypatch, proc
 
 def test_a_source_without_more_held_out_text_ends_at_the_same_document(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(sources, "PIECE", 300)
-    monkeypatch.setattr(token_files, "PATIENCE", 7)
+    monkeypatch.setattr(token_files, "MAX_SKIPPED_DOCUMENTS", 7)
     texts = [f"document {number}" for number in range(2000)]
     expected = plainly(texts, tokenizer, 100, 10**6)
     for processes in (1, 2):
@@ -419,31 +417,31 @@ def test_another_tokenizer_is_refused(tmp_path, tokenizer):
 
 
 def test_batches_depend_on_nothing_but_the_step():
-    mix = Mix([token_file([50, 300, 700]), token_file([400], first=5000)], [3.0, 1.0], 32, 8, seed=1)
+    mix = MixedBatches([token_file([50, 300, 700]), token_file([400], first=5000)], [3.0, 1.0], 32, 8, seed=1)
     late = mix.batch(7)
     for step in range(7):
         mix.batch(step)
-    fresh = Mix(mix.files, mix.weights, 32, 8, seed=1)
+    fresh = MixedBatches(mix.files, mix.weights, 32, 8, seed=1)
     assert torch.equal(fresh.batch(7).input_ids, late.input_ids)
     halves = [fresh.batch(7, rank, 2).input_ids for rank in range(2)]
     assert torch.equal(torch.cat(halves), late.input_ids)
-    with pytest.raises(ValueError, match="8 rows cannot be shared by 3"):
+    with pytest.raises(ValueError, match="8 sequences cannot be divided among 3"):
         mix.batch(0, 0, 3)
 
 
 def test_weights_are_kept_and_an_epoch_shows_every_window_once():
     files = [token_file([640]), token_file([320], first=5000)]
-    mix = Mix(files, [3.0, 1.0], 32, 10, seed=0)
+    mix = MixedBatches(files, [3.0, 1.0], 32, 10, seed=0)
     rows = torch.cat([mix.batch(step).input_ids for step in range(100)])
     assert int((rows[:, 0] < 5000).sum()) == 750
-    single = Mix(files[:1], [1.0], 32, 10, seed=0)
+    single = MixedBatches(files[:1], [1.0], 32, 10, seed=0)
     for epoch in range(2):  # 20 windows, two batches
         rows = torch.cat([single.batch(2 * epoch + step).input_ids for step in range(2)])
         assert sorted(rows[:, 0].tolist()) == list(range(0, 640, 32))
 
 
 def test_positions_start_again_with_each_document():
-    batch = Mix([token_file([10, 5, 17])], [1.0], 32, 1, seed=0).batch(0)
+    batch = MixedBatches([token_file([10, 5, 17])], [1.0], 32, 1, seed=0).batch(0)
     assert batch.position_ids[0].tolist() == [*range(10), *range(5), *range(17)]
     assert int((~batch.same_document).sum()) == 2
     cut = heldout_batches([token_file([10, 54])], 8, 4, 16)
@@ -459,13 +457,13 @@ def test_every_source_has_its_share_of_the_held_out_rows():
 
 
 def test_a_source_shorter_than_a_row_is_refused():
-    with pytest.raises(ValueError, match="fewer than one row"):
-        Mix([token_file([10])], [1.0], 32, 1, seed=0)
+    with pytest.raises(ValueError, match="fewer than one sequence"):
+        MixedBatches([token_file([10])], [1.0], 32, 1, seed=0)
 
 
 def test_windows_are_shuffled_once_an_epoch(monkeypatch):
     files, length = [token_file([50, 300, 701]), token_file([415], first=5000)], 32
-    mix = Mix(files, [3.0, 1.0], length, 8, seed=1)
+    mix = MixedBatches(files, [3.0, 1.0], length, 8, seed=1)
     seeds, generator = [], np.random.default_rng
     mix.source_of(0)  # which shuffles the files
     monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(tuple(seed)) or generator(seed))
@@ -579,7 +577,7 @@ def test_recall_is_scattered_over_all_of_another_text_that_is_not_held_out(tmp_p
     spec = DataSpec({f"recall:{path}": 0.5, str(path): 0.5}, None, str(tmp_path / "data"), max_tokens=50_000)
     trains, (held,) = open_data(spec, "teacher", tokenizer, 1000)  # the text alone judges
     assert trains[0].digest != trains[1].digest and len(held)
-    with pytest.raises(ValueError, match="nothing is held out of recall:"):
+    with pytest.raises(ValueError, match="none of the sources recall:"):
         open_data(replace(spec, train={f"recall:{path}": 1.0}), "teacher", tokenizer, 1000)
     path.write_text(path.read_text() + json.dumps({"text": "more"}) + "\n")
     with pytest.raises(ValueError, match=r"the text at recall:.* changed"):
@@ -683,7 +681,7 @@ def test_changed_text_is_refused(tmp_path, tokenizer, monkeypatch, heldout):
     content, times = changed.read_text(), (changed.stat().st_atime_ns, changed.stat().st_mtime_ns)
     changed.write_text(content + "more")
     os.utime(changed, ns=times)  # the size alone differs
-    with pytest.raises(ValueError, match=rf"{changed.name} changed since it was tokenized into data/.*delete that"):
+    with pytest.raises(ValueError, match=rf"{changed.name} changed since it was tokenized into data/.*Delete that"):
         open_data(spec, "teacher", tokenizer, 64, 16)
     changed.write_text(content)
     os.utime(changed, ns=(times[0], times[1] + 1))  # the time alone differs

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from deltify.conversion.student import convert
 from deltify.conversion.teacher import FAMILIES, random_teacher
 from deltify.model import DeltifyConfig, DeltifyForCausalLM, capture, mixers
-from deltify.model.mixers import fixed_documents, in_one_piece, put_in_one_piece
+from deltify.model.mixers import fixed_documents, fuse_weights_, fused_weight
 from deltify.model.modeling import DeltifyCache
 
 TINY = {
@@ -348,12 +348,12 @@ def test_projections_in_one_piece_change_no_result_and_no_file(tmp_path):
         return torch.cat([model(part, past_key_values=cache).logits for part in ids.split([18, 1, 1], dim=1)], 1)
 
     want, before = logits(), {name: x.clone() for name, x in model.state_dict().items()}
-    assert in_one_piece(layer.projections) is None
-    put_in_one_piece(layer.projections)
-    assert in_one_piece(layer.projections).shape == (3 * 64 + 2 * 16 + 4, 64)
+    assert fused_weight(layer.projections) is None
+    fuse_weights_(layer.projections)
+    assert fused_weight(layer.projections).shape == (3 * 64 + 2 * 16 + 4, 64)
     assert torch.allclose(logits(), want, atol=1e-6)
     with torch.enable_grad():
-        assert in_one_piece(layer.projections) is None
+        assert fused_weight(layer.projections) is None
         model(ids).logits.sum().backward()
     assert all(x.grad is not None for x in layer.parameters())
     model.save_pretrained(tmp_path)

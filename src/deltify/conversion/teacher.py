@@ -19,7 +19,7 @@ from transformers import (
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..model.loading import Tensors, check_shapes, checkpoint_tensors, plain_shapes, renamings, with_prefix
-from ..utils.files import MANIFEST, check_manifest, digest, make_once, write_manifest
+from ..utils.files import MANIFEST, check_manifest, create_once, digest, write_manifest
 from .gguf_files import parts_of, unpack
 from .vocabulary import fit_tokenizer
 
@@ -242,7 +242,7 @@ def unpack_gguf(path: Path) -> Path:
         unpack(path, unfinished)
         write_manifest(unfinished)
 
-    make_once(folder, make, check_unpacked)
+    create_once(folder, make, check_unpacked)
     return folder
 
 

@@ -28,7 +28,7 @@ def keep(buffer: Tensor, new: Tensor) -> Tensor:
     return new.clone(memory_format=torch.contiguous_format)
 
 
-def store(layer: LinearAttentionLayer, conv_state: Tensor, state: Tensor) -> None:
+def write_states(layer: LinearAttentionLayer, conv_state: Tensor, state: Tensor) -> None:
     """Keep the states of a KDA layer."""
     if not layer.is_recurrent_states_initialized[0]:
         layer.lazy_initialization(conv_states=conv_state, recurrent_states=state)
@@ -37,7 +37,7 @@ def store(layer: LinearAttentionLayer, conv_state: Tensor, state: Tensor) -> Non
     layer.has_previous_state[0] = True
 
 
-def stored(layer: LinearAttentionLayer) -> tuple[Tensor | None, Tensor | None]:
+def read_states(layer: LinearAttentionLayer) -> tuple[Tensor | None, Tensor | None]:
     """Return the convolution and recurrent state that a KDA layer goes on from; None before its first token."""
     if not layer.has_previous_state[0]:
         return None, None

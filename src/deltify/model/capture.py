@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from .cache import writable
-from .mixers import DeltifyKDA, put_in_one_piece
+from .mixers import DeltifyKDA, fuse_weights_
 
 
 class CapturedStep:
@@ -20,7 +20,7 @@ class CapturedStep:
     def __init__(self, model: PreTrainedModel, cache: Cache, rows: int):
         for module in model.modules():
             if isinstance(module, DeltifyKDA):
-                put_in_one_piece(module.projections)
+                fuse_weights_(module.projections)
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
         self.addresses = addresses(cache)
         self.graph, seen = torch.cuda.CUDAGraph(), cache.seen_tokens

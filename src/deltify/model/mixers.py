@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from ..ops import gated_rms_norm, kda, kda_layer_step, rms_norm, short_conv_split
-from .cache import store, stored, writable
+from .cache import read_states, writable, write_states
 from .configuration import DeltifyConfig
 from .documents import document_starts
 from .sliding import Rotary, Slots, sliding_attention, sliding_step
@@ -145,10 +145,10 @@ class DeltifyTaps(nn.Conv1d):
 def project(x: Tensor, *linears: nn.Module) -> Tensor:
     """Products of x [B, T, D] with several linear layers side by side; in one matrix product, where that is cheaper.
 
-    One needs their weights in one piece: as they lie (see `put_in_one_piece`), or by a copy, which a single token does
+    One needs their weights in one piece: as they lie (see `fuse_weights_`), or by a copy, which a single token does
     not repay.
     """
-    if (whole := in_one_piece(linears)) is not None:
+    if (whole := fused_weight(linears)) is not None:
         return F.linear(x, whole)
     if x.shape[1] == 1 or not all(is_plain(linear) for linear in linears):
         return torch.cat([linear(x) for linear in linears], dim=-1)
@@ -157,7 +157,7 @@ def project(x: Tensor, *linears: nn.Module) -> Tensor:
     return F.linear(x, torch.cat([linear.weight for linear in linears]), bias)
 
 
-def in_one_piece(linears: tuple[nn.Module, ...]) -> Tensor | None:
+def fused_weight(linears: tuple[nn.Module, ...]) -> Tensor | None:
     """The weights of linear layers without biases as one matrix, if they lie behind each other; not where gradients
     are wanted, which would reach the first alone."""
     if torch.is_grad_enabled() or not all(is_plain(linear) and linear.bias is None for linear in linears):
@@ -173,9 +173,9 @@ def in_one_piece(linears: tuple[nn.Module, ...]) -> Tensor | None:
 
 
 @torch.no_grad()
-def put_in_one_piece(linears: tuple[nn.Module, ...]) -> None:
+def fuse_weights_(linears: tuple[nn.Module, ...]) -> None:
     """Moves the weights of linear layers behind each other. They stay parameters of their own, and as large."""
-    if in_one_piece(linears) is None and all(is_plain(linear) and linear.bias is None for linear in linears):
+    if fused_weight(linears) is None and all(is_plain(linear) and linear.bias is None for linear in linears):
         parts = torch.cat([linear.weight for linear in linears]).split([len(linear.weight) for linear in linears])
         for linear, part in zip(linears, parts):
             linear.weight.data = part
@@ -221,14 +221,14 @@ class DeltifyKDA(nn.Module):
     def inner(self, x: Tensor, cache: Cache | None = None, packing: Packing | None = None) -> Tensor:
         """What o_proj reads, [B, T, H * K]."""
         past = None if cache is None else cache.layers[self.layer_idx]
-        conv_state, state = (None, None) if past is None else stored(past)
+        conv_state, state = (None, None) if past is None else read_states(past)
         wide, narrow = self.projections[:3], self.projections[3:]
         taps = torch.cat([self.q_conv1d(), self.k_conv1d(), self.v_conv1d()])
         if x.shape[1] > 1:  # a product with a bias takes rows that lie apart in two passes
             qkv = project(x, *wide)
             parts = project(x, *narrow).tensor_split((self.head_dim, 2 * self.head_dim), dim=-1)
             low_f, low_gate, b = (part.contiguous() for part in parts)
-        elif (whole := in_one_piece(self.projections)) is not None:
+        elif (whole := fused_weight(self.projections)) is not None:
             inner = len(self.dt_bias)
             at = 3 * inner, 3 * inner + self.head_dim, 3 * inner + 2 * self.head_dim
             qkv, low_f, low_gate, b = (part.contiguous() for part in F.linear(x, whole).tensor_split(at, dim=-1))
@@ -247,7 +247,7 @@ class DeltifyKDA(nn.Module):
         gates = {"lower_bound": self.lower_bound, "cu_seqlens": bounds}
         o, state = kda(q, k, v, f.view_as(q), b, self.A_log, self.dt_bias, state=state, **gates)
         if past is not None:
-            store(past, conv_state, state)
+            write_states(past, conv_state, state)
         return self.o_norm(o, gate.view_as(o)).flatten(2)
 
 
@@ -317,7 +317,7 @@ class DeltifySlidingAttention(DeltifyAttention):
         return y if packing is None else packing.scatter(y, hidden_states), None
 
 
-def library_gates(mixer: DeltifyKDA) -> None:
+def init_gates(mixer: DeltifyKDA) -> None:
     """The field's default start: decay rate A in U(1, 16), softplus(dt_bias) log-uniform in [1e-3, 0.1] (fla 0.6)."""
     init.copy_(mixer.A_log, torch.empty_like(mixer.A_log).uniform_(1, 16).log())
     dt = torch.empty_like(mixer.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()

@@ -30,7 +30,7 @@ from .mixers import (
     DeltifySlidingAttention,
     Packing,
     find_packing,
-    library_gates,
+    init_gates,
 )
 from .sliding import Slots, find_slots, rotary_positions
 
@@ -138,7 +138,7 @@ class DeltifyPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, DeltifyKDA):
-            library_gates(module)
+            init_gates(module)
 
 
 class DeltifyModel(DeltifyPreTrainedModel):

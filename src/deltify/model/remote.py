@@ -18,6 +18,7 @@ FLAT = {
     "model.generation": "generation_deltify",
     "model.modeling": "modeling_deltify",
     "ops": "kda_ops",
+    "ops.dispatch": "kda_dispatch",
     "ops.reference": "kda_reference",
     "ops.chunked": "kda_chunked",
     "ops.conv": "kda_conv",

@@ -17,7 +17,7 @@ MANIFEST = "manifest.json"
 PIECE_BYTES = 2**26
 
 
-def make_once(folder: Path, make: Callable[[Path], None], check: Callable[[Path], T]) -> T:
+def create_once(folder: Path, make: Callable[[Path], None], check: Callable[[Path], T]) -> T:
     """Return what `check` returns for a folder, which `make` writes if it is not there, or not whole.
 
     The folder takes its name once it is whole. Of several processes that ask at once, one makes it and the others wait.
@@ -37,7 +37,7 @@ def make_once(folder: Path, make: Callable[[Path], None], check: Callable[[Path]
         shutil.rmtree(unfinished, ignore_errors=True)
         make(unfinished)
         check(unfinished)
-        publish(unfinished, folder)
+        replace_folder(unfinished, folder)
         return check(folder)
 
 
@@ -52,23 +52,23 @@ def checked(folder: Path, check: Callable[[Path], T]) -> tuple[T] | None:
         return None
 
 
-def publish(unfinished: Path, folder: Path) -> None:
+def replace_folder(unfinished: Path, folder: Path) -> None:
     """Moves a finished folder to its place; an older one there goes away, and is never seen half-removed.
 
     Its bytes are on the disk before its name is: a machine that loses power must not keep the name alone.
     """
     for path in [*unfinished.rglob("*"), unfinished]:
-        sync(path)
+        fsync_path(path)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     unfinished.rename(folder)
-    sync(folder.parent)
+    fsync_path(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Waits until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
