@@ -70,7 +70,7 @@ def test_what_cannot_be_encoded_is_replaced_counted_and_named_once(tmp_path, tok
     path.write_bytes(PACK[path.suffix]("\n".join(lines).encode()))
     whole = ["fine", "cut in two: \ufffd", "\ufffd\ufffd, \U0001f600"]
     for source in (path, tmp_path):  # a file, and a folder
-        with pytest.warns(UserWarning, match=rf"rows{suffix}, line 3: half of a surrogate pair") as warned:
+        with pytest.warns(UserWarning, match=rf"rows{suffix}, line 3: halves of surrogate pairs") as warned:
             assert list(documents(str(source))) == whole
         assert len(warned) == 1
     file = tokenize(pieces(str(path)), tokenizer, tmp_path / "tokens")
@@ -84,9 +84,9 @@ def test_texts_of_any_source_are_repaired(tmp_path, tokenizer, monkeypatch):
     texts = ["halves \ud83d\ude00 of one", "\udc80", "\ufeffmarked", "\ufeff", " \n", "fine"]
     whole = ["halves \U0001f600 of one", "\ufffd", "marked", "fine"]
     monkeypatch.setattr(sources, "hub_documents", lambda source: iter(texts))
-    with pytest.warns(UserWarning, match="hf:name, document 2: half of"):
+    with pytest.warns(UserWarning, match="hf:name, document 2: halves of"):
         assert list(documents("hf:name")) == whole
-    with pytest.warns(UserWarning, match="hf:name, document 2: half of"):
+    with pytest.warns(UserWarning, match="hf:name, document 2: halves of"):
         assert any("\ufffd" in document for document in documents("recall:hf:name"))
     train, held = tokenize_split(pieces("hf:name"), tokenizer, tmp_path / "pair", heldout_sequence_length=4)
     assert "".join(map(tokenizer.decode, (train.tokens, held.tokens))).count("<|end|>") == 4
@@ -117,7 +117,7 @@ def test_hidden_files_of_a_folder_are_left_out(tmp_path):
     assert list(documents(str(tmp_path))) == ["a.txt", "sub/b.md"]
     assert list(documents(str(tmp_path / "sub" / ".c"))) == ["sub/.c/d.md"]  # named, so meant
     assert list(documents(str(tmp_path / "sub" / ".hidden.md"))) == ["sub/.hidden.md"]
-    with pytest.raises(ValueError, match="holds no file"):
+    with pytest.raises(ValueError, match="has no text file"):
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "._b.txt").write_bytes(b"\xb0")
         list(documents(str(tmp_path / "other")))
@@ -158,9 +158,9 @@ def test_wrong_sources_are_named(tmp_path, tokenizer):
 
 def test_files_of_unknown_kinds_are_refused_unless_a_folder_has_others(tmp_path):
     (tmp_path / "a.rst").write_text("a text")
-    with pytest.raises(ValueError, match=r"a\.rst' is not a kind .* known are \.txt, \.md"):
+    with pytest.raises(ValueError, match=r"a\.rst' is not a text file; text files end in \.txt, \.md"):
         list(documents(str(tmp_path / "a.rst")))
-    with pytest.raises(ValueError, match=r"holds no file .* known are \.txt, \.md"):
+    with pytest.raises(ValueError, match=r"has no text file; text files end in \.txt, \.md"):
         list(documents(str(tmp_path)))
     (tmp_path / "folder.txt").mkdir()
     (tmp_path / "b.md").write_text("b text")
@@ -260,7 +260,7 @@ def plainly(texts, tokenizer, limit, room=None):
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("limit", [None, 1, 5000])
 def test_any_number_of_processes_makes_the_same_file(tmp_path, monkeypatch, processes, limit):
-    monkeypatch.setattr(encoding, "HERE", 1)
+    monkeypatch.setattr(encoding, "PIECES_BEFORE_WORKERS", 1)
     monkeypatch.setattr(token_files, "MAX_SKIPPED_DOCUMENTS", 40)
     tokenizer, draw = framed_tokenizer(), random.Random(0)
     texts = ["".join(draw.choices("ab cXdé<|turn|>", k=draw.choice([1, 9, 90, 3000]))) + "." for _ in range(300)]
@@ -299,14 +299,14 @@ def test_recall_made_in_processes_is_the_same(tmp_path, tokenizer, monkeypatch, 
     monkeypatch.setattr(sources, "python_docs", lambda: (f"Topic {n}. " + "One. Two! Three? " * n for n in range(60)))
     monkeypatch.setattr(sources, "COUNT", 200)
     monkeypatch.setattr(sources, "PIECE", 1000)
-    monkeypatch.setattr(encoding, "HERE", 1)
+    monkeypatch.setattr(encoding, "PIECES_BEFORE_WORKERS", 1)
     file = tokenize(pieces(source), tokenizer, tmp_path / "tokens", processes=2)
     expected = plainly(documents(source), tokenizer, None)[0]
     assert (file.tokens.tolist(), file.bounds.tolist()) == expected and len(file.bounds) > 100
 
 
 def test_processes_import_neither_torch_nor_the_script(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(encoding, "HERE", 0)
+    monkeypatch.setattr(encoding, "PIECES_BEFORE_WORKERS", 0)
     asks = Piece(eval, ("[('here', ' '.join(__import__('sys').modules))]",))
     names = tokenizer.decode(tokenize([asks], tokenizer, tmp_path / "tokens", processes=2).tokens[:-1]).split()
     assert "deltify.data.encoding" in names
@@ -315,7 +315,7 @@ def test_processes_import_neither_torch_nor_the_script(tmp_path, tokenizer, monk
 
 def test_errors_come_as_they_are_and_after_the_documents_before_them(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(sources, "PIECE", 200)
-    monkeypatch.setattr(encoding, "HERE", 1)
+    monkeypatch.setattr(encoding, "PIECES_BEFORE_WORKERS", 1)
     error = OSError("the line is dead")
 
     def broken():
@@ -331,7 +331,7 @@ def test_errors_come_as_they_are_and_after_the_documents_before_them(tmp_path, t
         tokenize(pieces(str(path)), tokenizer, tmp_path / "b", processes=2)
     for name, texts in (("c", broken()), ("d", pieces(str(path)))):  # nothing is wrong before it is needed
         assert len(tokenize(texts, tokenizer, tmp_path / name, max_tokens=99 * 9, processes=2)) >= 99 * 9
-    with pytest.raises(RuntimeError, match="a process that tokenizes ended with status 3"):
+    with pytest.raises(RuntimeError, match="a worker process for tokenization ended with status 3"):
         tokenize(["a" * 300, Piece(exec, ("import os; os._exit(3)",))], tokenizer, tmp_path / "e", processes=2)
     with pytest.raises(RuntimeError, match="ArithmeticError: "):  # one that cannot be sent
         code = "raise type('Local', (ArithmeticError,), {'__name__': 'ArithmeticError'})('odd')"
@@ -341,7 +341,7 @@ def test_errors_come_as_they_are_and_after_the_documents_before_them(tmp_path, t
 
 def test_an_interrupt_ends_the_processes(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(sources, "PIECE", 200)
-    monkeypatch.setattr(encoding, "HERE", 0)
+    monkeypatch.setattr(encoding, "PIECES_BEFORE_WORKERS", 0)
     started = []
     monkeypatch.setattr(encoding.Processes, "__enter__", lambda self: started.append(self) or self)
 

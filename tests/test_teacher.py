@@ -194,7 +194,7 @@ def test_the_models_own_end_takes_the_place_of_one_without_a_row(tmp_path):
     assert load_teacher(str(tmp_path)).tokenizer.eos_token == "</s>"
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
-    with pytest.raises(ValueError, match=r"end-of-sequence token of .*'<\|im_end\|>', has no row"):
+    with pytest.raises(ValueError, match=r"end-of-sequence token of .*'<\|im_end\|>', has no embedding"):
         load_teacher(str(tmp_path))
 
 
