@@ -259,16 +259,16 @@ def test_a_cache_of_another_kind_is_refused_unless_it_is_empty(ids):
     model(ids, past_key_values=cache)
     longer = torch.cat([ids, ids[:, :3]], 1)
     for given in (cache, StaticCache(config=config_of("FFF"), max_cache_len=40)):
-        with pytest.raises(ValueError, match="which generate would not go on from"):
+        with pytest.raises(ValueError, match="which this model cannot continue from"):
             model.generate(longer, max_new_tokens=2, past_key_values=given, **GREEDY)
 
 
 def test_what_takes_tokens_back_is_refused_by_name(model, ids):
     row, options = ids[:1], {"max_new_tokens": 2} | GREEDY
     for name, value in (("prompt_lookup_num_tokens", 2), ("assistant_model", model), ("assistant_early_exit", 1)):
-        with pytest.raises(ValueError, match=r"assisted_generation takes tokens back.*cannot be rolled back"):
+        with pytest.raises(ValueError, match=r"assisted_generation discards tokens.*cannot be rolled back"):
             model.generate(row, **{name: value}, **options)
-    with pytest.raises(ValueError, match=r"contrastive_search takes tokens back.*cannot be rolled back"):
+    with pytest.raises(ValueError, match=r"contrastive_search discards tokens.*cannot be rolled back"):
         model.generate(row, penalty_alpha=0.6, top_k=4, trust_remote_code=True, **options)
     cache = model(row, use_cache=True).past_key_values
     for call in (cache.activate_past_recording, lambda: cache.crop(-1), lambda: cache.crop(0)):
@@ -350,14 +350,14 @@ def test_generation_over_pieces_that_are_padding_for_some_rows(model, ids):
     assert torch.equal(want[0, 21:], alone[0, 8:])
     for size in (1, 2, 3, 6):
         assert torch.equal(model.generate(ids, prefill_chunk_size=size, **options), want)
-    with pytest.raises(ValueError, match="prefill_chunk_size beside padding on the right"):
+    with pytest.raises(ValueError, match="prefill_chunk_size with padding on the right"):
         model.generate(ids, prefill_chunk_size=6, **(options | {"attention_mask": mask.flip(1)}))
 
 
 def test_masks_positions_and_caches_of_other_rows_are_named(model, ids):
-    with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 21\]; give \[2, 21\]"):
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 21\]; it must be \[2, 21\]"):
         model(ids, attention_mask=torch.ones(1, 21))
-    with pytest.raises(ValueError, match=r"attention_mask has shape \[2, 20\]; give \[2, 21\]"):
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[2, 20\]; it must be \[2, 21\]"):
         model(ids, attention_mask=torch.ones(2, 20))
     for shape in ([21], [2, 20], [3, 21], [3, 2, 21]):
         with pytest.raises(ValueError, match="position_ids has shape"):
@@ -365,7 +365,7 @@ def test_masks_positions_and_caches_of_other_rows_are_named(model, ids):
     with pytest.raises(ValueError, match=r"the input has shape \[2, 0, 64\], without a token"):
         model(ids[:, :0])
     cache = model(ids[:1], use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=r"past_key_values holds 1 rows, the input 2; repeat its rows"):
+    with pytest.raises(ValueError, match=r"past_key_values has 1 sequences, the input 2\. Repeat sequences"):
         model(ids, past_key_values=cache)
     model.train()
     model.gradient_checkpointing_enable()

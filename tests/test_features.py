@@ -88,7 +88,7 @@ def test_several_answers_go_on_from_one_state(beams):
     torch.manual_seed(1)
     want = alone(model, torch.cat([text, question], 1), **options, use_cache=False)[:, 35:]
     state = read(model, text[0])
-    with pytest.raises(ValueError, match="past_key_values holds 1 rows, the input 3; repeat its rows"):
+    with pytest.raises(ValueError, match="past_key_values has 1 sequences, the input 3\. Repeat sequences"):
         alone(model, question, **options, past_key_values=state.cache(model))
     cache = state.cache(model)
     cache.batch_repeat_interleave(3)

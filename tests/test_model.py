@@ -256,7 +256,7 @@ def test_bounds_of_several_rows_go_over_all_of_them(small):
         assert torch.allclose(small(ids, **given).logits, want, atol=1e-5)
     places = torch.arange(6).repeat(2)[None]  # of one row, for all
     assert torch.allclose(small(ids, position_ids=places).logits, want, atol=1e-5)
-    with pytest.raises(ValueError, match="lets a document reach into the next row of 12 tokens"):
+    with pytest.raises(ValueError, match="lets a document reach into the next sequence of 12 tokens"):
         small(ids, cu_seqlens=torch.tensor([0, 6, 18, 24]))
 
 
@@ -271,15 +271,15 @@ def test_bounds_that_contradict_or_cannot_be_followed_are_refused(small):
     for bounds in ([0, 9], [1, 24], [0, 12, 9, 24], []):
         with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 24"):
             small(ids, cu_seqlens=torch.tensor(bounds))
-    with pytest.raises(ValueError, match=r"seq_idx has shape \[24\]; give the document of each token, \[1, 24\]"):
+    with pytest.raises(ValueError, match=r"seq_idx has shape \[24\]; it must be the document of each token, \[1, 24\]"):
         small(ids, seq_idx=NUMBERS[0])
     mask = torch.tensor([[0] * 3 + [1] * 21])
-    with pytest.raises(ValueError, match="beside an attention_mask with padding"):
+    with pytest.raises(ValueError, match="with an attention_mask with padding"):
         small(ids, cu_seqlens=OFFSETS, attention_mask=mask)
     for given in ({"cu_seqlens": OFFSETS}, {"seq_idx": NUMBERS}):
-        with pytest.raises(ValueError, match="packed documents cannot go on from a cache"):
+        with pytest.raises(ValueError, match="packed documents cannot continue from a cache"):
             small(ids, past_key_values=DeltifyCache(config=small.config), **given)
-    with pytest.raises(ValueError, match="packed documents cannot go on from a cache"):
+    with pytest.raises(ValueError, match="packed documents cannot continue from a cache"):
         small.generate(ids, cu_seq_lens_q=OFFSETS, max_new_tokens=2, pad_token_id=0)
 
 

@@ -229,5 +229,5 @@ def test_wrong_windows_and_masks_are_named(ids):
         tiny("SSS", sliding_window=0)
     with pytest.raises(ValueError, match="sink_tokens=-1 must be at least 0"):
         tiny("SSS", sink_tokens=-1)
-    with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 1, 90, 90\]; KDA and sliding layers take"):
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 1, 90, 90\]; KDA and sliding layers need"):
         tiny("SSF")(ids, attention_mask=torch.ones(1, 1, 90, 90))

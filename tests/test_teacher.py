@@ -154,7 +154,7 @@ def test_fp8_weights_are_dequantized(tmp_path):
 def test_codes_without_their_scales_are_refused(tmp_path):
     folder = save(random_teacher("llama", **WIDE), tmp_path)
     quantize_to_fp8(tmp_path, scales=False)
-    with pytest.raises(ValueError, match=r"holds codes of quantized weights: model\.layers\.0\.mlp\.down_proj\.weight"):
+    with pytest.raises(ValueError, match=r"has quantized weights: model\.layers\.0\.mlp\.down_proj\.weight"):
         load_teacher(folder)
 
 

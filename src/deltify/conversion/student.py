@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..data.batches import Batch
 from ..model import ArceeKDAConfig, DeltifyConfig, DeltifyForCausalLM
-from ..model.generation import followed_settings
+from ..model.generation import supported_settings
 from .calibration import calibrate
 from .teacher import Teacher, freeze
 
@@ -109,7 +109,7 @@ def sliding_control(teacher: Teacher, window: int = 64, sinks: int = 4) -> Delti
     control.tie_weights()
     # its buffers are not in the state dict
     control.model.rotary_emb = LlamaRotaryEmbedding(config).to(teacher.model.device)
-    control.generation_config, _ = followed_settings(teacher.model.generation_config)
+    control.generation_config, _ = supported_settings(teacher.model.generation_config)
     freeze(control)
     return control
 
@@ -226,7 +226,7 @@ def convert(
     if init.startswith("calibrated"):
         constant = init == "calibrated-constant"
         calibrate(teacher, student, calibration, log, constant=constant, long_memory_heads=long_memory_heads)
-    student.generation_config, dropped = followed_settings(teacher.model.generation_config)
+    student.generation_config, dropped = supported_settings(teacher.model.generation_config)
     if dropped:
         log(f"the teacher's generation settings {', '.join(dropped)} are dropped: a student does not support them")
     return student

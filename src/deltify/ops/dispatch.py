@@ -38,7 +38,7 @@ def kda(
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Output and final state of Kimi Delta Attention (arXiv 2510.26692, section 3), from raw inputs.
+    """Return output and final state of Kimi Delta Attention (arXiv 2510.26692, section 3), from raw inputs.
 
     Per head, with q and k L2-normalised, g the log-decay, beta = sigmoid(b) and S [K, V] the state::
 
@@ -48,24 +48,27 @@ def kda(
         o_t = scale * S^T q_t
 
     Args:
-        q, k: [B, T, H, K], after convolution and SiLU, not yet normalised.
-        v: [B, T, H, V].
-        f: [B, T, H, K], gate logits.
-        b: [B, T, H], beta logits.
-        A_log: [H], float32. g = -exp(A_log) softplus(f + dt_bias).
-        dt_bias: [H * K], float32.
-        state: [N, H, K, V], float32 (float64 if v is), N = B or the number of documents; zeros if absent.
-        cu_seqlens: document bounds of a packed row, [documents + 1] int32, from 0 to T; then B = 1. An empty document
-            keeps its state, as all do where T = 0.
-        lower_bound: in [-5, 0); selects g = lower_bound * sigmoid(exp(A_log) (f + dt_bias)) instead.
-        scale: of the output, K^-1/2 if absent.
+        q: Queries [B, T, H, K], after convolution and SiLU, not normalised.
+        k: Keys [B, T, H, K], likewise.
+        v: Values [B, T, H, V].
+        f: Decay logits [B, T, H, K].
+        b: Beta logits [B, T, H].
+        A_log: Logarithm of the decay rate, [H], float32. g = -exp(A_log) softplus(f + dt_bias).
+        dt_bias: Bias of the decay logits, [H * K], float32.
+        state: Initial states [N, H, K, V], float32 (float64 if v is). N is B or the number of documents. Defaults to
+            zeros.
+        cu_seqlens: Bounds of the documents of one packed sequence (B = 1), [documents + 1] int32, from 0 to T. An empty
+            document keeps its state, as do all where T = 0.
+        lower_bound: Lower bound of the log-decay, in [-5, 0). It selects g = lower_bound * sigmoid(exp(A_log)
+            (f + dt_bias)) instead.
+        scale: Factor of the output. Defaults to K^-1/2.
         backend: "auto", "triton" (kernels for NVIDIA GPUs), "chunked" or "reference".
 
     Returns:
         (o, state): [B, T, H, V] in v's dtype, and [N, H, K, V] in the state's dtype.
 
     Raises:
-        ValueError: for a shape, bound or backend that does not fit; the message names it.
+        ValueError: If a shape, a bound or the backend does not fit.
     """
     check_arguments(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound)
     if not q.shape[1]:
@@ -76,18 +79,19 @@ def kda(
     if backend == "auto":
         backend = "chunked" if refused(q, v, gradients) else "triton"
     elif backend == "triton" and (reason := refused(q, v, gradients)):
-        raise ValueError(f"backend='triton' cannot run this: {reason}; choose 'auto' or 'chunked'")
+        raise ValueError(f"backend='triton' cannot run this: {reason}. Choose 'auto' or 'chunked'")
     if backend == "triton":
         if torch.compiler.is_compiling():
             return torch.ops.deltify.kda(*inputs, cu_seqlens, lower_bound, scale)[:2]
         return triton_kernels().kda_triton(*inputs, cu_seqlens, lower_bound, scale)
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; choose one of {['auto', 'triton', *BACKENDS]}")
+        raise ValueError(f"backend={backend!r} is unknown; choose from {['auto', 'triton', *BACKENDS]}")
     state = new_state(q, v, cu_seqlens) if state is None else state
     return BACKENDS[backend](q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale)
 
 
 def new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return initial states of zeros."""
     documents = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     dtype = torch.promote_types(v.dtype, torch.float32)
     return torch.zeros(documents, *q.shape[2:], v.shape[-1], dtype=dtype, device=v.device)
@@ -95,7 +99,7 @@ def new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 @functools.cache
 def triton_kernels() -> ModuleType | None:
-    """The GPU kernels, or None where Triton is not installed."""
+    """Return the GPU kernels, or None if Triton is not installed."""
     try:
         return importlib.import_module("deltify.ops.triton")
     except ImportError:
@@ -103,14 +107,17 @@ def triton_kernels() -> ModuleType | None:
 
 
 def refused(q: Tensor, v: Tensor, gradients: bool) -> str | None:
-    """Why the GPU kernels cannot take these inputs, or None; on a GPU said once."""
+    """Return why the GPU kernels cannot take these inputs, or None. On a GPU the reason is logged once."""
     return refusal(q.device.type, q.device.index or 0, q.dtype, v.dtype, q.shape[-1], v.shape[-1], gradients)
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks, and looks no further
-def refusal(place: str, index: int, dtype: torch.dtype, v_dtype: torch.dtype, K: int, V: int, gradients: bool):
-    if place != "cuda":
-        return f"the inputs are on {place}, not on an NVIDIA GPU"
+@torch.compiler.assume_constant_result  # torch.compile calls it and does not trace into it
+def refusal(
+    device_type: str, index: int, dtype: torch.dtype, v_dtype: torch.dtype, K: int, V: int, gradients: bool
+) -> str | None:
+    """Return why the GPU kernels cannot take inputs of these types and sizes, or None."""
+    if device_type != "cuda":
+        return f"the inputs are on {device_type}, not on an NVIDIA GPU"
     kernels = triton_kernels()
     unfit = "Triton is not installed" if kernels is None else kernels.refusal(index, dtype, v_dtype, K, V, gradients)
     if unfit:
@@ -120,6 +127,7 @@ def refusal(place: str, index: int, dtype: torch.dtype, v_dtype: torch.dtype, K:
 
 @functools.cache
 def notice(text: str) -> None:
+    """Log a warning once."""
     logger.warning(text)
 
 
@@ -138,17 +146,23 @@ def kda_layer_step(
     norm_eps: float,
     lower_bound: float | None = None,
 ) -> Tensor:
-    """A KDA layer for one token, from its input projections to what o_proj reads, [B, H * V]; on a GPU in one launch.
+    """Return the input of `o_proj`, [B, H * V], for one token of a KDA layer; on a GPU in one launch.
 
     Both states are updated in place. For use under `torch.no_grad()`.
 
     Args:
-        x: [B, 2 H K + H V], the projections to q, k and v side by side, before the convolutions.
-        conv_state: [B, 2 H K + H V, taps - 1], their last inputs.
-        taps: [2 H K + H V, 1, taps].
-        f: [B, H * K], gate logits. b: [B, H], beta logits. gate: [B, H * V], logits of the output gate.
-        norm_weight: [V], of the gated RMSNorm, whose epsilon is `norm_eps`.
-        state: [B, H, K, V], float32. The rest as in `kda`.
+        x: Projections to q, k and v side by side, before the convolutions, [B, 2 H K + H V].
+        conv_state: Last inputs of the convolutions, [B, 2 H K + H V, taps - 1].
+        taps: Taps of the convolutions, [2 H K + H V, 1, taps].
+        f: Decay logits [B, H * K].
+        b: Beta logits [B, H].
+        gate: Logits of the output gate, [B, H * V].
+        A_log: As in `kda`.
+        dt_bias: As in `kda`.
+        norm_weight: Weight of the gated RMSNorm, [V].
+        state: Recurrent states [B, H, K, V], float32.
+        norm_eps: Epsilon of the gated RMSNorm.
+        lower_bound: As in `kda`.
     """
     K, V = state.shape[2:]
     step = layer_step_torch
@@ -166,23 +180,23 @@ def kda_layer_step(
 def short_conv_split(
     x: Tensor, taps: Tensor, parts: int, *, state: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """`short_conv` of inputs that lie side by side, each part's outputs apart; on a GPU in one launch.
+    """Apply `short_conv` to concatenated inputs and return a tensor for each part; on a GPU in one launch.
 
     Args:
-        x: inputs, [B, T, D]; B = 1 with `cu_seqlens`.
-        taps: [D, 1, W], no bias; the kernels take W = 4, as many as three parts, and use them in float32.
-        parts: how many of equal width there are; a divisor of D.
-        state: the W - 1 inputs before each document, [N, D, W - 1]; zeros if absent.
-        cu_seqlens: document bounds of a packed row, [N + 1] int32; empty documents keep their state.
+        x: Inputs [B, T, D] of all parts side by side. B = 1 with `cu_seqlens`.
+        taps: Taps [D, 1, W], without bias. The GPU kernels support W = 4 and up to three parts, and use float32 taps.
+        parts: Number of parts of equal width.
+        state: The W - 1 inputs before each document, [N, D, W - 1]. Defaults to zeros.
+        cu_seqlens: Bounds of the documents of a packed sequence, [N + 1] int32. Empty documents keep their state.
 
     Returns:
         (parts, state): contiguous tensors [B, T, D / parts], and [N, D, W - 1], in x's dtype.
 
     Raises:
-        ValueError: if D is not a multiple of `parts`.
+        ValueError: If D is not a multiple of `parts`.
     """
     if x.shape[-1] % parts:
-        raise ValueError(f"x has {x.shape[-1]} channels, which are not {parts} parts of equal width")
+        raise ValueError(f"x has {x.shape[-1]} channels, which cannot be divided into {parts} equal parts")
     kernels = layer_kernels(x, taps, x if state is None else state)
     if kernels is None or taps.shape[-1] != kernels.TAPS or parts > kernels.MAX_PARTS:
         return short_conv_split_torch(x, taps, parts, state, cu_seqlens)
@@ -191,10 +205,13 @@ def short_conv_split(
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * RMSNorm(x) * sigmoid(gate) over the last dimension, computed in float32, in x's dtype.
+    """Return weight * RMSNorm(x) * sigmoid(gate) over the last dimension, computed in float32, in x's dtype.
 
     Args:
-        x, gate: [..., V]. weight: [V].
+        x: Inputs [..., V].
+        gate: Logits of the gate, [..., V].
+        weight: Weight [V].
+        eps: Added to the mean square.
     """
     kernels = layer_kernels(x, gate, weight)
     if kernels is None or x.shape[-1] > kernels.MAX_WIDTH:
@@ -204,13 +221,17 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * RMSNorm(x) over the last dimension; what the weight meets is computed in float32 and in x's dtype.
+    """Return weight * RMSNorm(x) over the last dimension.
+
+    RMSNorm(x) is computed in float32 and rounded to x's dtype before the product with the weight.
 
     Args:
-        x: [..., D]. weight: [D].
+        x: Inputs [..., D].
+        weight: Weight [D].
+        eps: Added to the mean square.
 
     Returns:
-        [..., D], in the dtype that x's and the weight's promote to.
+        [..., D], in the dtype to which those of x and the weight promote.
     """
     kernels = layer_kernels(x, weight)
     if kernels is None or x.shape[-1] > kernels.MAX_WIDTH:
@@ -222,7 +243,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def layer_kernels(*tensors: Tensor) -> ModuleType | None:
-    """The GPU kernels around the operator, if they take these tensors; torch.compile fuses the PyTorch forms itself."""
+    """Return the GPU kernels for convolutions and norms if they support these tensors, else None.
+
+    Under torch.compile it is None: the compiler fuses the PyTorch code itself.
+    """
     if any(not x.is_cuda or x.dtype not in LAYER_DTYPES for x in tensors) or not tensors[0].numel():
         return None
     if torch.compiler.is_compiling() or (kernels := triton_kernels()) is None:
@@ -234,9 +258,13 @@ def layer_kernels(*tensors: Tensor) -> ModuleType | None:
 
 
 def check_arguments(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound) -> None:
-    """Raises ValueError, naming the argument, what was found and what is allowed."""
+    """Check shapes and bounds of the arguments of `kda`.
+
+    Raises:
+        ValueError: If one does not fit.
+    """
     if q.dim() != 4 or 0 in q.shape[:1] + q.shape[2:]:
-        raise ValueError(f"q has shape {tuple(q.shape)}; [B, T, H, K] with no empty dimension but T is needed")
+        raise ValueError(f"q has shape {tuple(q.shape)}; it must be [B, T, H, K], and only T may be 0")
     batch, tokens, heads, width = q.shape
     value_width = v.shape[-1]
     documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
@@ -253,13 +281,13 @@ def check_arguments(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_boun
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with q {tuple(q.shape)} it must be {shape}")
     if lower_bound is not None and not -5 <= lower_bound < 0:
-        raise ValueError(f"lower_bound={lower_bound} is not in [-5, 0); leave it out for the softplus gate")
+        raise ValueError(f"lower_bound={lower_bound} is not in [-5, 0). Leave it out for the softplus gate")
     if cu_seqlens is None:
         return
     if batch != 1:
-        raise ValueError(f"cu_seqlens needs one packed row, but q has {batch} rows; flatten them first")
+        raise ValueError(f"cu_seqlens needs one packed sequence, but q has {batch}. Flatten them first")
     if cu_seqlens.is_cuda:
-        return  # to look at them would wait for the GPU; the kernels stay within T whatever they are
+        return  # reading them would wait for the GPU; the kernels stay within T for any bounds
     bounds = cu_seqlens.tolist()
     if bounds[:1] != [0] or bounds[-1] != tokens or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"cu_seqlens={bounds} must rise from 0 to T={tokens}")
