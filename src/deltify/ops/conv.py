@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reference import count_documents
+
 
 def short_conv(
     x_BTD: Tensor, weight_D1W: Tensor, *, state: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -24,7 +26,7 @@ def short_conv(
     """
     batch, tokens, width = x_BTD.shape
     past = weight_D1W.shape[-1] - 1
-    documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    documents = count_documents(batch, cu_seqlens)
     before = x_BTD.new_zeros(documents, past, width) if state is None else state.transpose(1, 2).to(x_BTD.dtype)
     if cu_seqlens is None:
         padded = torch.cat([before, x_BTD], dim=1)

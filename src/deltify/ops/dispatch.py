@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .chunked import kda_chunked
 from .conv import short_conv_split_torch
+from .reference import count_documents, kda_reference
 from .reference import gated_rms_norm as gated_rms_norm_torch
-from .reference import kda_reference
 from .step import layer_step_torch
 
 BACKENDS = {"reference": kda_reference, "chunked": kda_chunked}
@@ -92,7 +92,7 @@ def kda(
 
 def new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Return initial states of zeros."""
-    documents = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    documents = count_documents(q.shape[0], cu_seqlens)
     dtype = torch.promote_types(v.dtype, torch.float32)
     return torch.zeros(documents, *q.shape[2:], v.shape[-1], dtype=dtype, device=v.device)
 
@@ -267,7 +267,7 @@ def check_arguments(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_boun
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be [B, T, H, K], and only T may be 0")
     batch, tokens, heads, width = q.shape
     value_width = v.shape[-1]
-    documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    documents = count_documents(batch, cu_seqlens)
     expected = {
         "k": (k, (batch, tokens, heads, width)),
         "v": (v, (batch, tokens, heads, value_width)),

@@ -65,6 +65,11 @@ def kda_reference(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound,
     return out.to(v.dtype), torch.stack(states)
 
 
+def count_documents(batch: int, cu_seqlens: Tensor | None) -> int:
+    """Return the number of documents, each of which has a state."""
+    return batch if cu_seqlens is None else len(cu_seqlens) - 1
+
+
 def document_spans(batch: int, tokens: int, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:
     """Return (sequence, first token, end) of every document, in the order of the states."""
     if cu_seqlens is None:
