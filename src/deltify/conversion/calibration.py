@@ -24,7 +24,7 @@ CANDIDATES = (
     *((0.5, 0.03, 1), (0.3, 0.1, 1), (0.2, 0.3, 1)),
 )
 Memory = tuple[float, float, int]  # beta, half-life as a fraction of the mean distance, lag in tokens
-LONG_BETA, LONG_HALF_LIFE = 0.1, 4096.0  # of heads with a long memory; docs/recipe.md, section Memory
+LONG_BETA, LONG_HALF_LIFE = 0.1, 4096.0  # of heads with a long memory; docs/log/recall.md
 CHOICE_TOKENS = 2048  # number of tokens on which the candidates are compared
 CONV_TAP = 0.03  # SiLU is nearly linear here; 0.3 and 0.1 give a worse initialisation, 0.01 no better one
 CONSTANT = 3.0  # size of the constant channel of a head's values, relative to the norm of all its channels
@@ -44,8 +44,8 @@ def calibrate(
 ) -> None:
     """Initialise every KDA layer of the student so that it resembles the attention layer it replaces.
 
-    Each layer is fitted to the inputs and outputs of the teacher's layer. docs/recipe.md measures what each part
-    contributes.
+    Each layer is fitted to the inputs and outputs of the teacher's layer. docs/explanation/calibration.md shows what
+    each part contributes.
 
     - Output gate: a linear prediction of the norm of each head's output, which `o_norm` removes.
     - Memory: each head gets the one of `CANDIDATES` that predicts the teacher head's output best. `long_memory_heads`

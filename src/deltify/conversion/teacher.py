@@ -60,7 +60,7 @@ class Family:
         return [bool(flag) for flag in getattr(config, self.rope_layers)]
 
 
-# by model type; docs/model.md has the table for users
+# by model type; docs/reference/models.md has the table for users
 FAMILIES = {
     "llama": Family(),
     "arcee": Family(mlp_gated=False, student="arcee_kda"),

@@ -5,7 +5,7 @@ needle tasks (evaluation/needles.py): keys are made-up names. Other facts lie be
 
 `recall:SOURCE` scatters facts and questions over the documents of another text and repeats some of its sentences. A
 teacher with attention predicts every token of a repeated sentence, so that every token teaches the student what to
-keep. docs/recipe.md has the measurements.
+keep. docs/log/recall.md has the measurements.
 """
 
 import random

@@ -14,7 +14,7 @@ Notation per chunk (n = chunks x heads; state S is [K, V]; q and k normalised, q
     P = lower(q k^T decayed)          M = strictly lower(k k^T decayed)      T = (I + beta M)^-1
     x = v - (k e^G) S                 u = T (beta x)                         o = (q e^G) S + P u
     S' = e^{G_C} S + (k e^{G_C - G})^T u
-Kimi Linear, arXiv 2510.26692, section 3; the halving is explained in docs/operator.md.
+Kimi Linear, arXiv 2510.26692, section 3; the halving is explained in docs/explanation/operator.md.
 
 Legend: B batch, T tokens, H heads, K key width, V value width, C chunk, N documents, n chunks x heads.
 """

@@ -122,7 +122,6 @@ def check_manifest(folder: Path, *, digests: bool = True) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text)
     unfinished.replace(path)

@@ -5,7 +5,7 @@ are written in the order in which the scan reads them.
 
 No factor exceeds the range of its type, for any log-decay. A span of 2h tokens is anchored at its middle. Where its
 decay is too strong for one anchor, the anchor serves only the pairs across the middle, whose factors are at most 1, and
-each half gets an anchor of its own. docs/kernels.md explains this.
+each half gets an anchor of its own. docs/explanation/kernels.md explains this.
 
 Legend: B batch, T tokens, H heads, K key width, V value width, C tokens of a chunk, N documents (sequences, or packed).
 """
