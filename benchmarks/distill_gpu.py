@@ -24,8 +24,8 @@ from common import eager_seconds, keep, row, write
 from deltify.config import Stage
 from deltify.conversion.student import layer_kinds, model_class, student_config
 from deltify.conversion.teacher import FAMILIES, Teacher, freeze
-from deltify.data.token_files import Batch
-from deltify.model.mixers import library_gates
+from deltify.data.batches import Batch
+from deltify.model.mixers import init_gates
 from deltify.training.cuda_graphs import GraphedStep
 from deltify.training.estimate import product_flops
 from deltify.training.losses import linear_kl
@@ -128,7 +128,7 @@ def pair(shape: str, stage: str) -> tuple[Teacher, torch.nn.Module]:
             for parameter in layer.self_attn.parameters():
                 torch.nn.init.normal_(parameter, std=0.02)
             with torch.no_grad():
-                library_gates(layer.self_attn)
+                init_gates(layer.self_attn)
     return teacher, student.train()
 
 

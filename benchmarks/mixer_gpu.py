@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import eager_seconds, keep, row, write
 
 from deltify.model import ArceeKDAConfig
-from deltify.model.mixers import DeltifyKDA, library_gates
+from deltify.model.mixers import DeltifyKDA, init_gates
 
 try:
     from fla.layers import KimiDeltaAttention
@@ -29,7 +29,7 @@ def ours() -> DeltifyKDA:
     )
     mixer = DeltifyKDA(config, 0)
     with torch.no_grad():
-        library_gates(mixer)
+        init_gates(mixer)
     mixer.to("cuda", torch.bfloat16)
     for name in ("A_log", "dt_bias"):
         getattr(mixer, name).data = getattr(mixer, name).data.float()

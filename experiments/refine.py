@@ -28,7 +28,7 @@ from deltify.data.sources import documents
 from deltify.evaluation.needles import NeedleMaker, ask_needles, summarise
 from deltify.evaluation.positions import by_position, device_name, token_scores
 from deltify.inference.sample import sample
-from deltify.utils.files import make_once, write_text
+from deltify.utils.files import create_once, write_text
 from deltify.utils.tokens import token_ids
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +81,7 @@ def train(arm: str, options: argparse.Namespace) -> Path:
 def write(model: str, source: str, folder: Path, count: int, batch: int) -> Path:
     """A folder of what a model writes, made once."""
     settings = {"count": count, "prompt_tokens": BEGINNING, "batch": batch}
-    make_once(folder, lambda unfinished: sample(model, source, unfinished / "text.jsonl", **settings))
+    create_once(folder, lambda unfinished: sample(model, source, unfinished / "text.jsonl", **settings))
     return folder
 
 

@@ -22,7 +22,8 @@ from deltify.config import Recipe, Stage
 from deltify.conversion import teacher as teacher_module
 from deltify.conversion.student import convert
 from deltify.conversion.teacher import random_teacher
-from deltify.data.token_files import Mix, TokenFile
+from deltify.data.batches import MixedBatches
+from deltify.data.token_files import TokenFile
 from deltify.training import distributed
 from deltify.training.runner import Loop
 
@@ -42,7 +43,7 @@ def steps(name: str, how: str, out: Path) -> None:
     recipe = replace(Recipe("steps", output=str(out.parent / f"{out.stem}-run")), **{name: stage})
     tokens = torch.randint(0, 250, (4000,), generator=torch.Generator().manual_seed(1)).numpy()
     bounds = torch.arange(0, 4001, 50).numpy()
-    mix = Mix([TokenFile(tokens, bounds, "")], [1.0], stage.sequence_length, stage.batch_size, 0)
+    mix = MixedBatches([TokenFile(tokens, bounds, "")], [1.0], stage.sequence_length, stage.batch_size, 0)
     quiet = SimpleNamespace(cut=lambda *_: None, write=lambda **_: None)
     with distributed.process_group(torch.device("cpu")):
         sharded = how == "shard"

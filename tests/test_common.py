@@ -1,4 +1,4 @@
-"""What transformers' own common model and generation tests check (its wheel does not carry them), for our class."""
+"""The checks of transformers' common model and generation tests, which its wheel does not contain."""
 
 import copy
 
@@ -64,10 +64,10 @@ def test_a_configuration_survives_json_and_copies(cls, tmp_path):
     assert cls().model_type == cls.model_type  # without arguments, too
 
 
-def test_a_fresh_model_lies_within_its_range(config):
+def test_a_new_model_is_initialised_within_its_range(config):
     config.initializer_range = 1e-10
     for name, p in DeltifyForCausalLM(config).named_parameters():
-        if not name.endswith(("A_log", "dt_bias")):  # the gates have a start of their own
+        if not name.endswith(("A_log", "dt_bias")):  # the gates are initialised differently
             assert round(float(p.detach().mean()), 6) in (0.0, 1.0), name
     config.initializer_range = 0.02
     again = DeltifyForCausalLM(config)
@@ -189,7 +189,7 @@ def test_gradients_are_equal_with_checkpointing_of_either_kind(model, ids, reent
 
     def gradients():
         model.zero_grad()
-        model(ids, labels=ids).loss.backward()  # use_cache is config's: checkpointing turns it off
+        model(ids, labels=ids).loss.backward()  # use_cache is the configuration's, and checkpointing turns it off
         return [p.grad.clone() for p in model.parameters()]
 
     want = gradients()
@@ -215,7 +215,7 @@ def test_generation_from_ids_embeddings_pieces_and_without_a_cache_is_the_same(m
 
 
 @torch.no_grad()
-def test_generation_goes_on_from_its_cache(model, ids):
+def test_generation_continues_from_its_cache(model, ids):
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
     want = model.generate(ids, attention_mask=mask, max_new_tokens=8, **GREEDY)
@@ -224,7 +224,7 @@ def test_generation_goes_on_from_its_cache(model, ids):
     longer = torch.cat([mask, torch.ones(2, 5, dtype=mask.dtype)], 1)
     options = {"attention_mask": longer, "past_key_values": first.past_key_values, "max_new_tokens": 3}
     assert torch.equal(model.generate(first.sequences, **options, **GREEDY), want)
-    assert model.generate(max_new_tokens=3, **GREEDY).shape == (1, 4)  # from bos_token_id alone
+    assert model.generate(max_new_tokens=3, **GREEDY).shape == (1, 4)  # from bos_token_id only
 
 
 @torch.no_grad()
@@ -259,16 +259,16 @@ def test_a_cache_of_another_kind_is_refused_unless_it_is_empty(ids):
     model(ids, past_key_values=cache)
     longer = torch.cat([ids, ids[:, :3]], 1)
     for given in (cache, StaticCache(config=config_of("FFF"), max_cache_len=40)):
-        with pytest.raises(ValueError, match="which generate would not go on from"):
+        with pytest.raises(ValueError, match="which this model cannot continue from"):
             model.generate(longer, max_new_tokens=2, past_key_values=given, **GREEDY)
 
 
-def test_what_takes_tokens_back_is_refused_by_name(model, ids):
+def test_modes_that_discard_tokens_are_refused_by_name(model, ids):
     row, options = ids[:1], {"max_new_tokens": 2} | GREEDY
     for name, value in (("prompt_lookup_num_tokens", 2), ("assistant_model", model), ("assistant_early_exit", 1)):
-        with pytest.raises(ValueError, match=r"assisted_generation takes tokens back.*cannot be rolled back"):
+        with pytest.raises(ValueError, match=r"assisted_generation discards tokens.*cannot be rolled back"):
             model.generate(row, **{name: value}, **options)
-    with pytest.raises(ValueError, match=r"contrastive_search takes tokens back.*cannot be rolled back"):
+    with pytest.raises(ValueError, match=r"contrastive_search discards tokens.*cannot be rolled back"):
         model.generate(row, penalty_alpha=0.6, top_k=4, trust_remote_code=True, **options)
     cache = model(row, use_cache=True).past_key_values
     for call in (cache.activate_past_recording, lambda: cache.crop(-1), lambda: cache.crop(0)):
@@ -290,7 +290,7 @@ def test_a_student_does_not_draft_and_nothing_is_generated(model, ids):
 
 
 @torch.no_grad()
-def test_a_cache_of_full_attention_alone_can_be_cropped(ids):
+def test_a_cache_of_full_attention_only_can_be_cropped(ids):
     model = DeltifyForCausalLM(config_of("FFF")).eval()
     cache = model(ids, use_cache=True).past_key_values
     cache.crop(-4)
@@ -302,7 +302,7 @@ def test_a_cache_of_full_attention_alone_can_be_cropped(ids):
 
 
 def holes(rows: int, tokens: int) -> torch.Tensor:
-    """A mask with padding on the left, on the right, in between, and two stretches of it in all rows."""
+    """Return a mask with padding on the left, on the right, in between, and twice in all sequences."""
     mask = (torch.rand(rows, tokens) < 0.6).long()
     mask[0], mask[1, :15], mask[1, 15:], mask[2, :9], mask[2, 9:] = 1, 0, 1, 1, 0
     mask[:, :5] = mask[:, 11:15] = 0
@@ -312,7 +312,7 @@ def holes(rows: int, tokens: int) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("step", [1, 2, 4, 21])
 @pytest.mark.parametrize("read_before", [False, True])
-def test_padding_is_read_over_in_pieces_of_any_size(model, step, read_before):
+def test_padding_is_skipped_in_pieces_of_any_size(model, step, read_before):
     ids, mask = torch.randint(2, 97, (4, 21)), holes(4, 21)
     if read_before:
         mask[:, :2] = 1
@@ -336,12 +336,12 @@ def test_a_pass_of_padding_changes_no_state(model, ids):
         mask = torch.cat([torch.ones(2, cache.get_seq_length()), torch.zeros(2, tokens)], 1).long()
         model(ids[:, :tokens], attention_mask=mask, past_key_values=cache)
     for old, new in zip(before.layers, cache.layers):
-        if not isinstance(old, DynamicLayer):  # which keeps the keys of padding, for the mask to hide
+        if not isinstance(old, DynamicLayer):  # it keeps the keys of padding, which the mask hides
             assert all(torch.equal(a, b) for a, b in zip(held(old), held(new), strict=True))
 
 
 @torch.no_grad()
-def test_generation_over_pieces_that_are_padding_for_some_rows(model, ids):
+def test_generation_over_pieces_that_are_padding_for_some_sequences(model, ids):
     mask = torch.ones_like(ids)
     mask[0, :13], mask[1, :4] = 0, 0
     options = {"attention_mask": mask, "max_new_tokens": 8} | GREEDY
@@ -350,14 +350,14 @@ def test_generation_over_pieces_that_are_padding_for_some_rows(model, ids):
     assert torch.equal(want[0, 21:], alone[0, 8:])
     for size in (1, 2, 3, 6):
         assert torch.equal(model.generate(ids, prefill_chunk_size=size, **options), want)
-    with pytest.raises(ValueError, match="prefill_chunk_size beside padding on the right"):
+    with pytest.raises(ValueError, match="prefill_chunk_size with padding on the right"):
         model.generate(ids, prefill_chunk_size=6, **(options | {"attention_mask": mask.flip(1)}))
 
 
-def test_masks_positions_and_caches_of_other_rows_are_named(model, ids):
-    with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 21\]; give \[2, 21\]"):
+def test_masks_positions_and_caches_of_another_batch_size_are_named(model, ids):
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 21\]; it must be \[2, 21\]"):
         model(ids, attention_mask=torch.ones(1, 21))
-    with pytest.raises(ValueError, match=r"attention_mask has shape \[2, 20\]; give \[2, 21\]"):
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[2, 20\]; it must be \[2, 21\]"):
         model(ids, attention_mask=torch.ones(2, 20))
     for shape in ([21], [2, 20], [3, 21], [3, 2, 21]):
         with pytest.raises(ValueError, match="position_ids has shape"):
@@ -365,7 +365,7 @@ def test_masks_positions_and_caches_of_other_rows_are_named(model, ids):
     with pytest.raises(ValueError, match=r"the input has shape \[2, 0, 64\], without a token"):
         model(ids[:, :0])
     cache = model(ids[:1], use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=r"past_key_values holds 1 rows, the input 2; repeat its rows"):
+    with pytest.raises(ValueError, match=r"past_key_values has 1 sequences, the input 2\. Repeat sequences"):
         model(ids, past_key_values=cache)
     model.train()
     model.gradient_checkpointing_enable()
@@ -384,7 +384,7 @@ CHOICES = {
 @torch.no_grad()
 @pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.parametrize("step", [1, 3])
-def test_rows_of_a_cache_go_on_as_each_alone(model, name, step):
+def test_sequences_of_a_cache_continue_as_each_alone(model, name, step):
     ids, more = torch.randint(2, 97, (3, 17)), torch.randint(2, 97, (6, 6))
     lengths = [17, 1, 12]  # in a window, and beyond
     mask = torch.tensor([[0] * (17 - n) + [1] * n for n in lengths])
@@ -393,7 +393,7 @@ def test_rows_of_a_cache_go_on_as_each_alone(model, name, step):
     model(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
     spare = copy.deepcopy(cache)
     change, rows = CHOICES[name]
-    for fresh in (cache, spare):  # the copy is one of its own
+    for fresh in (cache, spare):  # the copy is independent
         change(fresh)
         longer, got = torch.cat([mask[rows], torch.ones(len(rows), 6, dtype=torch.long)], 1), []
         for t in range(17, 23, step):
@@ -406,7 +406,7 @@ def test_rows_of_a_cache_go_on_as_each_alone(model, name, step):
 
 
 @torch.no_grad()
-def test_an_emptied_cache_reads_another_number_of_rows_as_a_new_one_does(model, ids):
+def test_an_emptied_cache_reads_another_batch_size_as_a_new_one_does(model, ids):
     cache = model(ids, use_cache=True).past_key_values
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.rows() is None
@@ -416,7 +416,7 @@ def test_an_emptied_cache_reads_another_number_of_rows_as_a_new_one_does(model, 
 
 
 @torch.no_grad()
-def test_several_answers_are_those_of_each_row_alone(model, ids):
+def test_several_answers_are_those_of_each_sequence_alone(model, ids):
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
     options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 6} | GREEDY
@@ -446,7 +446,7 @@ def test_gradients_through_a_cache_equal_those_of_the_whole_text(model, ids, ste
         assert torch.allclose(got, want, atol=1e-5 * max(1, float(want.abs().max())))
 
 
-def test_a_cache_with_gradients_is_read_on_without_them_and_its_backward_is_whole(model, ids):
+def test_a_cache_with_gradients_continues_without_them_and_its_backward_is_complete(model, ids):
     def gradients(go_on: bool) -> list[torch.Tensor]:
         model.zero_grad()
         cache = DeltifyCache(config=model.config)
@@ -465,7 +465,7 @@ def test_a_cache_with_gradients_is_read_on_without_them_and_its_backward_is_whol
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_a_cache_filled_in_inference_mode_goes_on_outside(model, ids, grad):
+def test_a_cache_filled_in_inference_mode_continues_outside(model, ids, grad):
     want = model(ids).logits.detach()
     for sizes in ([1, 1, 10], [4, 1, 7]):
         with torch.inference_mode():
@@ -502,7 +502,7 @@ def test_the_number_of_items_scales_the_loss(model, ids):
     assert torch.allclose(model(ids, labels=ids, num_items_in_batch=torch.tensor(80)).loss, whole * 40 / 80)
 
 
-def test_a_trainer_predicts_logits_alone(model, ids, tmp_path):
+def test_a_trainer_predicts_logits_only(model, ids, tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in ids.tolist()]
     quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True}
     trainer = Trainer(model, TrainingArguments(tmp_path, per_device_eval_batch_size=2, **quiet))

@@ -1,4 +1,4 @@
-"""The conversion: heads, sources, starts."""
+"""The conversion: layer kinds, copied tensors, initialisation."""
 
 import math
 
@@ -7,22 +7,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from deltify.conversion.student import (
+from deltify.conversion.calibration import (
     CANDIDATES,
     add_constant,
     attention_distances,
     choose_memory,
-    convert,
     fit_output_gate,
-    layer_kinds,
-    lengthened,
-    origins,
-    repeat_heads,
     ridge,
     set_memory,
+    with_long_half_lives,
 )
+from deltify.conversion.student import convert, layer_kinds, origins, repeat_heads
 from deltify.conversion.teacher import family_of, load_teacher, random_teacher
-from deltify.data.token_files import Batch
+from deltify.data.batches import Batch
 from deltify.model import ArceeKDAConfig, DeltifyConfig
 from deltify.training.losses import mixer_loss
 
@@ -77,10 +74,10 @@ def test_copied_tensors_equal_the_teachers(architecture, config):
                 assert torch.equal(keys.view(4, 16, -1)[head], source.view(2, 16, -1)[head // 2])
 
 
-def test_every_tensor_has_an_origin_and_all_numbers_are_counted(teacher):
+def test_every_tensor_has_an_origin_and_all_parameters_are_counted(teacher):
     student = convert(teacher, init="library")
     lines = origins(student, "library")
-    counted = sum(int(line.split("tensors")[1].split("numbers")[0].replace(",", "")) for line in lines)
+    counted = sum(int(line.split("tensors")[1].split("parameters")[0].replace(",", "")) for line in lines)
     assert counted == sum(p.numel() for p in student.parameters())
 
 
@@ -99,7 +96,7 @@ def test_attention_distances_are_those_of_the_weights(teacher, rows):
     assert float(distances[2][1]) == pytest.approx(total / mass, rel=1e-4)
 
 
-def test_the_calibrated_start_is_nearer_to_the_teacher_than_the_others(teacher, rows):
+def test_the_calibrated_initialisation_is_nearer_to_the_teacher_than_the_others(teacher, rows):
     test = Batch(rows.input_ids.flip(0).roll(1, 1), rows.position_ids)
 
     def mean_error(student):
@@ -124,7 +121,7 @@ def test_the_calibrated_start_is_nearer_to_the_teacher_than_the_others(teacher, 
         assert mean_error(convert(teacher, init=start, calibration=rows)) < min(errors.values()), start
 
 
-def test_starts_are_what_their_names_say(teacher, rows):
+def test_initialisations_do_what_their_names_promise(teacher, rows):
     arcee = convert(teacher, init="arcee").model.layers[0].self_attn
     assert float(arcee.dt_bias.detach().abs().max()) == 0 and float(arcee.A_log.detach().exp().min()) >= 1
     library = convert(teacher, init="library").model.layers[0].self_attn
@@ -153,14 +150,14 @@ def test_long_heads_are_those_that_remembered_longest_and_forget_half_in_4096_to
     assert changed.sum(1).tolist() == [1] * len(one)
     assert torch.equal(changed.float().argmax(1), without.argmax(1))
     torch.testing.assert_close(one[changed], torch.full((len(one),), 4096.0), rtol=1e-3, atol=0)
-    assert lengthened([(0.1, 3.0, 0)] * 2, torch.tensor([3000.0, 0.0]), 2) == [(0.1, 3.0, 0)] * 2
+    assert with_long_half_lives([(0.1, 3.0, 0)] * 2, torch.tensor([3000.0, 0.0]), 2) == [(0.1, 3.0, 0)] * 2
     with pytest.raises(ValueError, match="long_memory_heads=9"):
         convert(teacher, init="calibrated", calibration=rows, long_memory_heads=9)
 
 
-ZERO, KEPT = "attention output is zero", "o_proj starts as the teacher's"
+ZERO, KEPT = "attention output is zero", "o_proj keeps the teacher's weights"
 EQUAL = "all heads start with equal weights"
-SILENCE = {  # of layer 1: what of its projections is scaled by how much, in which heads, and what the report says
+SILENCE = {  # changes to layer 1 (factor of each projection, and its number of heads), and facts in the log line
     "o": ({"o": 0.0}, [ZERO]),
     "v": ({"v": 0.0}, [ZERO, "values are zero in all heads", KEPT]),
     "q": ({"q": 0.0}, ["queries are zero in all heads", EQUAL]),
@@ -189,41 +186,41 @@ def first_layer(rows):
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("dead", SILENCE)
-def test_a_layer_that_says_nothing_gets_a_start_and_a_line(dead, exact, rows, first_layer):
+def test_a_degenerate_layer_is_initialised_and_named_in_a_line(dead, exact, rows, first_layer):
     changes, facts = SILENCE[dead]
     teacher, lines = random_teacher("llama", num_hidden_layers=2), []
     silence(teacher, changes)
     if exact:
-        student = convert(teacher, init="calibrated", calibration=rows, report=lines.append)
+        student = convert(teacher, init="calibrated", calibration=rows, log=lines.append)
     else:
         teacher.model.bfloat16()
         options = {"init": "calibrated-constant", "long_memory_heads": 1}
-        student = convert(teacher, **options, calibration=rows, report=lines.append)
+        student = convert(teacher, **options, calibration=rows, log=lines.append)
     assert all(x.isfinite().all() and x.abs().max() < 100 for x in student.state_dict().values())
     (line,) = (line for line in lines if line.startswith("layer "))
     said = line.removeprefix("layer 1: ").split("; ")
     assert len(said) == len(facts) and all(fact.startswith(wanted) for fact, wanted in zip(said, facts)), line
     (explained,) = (line for line in lines if line.startswith("variance"))
     assert explained.endswith("nothing to explain") == (ZERO in facts) and "nan" not in explained
-    if exact:  # the layer before it starts as it would have
+    if exact:  # the layer before it is initialised as usual
         for name, tensor in student.model.layers[0].state_dict().items():
             assert torch.equal(tensor, first_layer[name]), name
 
 
-def test_a_line_is_written_for_layers_that_say_nothing_alone(teacher, rows):
+def test_only_degenerate_layers_get_a_line(teacher, rows):
     lines = []
-    convert(teacher, init="calibrated", calibration=rows, report=lines.append)
+    convert(teacher, init="calibrated", calibration=rows, log=lines.append)
     assert not [line for line in lines if line.startswith("layer ") or "nothing to explain" in line]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dead", ["o", "v"])
-def test_a_layer_that_says_the_same_of_every_token_starts_with_that(dead, dtype, rows):
+def test_a_layer_with_a_constant_output_is_initialised_to_it(dead, dtype, rows):
     teacher, lines = random_teacher("llama", num_hidden_layers=2, attention_bias=True), []
     silence(teacher, {dead: 0.0})
     getattr(teacher.model.model.layers[1].self_attn, f"{dead}_proj").bias.normal_()
     teacher.model.to(dtype)
-    student = convert(teacher, init="calibrated", calibration=rows, report=lines.append)
+    student = convert(teacher, init="calibrated", calibration=rows, log=lines.append)
     (line,) = (line for line in lines if line.startswith("layer "))
     equal = "; all heads start with equal weights for all tokens" if dead == "v" else ""
     assert line == "layer 1: attention output is the same for every token" + equal
@@ -254,7 +251,7 @@ def test_heads_without_queries_or_keys_take_a_mean_of_values(rows):
 
 def test_heads_without_values_get_no_long_memory(rows):
     teacher = random_teacher("llama", num_hidden_layers=2)
-    silence(teacher, {"v": (0.0, 1), "q": (0.0, 1)})  # equal weights look back furthest
+    silence(teacher, {"v": (0.0, 1), "q": (0.0, 1)})  # equal weights have the largest mean distance
     mixer = convert(teacher, init="calibrated", calibration=rows, long_memory_heads=2).model.layers[1].self_attn
     half_lives = math.log(2) / torch.nn.functional.softplus(mixer.dt_bias.detach().unflatten(0, (4, 16)))[:, 0]
     torch.testing.assert_close(half_lives[2:], torch.full((2,), 4096.0), rtol=1e-3, atol=0)
@@ -262,10 +259,10 @@ def test_heads_without_values_get_no_long_memory(rows):
 
 
 def test_each_head_gets_the_memory_that_predicts_it_best(teacher):
-    """Heads whose output is made by one of the candidates get that candidate."""
+    """Heads whose output was computed with a candidate get that candidate."""
     student = convert(teacher, init="library")
     mixer, x = student.model.layers[0].self_attn, torch.randn(4, 64, student.config.hidden_size)
-    x += torch.randn(student.config.hidden_size)  # what all inputs agree in
+    x += torch.randn(student.config.hidden_size)  # a direction that all inputs share
     one = ridge(x.flatten(0, 1), torch.ones(256, 1), 1e-3)[:, 0]
     heads = student.config.num_attention_heads
     distance, silent = torch.full((heads,), 8.0), torch.zeros(256, heads, mixer.head_dim)

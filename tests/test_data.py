@@ -24,20 +24,18 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from deltify.config import DataSpec
 from deltify.conversion.teacher import byte_tokenizer
 from deltify.data import encoding, sources, token_files
+from deltify.data.batches import MixedBatches, heldout_batches, window
 from deltify.data.recall import BREAKS, recall_document, scattered_documents, scattered_outlines
 from deltify.data.sources import Piece, documents, held_out, pieces, python_docs
 from deltify.data.token_files import (
     HELDOUT_TOKENS,
-    Mix,
     TokenFile,
-    heldout_batches,
     open_data,
     open_tokens,
     origin_of,
     tokenize,
     tokenize_split,
     tokenizer_fingerprint,
-    window,
 )
 
 
@@ -72,7 +70,7 @@ def test_what_cannot_be_encoded_is_replaced_counted_and_named_once(tmp_path, tok
     path.write_bytes(PACK[path.suffix]("\n".join(lines).encode()))
     whole = ["fine", "cut in two: \ufffd", "\ufffd\ufffd, \U0001f600"]
     for source in (path, tmp_path):  # a file, and a folder
-        with pytest.warns(UserWarning, match=rf"rows{suffix}, line 3: half of a surrogate pair") as warned:
+        with pytest.warns(UserWarning, match=rf"rows{suffix}, line 3: halves of surrogate pairs") as warned:
             assert list(documents(str(source))) == whole
         assert len(warned) == 1
     file = tokenize(pieces(str(path)), tokenizer, tmp_path / "tokens")
@@ -86,9 +84,9 @@ def test_texts_of_any_source_are_repaired(tmp_path, tokenizer, monkeypatch):
     texts = ["halves \ud83d\ude00 of one", "\udc80", "\ufeffmarked", "\ufeff", " \n", "fine"]
     whole = ["halves \U0001f600 of one", "\ufffd", "marked", "fine"]
     monkeypatch.setattr(sources, "hub_documents", lambda source: iter(texts))
-    with pytest.warns(UserWarning, match="hf:name, document 2: half of"):
+    with pytest.warns(UserWarning, match="hf:name, document 2: halves of"):
         assert list(documents("hf:name")) == whole
-    with pytest.warns(UserWarning, match="hf:name, document 2: half of"):
+    with pytest.warns(UserWarning, match="hf:name, document 2: halves of"):
         assert any("\ufffd" in document for document in documents("recall:hf:name"))
     train, held = tokenize_split(pieces("hf:name"), tokenizer, tmp_path / "pair", heldout_sequence_length=4)
     assert "".join(map(tokenizer.decode, (train.tokens, held.tokens))).count("<|end|>") == 4
@@ -96,7 +94,7 @@ def test_texts_of_any_source_are_repaired(tmp_path, tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst"])
-def test_byte_order_marks_are_no_text(tmp_path, suffix):
+def test_byte_order_marks_are_not_text(tmp_path, suffix):
     mark = b"\xef\xbb\xbf"
     path = tmp_path / f"a{suffix}"
     lines = [b'{"text": "one"}', b'{"text": "two"}', b'{"text": "\\ufeffthree"}']
@@ -117,9 +115,9 @@ def test_hidden_files_of_a_folder_are_left_out(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"\x00\x05\x16\x07\xb0" if name.startswith("._") else name.encode())
     assert list(documents(str(tmp_path))) == ["a.txt", "sub/b.md"]
-    assert list(documents(str(tmp_path / "sub" / ".c"))) == ["sub/.c/d.md"]  # named, so meant
+    assert list(documents(str(tmp_path / "sub" / ".c"))) == ["sub/.c/d.md"]  # a hidden folder that is named is read
     assert list(documents(str(tmp_path / "sub" / ".hidden.md"))) == ["sub/.hidden.md"]
-    with pytest.raises(ValueError, match="holds no file"):
+    with pytest.raises(ValueError, match="has no text file"):
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "._b.txt").write_bytes(b"\xb0")
         list(documents(str(tmp_path / "other")))
@@ -160,9 +158,9 @@ def test_wrong_sources_are_named(tmp_path, tokenizer):
 
 def test_files_of_unknown_kinds_are_refused_unless_a_folder_has_others(tmp_path):
     (tmp_path / "a.rst").write_text("a text")
-    with pytest.raises(ValueError, match=r"a\.rst' is not a kind .* known are \.txt, \.md"):
+    with pytest.raises(ValueError, match=r"a\.rst' is not a text file; text files end in \.txt, \.md"):
         list(documents(str(tmp_path / "a.rst")))
-    with pytest.raises(ValueError, match=r"holds no file .* known are \.txt, \.md"):
+    with pytest.raises(ValueError, match=r"has no text file; text files end in \.txt, \.md"):
         list(documents(str(tmp_path)))
     (tmp_path / "folder.txt").mkdir()
     (tmp_path / "b.md").write_text("b text")
@@ -170,7 +168,7 @@ def test_files_of_unknown_kinds_are_refused_unless_a_folder_has_others(tmp_path)
 
 
 @pytest.mark.parametrize("value", ["null", "3", '["a"]'])
-def test_a_text_that_is_no_string_is_refused_with_its_line(tmp_path, value):
+def test_a_text_that_is_not_a_string_is_refused_with_its_line(tmp_path, value):
     (tmp_path / "a.jsonl").write_text(f'{{"text": "good"}}\n\n{{"text": {value}}}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl, line 3: the field 'text' is"):
         list(documents(str(tmp_path / "a.jsonl")))
@@ -189,9 +187,9 @@ def test_tokens_and_bounds_survive_the_disk(tmp_path, tokenizer):
     first = [*tokenizer("ab")["input_ids"], end]
     assert file.tokens.tolist() == [*first, *tokenizer("cde")["input_ids"], end]
     assert file.bounds.tolist() == [0, 3, 7]
-    again = tokenize(["other text"], tokenizer, tmp_path / "tokens")  # a finished folder is used as it is
+    again = tokenize(["other text"], tokenizer, tmp_path / "tokens")  # an existing folder is used
     assert again.tokens.tolist() == file.tokens.tolist()
-    (tmp_path / "tokens" / "tokens.bin").write_bytes(b"\0\0")  # a broken one is made anew
+    (tmp_path / "tokens" / "tokens.bin").write_bytes(b"\0\0")  # a broken one is created again
     with pytest.raises(ValueError, match="damaged"):
         open_tokens(tmp_path / "tokens")
     assert tokenize(["ab"], tokenizer, tmp_path / "tokens").tokens.tolist() == first
@@ -202,7 +200,7 @@ def meta_of(folder):
 
 
 def framed_tokenizer(**options):
-    """A tokenizer that puts a token before a text and the end after it, drops the character X, and knows no Y."""
+    """Return a tokenizer that adds a token before a text and one after it, drops X, and has no token for Y."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<s>", "unk_token": "<unk>", "extra_special_tokens": ["<|turn|>"]})
     backend = tokenizer.backend_tokenizer
@@ -213,7 +211,7 @@ def framed_tokenizer(**options):
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names, **options)
 
 
-def test_a_text_without_tokens_of_its_own_is_no_document(tmp_path):
+def test_a_text_that_has_only_added_tokens_is_not_a_document(tmp_path):
     tokenizer = framed_tokenizer()
     file = tokenize(["ab", "", "\n", "XX", "c<|end|>", "\u3000"], tokenizer, tmp_path / "tokens")
     assert tokenizer.decode(file.tokens) == "<s>ab<|end|><s>c<|end|><|end|>" and file.bounds.tolist() == [0, 4, 8]
@@ -221,15 +219,15 @@ def test_a_text_without_tokens_of_its_own_is_no_document(tmp_path):
         tokenize(["", " ", "X"], tokenizer, tmp_path / "empty")
 
 
-def test_special_tokens_that_a_text_spells_are_counted(tmp_path, tokenizer, capsys):
+def test_names_of_special_tokens_in_a_text_are_counted(tmp_path, tokenizer, capsys):
     chats = ["<|turn|>hello<|turn|>", "plain", "<s>", "[<unk>] Y Y", "more<|end|>"]
     tokenizer = framed_tokenizer()
     file = tokenize(chats, tokenizer, tmp_path / "tokens")
     found = {"<s>": 1, "<unk>": 1, "<|turn|>": 2, "<|end|>": 1}
     assert meta_of(tmp_path / "tokens")["special_tokens_in_text"] == found
-    assert (file.tokens == tokenizer.convert_tokens_to_ids("<|turn|>")).sum() == 2  # they stay special tokens
+    assert (file.tokens == tokenizer.convert_tokens_to_ids("<|turn|>")).sum() == 2  # the names became special tokens
     said = capsys.readouterr().out
-    assert said.count("stay special tokens") == 1 and "<|turn|> 2" in said
+    assert said.count("become those tokens") == 1 and "<|turn|> 2" in said
     tokenize(chats, tokenizer, tmp_path / "first", max_tokens=10)  # only what was written counts
     assert meta_of(tmp_path / "first")["special_tokens_in_text"] == {"<|turn|>": 2}
     capsys.readouterr()
@@ -241,7 +239,7 @@ def test_special_tokens_that_a_text_spells_are_counted(tmp_path, tokenizer, caps
 
 
 def plainly(texts, tokenizer, limit, room=None):
-    """Tokens and bounds of one file, or of two, document by document."""
+    """Return tokens and bounds of one file or two, computed document by document."""
     parts, skipped = ([], []), 0
 
     def size(part):
@@ -254,7 +252,7 @@ def plainly(texts, tokenizer, limit, room=None):
             ids = tokenizer(one)["input_ids"]
             parts[part].append(ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id])
         full = limit is not None and size(0) >= limit
-        if full and (size(1) >= (room or 0) or skipped >= token_files.PATIENCE):
+        if full and (size(1) >= (room or 0) or skipped >= token_files.MAX_SKIPPED_DOCUMENTS):
             break
     return [(list(itertools.chain(*part)), np.cumsum([0, *map(len, part)]).tolist()) for part in parts]
 
@@ -262,8 +260,8 @@ def plainly(texts, tokenizer, limit, room=None):
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("limit", [None, 1, 5000])
 def test_any_number_of_processes_makes_the_same_file(tmp_path, monkeypatch, processes, limit):
-    monkeypatch.setattr(encoding, "HERE", 1)
-    monkeypatch.setattr(token_files, "PATIENCE", 40)
+    monkeypatch.setattr(encoding, "PIECES_BEFORE_WORKERS", 1)
+    monkeypatch.setattr(token_files, "MAX_SKIPPED_DOCUMENTS", 40)
     tokenizer, draw = framed_tokenizer(), random.Random(0)
     texts = ["".join(draw.choices("ab cXdé<|turn|>", k=draw.choice([1, 9, 90, 3000]))) + "." for _ in range(300)]
     path = tmp_path / "a.jsonl"
@@ -287,7 +285,7 @@ def test_any_number_of_processes_makes_the_same_file(tmp_path, monkeypatch, proc
 
 def test_a_source_without_more_held_out_text_ends_at_the_same_document(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(sources, "PIECE", 300)
-    monkeypatch.setattr(token_files, "PATIENCE", 7)
+    monkeypatch.setattr(token_files, "MAX_SKIPPED_DOCUMENTS", 7)
     texts = [f"document {number}" for number in range(2000)]
     expected = plainly(texts, tokenizer, 100, 10**6)
     for processes in (1, 2):
@@ -301,14 +299,14 @@ def test_recall_made_in_processes_is_the_same(tmp_path, tokenizer, monkeypatch, 
     monkeypatch.setattr(sources, "python_docs", lambda: (f"Topic {n}. " + "One. Two! Three? " * n for n in range(60)))
     monkeypatch.setattr(sources, "COUNT", 200)
     monkeypatch.setattr(sources, "PIECE", 1000)
-    monkeypatch.setattr(encoding, "HERE", 1)
+    monkeypatch.setattr(encoding, "PIECES_BEFORE_WORKERS", 1)
     file = tokenize(pieces(source), tokenizer, tmp_path / "tokens", processes=2)
     expected = plainly(documents(source), tokenizer, None)[0]
     assert (file.tokens.tolist(), file.bounds.tolist()) == expected and len(file.bounds) > 100
 
 
 def test_processes_import_neither_torch_nor_the_script(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(encoding, "HERE", 0)
+    monkeypatch.setattr(encoding, "PIECES_BEFORE_WORKERS", 0)
     asks = Piece(eval, ("[('here', ' '.join(__import__('sys').modules))]",))
     names = tokenizer.decode(tokenize([asks], tokenizer, tmp_path / "tokens", processes=2).tokens[:-1]).split()
     assert "deltify.data.encoding" in names
@@ -317,7 +315,7 @@ def test_processes_import_neither_torch_nor_the_script(tmp_path, tokenizer, monk
 
 def test_errors_come_as_they_are_and_after_the_documents_before_them(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(sources, "PIECE", 200)
-    monkeypatch.setattr(encoding, "HERE", 1)
+    monkeypatch.setattr(encoding, "PIECES_BEFORE_WORKERS", 1)
     error = OSError("the line is dead")
 
     def broken():
@@ -331,11 +329,11 @@ def test_errors_come_as_they_are_and_after_the_documents_before_them(tmp_path, t
     path.write_text('{"text": "document"}\n' * 99 + "broken\n")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 100: 'broken"):
         tokenize(pieces(str(path)), tokenizer, tmp_path / "b", processes=2)
-    for name, texts in (("c", broken()), ("d", pieces(str(path)))):  # nothing is wrong before it is needed
+    for name, texts in (("c", broken()), ("d", pieces(str(path)))):  # errors come only when their document is needed
         assert len(tokenize(texts, tokenizer, tmp_path / name, max_tokens=99 * 9, processes=2)) >= 99 * 9
-    with pytest.raises(RuntimeError, match="a process that tokenizes ended with status 3"):
+    with pytest.raises(RuntimeError, match="a worker process for tokenization ended with status 3"):
         tokenize(["a" * 300, Piece(exec, ("import os; os._exit(3)",))], tokenizer, tmp_path / "e", processes=2)
-    with pytest.raises(RuntimeError, match="ArithmeticError: "):  # one that cannot be sent
+    with pytest.raises(RuntimeError, match="ArithmeticError: "):  # an error that cannot be pickled
         code = "raise type('Local', (ArithmeticError,), {'__name__': 'ArithmeticError'})('odd')"
         tokenize(["a" * 300, Piece(exec, (code.replace("Local", "ArithmeticError"),))], tokenizer, tmp_path / "f")
     assert not any((tmp_path / name).exists() for name in "abef")
@@ -343,7 +341,7 @@ def test_errors_come_as_they_are_and_after_the_documents_before_them(tmp_path, t
 
 def test_an_interrupt_ends_the_processes(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(sources, "PIECE", 200)
-    monkeypatch.setattr(encoding, "HERE", 0)
+    monkeypatch.setattr(encoding, "PIECES_BEFORE_WORKERS", 0)
     started = []
     monkeypatch.setattr(encoding.Processes, "__enter__", lambda self: started.append(self) or self)
 
@@ -356,7 +354,7 @@ def test_an_interrupt_ends_the_processes(tmp_path, tokenizer, monkeypatch):
     assert [process.poll() is not None for process in started[0].all] == [True, True]
 
 
-def test_tokenizers_that_work_in_python_do(tmp_path):
+def test_tokenizers_that_need_python_run_in_this_process(tmp_path):
     class Loud(PreTrainedTokenizerFast):
         def _encode_plus(self, text, *args, **options):
             return super()._encode_plus(text.upper() if isinstance(text, str) else text, *args, **options)
@@ -382,7 +380,7 @@ def test_padding_and_truncation_of_earlier_calls_are_not_kept(tmp_path):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_progress_shows_on_a_terminal_alone(tmp_path, tokenizer, monkeypatch, terminal):
+def test_progress_shows_on_a_terminal_only(tmp_path, tokenizer, monkeypatch, terminal):
     shown = StringIO()
     monkeypatch.setattr(token_files, "console", Console(file=shown, force_terminal=terminal, width=120))
     path = tmp_path / "a.txt"
@@ -419,38 +417,38 @@ def test_another_tokenizer_is_refused(tmp_path, tokenizer):
 
 
 def test_batches_depend_on_nothing_but_the_step():
-    mix = Mix([token_file([50, 300, 700]), token_file([400], first=5000)], [3.0, 1.0], 32, 8, seed=1)
+    mix = MixedBatches([token_file([50, 300, 700]), token_file([400], first=5000)], [3.0, 1.0], 32, 8, seed=1)
     late = mix.batch(7)
     for step in range(7):
         mix.batch(step)
-    fresh = Mix(mix.files, mix.weights, 32, 8, seed=1)
+    fresh = MixedBatches(mix.files, mix.weights, 32, 8, seed=1)
     assert torch.equal(fresh.batch(7).input_ids, late.input_ids)
     halves = [fresh.batch(7, rank, 2).input_ids for rank in range(2)]
     assert torch.equal(torch.cat(halves), late.input_ids)
-    with pytest.raises(ValueError, match="8 rows cannot be shared by 3"):
+    with pytest.raises(ValueError, match="8 sequences cannot be divided among 3"):
         mix.batch(0, 0, 3)
 
 
 def test_weights_are_kept_and_an_epoch_shows_every_window_once():
     files = [token_file([640]), token_file([320], first=5000)]
-    mix = Mix(files, [3.0, 1.0], 32, 10, seed=0)
+    mix = MixedBatches(files, [3.0, 1.0], 32, 10, seed=0)
     rows = torch.cat([mix.batch(step).input_ids for step in range(100)])
     assert int((rows[:, 0] < 5000).sum()) == 750
-    single = Mix(files[:1], [1.0], 32, 10, seed=0)
+    single = MixedBatches(files[:1], [1.0], 32, 10, seed=0)
     for epoch in range(2):  # 20 windows, two batches
         rows = torch.cat([single.batch(2 * epoch + step).input_ids for step in range(2)])
         assert sorted(rows[:, 0].tolist()) == list(range(0, 640, 32))
 
 
-def test_positions_start_again_with_each_document():
-    batch = Mix([token_file([10, 5, 17])], [1.0], 32, 1, seed=0).batch(0)
+def test_positions_restart_with_each_document():
+    batch = MixedBatches([token_file([10, 5, 17])], [1.0], 32, 1, seed=0).batch(0)
     assert batch.position_ids[0].tolist() == [*range(10), *range(5), *range(17)]
     assert int((~batch.same_document).sum()) == 2
     cut = heldout_batches([token_file([10, 54])], 8, 4, 16)
     assert cut[0].input_ids.shape == (2, 8) and cut[0].position_ids[1].tolist() == [0, 1, 0, 1, 2, 3, 4, 5]
 
 
-def test_every_source_has_its_share_of_the_held_out_rows():
+def test_every_source_has_an_equal_share_of_the_held_out_sequences():
     files = [token_file([100]), token_file([100], first=5000)]
     firsts = [batch.input_ids[:, 0].tolist() for batch in heldout_batches(files, 8, 3, 32)]
     assert firsts == [[0, 8, 5000], [5008]]
@@ -458,16 +456,16 @@ def test_every_source_has_its_share_of_the_held_out_rows():
         heldout_batches([token_file([5])], 8, 4, 16)
 
 
-def test_a_source_shorter_than_a_row_is_refused():
-    with pytest.raises(ValueError, match="fewer than one row"):
-        Mix([token_file([10])], [1.0], 32, 1, seed=0)
+def test_a_source_shorter_than_a_sequence_is_refused():
+    with pytest.raises(ValueError, match="fewer than one sequence"):
+        MixedBatches([token_file([10])], [1.0], 32, 1, seed=0)
 
 
 def test_windows_are_shuffled_once_an_epoch(monkeypatch):
     files, length = [token_file([50, 300, 701]), token_file([415], first=5000)], 32
-    mix = Mix(files, [3.0, 1.0], length, 8, seed=1)
+    mix = MixedBatches(files, [3.0, 1.0], length, 8, seed=1)
     seeds, generator = [], np.random.default_rng
-    mix.source_of(0)  # which shuffles the files
+    mix.source_of(0)  # shuffles the files
     monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(tuple(seed)) or generator(seed))
     rows = [mix.row(index) for index in range(100)]
     epochs = {(1, which, turn // (len(files[which]) // length)) for which, turn in map(mix.source_of, range(100))}
@@ -487,7 +485,7 @@ def test_python_docs_are_english_and_split_the_same_everywhere(tmp_path, tokeniz
     train = [text for text in texts if not held_out(text)]
     assert sum(map(len, texts)) > 1_500_000
     assert 0.02 < len(held) / len(texts) < 0.2 and not set(train) & set(held)
-    assert [number for number in range(60) if held_out(f"document {number}")] == [6, 10, 39]  # for good
+    assert [number for number in range(60) if held_out(f"document {number}")] == [6, 10, 39]  # must never change
     pair = open_data(DataSpec(folder=str(tmp_path)), "teacher", tokenizer, 2**20)
     for (file,), part in zip(pair, (train, held)):
         whole = tokenize(part, tokenizer, tmp_path / f"whole-{len(part)}")
@@ -518,7 +516,7 @@ def test_an_endless_source_is_read_as_far_as_needed(tmp_path, tokenizer, monkeyp
     assert len(read) == count
 
 
-def test_held_out_text_is_capped_while_training_goes_on(tmp_path, tokenizer):
+def test_held_out_text_is_capped_while_training_text_is_not(tmp_path, tokenizer):
     texts = [f"document {number}" for number in range(2000)]
     train, held = tokenize_split(texts, tokenizer, tmp_path / "pair", heldout_tokens=100)
     assert 100 <= len(held) < 120
@@ -542,7 +540,7 @@ def test_a_given_held_out_source_is_read_as_far_as_needed(tmp_path, tokenizer, m
     assert HELDOUT_TOKENS <= len(held) < HELDOUT_TOKENS + 10
 
 
-def test_recall_asks_for_what_it_told_and_is_the_same_everywhere(tmp_path, tokenizer):
+def test_recall_asks_for_the_facts_it_states_and_is_the_same_everywhere(tmp_path, tokenizer):
     texts = list(itertools.islice(documents("recall"), 200))
     assert texts[7] == recall_document(random.Random("0:7")) and len(set(texts)) == 200
     asked = 0
@@ -571,35 +569,35 @@ def test_recall_is_scattered_over_all_of_another_text_that_is_not_held_out(tmp_p
     assert 100 < max(lengths) <= 256 and 0.2 < sum(again) / sum(lengths) < 0.3
     assert all(len({int(one[9:]) // 500 for one in document if one[0] == "S"}) <= 1 for document in spoken)
     asked = 0
-    for text_ in texts:  # what is told once is said twice again behind it, the last time behind everything
+    for text_ in texts:  # a fact is asked for twice, the last time at the end
         for value in re.findall(r"(?:card of .+? bears the digits|signs as reader) (\d+)", text_):
             assert text_.count(value) == 3 and text_.rindex(value) > max(map(text_.rfind, ("Sentence", "Held")))
             asked += 1
     assert asked > 20
     spec = DataSpec({f"recall:{path}": 0.5, str(path): 0.5}, None, str(tmp_path / "data"), max_tokens=50_000)
-    trains, (held,) = open_data(spec, "teacher", tokenizer, 1000)  # the text alone judges
+    trains, (held,) = open_data(spec, "teacher", tokenizer, 1000)  # only the text provides validation
     assert trains[0].digest != trains[1].digest and len(held)
-    with pytest.raises(ValueError, match="nothing is held out of recall:"):
+    with pytest.raises(ValueError, match="none of the sources recall:"):
         open_data(replace(spec, train={f"recall:{path}": 1.0}), "teacher", tokenizer, 1000)
     path.write_text(path.read_text() + json.dumps({"text": "more"}) + "\n")
     with pytest.raises(ValueError, match=r"the text at recall:.* changed"):
         open_data(spec, "teacher", tokenizer, 1000)
 
 
-def test_recall_documents_of_texts_that_begin_alike_tell_different_facts():
+def test_recall_documents_of_texts_with_equal_beginnings_state_different_facts():
     texts = list(scattered_documents(scattered_outlines(["Copyright 2020. All rights reserved.\n"] * 50)))
     told = {text_.replace("Copyright 2020.", "").replace("All rights reserved.", "") for text_ in texts}
     assert len(texts) == len(told) == 50 and all("Copyright" in text_ for text_ in texts)
 
 
-def test_recall_of_text_without_files_is_made_anew_when_its_rules_change(monkeypatch):
+def test_recall_of_text_without_files_is_tokenized_again_when_its_rules_change(monkeypatch):
     before = [origin_of(f"recall:{source}")["files"] for source in ("python-docs", "hf:name", "/gone")]
     monkeypatch.setattr("deltify.data.token_files.digest", lambda path: "another")
     after = [origin_of(f"recall:{source}")["files"] for source in ("python-docs", "hf:name", "/gone")]
     assert before[0] != after[0] and before[1] != after[1] and before[2] is after[2] is None
 
 
-def test_of_processes_that_ask_at_once_one_tokenizes_and_the_others_wait(tmp_path, tokenizer):
+def test_of_several_processes_one_tokenizes_and_the_others_wait(tmp_path, tokenizer):
     reads, together = [], threading.Barrier(4)
 
     def texts():
@@ -628,7 +626,7 @@ def test_both_parts_appear_when_complete_or_neither_does(tmp_path, tokenizer):
     texts = [f"document {number}" for number in range(100)]
     train, held = tokenize_split(texts, tokenizer, tmp_path / "pair")
     assert len(train.bounds) + len(held.bounds) - 2 == 100 and not list(tmp_path.glob("*.unfinished"))
-    shutil.rmtree(tmp_path / "pair" / "heldout")  # a broken pair is made anew
+    shutil.rmtree(tmp_path / "pair" / "heldout")  # a broken pair is created again
     with pytest.raises(ValueError, match=r"pair.heldout lacks meta\.json, tokens\.bin, bounds\.npy"):
         open_tokens(tmp_path / "pair" / "heldout")
     assert tokenize_split(texts, tokenizer, tmp_path / "pair")[1].digest == held.digest
@@ -645,7 +643,7 @@ def test_of_one_document_a_twentieth_of_the_tokens_is_held_out(tmp_path, tokeniz
     assert [file.bounds.tolist() for file in (train, held)] == [[0, len(train)], [0, len(held)]]
 
 
-def test_few_documents_are_cut_where_tokens_say_and_keep_their_bounds(tmp_path, tokenizer):
+def test_few_documents_are_cut_by_tokens_and_keep_their_bounds(tmp_path, tokenizer):
     texts = [text for text in (f"document {number:02}" for number in range(30)) if not held_out(text)][:10]
     train, held = tokenize_split(
         texts, tokenizer, tmp_path / "pair", heldout_sequence_length=32
@@ -682,14 +680,14 @@ def test_changed_text_is_refused(tmp_path, tokenizer, monkeypatch, heldout):
     changed = tmp_path / (heldout or "a.txt")
     content, times = changed.read_text(), (changed.stat().st_atime_ns, changed.stat().st_mtime_ns)
     changed.write_text(content + "more")
-    os.utime(changed, ns=times)  # the size alone differs
-    with pytest.raises(ValueError, match=rf"{changed.name} changed since it was tokenized into data/.*delete that"):
+    os.utime(changed, ns=times)  # only the size differs
+    with pytest.raises(ValueError, match=rf"{changed.name} changed since it was tokenized into data/.*Delete that"):
         open_data(spec, "teacher", tokenizer, 64, 16)
     changed.write_text(content)
-    os.utime(changed, ns=(times[0], times[1] + 1))  # the time alone differs
+    os.utime(changed, ns=(times[0], times[1] + 1))  # only the time differs
     with pytest.raises(ValueError, match="changed since"):
         open_data(spec, "teacher", tokenizer, 64, 16)
-    changed.unlink()  # text that is gone leaves the tokens as they are
+    changed.unlink()  # deleting the text keeps the token file valid
     (train,), (held,) = open_data(spec, "teacher", tokenizer, 64, 16)
     assert train.tokens.tolist() == text and len(held) == tokens
 
@@ -725,7 +723,7 @@ def test_similar_names_do_not_share_token_files(tmp_path, tokenizer, monkeypatch
     assert len(list((tmp_path / "data").iterdir())) == 4
 
 
-def test_meta_says_what_a_token_file_was_made_from(tmp_path, tokenizer):
+def test_meta_describes_what_a_token_file_was_made_from(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("some text " * 100)
     spec = DataSpec({str(tmp_path / "a.txt"): 1.0}, None, str(tmp_path / "data"), 500)
     open_data(spec, "teacher", tokenizer, 64, 16)

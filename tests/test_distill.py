@@ -38,7 +38,8 @@ from deltify.config import (
 )
 from deltify.conversion.student import convert
 from deltify.conversion.teacher import random_teacher
-from deltify.data.token_files import Batch, TokenFile
+from deltify.data.batches import Batch
+from deltify.data.token_files import TokenFile
 from deltify.evaluation.runner import count_models
 from deltify.model import DeltifyForCausalLM
 from deltify.training import checkpoint
@@ -326,14 +327,14 @@ def test_stopped_by_the_clock_goes_on_later(tmp_path, whole):
 
 
 def test_a_stage_stopped_by_the_clock_is_never_taken_for_done(tmp_path, monkeypatch, whole):
-    recipe, publish = tiny_recipe(tmp_path), checkpoint.publish
+    recipe, replace_folder = tiny_recipe(tmp_path), checkpoint.replace_folder
 
     def dies_after(unfinished, folder):
-        publish(unfinished, folder)
+        replace_folder(unfinished, folder)
         if folder.name == "align":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "publish", dies_after)
+    monkeypatch.setattr(checkpoint, "replace_folder", dies_after)
     with pytest.raises(KeyboardInterrupt):
         distill(recipe, max_minutes=0)
     monkeypatch.undo()
@@ -351,7 +352,7 @@ def test_a_folder_that_is_replaced_is_whole_at_any_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint.shutil, "rmtree", dies)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.publish(tmp_path / "model.unfinished", tmp_path / "model")
+        checkpoint.replace_folder(tmp_path / "model.unfinished", tmp_path / "model")
     assert (tmp_path / "model" / "config.json").read_text() == "new"
 
 

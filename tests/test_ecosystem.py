@@ -1,4 +1,4 @@
-"""What other libraries do with the model: compile, adapt, fine-tune, upload, quantize, place and score it."""
+"""The model in other libraries, which compile, adapt, fine-tune, upload, quantize, place and score it."""
 
 import copy
 import json
@@ -183,11 +183,11 @@ def test_only_projections_are_linear_modules_and_so_open_to_quantization():
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_bitsandbytes_quantizes_the_projections_alone(tmp_path, bits, ids):
+def test_bitsandbytes_quantizes_the_projections_only(tmp_path, bits, ids):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)")
     from transformers import BitsAndBytesConfig
 
-    # its 4-bit CPU kernel wants widths in multiples of 64, and b_proj is as narrow as there are heads
+    # its 4-bit CPU kernel needs widths in multiples of 64, and b_proj has the width of the number of heads
     model, _ = tiny("KF", hidden_size=128, intermediate_size=128, head_dim=64)
     model.save_pretrained(tmp_path)
     options = {"llm_int8_skip_modules": ["b_proj", "lm_head"]} | {f"load_in_{bits}bit": True}
@@ -220,7 +220,7 @@ def test_device_map_places_the_model(tmp_path, ids, spread):
     assert prompt["input_ids"].shape[1] < out.shape[1] <= prompt["input_ids"].shape[1] + 4
 
 
-def test_what_layers_are_told_about_rows_moves_between_devices():
+def test_packing_and_slots_move_between_devices():
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     packing = find_packing(mask, None, 3, cached=False)
     slots = find_slots(packing.cu_seqlens.long(), 5, 4, 2, torch.tensor([2, 3]))

@@ -64,7 +64,7 @@ def test_settings_that_a_student_cannot_follow_stay_with_the_teacher(ids):
     unfit = {"cache_implementation": "static", "prompt_lookup_num_tokens": 3, "num_assistant_tokens": 4}
     unfit |= {"max_cache_len": 90, "compile_config": CompileConfig(), "penalty_alpha": 0.6, "dola_layers": "high"}
     teacher.model.generation_config = GenerationConfig(**unfit, temperature=0.7, top_k=4, use_cache=False)
-    student = convert(teacher, full_attention_layers="KSF", init="library", report=lines.append).eval()
+    student = convert(teacher, full_attention_layers="KSF", init="library", log=lines.append).eval()
     (line,) = [line for line in lines if "generation settings" in line]
     assert all(name in line for name in unfit) and "temperature" not in line and "use_cache" not in line
     for model in (student, sliding_control(teacher)):
@@ -75,7 +75,7 @@ def test_settings_that_a_student_cannot_follow_stay_with_the_teacher(ids):
         assert torch.equal(alone(model, ids, **options), want)
     assert teacher.model.generation_config.cache_implementation == "static"
     lines.clear()
-    convert(random_teacher("llama"), init="library", report=lines.append)
+    convert(random_teacher("llama"), init="library", log=lines.append)
     assert not [line for line in lines if "generation settings" in line]
 
 
@@ -88,7 +88,7 @@ def test_several_answers_go_on_from_one_state(beams):
     torch.manual_seed(1)
     want = alone(model, torch.cat([text, question], 1), **options, use_cache=False)[:, 35:]
     state = read(model, text[0])
-    with pytest.raises(ValueError, match="past_key_values holds 1 rows, the input 3; repeat its rows"):
+    with pytest.raises(ValueError, match="past_key_values has 1 sequences, the input 3\. Repeat sequences"):
         alone(model, question, **options, past_key_values=state.cache(model))
     cache = state.cache(model)
     cache.batch_repeat_interleave(3)

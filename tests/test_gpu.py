@@ -9,7 +9,7 @@ import torch.utils.checkpoint
 from deltify import convert, kda
 from deltify.config import Stage
 from deltify.conversion.teacher import freeze, random_teacher
-from deltify.data.token_files import Batch
+from deltify.data.batches import Batch
 from deltify.model import DeltifyConfig, DeltifyForCausalLM, capture, modeling
 from deltify.training.cuda_graphs import GraphedStep
 from deltify.training.losses import DIVERGENCES, linear_kl

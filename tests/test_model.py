@@ -1,4 +1,4 @@
-"""The model: equal to its teacher where nothing was converted, and to itself however a sequence is cut."""
+"""The model: equal to its teacher without converted layers, and to itself for any division of a sequence."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from deltify.conversion.student import convert
 from deltify.conversion.teacher import FAMILIES, random_teacher
 from deltify.model import DeltifyConfig, DeltifyForCausalLM, capture, mixers
-from deltify.model.mixers import fixed_documents, in_one_piece, put_in_one_piece
+from deltify.model.mixers import fixed_documents, fuse_weights_, fused_weight
 from deltify.model.modeling import DeltifyCache
 
 TINY = {
@@ -31,7 +31,7 @@ def model(request):
 
 @pytest.fixture
 def ids():
-    return torch.randint(1, 97, (2, 70))  # without 0, which is padding below
+    return torch.randint(1, 97, (2, 70))  # without 0, the padding token
 
 
 # what makes a tiny teacher of each family show what is special about it
@@ -86,7 +86,7 @@ def test_whole_equals_prefill_and_decode_equals_pieces(model, ids):
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_rows_equal_single_rows(model, ids, side):
+def test_padded_sequences_equal_single_ones(model, ids, side):
     lengths = (70, 40)
     padded, mask = torch.full((2, 80), 5), torch.zeros(2, 80, dtype=torch.long)
     places = []
@@ -183,7 +183,7 @@ def test_wrong_configurations_are_named():
 
 
 @torch.no_grad()
-def test_documents_stay_apart_beside_padding_and_under_a_mask_of_ones():
+def test_documents_stay_apart_with_padding_and_with_a_mask_of_ones():
     torch.manual_seed(0)
     packed = torch.cat([torch.arange(5), torch.arange(7)])[None]
     ids = torch.randint(0, 90, (1, 12))
@@ -248,19 +248,19 @@ def test_bounds_of_documents_count_in_every_form(small, form):
 
 
 @torch.no_grad()
-def test_bounds_of_several_rows_go_over_all_of_them(small):
+def test_bounds_of_several_sequences_cover_all_of_them(small):
     ids = torch.randint(0, 90, (2, 12))
     want = torch.cat([small(part).logits[0] for row in ids.split(1) for part in row.split(6, 1)]).view(2, 12, -1)
     numbers = torch.tensor([[0] * 6 + [1] * 6] * 2)
     for given in ({"cu_seqlens": torch.tensor([0, 6, 12, 18, 24])}, {"seq_idx": numbers}):
         assert torch.allclose(small(ids, **given).logits, want, atol=1e-5)
-    places = torch.arange(6).repeat(2)[None]  # of one row, for all
+    places = torch.arange(6).repeat(2)[None]  # one sequence's positions, for all
     assert torch.allclose(small(ids, position_ids=places).logits, want, atol=1e-5)
-    with pytest.raises(ValueError, match="lets a document reach into the next row of 12 tokens"):
+    with pytest.raises(ValueError, match="lets a document reach into the next sequence of 12 tokens"):
         small(ids, cu_seqlens=torch.tensor([0, 6, 18, 24]))
 
 
-def test_bounds_that_contradict_or_cannot_be_followed_are_refused(small):
+def test_bounds_that_contradict_or_do_not_fit_are_refused(small):
     ids, other = torch.randint(0, 90, (1, 24)), torch.tensor([0, 10, 24])
     pairs = [{"cu_seq_lens_q": OFFSETS, "cu_seq_lens_k": other}, {"cu_seqlens": other, "seq_idx": NUMBERS}]
     pairs += [{"cu_seqlens": OFFSETS, "position_ids": torch.arange(24)[None]}]
@@ -271,15 +271,15 @@ def test_bounds_that_contradict_or_cannot_be_followed_are_refused(small):
     for bounds in ([0, 9], [1, 24], [0, 12, 9, 24], []):
         with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 24"):
             small(ids, cu_seqlens=torch.tensor(bounds))
-    with pytest.raises(ValueError, match=r"seq_idx has shape \[24\]; give the document of each token, \[1, 24\]"):
+    with pytest.raises(ValueError, match=r"seq_idx has shape \[24\]; it must be the document of each token, \[1, 24\]"):
         small(ids, seq_idx=NUMBERS[0])
     mask = torch.tensor([[0] * 3 + [1] * 21])
-    with pytest.raises(ValueError, match="beside an attention_mask with padding"):
+    with pytest.raises(ValueError, match="with an attention_mask with padding"):
         small(ids, cu_seqlens=OFFSETS, attention_mask=mask)
     for given in ({"cu_seqlens": OFFSETS}, {"seq_idx": NUMBERS}):
-        with pytest.raises(ValueError, match="packed documents cannot go on from a cache"):
+        with pytest.raises(ValueError, match="packed documents cannot continue from a cache"):
             small(ids, past_key_values=DeltifyCache(config=small.config), **given)
-    with pytest.raises(ValueError, match="packed documents cannot go on from a cache"):
+    with pytest.raises(ValueError, match="packed documents cannot continue from a cache"):
         small.generate(ids, cu_seq_lens_q=OFFSETS, max_new_tokens=2, pad_token_id=0)
 
 
@@ -298,7 +298,7 @@ def test_gradients_of_packed_documents_are_those_of_each_alone(small):
 
 @torch.no_grad()
 def test_flash_attention_is_told_where_documents_are(monkeypatch):
-    """A stand-in that attends within `cu_seq_lens_q` of all rows in one line, as FlashAttention does."""
+    """Attend within `cu_seq_lens_q` of all sequences one after the other, as FlashAttention does."""
     model, ids = tiny("full_attention", "linear_attention"), torch.randint(0, 90, (2, 12))
     cuts = (5, 7, 3, 9)
     places = torch.cat([torch.arange(n) for n in cuts]).view(2, 12)
@@ -318,7 +318,7 @@ def test_flash_attention_is_told_where_documents_are(monkeypatch):
 
 
 @torch.no_grad()
-def test_documents_stay_apart_beside_a_row_of_padding_alone():
+def test_documents_stay_apart_beside_a_sequence_of_padding():
     ids, mask = torch.randint(0, 90, (3, 12)), torch.ones(3, 12, dtype=torch.long)
     mask[0], mask[2, :4] = 0, 0
     places = torch.cat([torch.arange(5), torch.arange(7)]).repeat(3, 1)
@@ -339,7 +339,7 @@ def test_options_reach_the_configuration(model, tmp_path):
 
 
 @torch.no_grad()
-def test_projections_in_one_piece_change_no_result_and_no_file(tmp_path):
+def test_fused_projections_change_no_result_and_no_file(tmp_path):
     model = DeltifyForCausalLM(DeltifyConfig(**TINY, layer_types=PURE)).eval()
     layer, ids = model.model.layers[0].self_attn, torch.randint(0, 97, (2, 20))
 
@@ -348,12 +348,12 @@ def test_projections_in_one_piece_change_no_result_and_no_file(tmp_path):
         return torch.cat([model(part, past_key_values=cache).logits for part in ids.split([18, 1, 1], dim=1)], 1)
 
     want, before = logits(), {name: x.clone() for name, x in model.state_dict().items()}
-    assert in_one_piece(layer.projections) is None
-    put_in_one_piece(layer.projections)
-    assert in_one_piece(layer.projections).shape == (3 * 64 + 2 * 16 + 4, 64)
+    assert fused_weight(layer.projections) is None
+    fuse_weights_(layer.projections)
+    assert fused_weight(layer.projections).shape == (3 * 64 + 2 * 16 + 4, 64)
     assert torch.allclose(logits(), want, atol=1e-6)
     with torch.enable_grad():
-        assert in_one_piece(layer.projections) is None
+        assert fused_weight(layer.projections) is None
         model(ids).logits.sum().backward()
     assert all(x.grad is not None for x in layer.parameters())
     model.save_pretrained(tmp_path)
@@ -362,17 +362,17 @@ def test_projections_in_one_piece_change_no_result_and_no_file(tmp_path):
 
 
 class OnGpu(torch.Tensor):
-    """Says that it lies on a GPU, so that a CPU takes the way of one."""
+    """A tensor that claims to be on a GPU, so that a CPU runs the code for GPUs."""
 
     is_cuda = True
 
 
 @torch.no_grad()
-def test_a_captured_step_serves_tokens_alone_and_buffers_that_may_be_written(monkeypatch):
+def test_a_captured_step_needs_tokens_without_padding_and_writable_buffers(monkeypatch):
     model, replayed = tiny("linear_attention", "linear_attention"), []
 
     class Step:
-        """What a graph does, without one: reads each row's token, whatever a mask says."""
+        """A graph's replay without a graph: reads each sequence's token and ignores the mask."""
 
         def __init__(self, model, cache, rows):
             self.ids, self.addresses = torch.zeros(rows, 1, dtype=torch.long), capture.addresses(cache)
@@ -392,7 +392,7 @@ def test_a_captured_step_serves_tokens_alone_and_buffers_that_may_be_written(mon
             out = model(token, attention_mask=mask[:, : t + 1], past_key_values=cache)
         found.append(out.logits.as_subclass(torch.Tensor))
         if t == 22:
-            cache.reorder_cache(torch.tensor([0, 1]))  # of a size, so in place
+            cache.reorder_cache(torch.tensor([0, 1]))  # equal sizes, so in place
     assert replayed == [13, 15, 16, 18, 19, 21, 22, 23, 24, 25, 26, 27, 28, 29]
     for row in range(2):
         tokens = mask[row].bool()

@@ -1,4 +1,4 @@
-"""The operator: chunks against the token loop, in float64 and float32, values and every gradient."""
+"""The operator: chunks against the token loop, in float64 and float32, with all gradients."""
 
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ NAMES = "o state dq dk dv df db dA_log ddt_bias dstate".split()
 
 
 def make_inputs(B, T, H, K, V, dtype, gates="random"):
-    """Raw inputs of the operator; `gates` chooses how strong the log-decay is."""
+    """Return raw inputs of the operator; `gates` selects the strength of the log-decay."""
     q, k, v = torch.randn(B, T, H, K), torch.randn(B, T, H, K), torch.randn(B, T, H, V)
     f, b = torch.randn(B, T, H, K), torch.randn(B, T, H)
     A_log, dt_bias = torch.rand(H) * 2 - 1, torch.randn(H * K) - 2
@@ -24,14 +24,14 @@ def make_inputs(B, T, H, K, V, dtype, gates="random"):
         A_log, dt_bias = A_log * 0, dt_bias * 0
         f = torch.where(torch.rand(K) < 0.5, torch.tensor(50.0), torch.tensor(-1e4)).expand_as(f)
         f = torch.where(torch.rand(B, T, 1, 1) < 0.3, -f, f).clamp(max=50)
-    if gates == "collinear":  # keys nearly parallel, beta near 1: the triangular system is at its worst
+    if gates == "collinear":  # keys nearly parallel and beta near 1, the worst case of the triangular system
         k = torch.randn(B, 1, H, K) + 1e-3 * k
         b, f = b.abs() + 8, f - 8
     return [x.to(dtype) for x in (q, k, v, f, b, A_log, dt_bias)]
 
 
 def run(inputs: list[Tensor], state: Tensor | None, backend: str, **options) -> list[Tensor]:
-    """Output, state and all gradients of a fixed random loss."""
+    """Return output, state and all gradients of a fixed random loss."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     state = None if state is None else state.detach().clone().requires_grad_()
     o, final = kda(*inputs, state=state, backend=backend, **options)
@@ -43,7 +43,7 @@ def run(inputs: list[Tensor], state: Tensor | None, backend: str, **options) -> 
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """RMS of the difference over RMS of the reference, with a floor for references that are exactly zero."""
+    """Return the RMS of the difference over the RMS of the reference, which is at least a small constant."""
     scale = want.double().square().mean().sqrt().clamp(min=1e-12)
     return float((got.double() - want.double()).square().mean().sqrt() / scale)
 
@@ -79,7 +79,7 @@ def test_widths_up_to_256(width):
 @pytest.mark.parametrize("gates", ["random", "zero", "mixed", "collinear"])
 @pytest.mark.parametrize("T", [65, 1000])
 def test_float32_is_as_good_as_the_float32_token_loop(T, gates):
-    H = 8  # dA_log is one number a head: of two, the loop's error may be small by chance
+    H = 8  # dA_log has one element a head; with two heads, the loop's error may be small by chance
     exact_inputs = make_inputs(1, T, H, 32, 32, torch.float64, gates)
     state = torch.randn(1, H, 32, 32, dtype=torch.float64)
     exact_inputs = [x.float().double() for x in exact_inputs]
@@ -89,7 +89,7 @@ def test_float32_is_as_good_as_the_float32_token_loop(T, gates):
     got = run(inputs, state.float(), "chunked")
     for name, g, other, w in zip(NAMES, got, loop, want):
         size = float(w.abs().max())
-        if size < 1e-30:  # a gradient that is exactly zero, or as good as
+        if size < 1e-30:  # a gradient that is zero, or nearly so
             assert float(g.abs().max()) < 1e-6, name
         else:
             assert error(g, w) < max(3 * error(other, w), 2e-6), (name, error(g, w), error(other, w))
@@ -147,7 +147,7 @@ def test_state_carries_a_sequence_over():
     assert torch.allclose(end, final, atol=1e-12)
 
 
-def test_many_segments_give_what_one_gives(monkeypatch):
+def test_many_segments_give_the_result_of_one(monkeypatch):
     inputs = make_inputs(2, 512, 2, 16, 16, torch.float64)
     want = run(inputs, None, "chunked")
     monkeypatch.setitem(__import__("deltify.ops.chunked").ops.chunked.SEGMENT_ELEMENTS, "cpu", 1)

@@ -1,4 +1,4 @@
-"""Saved folders where deltify is not installed, and a second opinion on the layer's mathematics."""
+"""Saved folders without deltify installed, and the layer against transformers' implementation."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def run_elsewhere(tmp_path, folder, block: str) -> tuple[str, tuple]:
     out = str(tmp_path / "out.pt")
     script = SCRIPT.format(folder=str(folder), out=out, block=block)
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "", "HOME": str(tmp_path)}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # of which the last bits of a product depend
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # the last bits of a product depend on it
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip(), torch.load(out)
@@ -50,8 +50,8 @@ def test_a_saved_folder_loads_without_deltify(tmp_path, architecture, kept):
     assert torch.equal(logits, want) and text.shape[1] == ids.shape[1] + 4
     operator, (module, logits, _) = run_elsewhere(tmp_path, tmp_path / "saved", "")
     assert (
-        module.startswith("transformers_modules.") and operator == "deltify.ops"
-    )  # the installed one, if there is one
+        module.startswith("transformers_modules.") and operator == "deltify.ops.dispatch"
+    )  # the installed operator is preferred
     assert torch.equal(logits, want)
 
 

@@ -1,4 +1,4 @@
-"""Sliding windows with sinks: equal to StreamingLLM's definition, and to themselves however a text is cut."""
+"""Sliding windows with sinks: equal to StreamingLLM's definition, for any division of a text."""
 
 import copy
 
@@ -29,11 +29,11 @@ def model(request):
 
 @pytest.fixture
 def ids():
-    return torch.randint(1, 97, (2, 90))  # without 0, which is padding below
+    return torch.randint(1, 97, (2, 90))  # without 0, the padding token
 
 
 def reindexed(layer, x_TD, window: int, sinks: int):
-    """StreamingLLM's definition, a query at a time: the tokens that its cache holds, at positions 0, 1, 2, ..."""
+    """Compute StreamingLLM's definition, a query at a time: the tokens in its cache have positions 0, 1, 2, ..."""
 
     def rotated(x_HK, positions):
         angles = positions[:, None] * 1e4 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
@@ -89,7 +89,7 @@ def test_whole_equals_pieces_equals_decode(model, ids, cuts):
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_rows_equal_single_rows_also_in_pieces(model, ids, side):
+def test_padded_sequences_equal_single_ones_also_in_pieces(model, ids, side):
     lengths, width = (90, 61, 2), 100
     ids = torch.cat([ids, ids[:1].flip(1)])
     padded, mask, places = torch.full((3, width), 5), torch.zeros(3, width, dtype=torch.long), []
@@ -99,7 +99,7 @@ def test_padded_rows_equal_single_rows_also_in_pieces(model, ids, side):
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     whole = model(padded, attention_mask=mask, position_ids=positions).logits
     cache, pieces = DeltifyCache(config=model.config), []
-    for start, end in ((0, 40), (40, 99), (99, 100)):  # some hold padding alone, of one row or of several
+    for start, end in ((0, 40), (40, 99), (99, 100)):  # some pieces are padding only, for one sequence or several
         options = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
         pieces.append(model(padded[:, start:end], past_key_values=cache, **options).logits)
     for row, length in enumerate(lengths):
@@ -120,7 +120,7 @@ def test_packed_documents_do_not_see_each_other(model, ids):
 
 @torch.no_grad()
 @pytest.mark.parametrize("window, sinks", [(1, 2), (7, 0), (7, 3), (2, 1)])
-def test_windows_and_sinks_pass_over_padding(window, sinks):
+def test_windows_and_sinks_skip_padding(window, sinks):
     model, ids = tiny("SSS", sliding_window=window, sink_tokens=sinks), torch.randint(1, 97, (3, 30))
     mask = (torch.rand(3, 30) < 0.5).long()
     mask[:, :4] = mask[:, 12:21] = 0  # longer than the window
@@ -194,7 +194,7 @@ def test_gradients_are_those_of_the_definition_and_reach_every_weight(ids):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "smollm3", "arcee"])
-def test_the_control_is_the_teacher_with_less_to_see(architecture):
+def test_the_control_is_the_teacher_with_a_window_and_sinks(architecture):
     teacher = random_teacher(architecture)
     control = sliding_control(teacher, window=16, sinks=4)
     ids = torch.randint(0, 200, (1, 60))
@@ -229,5 +229,5 @@ def test_wrong_windows_and_masks_are_named(ids):
         tiny("SSS", sliding_window=0)
     with pytest.raises(ValueError, match="sink_tokens=-1 must be at least 0"):
         tiny("SSS", sink_tokens=-1)
-    with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 1, 90, 90\]; KDA and sliding layers take"):
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 1, 90, 90\]; KDA and sliding layers need"):
         tiny("SSF")(ids, attention_mask=torch.ones(1, 1, 90, 90))

@@ -1,4 +1,4 @@
-"""Teachers in folders: their tensors decide, whatever their configuration says; and the fingerprint of weights."""
+"""Teachers in folders, whose tensors count more than their configuration; and the fingerprint of weights."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ IDS = torch.arange(1, 31).view(1, 30)
 
 
 def save(teacher, folder, **said):
-    """Saves a teacher, with a configuration that says something else; returns the folder's name."""
+    """Save a teacher with a changed configuration, and return the folder's name."""
     teacher.model.save_pretrained(folder)
     teacher.tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -36,9 +36,9 @@ def logits(model):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_head_of_its_own_is_kept_though_the_config_says_tied(tied, tmp_path):
+def test_an_untied_head_is_kept_though_the_config_has_it_tied(tied, tmp_path):
     saved = random_teacher("llama", num_hidden_layers=2, tie_word_embeddings=False)
-    if tied:  # the same matrix twice: tied, whoever wrote it
+    if tied:  # two equal matrices are tied
         saved.model.lm_head.weight.data.copy_(saved.model.model.embed_tokens.weight)
     teacher = load_teacher(save(saved, tmp_path, tie_word_embeddings=not tied))
     assert teacher.config.tie_word_embeddings == tied
@@ -50,7 +50,7 @@ def test_a_head_of_its_own_is_kept_though_the_config_says_tied(tied, tmp_path):
         torch.testing.assert_close(logits(model), want, rtol=0, atol=1e-6)
 
 
-def test_a_students_own_head_is_kept_too(tmp_path):
+def test_a_students_untied_head_is_kept_too(tmp_path):
     student = convert(random_teacher("llama", num_hidden_layers=2), init="library").eval()
     student.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -75,14 +75,14 @@ def test_a_students_own_head_is_kept_too(tmp_path):
         ("llama", {}, {"num_key_value_heads": 4}, r"k_proj\.weight has shape \[32, 64\], expected \[64, 64\]"),
     ],
 )
-def test_tensors_that_the_config_has_no_place_for_are_refused(family, facts, said, message, tmp_path):
+def test_tensors_that_do_not_fit_the_config_are_refused(family, facts, said, message, tmp_path):
     folder = save(random_teacher(family, num_hidden_layers=3, **facts), tmp_path, **said)
     with pytest.raises(ValueError, match=message):
         load_teacher(folder)
 
 
 @pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
-def test_the_names_of_wrappers_are_taken_off(wrapper, tmp_path):
+def test_the_prefixes_of_wrappers_are_removed(wrapper, tmp_path):
     saved = random_teacher("llama", num_hidden_layers=2)
     student = convert(saved, init="library").eval()
     save(saved, tmp_path / "teacher")
@@ -121,7 +121,7 @@ def test_bitsandbytes_weights_are_dequantized(bits, tmp_path):
 
 
 def quantize_to_fp8(folder, scales: bool = True):
-    """What `FineGrainedFP8` saves: blocks of 128 x 128 in 8 bits, with the scale of each beside."""
+    """Return what `FineGrainedFP8` saves: blocks of 128 x 128 in 8 bits, and their scales."""
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if "_proj." in name]:
         x = tensors[name]
@@ -154,12 +154,12 @@ def test_fp8_weights_are_dequantized(tmp_path):
 def test_codes_without_their_scales_are_refused(tmp_path):
     folder = save(random_teacher("llama", **WIDE), tmp_path)
     quantize_to_fp8(tmp_path, scales=False)
-    with pytest.raises(ValueError, match=r"holds codes of quantized weights: model\.layers\.0\.mlp\.down_proj\.weight"):
+    with pytest.raises(ValueError, match=r"has quantized weights: model\.layers\.0\.mlp\.down_proj\.weight"):
         load_teacher(folder)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "quanto", "a-new-one"])
-def test_methods_that_cannot_be_undone_are_refused_by_name(method, tmp_path):
+def test_methods_that_cannot_be_dequantized_are_refused_by_name(method, tmp_path):
     folder = save(random_teacher("llama"), tmp_path, quantization_config={"quant_method": method, "bits": 4})
     with pytest.raises(ValueError, match=f"is quantized by '{method}', which cannot be dequantized here"):
         load_teacher(folder)
@@ -168,7 +168,7 @@ def test_methods_that_cannot_be_undone_are_refused_by_name(method, tmp_path):
 # ---- the vocabulary --------------------------------------------------------------------------------------------------
 
 
-def test_a_special_token_without_a_row_does_not_make_a_teacher_unusable(tmp_path):
+def test_a_special_token_without_an_embedding_does_not_make_a_teacher_unusable(tmp_path):
     tokenizer = small_tokenizer()
     model = small_model(tokenizer)
     rows = len(tokenizer)
@@ -185,7 +185,7 @@ def test_a_special_token_without_a_row_does_not_make_a_teacher_unusable(tmp_path
     assert AutoTokenizer.from_pretrained(tmp_path / "again")(text)["input_ids"] == read(text)["input_ids"]
 
 
-def test_the_models_own_end_takes_the_place_of_one_without_a_row(tmp_path):
+def test_the_models_end_token_replaces_one_without_an_embedding(tmp_path):
     tokenizer = small_tokenizer()
     model = small_model(tokenizer, eos_token_id=1)
     model.save_pretrained(tmp_path)
@@ -194,16 +194,16 @@ def test_the_models_own_end_takes_the_place_of_one_without_a_row(tmp_path):
     assert load_teacher(str(tmp_path)).tokenizer.eos_token == "</s>"
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
-    with pytest.raises(ValueError, match=r"end-of-sequence token of .*'<\|im_end\|>', has no row"):
+    with pytest.raises(ValueError, match=r"end-of-sequence token of .*'<\|im_end\|>', has no embedding"):
         load_teacher(str(tmp_path))
 
 
-def test_an_ordinary_token_without_a_row_is_refused_however_few_tokens_there_are(tmp_path):
+def test_an_ordinary_token_without_an_embedding_is_refused_however_few_tokens_there_are(tmp_path):
     tokenizer = small_tokenizer()
     small_model(tokenizer).save_pretrained(tmp_path)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     word = max(state["model"]["vocab"], key=state["model"]["vocab"].get)
-    state["model"]["vocab"][word] += 1  # the number after is not used: as many tokens as rows
+    state["model"]["vocab"][word] += 1  # this id is not used: there are as many tokens as embeddings
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(state))
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(tokenizer)
@@ -233,7 +233,7 @@ def test_a_fingerprint_differs_when_a_weight_or_its_use_does_and_not_with_the_dt
     assert fingerprint(student) != mine
 
 
-def test_a_sign_of_every_weight_of_two_rows_changes_the_fingerprint():
+def test_the_sign_of_any_weight_changes_the_fingerprint():
     model = random_teacher("llama", num_hidden_layers=2).model
     mine = fingerprint(model)
     model.model.layers[0].self_attn.q_proj.weight.data[:2] *= -1

@@ -271,7 +271,7 @@ def test_gradients_equal_those_of_the_token_loop(gates, bounds):
     "part, kernel", [("forward", "forward"), ("backward", "backward"), ("step", "layer_step"), ("layer", "norm")]
 )
 def test_the_check_at_first_use_tells_right_kernels_from_wrong_ones(part, kernel, monkeypatch):
-    import deltify.ops.triton as kernels
+    import deltify.ops.triton.selfcheck as kernels
 
     right = getattr(kernels, kernel)
     assert kernels.largest_error(part, 64, "cpu", torch.float32, 130) < 1e-5
@@ -287,7 +287,7 @@ def test_the_check_at_first_use_tells_right_kernels_from_wrong_ones(part, kernel
 
 @pytest.mark.parametrize("part", ["backward", "layer"])
 def test_the_check_may_run_inside_a_layer_that_is_recomputed(part):
-    import deltify.ops.triton as kernels
+    import deltify.ops.triton.selfcheck as kernels
 
     left, x = [part], torch.randn(8, requires_grad=True)
 

@@ -1,1 +1,7 @@
-"""From a teacher to a student: reading teachers, and where every tensor of a student comes from."""
+"""Load a teacher and make a student from it."""
+
+from .calibration import calibrate
+from .student import INITS, convert, layer_kinds, sliding_control
+from .teacher import FAMILIES, Teacher, load_teacher
+
+__all__ = ["FAMILIES", "INITS", "Teacher", "calibrate", "convert", "layer_kinds", "load_teacher", "sliding_control"]

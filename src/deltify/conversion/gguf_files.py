@@ -1,8 +1,8 @@
-"""Unpack GGUF files into folders of bf16 safetensors: every tensor and every key is accounted for, or refused by name.
+"""Unpack GGUF files into folders of bf16 safetensors, and refuse tensors and keys that are not understood.
 
-transformers skips what it does not know: a tensor that it has no name for, a key that changes the positions, a second
-file. Here the names are gguf's own, the model's tensors come from transformers on the meta device, and both lists must
-be the same.
+transformers skips what it does not know: a tensor without a known name, a key that changes the positions, a second
+file. Here the names come from the package gguf and the expected tensors from a transformers model on the meta device.
+Both lists must agree.
 """
 
 import json
@@ -27,12 +27,12 @@ from ..utils.console import console
 from .vocabulary import fit_tokenizer, set_beginning
 
 SHARD_BYTES = 5 * 2**30
-PIECE = 2**19  # elements that are dequantized at a time: few enough to stay in a cache
+PIECE = 2**19  # elements dequantized at a time, few enough for a processor's cache
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 # ---- which keys are read ---------------------------------------------------------------------------------------------
 
-# keys after the architecture's name, and the configuration's fields that take their values
+# keys, without the architecture's prefix, and the configuration fields that take their values
 FIELDS = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -42,12 +42,12 @@ FIELDS = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-# keys that are read otherwise, below
+# keys that `GgufModel` reads by themselves
 READ = {
     *("rope.freq_base", "rope.dimension_count", "attention.key_length", "attention.value_length", "vocab_size"),
     *("attention.sliding_window", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
 }
-# keys that change nothing, or nothing while they have this value
+# keys that have no effect while they have this value; ... stands for any value
 NEUTRAL: dict[str, object] = {
     "expert_count": 0,
     "expert_used_count": 0,
@@ -57,37 +57,38 @@ NEUTRAL: dict[str, object] = {
     "rope.scaling.finetuned": ...,
     "tensor_data_layout": ...,
 }
-# architectures by gguf's name, and whether they store q and k with neighbours rotated together instead of halves
+# architectures by gguf's name, and whether they rotate neighbouring channels of q and k together instead of halves
 ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
 
 
 @dataclass(frozen=True)
 class Split:
-    """How a byte-level tokenizer cuts text before merging, by the name that `tokenizer.ggml.pre` has for it."""
+    """How a byte-level tokenizer splits text before merging."""
 
-    pattern: str | None  # None: GPT-2's
-    digits: bool = False  # each digit by itself, before anything else
-    nfc: bool = False  # text is composed first (Unicode NFC)
-    whole_words: bool = False  # a word that is a token is not merged from pieces
-    begins: bool = False  # texts begin with the beginning-of-sequence token, if the file does not say otherwise
+    pattern: str | None  # regular expression of the parts; None for GPT-2's
+    digits: bool = False  # whether each digit is split off first
+    nfc: bool = False  # whether text is normalised to Unicode NFC
+    whole_words: bool = False  # whether a part that is a token skips the merges
+    begins: bool = False  # whether texts begin with the beginning-of-sequence token, unless the file says otherwise
 
 
-WORDS = (
+# regular expressions of llama.cpp; %s stands for the number of digits in a group
+WORDS_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LETTERS = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
-TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{LETTERS % ('*', '+')}|[^\r\n\p{{L}}\p{{N}}]?{LETTERS % ('+', '*')}"
+LETTERS_PATTERN = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
+TEKKEN_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{LETTERS_PATTERN % ('*', '+')}|[^\r\n\p{{L}}\p{{N}}]?{LETTERS_PATTERN % ('+', '*')}"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {
+SPLITS = {  # by the value of `tokenizer.ggml.pre`
     "default": Split(None),
     "gpt-2": Split(None),
     "smollm": Split(None, digits=True),
-    "qwen2": Split(WORDS % "", nfc=True),
-    "deepseek-r1-qwen": Split(WORDS % ""),
-    "llama-bpe": Split(WORDS % "{1,3}", whole_words=True, begins=True),
-    "tekken": Split(TEKKEN, whole_words=True, begins=True),
+    "qwen2": Split(WORDS_PATTERN % "", nfc=True),
+    "deepseek-r1-qwen": Split(WORDS_PATTERN % ""),
+    "llama-bpe": Split(WORDS_PATTERN % "{1,3}", whole_words=True, begins=True),
+    "tekken": Split(TEKKEN_PATTERN, whole_words=True, begins=True),
 }
 
 
@@ -95,10 +96,10 @@ SPLITS = {
 
 
 def parts_of(path: Path) -> list[Path]:
-    """Return all files of a model that is split over several, in order; of any other model its one file.
+    """Return the files of a model in order. Most models have one; large ones are split.
 
     Raises:
-        FileNotFoundError: If a part is missing; names it.
+        FileNotFoundError: If a part is missing.
     """
     name = PART.fullmatch(path.name)
     if name is None:
@@ -110,7 +111,7 @@ def parts_of(path: Path) -> list[Path]:
 
 
 class GgufModel:
-    """The keys and tensors of a GGUF model of one or several files, and what of transformers they make."""
+    """Keys and tensors of a GGUF model of one or several files, with their names in transformers."""
 
     def __init__(self, path: Path):
         readers = [gguf.GGUFReader(part) for part in parts_of(path)]
@@ -118,26 +119,30 @@ class GgufModel:
         self.tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
         if (count := self.key("split.count", 1)) != len(readers):
             raise ValueError(
-                f"{path} is one part of {count}, but {len(readers)} were found; keep the names that llama.cpp gave "
-                "them (NAME-00001-of-00002.gguf), all in one folder"
+                f"{path} is one part of {count}, but {len(readers)} were found. Keep all parts in one folder, "
+                "under the names that llama.cpp gave them (NAME-00001-of-00002.gguf)"
             )
         if (kind := self.key("general.type", "model")) != "model":
             raise ValueError(f"{path} holds a {kind}, not a whole model")
         self.architecture = self.key("general.architecture")
         if self.architecture not in ARCHITECTURES:
             raise ValueError(
-                f"{path} is of the architecture {self.architecture!r}; GGUF files are read of "
+                f"{path} has the architecture {self.architecture!r}; supported in GGUF files are "
                 f"{', '.join(ARCHITECTURES)}. Give the model's safetensors folder or hub id"
             )
         self.config = self.read_config()
         self.names = self.tensor_names()
 
     def key(self, name: str, default: Any = None) -> Any:
-        """The value of a key; `default` if the file has none."""
+        """Return the value of a key, or `default` if the file lacks it."""
         return self.fields[name].contents() if name in self.fields else default
 
     def read_config(self) -> PreTrainedConfig:
-        """Raises ValueError for a key that is not known and could change what the model computes."""
+        """Return the configuration that the keys describe.
+
+        Raises:
+            ValueError: If an unknown key could change what the model computes, a key is missing, or keys disagree.
+        """
         prefix = f"{self.architecture}."
         own = {name.removeprefix(prefix): self.key(name) for name in self.fields if name.startswith(prefix)}
         own = {name: distinct(value) for name, value in own.items()}
@@ -145,8 +150,8 @@ class GgufModel:
         unknown += [n for n, neutral in NEUTRAL.items() if n in own and neutral is not ... and own[n] != neutral]
         unknown += [name for name in FIELDS if isinstance(own.get(name), list)]  # layers that differ
         if unknown:
-            told = ", ".join(f"{prefix}{name} = {own[name]}" for name in sorted(unknown))
-            raise ValueError(f"{self.path} has {told}, which is not understood; give the model's safetensors folder")
+            listed = ", ".join(f"{prefix}{name} = {own[name]}" for name in sorted(unknown))
+            raise ValueError(f"{self.path} has {listed}, which is not understood. Give the model's safetensors folder")
         if missing := [f"{prefix}{name}" for name in FIELDS if name not in own and name != "attention.head_count_kv"]:
             raise ValueError(f"{self.path} lacks the keys {', '.join(missing)}")
         facts = {field: own[name] for name, field in FIELDS.items() if name in own}
@@ -160,7 +165,7 @@ class GgufModel:
         window = own.get("attention.sliding_window") or 0
         if 0 < window < facts["max_position_embeddings"]:
             raise ValueError(
-                f"{self.path} has {prefix}attention.sliding_window = {window}; sliding windows are read from "
+                f"{self.path} has {prefix}attention.sliding_window = {window}. Sliding windows are supported in "
                 "safetensors folders only"
             )
         vocabulary = self.shape("token_embd.weight")[0]
@@ -179,7 +184,7 @@ class GgufModel:
         )
 
     def rope(self, own: dict, head_dim: int) -> dict:
-        """The rotary parameters, from keys and from the tensor of factors that Llama 3.1 and later have."""
+        """Return the rotary parameters, from keys and from the tensor of factors that Llama 3.1 and later have."""
         rope: dict[str, object] = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)}
         kind, factor = own.get("rope.scaling.type", "none"), own.get("rope.scaling.factor", 1.0)
         if kind in ("linear", "yarn"):
@@ -187,7 +192,7 @@ class GgufModel:
             if kind == "yarn":
                 rope["original_max_position_embeddings"] = own["rope.scaling.original_context_length"]
         elif kind != "none":
-            raise ValueError(f"{self.path} scales its positions by {kind!r}; none, linear and yarn are read")
+            raise ValueError(f"{self.path} has rope.scaling.type = {kind!r}; supported are none, linear and yarn")
         if "rope_freqs.weight" in self.tensors:
             if kind != "none":
                 raise ValueError(f"{self.path} has both rope.scaling.type = {kind} and rope_freqs.weight")
@@ -195,51 +200,52 @@ class GgufModel:
         return rope
 
     def biases(self) -> dict[str, bool]:
-        """Which biases the file has, where the configuration must say it."""
-        if self.architecture == "qwen2":  # always of q, k and v
+        """Return the configuration fields for the biases that the file has."""
+        if self.architecture == "qwen2":  # q, k and v always have biases, and no field exists
             return {}
-        found = {"attention_bias": "blk.0.attn_q.bias" in self.tensors}
-        return found | ({"mlp_bias": "blk.0.ffn_up.bias" in self.tensors} if self.architecture == "llama" else {})
+        fields = {"attention_bias": "blk.0.attn_q.bias" in self.tensors}
+        return fields | ({"mlp_bias": "blk.0.ffn_up.bias" in self.tensors} if self.architecture == "llama" else {})
 
     def tensor_names(self) -> dict[str, str]:
-        """The file's name of each of the model's tensors.
+        """Return the file's name of each of the model's tensors.
 
         Raises:
-            ValueError: If the file lacks one, has one more, or has one of another shape; names up to five.
+            ValueError: If the file lacks a tensor, has an unexpected one, or has one of another shape.
         """
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config)
         architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
-        known = gguf.get_tensor_name_map(architecture, self.config.num_hidden_layers)
+        gguf_names = gguf.get_tensor_name_map(architecture, self.config.num_hidden_layers)
         names, problems = {}, []
         for name, tensor in model.state_dict().items():
             if name == "lm_head.weight" and self.config.tie_word_embeddings:
                 continue
             stem, _, kind = name.rpartition(".")
-            names[name] = mine = f"{known.get_name(stem)}.{kind}"
-            if mine not in self.tensors:
-                problems.append(f"{mine} is missing")
-            elif self.shape(mine) != tuple(tensor.shape):
-                problems.append(f"{mine} has shape {list(self.shape(mine))}, expected {list(tensor.shape)}")
-        more = self.tensors.keys() - set(names.values()) - {"rope_freqs.weight"}
-        problems += [f"{name} is not expected" for name in sorted(more)]
+            names[name] = gguf_name = f"{gguf_names.get_name(stem)}.{kind}"
+            if gguf_name not in self.tensors:
+                problems.append(f"{gguf_name} is missing")
+            elif self.shape(gguf_name) != tuple(tensor.shape):
+                problems.append(f"{gguf_name} has shape {list(self.shape(gguf_name))}, expected {list(tensor.shape)}")
+        unexpected = self.tensors.keys() - set(names.values()) - {"rope_freqs.weight"}
+        problems += [f"{name} is not expected" for name in sorted(unexpected)]
         if problems:
-            rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise ValueError(f"{self.path} does not fit its own keys: {'; '.join(problems[:5])}{rest}")
+            omitted = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise ValueError(f"{self.path} does not fit its own keys: {'; '.join(problems[:5])}{omitted}")
         return names
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor in the order of torch."""
         if name not in self.tensors:
-            raise ValueError(f"{self.path} lacks the tensor {name}; is it the first part of a split file?")
+            raise ValueError(f"{self.path} lacks the tensor {name}. Is it one part of a split file?")
         return tuple(int(size) for size in reversed(self.tensors[name].shape))
 
     def values(self, name: str) -> np.ndarray:
-        """A small tensor's values, float32."""
+        """Return a small tensor's values in float32."""
         tensor = self.tensors[name]
         return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(self.shape(name))
 
     def pieces(self, name: str) -> Iterator[tuple[int, int]]:
-        """Ranges of rows that are small enough to be dequantized at once."""
+        """Yield ranges of rows that are small enough to be dequantized at once."""
         rows, *rest = self.shape(name)
         step = max(1, PIECE // max(1, int(np.prod(rest))))
         yield from ((start, min(rows, start + step)) for start in range(0, rows, step))
@@ -253,7 +259,13 @@ class GgufModel:
         return data.nbytes
 
     def read(self, names: list[str], pool: ThreadPoolExecutor, advance: Callable[[int], None]) -> dict[str, Tensor]:
-        """The model's tensors `names` in bfloat16, dequantized by all threads of `pool`."""
+        """Return the model's tensors `names` in bfloat16, dequantized by the threads of `pool`.
+
+        Args:
+            names: Names of tensors in transformers.
+            pool: Threads that dequantize.
+            advance: Function that is called with the number of bytes read.
+        """
         tensors = {name: torch.empty(self.shape(self.names[name]), dtype=torch.bfloat16) for name in names}
         jobs = [
             pool.submit(self.read_piece, self.names[name], *piece, tensor)
@@ -271,27 +283,30 @@ class GgufModel:
 
 
 def distinct(value: object) -> object:
-    """One value for a list of equal ones, as some files have for each layer."""
+    """Return the one value of a list of equal values, which some files have with an entry per layer; else `value`."""
     return value[0] if isinstance(value, list) and value and value.count(value[0]) == len(value) else value
 
 
 def halves_from_neighbours(x: Tensor, heads: int) -> Tensor:
-    """Rows of q or k, of which llama.cpp rotates neighbours together, in transformers' order: the first half of a head
-    with the second."""
+    """Return rows of q or k in transformers' order.
+
+    llama.cpp rotates neighbouring channels together, transformers a channel of a head's first half with one of its
+    second half.
+    """
     return x.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, path: Path) -> dict:
-    """The parameters of Llama 3.1's scaling that give these factors of the wavelengths, [head_dim / 2].
+    """Return the parameters of Llama 3.1's position scaling that multiply wavelengths by these factors [head_dim / 2].
 
     Raises:
-        ValueError: If no known parameters do.
+        ValueError: If no known parameters give these factors.
     """
     wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     factor, low, high, original = float(factors.max()), 1.0, 4.0, 8192
     smooth = ((original / wavelength - low) / (high - low)).clip(0, 1)
     if not np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=1e-3):
-        raise ValueError(f"{path} has rope_freqs.weight, which are not Llama 3's factors; give its safetensors folder")
+        raise ValueError(f"{path} has rope_freqs.weight, which are not Llama 3's factors. Give its safetensors folder")
     scaling = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
     return {"rope_type": "llama3", **scaling, "original_max_position_embeddings": original}
 
@@ -302,30 +317,30 @@ SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"
 
 
 def read_tokenizer(model: GgufModel):
-    """The tokenizer of a GGUF file, which splits and begins texts as the file says.
+    """Return the tokenizer of a GGUF file, which splits and begins texts as the file says.
 
     Raises:
-        ValueError: If the file does not say how text is split, or names a way that is not known.
+        ValueError: If the file does not say how text is split, or names an unknown way.
     """
     first = parts_of(model.path)[0]
-    # AutoTokenizer would read the whole file once more, for a configuration
+    # not AutoTokenizer, which would read the whole file once more for its configuration
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(first.parent), gguf_file=first.name)
     begins, backend = True, tokenizer.backend_tokenizer  # sentencepiece vocabularies begin texts
     if model.key("tokenizer.ggml.model") == "gpt2":
         name = model.key("tokenizer.ggml.pre")
         if name not in SPLITS:
             raise ValueError(
-                f"{model.path} has tokenizer.ggml.pre = {name!r}; known are {', '.join(SPLITS)}. Give the model's "
+                f"{model.path} has tokenizer.ggml.pre = {name!r}; supported are {', '.join(SPLITS)}. Give the model's "
                 "safetensors folder or hub id"
             )
         if name == "default":
             console.print(f"warning: {model.path.name} does not name its tokenizer; text is split as GPT-2 does")
         begins = SPLITS[name].begins
         split_text(backend, SPLITS[name])
-    words = model.key("tokenizer.ggml.tokens")
+    vocabulary = model.key("tokenizer.ggml.tokens")
     for name, key in SPECIAL_TOKENS.items():
         token = model.key(f"tokenizer.ggml.{key}_token_id")
-        setattr(tokenizer, name, None if token is None else words[token])
+        setattr(tokenizer, name, None if token is None else vocabulary[token])
     tokenizer = fit_tokenizer(tokenizer, model.config, str(model.path))
     begins = model.key("tokenizer.ggml.add_bos_token", begins) and tokenizer.bos_token_id is not None
     set_beginning(tokenizer, begins, bool(model.key("tokenizer.ggml.add_eos_token", False)))
@@ -333,6 +348,7 @@ def read_tokenizer(model: GgufModel):
 
 
 def split_text(backend: Tokenizer, split: Split) -> None:
+    """Make a tokenizer split text in this way."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None)
     steps = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
     steps += [pre_tokenizers.Split(Regex(split.pattern), "isolated")] if split.pattern else []
@@ -349,15 +365,15 @@ def split_text(backend: Tokenizer, split: Split) -> None:
 def unpack(path: Path, folder: Path) -> None:
     """Write the model and tokenizer of a GGUF file to `folder` as transformers reads them, weights in bfloat16.
 
-    Every process may call it: nothing here asks for its rank, as transformers' `save_pretrained` of a model does.
+    It does not use `save_pretrained` of a model, which writes on rank 0 alone: any process may write the folder.
 
     Raises:
-        ValueError: If the file has a tensor or key that is not understood, or lacks one; names it.
+        ValueError: If the file has a tensor or key that is not understood, or lacks one.
     """
     model = GgufModel(path)
     tokenizer = read_tokenizer(model)
     folder.mkdir(parents=True, exist_ok=True)
-    shards = plan_shards({name: 2 * int(np.prod(model.shape(mine))) for name, mine in model.names.items()})
+    shards = plan_shards({name: 2 * int(np.prod(model.shape(stored))) for name, stored in model.names.items()})
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     names = ["model.safetensors"] if len(shards) == 1 else names
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -367,12 +383,14 @@ def unpack(path: Path, folder: Path) -> None:
         Progress(TextColumn(f"unpack {path.name}"), *columns, console=console, transient=True) as bar,
     ):
         task = bar.add_task("unpack", total=total)
-        for name, wanted in zip(names, shards):
-            save_file(model.read(wanted, pool, lambda n: bar.advance(task, n)), folder / name, {"format": "pt"})
+        for name, tensors in zip(names, shards):
+            save_file(model.read(tensors, pool, lambda n: bar.advance(task, n)), folder / name, {"format": "pt"})
     if len(shards) > 1:
-        where = {tensor: name for name, wanted in zip(names, shards) for tensor in wanted}
+        weight_map = {tensor: name for name, tensors in zip(names, shards) for tensor in tensors}
         index = {"metadata": {"total_size": 2 * sum(np.prod(model.shape(m)) for m in model.names.values())}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index | {"weight_map": where}, default=int))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index | {"weight_map": weight_map}, default=int)
+        )
     model.config.architectures = [AutoModelForCausalLM._model_mapping[type(model.config)].__name__]
     model.config.dtype = torch.bfloat16
     model.config.save_pretrained(folder)
@@ -384,13 +402,13 @@ def unpack(path: Path, folder: Path) -> None:
 
 
 def plan_shards(sizes: dict[str, int]) -> list[list[str]]:
-    """Group tensors, in order, into files of at most SHARD_BYTES, or of one larger tensor."""
+    """Group tensors in order into files of at most SHARD_BYTES. A larger tensor gets a file of its own."""
     shards: list[list[str]] = [[]]
-    room = SHARD_BYTES
+    bytes_left = SHARD_BYTES
     for name, size in sizes.items():
-        if size > room and shards[-1]:
+        if size > bytes_left and shards[-1]:
             shards.append([])
-            room = SHARD_BYTES
+            bytes_left = SHARD_BYTES
         shards[-1].append(name)
-        room -= size
+        bytes_left -= size
     return shards

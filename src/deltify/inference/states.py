@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..model.mixers import store
+from ..model.cache import write_states
 from ..model.modeling import DeltifyCache, DeltifyPreTrainedModel
 from ..model.sliding import SinkLayer
 from ..utils.fingerprint import fingerprint
@@ -60,7 +60,7 @@ class State:
             if isinstance(layer, SinkLayer):
                 layer.put(x["keys"].to(model.dtype), x["values"].to(model.dtype), x["seen"])
             else:
-                store(layer, x["conv"].to(model.dtype), x["recurrent"])
+                write_states(layer, x["conv"].to(model.dtype), x["recurrent"])
         return cache
 
 

@@ -1,4 +1,4 @@
-"""A transformers model: KDA in every layer, or in all but some. Importing registers it with the Auto classes."""
+"""A transformers model with KDA in all or some layers. Importing it registers the model with the Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

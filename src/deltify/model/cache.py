@@ -1,8 +1,8 @@
-"""What a model keeps of what it has read: states of KDA layers, sinks and windows of sliding layers, keys and values.
+"""The cache of a model: states of KDA layers, sinks and windows of sliding layers, keys and values of attention layers.
 
-Buffers keep their addresses, as CUDA graphs need it, wherever they may be written in place.
+Buffers are written in place where possible: CUDA graphs need constant addresses.
 
-Legend: B rows, G key/value heads, K head width, S sinks, W window.
+Legend: B sequences, G key/value heads, K head width, S sinks, W window.
 """
 
 from collections.abc import Callable
@@ -16,20 +16,22 @@ from .configuration import DeltifyConfig
 
 
 def writable(buffer: Tensor) -> bool:
-    """Return whether a buffer may be written in place: no gradient passes through it, and no inference mode, that has
-    ended since, made it."""
+    """Return whether a buffer may be written in place.
+
+    Not if it requires gradients, nor outside inference mode if it was created in it.
+    """
     return not buffer.requires_grad and (torch.is_inference_mode_enabled() or not buffer.is_inference())
 
 
 def keep(buffer: Tensor, new: Tensor) -> Tensor:
-    """Return what a cache keeps of `new`: the buffer with its values where that can be written, else a copy."""
+    """Return the buffer with the values of `new`, or a copy of `new` if the buffer cannot be written in place."""
     if buffer.shape == new.shape and writable(buffer) and not new.requires_grad:
         return buffer.copy_(new)
     return new.clone(memory_format=torch.contiguous_format)
 
 
-def store(layer: LinearAttentionLayer, conv_state: Tensor, state: Tensor) -> None:
-    """Keep the states of a KDA layer."""
+def write_states(layer: LinearAttentionLayer, conv_state: Tensor, state: Tensor) -> None:
+    """Write the states of a KDA layer into its cache layer."""
     if not layer.is_recurrent_states_initialized[0]:
         layer.lazy_initialization(conv_states=conv_state, recurrent_states=state)
     layer.conv_states[0] = keep(layer.conv_states[0], conv_state)
@@ -37,21 +39,21 @@ def store(layer: LinearAttentionLayer, conv_state: Tensor, state: Tensor) -> Non
     layer.has_previous_state[0] = True
 
 
-def stored(layer: LinearAttentionLayer) -> tuple[Tensor | None, Tensor | None]:
-    """Return the convolution and recurrent state that a KDA layer goes on from; None before its first token."""
+def read_states(layer: LinearAttentionLayer) -> tuple[Tensor | None, Tensor | None]:
+    """Return the convolution and recurrent state of a KDA layer, or two None before its first token."""
     if not layer.has_previous_state[0]:
         return None, None
     for states in (layer.conv_states, layer.recurrent_states):
         if states[0].is_inference() and not torch.is_inference_mode_enabled():
-            states[0] = states[0].clone()  # autograd would not save it, nor a step write it
+            states[0] = states[0].clone()  # autograd cannot save it, and a step cannot write it
     return layer.conv_states[0], layer.recurrent_states[0]
 
 
 class SinkLayer(CacheLayerMixin):
-    """What a sliding layer keeps of each row: keys and values of S sinks and the last W - 1 tokens, not yet rotated.
+    """The cache of a sliding layer: keys and values of S sinks and of the last W - 1 tokens, before rotation.
 
-    `keys` and `values` are [B, G, S + W - 1, K] from the first token on; `seen` [B] counts each row's tokens without
-    padding, and says which of the places are in use.
+    `keys` and `values` are [B, G, S + W - 1, K] from the first token. `seen` [B] counts the tokens of each sequence,
+    without padding; it determines which places are in use.
     """
 
     is_sliding = True
@@ -60,11 +62,11 @@ class SinkLayer(CacheLayerMixin):
     def __init__(self, window: int, sinks: int):
         super().__init__()
         self.window, self.sinks = window, sinks
-        self.cumulative_length = 0  # tokens with padding, as transformers counts them
+        self.cumulative_length = 0  # number of tokens with padding, as in transformers
         self.seen: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room for rows like `key_states` [B, G, any, K]."""
+        """Allocate the buffers for keys of shape [B, G, any, K]."""
         rows, heads, _, width = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys = key_states.new_zeros(rows, heads, self.sinks + self.window - 1, width)
@@ -73,28 +75,28 @@ class SinkLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
-        raise NotImplementedError("a sliding layer with sinks is written by DeltifySlidingAttention alone")
+        raise NotImplementedError("only DeltifySlidingAttention writes a sliding layer with sinks")
 
     def put(self, keys: Tensor, values: Tensor, seen: Tensor) -> None:
-        """Keep keys and values [B, G, S + W - 1, K] of rows of `seen` [B] tokens."""
+        """Set keys and values [B, G, S + W - 1, K] of sequences of `seen` [B] tokens."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self.keys, self.values, self.seen = keep(self.keys, keys), keep(self.values, values), keep(self.seen, seen)
 
     def write(self, keys: Tensor, values: Tensor, new: Tensor, tokens: int) -> None:
-        """Keep sinks and windows [B, S + W - 1, G, K] after `new` [B] more tokens, `tokens` with padding."""
+        """Set sinks and windows [B, S + W - 1, G, K] after `new` [B] more tokens; with padding they are `tokens`."""
         self.put(keys.transpose(1, 2), values.transpose(1, 2), new if self.seen is None else self.seen + new)
         self.cumulative_length += tokens
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what the layer holds, by name."""
+        """Return the layer's tensors by name."""
         named = {"keys": self.keys, "values": self.values, "seen": self.seen}
         return {name: x for name, x in named.items() if x is not None}
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return keys of the sinks [B, S, G, K] and of the window [B, W - 1, G, K], then the values of both."""
-        cut = [self.sinks, self.window - 1]
-        return (*self.keys.transpose(1, 2).split(cut, 1), *self.values.transpose(1, 2).split(cut, 1))
+        sizes = [self.sinks, self.window - 1]
+        return (*self.keys.transpose(1, 2).split(sizes, 1), *self.values.transpose(1, 2).split(sizes, 1))
 
     def get_seq_length(self) -> int:
         return self.cumulative_length
@@ -111,13 +113,14 @@ class SinkLayer(CacheLayerMixin):
 
 
 class DeltifyCache(DynamicCache):
-    """transformers' cache, except that sliding layers keep their sinks, that it always knows what it has seen, and that
-    its rows can be chosen and repeated, which transformers does for keys and values alone.
+    """transformers' cache with three changes.
 
-    `DynamicCache.get_seq_length` raises on a cache of linear-attention layers alone (transformers 5.16 to 5.23).
+    Sliding layers keep their sinks. The cache counts its tokens: `DynamicCache.get_seq_length` raises on a cache with
+    linear-attention layers only (transformers 5.16 to 5.23). Its sequences can be selected and repeated, which
+    transformers supports for keys and values only.
     """
 
-    # a cache without attention layers counts as compileable, and generate would then hand over 4-D masks
+    # without attention layers, transformers would call it compileable, and generate would give 4-D masks
     is_compileable = False
 
     def __init__(self, config: DeltifyConfig):
@@ -129,7 +132,7 @@ class DeltifyCache(DynamicCache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """Of no layer: since 5.24, generate does not leave out what a cache of linear layers alone has seen."""
+        """False for each layer: since 5.24, generate feeds all tokens again if a cache has only linear layers."""
         return [False] * len(self.layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -138,17 +141,17 @@ class DeltifyCache(DynamicCache):
         return super().get_seq_length(layer_idx)
 
     def rows(self) -> int | None:
-        """Return how many rows the cache holds; None before the first token."""
+        """Return the number of sequences in the cache, or None before the first token."""
         return next((len(x) for layer in self.layers for x in held(layer)), None)
 
     def reset(self) -> None:
         self.seen_tokens = 0
         for layer in self.layers:
             if isinstance(layer, LinearAttentionLayer):
-                layer.has_previous_state[0] = False  # its buffers stay, for the next pass to write
+                layer.has_previous_state[0] = False  # keep the buffers for the next pass
             elif isinstance(layer, SinkLayer):
                 layer.reset()
-            else:  # transformers before 5.23 fills what grows with zeros, instead of dropping it
+            else:  # transformers before 5.23 fills keys and values with zeros instead of dropping them
                 layer.keys = layer.values = None
                 layer.is_initialized = False
 
@@ -162,7 +165,7 @@ class DeltifyCache(DynamicCache):
         self.change_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply `change` to all tensors of all layers; rows are their first dimension."""
+        """Apply `change` to all tensors of all layers. Their first dimension is the sequences."""
         for layer in self.layers:
             if isinstance(layer, LinearAttentionLayer):
                 for states in (layer.conv_states, layer.recurrent_states):
@@ -184,13 +187,13 @@ class DeltifyCache(DynamicCache):
         """Raise ValueError unless all layers keep every token."""
         if any(isinstance(layer, LinearAttentionLayer | SinkLayer) for layer in self.layers):
             raise ValueError(
-                f"{name}: the states of KDA and sliding layers cannot be rolled back. Keep a copy from before "
-                "(copy.deepcopy(cache)), and go on from that"
+                f"{name}: the states of KDA and sliding layers cannot be rolled back. Copy the cache beforehand "
+                "(copy.deepcopy(cache)), and continue from the copy"
             )
 
 
 def held(layer) -> list[Tensor]:
-    """Return the tensors that a cache layer holds, each [B, ...]."""
+    """Return the tensors in a cache layer, each [B, ...]."""
     if isinstance(layer, LinearAttentionLayer):
         tensors = [layer.conv_states[0], layer.recurrent_states[0]] if layer.has_previous_state[0] else []
     else:

@@ -1,6 +1,7 @@
-"""Decoding on a GPU as one CUDA graph. States keep their size and address, so one capture serves any context.
+"""Decode on a GPU by one CUDA graph.
 
-An eager step of a large model waits for Python, which launches hundreds of small kernels; a replay does not.
+An eager step of a large model waits for Python to launch hundreds of small kernels; a replay does not. The states keep
+their size and address, so one captured graph serves any context length.
 """
 
 from weakref import WeakKeyDictionary
@@ -11,43 +12,42 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from .cache import writable
-from .mixers import DeltifyKDA, put_in_one_piece
+from .mixers import DeltifyKDA, fuse_weights_
 
 
 class CapturedStep:
-    """One token through a model of KDA layers and its head, on the states of one cache."""
+    """The captured graph of one decoding step of a model of KDA layers, on the states of one cache."""
 
     def __init__(self, model: PreTrainedModel, cache: Cache, rows: int):
         for module in model.modules():
             if isinstance(module, DeltifyKDA):
-                put_in_one_piece(module.projections)
+                fuse_weights_(module.projections)
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
         self.addresses = addresses(cache)
         self.graph, seen = torch.cuda.CUDAGraph(), cache.seen_tokens
         with torch.cuda.graph(self.graph):
             hidden = model.model(input_ids=self.ids, past_key_values=cache, use_cache=True).last_hidden_state
             self.logits = model.lm_head(hidden)
-        cache.seen_tokens = seen  # capturing ran nothing
+        cache.seen_tokens = seen  # capturing does not run the step
 
     def __call__(self, ids_B1: Tensor, cache: Cache) -> Tensor:
-        """Logits [B, 1, vocabulary]; the cache has read one token more."""
+        """Return logits [B, 1, vocabulary] of one more token, which the cache then contains."""
         self.ids.copy_(ids_B1)
         self.graph.replay()
         cache.seen_tokens += 1
         return self.logits.clone()
 
 
-# by cache: how many tokens it was read eagerly, and then its captured step
+# by cache: its captured step, or None after the first, eager step
 STEPS: "WeakKeyDictionary[Cache, CapturedStep | None]" = WeakKeyDictionary()
 
 
 def captured_logits(
     model: PreTrainedModel, ids: Tensor | None, cache: Cache | None, attention_mask: Tensor | None
 ) -> Tensor | None:
-    """Return logits [B, 1, vocabulary] of one more token by replaying a graph, or None where the model must run as it
-    is: where the token is padding in some row, for one.
+    """Return logits [B, 1, vocabulary] of one more token by replaying a graph, or None if the model must run eagerly.
 
-    The first token decoded with a cache runs as it is, which makes all libraries ready; the second is captured.
+    The first token decoded with a cache runs eagerly, which initialises all libraries. The second one is captured.
     """
     if ids is None or cache is None or ids.shape[1] != 1 or not ids.is_cuda or torch.is_grad_enabled():
         return None
@@ -69,9 +69,10 @@ def captured_logits(
 
 
 def states(cache: Cache) -> list[Tensor]:
+    """Return the convolution and recurrent states of all layers."""
     return [x for layer in cache.layers for x in (layer.conv_states[0], layer.recurrent_states[0])]
 
 
 def addresses(cache: Cache) -> list[int]:
-    """Where the states lie; a cache whose rows are repeated, for one, moves them."""
+    """Return the addresses of the states. Repeating the sequences of a cache, for example, changes them."""
     return [x.data_ptr() for x in states(cache)]

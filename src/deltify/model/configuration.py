@@ -1,4 +1,4 @@
-"""Configuration of a KDA language model: architecture facts as data."""
+"""Configuration of a KDA language model."""
 
 from pathlib import Path
 
@@ -10,22 +10,23 @@ LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
 
 
 class DeltifyConfig(PreTrainedConfig):
-    """A Llama-like decoder whose layers mix tokens by KDA ("linear_attention"), by attention ("full_attention"), or by
-    attention to the last tokens and to a document's first ones, its sinks ("sliding_attention").
+    """Configuration of a Llama-like decoder with KDA, full-attention and sliding-attention layers.
 
     Args:
-        head_dim: width K = V of a head, in layers of both kinds.
-        num_attention_heads: heads of KDA layers, and query heads of attention layers.
-        num_key_value_heads: key/value heads of attention layers; KDA layers have one per head.
-        mlp_gated: down(act(gate(x)) * up(x)) if true, else down(act(up(x))).
-        attention_bias, attention_out_bias: biases of q, k, v, and of o; KDA layers have them too.
-        qk_norm: RMSNorm of q and k, per head, in attention layers (KDA layers have L2 norms instead).
-        layer_types: one of "linear_attention", "full_attention" and "sliding_attention" per layer; all KDA if absent.
-        use_rope: per layer, whether attention rotates q and k; all false (NoPE) if absent. KDA layers ignore it.
-        sliding_window: tokens that sliding layers look back to, the current one included.
-        sink_tokens: tokens at a document's start that sliding layers always see.
-        conv_size: taps of the short convolutions.
-        gate_lower_bound: in [-5, 0) for the bounded gate form; None for the softplus form.
+        head_dim: Width K = V of a head, in all layers.
+        num_attention_heads: Number of heads of KDA layers, and of query heads of attention layers.
+        num_key_value_heads: Number of key/value heads of attention layers. KDA layers have one per head.
+        mlp_gated: Whether the MLP is down(act(gate(x)) * up(x)) instead of down(act(up(x))).
+        attention_bias: Whether q, k and v projections have biases, in all layers.
+        attention_out_bias: Whether output projections have biases, in all layers.
+        qk_norm: Whether attention layers normalise q and k of each head by RMSNorm. KDA layers use L2 norms instead.
+        layer_types: Kind of each layer: "linear_attention" (KDA), "full_attention" or "sliding_attention" (the last
+            tokens and a document's first ones, its sinks). Defaults to KDA in all layers.
+        use_rope: Whether attention rotates q and k, for each layer. Defaults to none (NoPE). KDA layers ignore it.
+        sliding_window: Number of tokens that sliding layers see, the current one included.
+        sink_tokens: Number of tokens at a document's start that sliding layers always see.
+        conv_size: Number of taps of the short convolutions.
+        gate_lower_bound: Lower bound of the log-decay, in [-5, 0), for the bounded gate. None for the softplus gate.
     """
 
     model_type = "deltify"
@@ -76,14 +77,14 @@ class DeltifyConfig(PreTrainedConfig):
                     f"{name} has {len(getattr(self, name))} entries for num_hidden_layers={self.num_hidden_layers}"
                 )
         if unknown := set(self.layer_types) - set(LAYER_TYPES):
-            raise ValueError(f"layer_types contains {sorted(unknown)}; known are {list(LAYER_TYPES)}")
+            raise ValueError(f"layer_types contains {sorted(unknown)}; choose from {list(LAYER_TYPES)}")
         for name, least in (("sliding_window", 1), ("sink_tokens", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         super().__post_init__(**kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """As in transformers, and the model's code beside config.json, for where deltify is not installed."""
+        """Save as transformers does, with the model's code beside config.json for use without deltify."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         self.auto_map = auto_map(self)
         write_code(Path(save_directory))
@@ -91,7 +92,7 @@ class DeltifyConfig(PreTrainedConfig):
 
 
 class ArceeKDAConfig(DeltifyConfig):
-    """The same for students of Arcee models (AFM-4.5B-Base-KDA-Only): ungated relu^2 MLP."""
+    """Configuration of a student of an Arcee model, as AFM-4.5B-Base-KDA-Only: ungated MLP with relu^2."""
 
     model_type = "arcee_kda"
 

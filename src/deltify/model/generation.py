@@ -1,4 +1,4 @@
-"""What `generate` may ask of a model whose states are not rolled back, and what it may not."""
+"""Generation for models whose states cannot be rolled back; unsupported settings are refused."""
 
 import copy
 
@@ -7,8 +7,8 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from .cache import DeltifyCache, held
 
 CACHE_NAMES = ("past_key_values", "cache")  # before transformers 5.24, and since
-# settings of generation that need another cache than ours, one that is rolled back, or code for other models
-UNFOLLOWED = (
+# generation settings that need another cache, a cache that can be rolled back, or code for other models
+UNSUPPORTED = (
     *("cache_implementation", "cache_config", "max_cache_len", "compile_config", "continuous_batching_config"),
     *("prompt_lookup_num_tokens", "max_matching_ngram_size", "use_mtp", "assistant_early_exit", "is_assistant"),
     *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
@@ -18,19 +18,19 @@ UNFOLLOWED = (
 
 
 class DeltifyGenerationMixin(GenerationMixin):
-    """transformers' generation with a `DeltifyCache`; what needs another cache is refused before anything is read."""
+    """transformers' generation with a `DeltifyCache`. Settings that need another cache are refused."""
 
     def init_continuous_batching(self, *args, **kwargs):
         raise ValueError(
-            f"continuous batching pages keys and values, and the states of a {type(self).__name__} are no such pages; "
-            "call generate with a batch of rows"
+            f"continuous batching pages keys and values, but a {type(self).__name__} has states instead. Call generate "
+            "with a batch of sequences"
         )
 
     def _validate_generation_mode(self, generation_mode, *args, **kwargs):
         if generation_mode in ("assisted_generation", "contrastive_search"):
             raise ValueError(
-                f"{generation_mode.value!s} takes tokens back, but {type(self).__name__} is stateful: the states of "
-                "its KDA and sliding layers cannot be rolled back. Leave out assistant_model, use_mtp, penalty_alpha, "
+                f"{generation_mode.value!s} discards tokens, but {type(self).__name__} is stateful: the states of its "
+                "KDA and sliding layers cannot be rolled back. Leave out assistant_model, use_mtp, penalty_alpha, "
                 "prompt_lookup_num_tokens and assistant_early_exit"
             )
         super()._validate_generation_mode(generation_mode, *args, **kwargs)
@@ -39,15 +39,15 @@ class DeltifyGenerationMixin(GenerationMixin):
         if generation_config.is_assistant:
             raise ValueError(
                 f"assistant_model is a {type(self).__name__}, which cannot draft: it is stateful, and the states of "
-                "its KDA and sliding layers cannot be rolled back to what the main model accepts. Leave it out"
+                "its KDA and sliding layers cannot be rolled back when a draft is rejected. Leave it out"
             )
         if (kind := generation_config.cache_implementation) not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation={kind!r} cannot hold KDA and sliding layers; leave it out")
+            raise ValueError(f"cache_implementation={kind!r} cannot hold KDA and sliding layers. Leave it out")
         mask = model_kwargs.get("attention_mask")
         right = mask is not None and mask.dim() == 2 and not mask[:, -1].all()
         if generation_config.prefill_chunk_size is not None and right:
             raise ValueError(
-                "prefill_chunk_size beside padding on the right: the last piece of a prompt must hold its last token. "
+                "prefill_chunk_size with padding on the right: the last chunk of a prompt must contain its last token. "
                 "Pad on the left, or leave prefill_chunk_size out"
             )
         for name in CACHE_NAMES:
@@ -55,8 +55,8 @@ class DeltifyGenerationMixin(GenerationMixin):
             empty = type(given) is DynamicCache and not any(map(held, given.layers))
             if given is not None and not empty and not isinstance(given, DeltifyCache):
                 raise ValueError(
-                    f"{name} is a {type(given).__name__}, which generate would not go on from. Give a "
-                    "DeltifyCache(config=model.config), or none"
+                    f"{name} is a {type(given).__name__}, which this model cannot continue from. Give a "
+                    "DeltifyCache(config=model.config), or leave it out"
                 )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         for name in CACHE_NAMES:
@@ -64,10 +64,10 @@ class DeltifyGenerationMixin(GenerationMixin):
                 model_kwargs[name] = DeltifyCache(config=self.config)
 
 
-def followed_settings(settings: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
-    """Return a copy of a teacher's generation settings without those that a student cannot follow, and their names."""
-    followed, default = copy.deepcopy(settings), GenerationConfig()
-    dropped = [name for name in UNFOLLOWED if getattr(settings, name, None) != getattr(default, name, None)]
+def supported_settings(settings: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
+    """Return a copy of a teacher's generation settings without unsupported ones, and the names of those."""
+    supported, default = copy.deepcopy(settings), GenerationConfig()
+    dropped = [name for name in UNSUPPORTED if getattr(settings, name, None) != getattr(default, name, None)]
     for name in dropped:
-        setattr(followed, name, getattr(default, name, None))
-    return followed, dropped
+        setattr(supported, name, getattr(default, name, None))
+    return supported, dropped

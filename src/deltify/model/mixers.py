@@ -1,4 +1,4 @@
-"""What mixes tokens in a layer: KDA, attention, and attention to a window with sinks; and how rows are packed for them.
+"""Token mixers: KDA, full attention, and attention to a sliding window with sinks; and the packing of documents.
 
 Legend: B batch, T tokens, D model width, H heads, K head width (keys and values), N documents.
 """
@@ -17,12 +17,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from ..ops import gated_rms_norm, kda, kda_layer_step, rms_norm, short_conv_split
-from .cache import store, stored, writable
+from .cache import read_states, writable, write_states
 from .configuration import DeltifyConfig
 from .documents import document_starts
 from .sliding import Rotary, Slots, sliding_attention, sliding_step
 
-# torch.compile takes the rest of a layer: inside the operator it would find nothing to fuse, and break at every loop
+# torch.compile compiles the other parts of a layer. The operator has nothing to fuse, and its loops break graphs.
 kda, kda_layer_step, short_conv_split = map(torch.compiler.disable, (kda, kda_layer_step, short_conv_split))
 
 
@@ -133,7 +133,10 @@ class DeltifyGatedRMSNorm(DeltifyRMSNorm):
 
 
 class DeltifyTaps(nn.Conv1d):
-    """Taps of a short convolution, [channels, 1, taps]. Called, not read, so that accelerate fetches offloaded ones."""
+    """Taps of a short convolution, [channels, 1, taps].
+
+    They are read by a call of the module, because accelerate moves offloaded weights to the device at calls.
+    """
 
     def __init__(self, channels: int, taps: int):
         super().__init__(channels, channels, taps, groups=channels, bias=False)
@@ -143,13 +146,13 @@ class DeltifyTaps(nn.Conv1d):
 
 
 def project(x: Tensor, *linears: nn.Module) -> Tensor:
-    """Products of x [B, T, D] with several linear layers side by side; in one matrix product, where that is cheaper.
+    """Apply several linear layers to one input [B, T, D] and concatenate the results.
 
-    One needs their weights in one piece: as they lie (see `put_in_one_piece`), or by a copy, which a single token does
-    not repay.
+    Uses one matmul if the weights are contiguous (see `fuse_weights_`), or if copying them pays off: for more than one
+    token.
     """
-    if (whole := in_one_piece(linears)) is not None:
-        return F.linear(x, whole)
+    if (fused := fused_weight(linears)) is not None:
+        return F.linear(x, fused)
     if x.shape[1] == 1 or not all(is_plain(linear) for linear in linears):
         return torch.cat([linear(x) for linear in linears], dim=-1)
     biases = [linear.bias for linear in linears]
@@ -157,9 +160,12 @@ def project(x: Tensor, *linears: nn.Module) -> Tensor:
     return F.linear(x, torch.cat([linear.weight for linear in linears]), bias)
 
 
-def in_one_piece(linears: tuple[nn.Module, ...]) -> Tensor | None:
-    """The weights of linear layers without biases as one matrix, if they lie behind each other; not where gradients
-    are wanted, which would reach the first alone."""
+def fused_weight(linears: tuple[nn.Module, ...]) -> Tensor | None:
+    """Return the weights of linear layers as one matrix, without a copy, or None.
+
+    None if a layer has a bias, if the weights are not contiguous in memory, or if gradients are enabled: they would
+    reach the first weight only.
+    """
     if torch.is_grad_enabled() or not all(is_plain(linear) and linear.bias is None for linear in linears):
         return None
     weights = [linear.weight for linear in linears]
@@ -173,16 +179,19 @@ def in_one_piece(linears: tuple[nn.Module, ...]) -> Tensor | None:
 
 
 @torch.no_grad()
-def put_in_one_piece(linears: tuple[nn.Module, ...]) -> None:
-    """Moves the weights of linear layers behind each other. They stay parameters of their own, and as large."""
-    if in_one_piece(linears) is None and all(is_plain(linear) and linear.bias is None for linear in linears):
+def fuse_weights_(linears: tuple[nn.Module, ...]) -> None:
+    """Move the weights of linear layers into one contiguous buffer. They stay separate parameters."""
+    if fused_weight(linears) is None and all(is_plain(linear) and linear.bias is None for linear in linears):
         parts = torch.cat([linear.weight for linear in linears]).split([len(linear.weight) for linear in linears])
         for linear, part in zip(linears, parts):
             linear.weight.data = part
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether a call is x W^T + b with the weight at hand: no adapter, quantized or offloaded weight, or hook."""
+    """Return whether a module computes x W^T + b with a weight in memory.
+
+    False for adapters, quantized or offloaded weights, and modules with hooks.
+    """
     plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not linear.weight.is_meta
     return plain and not linear._forward_hooks and not linear._forward_pre_hooks
 
@@ -209,35 +218,39 @@ class DeltifyKDA(nn.Module):
 
     @property
     def projections(self) -> tuple[nn.Module, ...]:
-        """All that read the layer's input: three wide ones, three narrow ones."""
+        """The six layers that read the input: three wide ones (q, k, v), three narrow ones (decay, gate, beta)."""
         return self.q_proj, self.k_proj, self.v_proj, self.f_proj[0], self.g_proj[0], self.b_proj
 
     def forward(self, hidden_states: Tensor, cache: Cache | None = None, packing: Packing | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; reads and writes the layer's convolution and recurrent state in `cache`."""
+        """Return outputs [B, T, D] for inputs [B, T, D].
+
+        Reads and writes the layer's convolution and recurrent state in `cache`.
+        """
         x = hidden_states if packing is None else packing.gather(hidden_states)
         y = self.o_proj(self.inner(x, cache, packing))
         return y if packing is None else packing.scatter(y, hidden_states)
 
     def inner(self, x: Tensor, cache: Cache | None = None, packing: Packing | None = None) -> Tensor:
-        """What o_proj reads, [B, T, H * K]."""
+        """Return the input of `o_proj`, [B, T, H * K]."""
         past = None if cache is None else cache.layers[self.layer_idx]
-        conv_state, state = (None, None) if past is None else stored(past)
+        conv_state, state = (None, None) if past is None else read_states(past)
         wide, narrow = self.projections[:3], self.projections[3:]
         taps = torch.cat([self.q_conv1d(), self.k_conv1d(), self.v_conv1d()])
-        if x.shape[1] > 1:  # a product with a bias takes rows that lie apart in two passes
+        if x.shape[1] > 1:
+            # contiguous, because a matmul with a bias needs two passes for strided rows
             qkv = project(x, *wide)
             parts = project(x, *narrow).tensor_split((self.head_dim, 2 * self.head_dim), dim=-1)
             low_f, low_gate, b = (part.contiguous() for part in parts)
-        elif (whole := in_one_piece(self.projections)) is not None:
+        elif (fused := fused_weight(self.projections)) is not None:
             inner = len(self.dt_bias)
-            at = 3 * inner, 3 * inner + self.head_dim, 3 * inner + 2 * self.head_dim
-            qkv, low_f, low_gate, b = (part.contiguous() for part in F.linear(x, whole).tensor_split(at, dim=-1))
+            cuts = 3 * inner, 3 * inner + self.head_dim, 3 * inner + 2 * self.head_dim
+            qkv, low_f, low_gate, b = (part.contiguous() for part in F.linear(x, fused).tensor_split(cuts, dim=-1))
         else:
             qkv, (low_f, low_gate, b) = project(x, *wide), (linear(x) for linear in narrow)
         f, gate = self.f_proj[1](low_f), self.g_proj[1](low_gate)
-        one_more = state is not None and x.shape[1] == 1 and packing is None and not torch.is_grad_enabled()
-        one_more = one_more and writable(conv_state) and writable(state)
-        if one_more and not self.o_norm.weight.is_meta:  # an offloaded weight is fetched for modules that are called
+        is_step = state is not None and x.shape[1] == 1 and packing is None and not torch.is_grad_enabled()
+        is_step = is_step and writable(conv_state) and writable(state)
+        if is_step and not self.o_norm.weight.is_meta:  # accelerate loads offloaded weights when their module is called
             inputs = (qkv[:, 0], conv_state, taps, f[:, 0], b[:, 0], gate[:, 0], self.A_log, self.dt_bias)
             norm = {"norm_eps": self.o_norm.eps, "lower_bound": self.lower_bound}
             return kda_layer_step(*inputs, self.o_norm.weight, state, **norm).unsqueeze(1)
@@ -247,12 +260,12 @@ class DeltifyKDA(nn.Module):
         gates = {"lower_bound": self.lower_bound, "cu_seqlens": bounds}
         o, state = kda(q, k, v, f.view_as(q), b, self.A_log, self.dt_bias, state=state, **gates)
         if past is not None:
-            store(past, conv_state, state)
+            write_states(past, conv_state, state)
         return self.o_norm(o, gate.view_as(o)).flatten(2)
 
 
 class DeltifyAttention(nn.Module):
-    """Grouped-query attention, with or without RoPE, for the layers a hybrid keeps."""
+    """Grouped-query attention, with or without RoPE, for layers that stay attention."""
 
     def __init__(self, config: DeltifyConfig, layer_idx: int):
         super().__init__()
@@ -275,7 +288,7 @@ class DeltifyAttention(nn.Module):
             self.k_norm = DeltifyRMSNorm(head, config.rms_norm_eps)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of [B, T, D], each [B, T, heads, K], normalised where the family does it."""
+        """Return queries, keys and values of x [B, T, D], each [B, T, heads, K]."""
         heads = (-1, self.head_dim)
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return (self.q_norm(q), self.k_norm(k), v) if self.config.qk_norm else (q, k, v)
@@ -293,7 +306,7 @@ class DeltifyAttention(nn.Module):
 
 
 class DeltifySlidingAttention(DeltifyAttention):
-    """The same weights, seeing a window of the last tokens and the first tokens of the document, see `sliding`."""
+    """Attention to a window of the last tokens and to the first tokens of the document, see `sliding`."""
 
     def forward(
         self,
@@ -303,7 +316,15 @@ class DeltifySlidingAttention(DeltifyAttention):
         packing: Packing | None = None,
         cache: Cache | None = None,
     ) -> tuple[Tensor, None]:
-        """[B, T, D] -> [B, T, D], and no attention weights; `slots` None means one more token of each row."""
+        """Return outputs [B, T, D] and None in place of attention weights.
+
+        Args:
+            hidden_states: Inputs [B, T, D].
+            rotary: Rotary tables, see `sliding_attention`.
+            slots: Slots of the tokens, see `find_slots`. None for one more token of each sequence in `cache`.
+            packing: Documents of the inputs.
+            cache: Cache that is read and written.
+        """
         x = hidden_states if packing is None else packing.gather(hidden_states)
         q, k, v = (part.flatten(0, 1) for part in self.project(x))
         past = None if cache is None else cache.layers[self.layer_idx]
@@ -317,13 +338,13 @@ class DeltifySlidingAttention(DeltifyAttention):
         return y if packing is None else packing.scatter(y, hidden_states), None
 
 
-def library_gates(mixer: DeltifyKDA) -> None:
-    """The field's default start: decay rate A in U(1, 16), softplus(dt_bias) log-uniform in [1e-3, 0.1] (fla 0.6)."""
+def init_gates(mixer: DeltifyKDA) -> None:
+    """Initialise the decay as fla 0.6 does: A uniform in [1, 16], softplus(dt_bias) log-uniform in [1e-3, 0.1]."""
     init.copy_(mixer.A_log, torch.empty_like(mixer.A_log).uniform_(1, 16).log())
     dt = torch.empty_like(mixer.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
     init.copy_(mixer.dt_bias, inverse_softplus(dt))
 
 
 def inverse_softplus(y: Tensor) -> Tensor:
-    """x with softplus(x) = y, for y > 0."""
+    """Return x with softplus(x) = y, for y > 0."""
     return y + torch.log(-torch.expm1(-y))

@@ -30,14 +30,14 @@ from .mixers import (
     DeltifySlidingAttention,
     Packing,
     find_packing,
-    library_gates,
+    init_gates,
 )
 from .sliding import Slots, find_slots, rotary_positions
 
-# what transformers' masks and outputs call a cache: another name since 5.24, where outputs answer to the old one, too
+# name of the cache in transformers' masks and outputs, which changed in 5.24
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-# arguments that callers give beside a model's own and that change nothing in it: those of the loss, sizes that bounds
-# imply, parts of other models, and what generate (transformers 5.24) passes on with stop_strings
+# arguments of callers that have no effect on this model: those of the loss, sizes that follow from bounds, arguments of
+# other models, and those that generate (transformers 5.24) adds for stop_strings
 HARMLESS = frozenset(
     (
         *("num_items_in_batch", "shift_labels", "ignore_index", "output_router_logits", "return_dict", "debug_io"),
@@ -107,9 +107,9 @@ class DeltifyPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
-        """As in transformers, but strict: every tensor must be there, expected, and of the right shape.
+        """Load as transformers does, but refuse missing and unexpected tensors and other shapes.
 
-        Which layers are KDA is read from the tensors' names, so that a config need not say it.
+        The names of the tensors decide which layers are KDA, so the configuration need not list them.
         """
         source = pretrained_model_name_or_path
         shapes = None if source is None else checkpoint_shapes(str(source), kwargs)
@@ -122,23 +122,23 @@ class DeltifyPreTrainedModel(PreTrainedModel):
             kwargs = {name: value for name, value in kwargs.items() if name not in facts}
         kwargs |= renamings(shapes)
         shapes = with_prefix(shapes)
-        if "lm_head.weight" in shapes:  # a head of its own, whatever the config says
+        if "lm_head.weight" in shapes:  # the head is not tied, whatever the configuration says
             config.tie_word_embeddings = False
         config.layer_types = layer_types_of(shapes, config.num_hidden_layers, config.layer_types or ())
         with torch.device("meta"):
             model = cls(config)
-        wanted = with_prefix({name: tuple(x.shape) for name, x in model.state_dict().items()})
-        if "lm_head.weight" not in wanted:  # the model without its head, from a checkpoint that may have one
+        expected = with_prefix({name: tuple(x.shape) for name, x in model.state_dict().items()})
+        if "lm_head.weight" not in expected:  # a model without a head may be loaded from a checkpoint with one
             shapes.pop("lm_head.weight", None)
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        check_shapes(shapes, wanted, tied)
+        check_shapes(shapes, expected, tied)
         return super().from_pretrained(source, *args, config=config, use_safetensors=True, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, DeltifyKDA):
-            library_gates(module)
+            init_gates(module)
 
 
 class DeltifyModel(DeltifyPreTrainedModel):
@@ -167,15 +167,15 @@ class DeltifyModel(DeltifyPreTrainedModel):
         cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Last hidden states [B, T, D], normalised, and the cache.
+        """Return the normalised last hidden states [B, T, D] and the cache.
 
-        Packed documents do not see each other in any layer. `position_ids` [B, T] that start again mark them, or
-        bounds in one of the forms in `documents.BOUNDS`: `cu_seq_lens_q` and `cu_seq_lens_k` (transformers, trl),
-        `cu_seqlens` (fla), `seq_idx`. `cache` is what transformers 5.24 and later call `past_key_values`.
+        Packed documents do not see each other in any layer. They are marked by `position_ids` [B, T] that restart, or
+        by bounds in one of the forms of `documents.BOUNDS`: `cu_seq_lens_q` and `cu_seq_lens_k` (transformers, trl),
+        `cu_seqlens` (fla) or `seq_idx`. `cache` is the name of `past_key_values` since transformers 5.24.
 
         Raises:
-            ValueError: If an argument does not fit the others, or the cache, or is unknown. Of arguments that other
-                models take and that change nothing here (`HARMLESS`), none is refused.
+            ValueError: If an argument is unknown, or does not fit the others or the cache. Arguments in `HARMLESS` are
+                ignored.
         """
         past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
@@ -185,21 +185,23 @@ class DeltifyModel(DeltifyPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         rows, tokens = x.shape[:2]
         if not tokens:
-            raise ValueError(f"the input has shape {list(x.shape)}, without a token; give each row one at least")
+            raise ValueError(f"the input has shape {list(x.shape)}, without a token. Give each sequence at least one")
         seen = self.check_cache(past_key_values, rows)
         self.check_mask(attention_mask, rows, seen + tokens if self.has_attention else tokens)
         position_ids = check_positions(position_ids, rows, tokens)
         if bounds:
             if past_key_values is not None:
-                raise ValueError(f"{', '.join(bounds)} beside a cache: packed documents cannot go on from a cache")
+                raise ValueError(f"{', '.join(bounds)} with a cache: packed documents cannot continue from a cache")
             position_ids = positions_of(bounds, position_ids, attention_mask, rows, tokens).to(x.device)
         packing = find_packing(attention_mask, position_ids, tokens, past_key_values is not None)
         packed_documents = packing is not None and len(packing.cu_seqlens) - 1 > len(x)
         if packed_documents and self.has_attention:
             if packing.index is not None:
-                raise ValueError("rows with padding and several documents: attention layers need one or the other")
-            attention_mask = None  # transformers finds the documents by their positions only without a mask
-            # FlashAttention finds them by their positions only in a single row
+                raise ValueError(
+                    "padding and several documents in one sequence: attention layers support only one of them"
+                )
+            attention_mask = None  # with a mask, transformers would not find the documents by their positions
+            # FlashAttention finds them by their positions in a single sequence only
             kwargs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), packing.cu_seqlens)
             kwargs |= dict.fromkeys(("max_length_q", "max_length_k"), tokens)
         if use_cache and past_key_values is None and not packed_documents:
@@ -227,47 +229,51 @@ class DeltifyModel(DeltifyPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: past_key_values})
 
     def check_cache(self, cache: Cache | None, rows: int) -> int:
-        """Return how many tokens of each row a cache has counted, with padding.
+        """Return the number of tokens of each sequence in a cache, with padding.
 
         Raises:
-            ValueError: If it cannot hold this model's layers, holds another number of rows, or would be written twice.
+            ValueError: If the cache does not fit the model or the number of sequences, or would be written twice.
         """
         if cache is None:
             return 0
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise ValueError(
-                "past_key_values beside activation checkpointing: the backward pass computes layers again, and would "
+                "past_key_values with activation checkpointing: the backward pass computes layers again, and would "
                 "write the cache twice. Call gradient_checkpointing_disable(), or give no cache"
             )
         if len(cache.layers) < len(self.layers):
             raise ValueError(
-                f"past_key_values has {len(cache.layers)} layers, the model {len(self.layers)}; give a "
-                "DeltifyCache(config=model.config), or none"
+                f"past_key_values has {len(cache.layers)} layers, the model {len(self.layers)}. Give a "
+                "DeltifyCache(config=model.config), or no cache"
             )
         if isinstance(cache, DeltifyCache) and cache.rows() not in (None, rows):
             raise ValueError(
-                f"past_key_values holds {cache.rows()} rows, the input {rows}; repeat its rows by "
-                "batch_repeat_interleave, choose among them by batch_select_indices, or empty it by reset"
+                f"past_key_values has {cache.rows()} sequences, the input {rows}. Repeat sequences of the cache by "
+                "batch_repeat_interleave, select some by batch_select_indices, or empty it by reset"
             )
         return cache.get_seq_length() if self.has_attention or isinstance(cache, DeltifyCache) else 0
 
     def check_mask(self, attention_mask: Tensor | None, rows: int, tokens: int) -> None:
-        """Raise ValueError unless a mask says of each of the last `tokens` tokens of each row whether it is padding."""
+        """Check that a mask covers the last `tokens` tokens of each sequence.
+
+        Raises:
+            ValueError: If it has another shape.
+        """
         if attention_mask is None or (attention_mask.dim() != 2 and set(self.kinds) == {"full_attention"}):
             return
         shape = list(attention_mask.shape)
         if len(shape) != 2:
             raise ValueError(
-                f"attention_mask has shape {shape}; KDA and sliding layers take [rows, tokens], 1 for tokens and 0 for "
-                "padding"
+                f"attention_mask has shape {shape}; KDA and sliding layers need [sequences, tokens], with 1 for tokens "
+                "and 0 for padding"
             )
         if shape[0] != rows or shape[1] < tokens:
             raise ValueError(
-                f"attention_mask has shape {shape}; give [{rows}, {tokens}], what the cache has seen included"
+                f"attention_mask has shape {shape}; it must be [{rows}, {tokens}], tokens in the cache included"
             )
 
     def rotary_tables(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Cosine and sine of all positions that sliding layers rotate to, however long the text is."""
+        """Return cosine and sine of all positions that sliding layers use, for a text of any length."""
         if self.rotary_emb is None:
             return None
         places = torch.arange(rotary_positions(self.config.sliding_window, self.config.sink_tokens), device=x.device)
@@ -275,11 +281,11 @@ class DeltifyModel(DeltifyPreTrainedModel):
         return cos[0], sin[0]
 
     def slots(self, x: Tensor, packing: Packing | None, cache: Cache | None) -> Slots | None:
-        """Where sliding layers find the tokens of this pass; None if it is one more of each row that `cache` holds."""
+        """Return the slots of this pass's tokens in sliding layers, or None for one more token of each sequence."""
         rows, tokens = x.shape[:2]
         past = None if cache is None else cache.layers[self.kinds.index("sliding_attention")]
         if past is not None and not isinstance(past, SinkLayer):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}, which keeps no sinks; give a DeltifyCache")
+            raise ValueError(f"past_key_values is a {type(cache).__name__}, which keeps no sinks. Give a DeltifyCache")
         seen = None if past is None else past.seen
         if seen is not None and tokens == 1 and packing is None:
             return None
@@ -291,7 +297,7 @@ class DeltifyModel(DeltifyPreTrainedModel):
 
 
 class DeltifyForCausalLM(DeltifyPreTrainedModel, DeltifyGenerationMixin):
-    """A language model whose layers mix tokens by KDA, or by attention where the config says so."""
+    """A language model with KDA layers, or with KDA, full-attention and sliding-attention layers."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -315,10 +321,9 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, DeltifyGenerationMixin):
         cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, vocabulary] (of the last `logits_to_keep` tokens, if not 0) and, with labels, the loss.
+        """Return logits [B, T, vocabulary], or of the last `logits_to_keep` tokens if not 0, and with labels the loss.
 
-        With `logits_to_keep=1`, as generation asks for, they are of each row's last token, on whichever side the
-        padding is.
+        `logits_to_keep=1`, which generation uses, selects the last token of each sequence on either side of padding.
         """
         past_key_values = cache if past_key_values is None else past_key_values
         asked = [name for name, value in kwargs.items() if value is not None and value is not False]
@@ -357,17 +362,21 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, DeltifyGenerationMixin):
 
 
 def refuse_unknown(arguments: dict) -> None:
-    """Raise ValueError for arguments of forward that would change nothing, though their names promise something."""
-    known = HARMLESS | OUTPUTS | ({"is_causal"} if arguments.get("is_causal") else set())  # it is, whoever says so
+    """Refuse arguments of forward that would be ignored.
+
+    Raises:
+        ValueError: If an argument is unknown.
+    """
+    known = HARMLESS | OUTPUTS | ({"is_causal"} if arguments.get("is_causal") else set())  # the model always is
     if unknown := sorted(name for name, value in arguments.items() if value is not None and name not in known):
         raise ValueError(
-            f"forward does not know {', '.join(unknown)}, and would ignore it. Leave it out; documents in packed rows "
-            f"are marked by position_ids, or by {', '.join(BOUNDS)}"
+            f"forward does not know {', '.join(unknown)}, and would ignore it. Leave it out. Packed documents are "
+            f"marked by position_ids, or by {', '.join(BOUNDS)}"
         )
 
 
 def last_of_rows(hidden_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The last token of each row, [B, 1, D]: with padding on the right, that is not the last place."""
+    """Return the last token of each sequence that is not padding, [B, 1, D]."""
     tokens = hidden_BTD.shape[1]
     if attention_mask is None or attention_mask.dim() != 2 or tokens == 1 or attention_mask[:, -1].all():
         return hidden_BTD[:, -1:]

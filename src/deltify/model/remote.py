@@ -1,11 +1,12 @@
-"""The model's own code beside its weights, so that a saved folder loads where deltify is not installed."""
+"""Write the model's code beside its weights, so that a saved folder loads where deltify is not installed."""
 
 import re
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-# transformers follows only flat imports of the form `from .name import`, so the modules are written side by side
+# Module of deltify: module in the saved folder. transformers follows only imports of the form `from .name import`, so
+# all modules are written side by side.
 FLAT = {
     "model.configuration": "configuration_deltify",
     "model.remote": "remote_deltify",
@@ -18,6 +19,7 @@ FLAT = {
     "model.generation": "generation_deltify",
     "model.modeling": "modeling_deltify",
     "ops": "kda_ops",
+    "ops.dispatch": "kda_dispatch",
     "ops.reference": "kda_reference",
     "ops.chunked": "kda_chunked",
     "ops.conv": "kda_conv",
@@ -33,7 +35,7 @@ except ImportError:
 
 
 def auto_map(config: PreTrainedConfig) -> dict[str, str]:
-    """What config.json says so that the Auto classes find the code in the folder."""
+    """Return the entry of config.json by which the Auto classes find the code in the folder."""
     name = type(config).__name__.removesuffix("Config")
     return {
         "AutoConfig": f"configuration_deltify.{name}Config",
@@ -43,9 +45,9 @@ def auto_map(config: PreTrainedConfig) -> dict[str, str]:
 
 
 def write_code(folder: Path) -> None:
-    """Writes configuration, modelling and the CPU operator into a saved folder as flat modules."""
+    """Write configuration, model and CPU operator into a saved folder as flat modules."""
     if Path(__file__).stem == FLAT["model.remote"]:
-        return  # this is such a module itself; transformers copies what it has loaded from a folder
+        return  # this module was loaded from a saved folder, whose code transformers copies by itself
     package = Path(__file__).parent.parent
     for module, flat in FLAT.items():
         path = package / (module.replace(".", "/") + ".py")
@@ -62,7 +64,7 @@ def write_code(folder: Path) -> None:
 
 
 def flat_name(home: list[str], match: re.Match) -> str:
-    """The flat module that a relative import means, seen from the package `home`."""
+    """Return the flat module for a relative import in the package `home`."""
     dots, rest = match.groups()
     package = home[: len(home) - len(dots) + 1]
     return FLAT[".".join([*package[1:], *([rest] if rest else [])])]

@@ -1,12 +1,14 @@
-"""KDA in chunks of matrix products, in plain PyTorch: the CPU backend, and the fallback on any device.
+"""Compute KDA in chunks by matrix products in PyTorch: the CPU backend, and the fallback on any device.
 
 A chunk of C tokens needs, for every pair j <= i, the product of row i and column j decayed by exp(g_{j+1} + ... + g_i).
-No single anchor serves all pairs: a gate of -50 a token would overflow one factor. So the chunk is halved again and
-again. Between a left half and the right half next to it the boundary lies between every pair, and both factors,
-exp(sum from the boundary to i) and exp(sum from j to the boundary), are at most 1: exact for every gate, no clamp.
-Factors of larger halves are products of those of smaller ones, so one exponential per gate is all, and a strong gate
-costs its neighbours no digits. The backward walks the same halves and adds gradients of the gates without ever
-subtracting two of them.
+To use matrix products, the decay is split at an anchor into a factor for the row and one for the column. No single
+anchor serves all pairs: with a log-decay of -50 per token one factor would overflow. So the chunk is halved again and
+again. The boundary between a left half and the right half next to it lies between all their pairs. Both factors,
+exp(sum from the boundary to i) and exp(sum from j to the boundary), are then at most 1, for any log-decay.
+
+Factors of larger halves are products of those of smaller ones. So each gate needs one exponential, and a strong decay
+does not cost its neighbours precision. The backward pass walks the same halves, and adds gradients of the log-decays
+without subtracting two of them.
 
 Notation per chunk (n = chunks x heads; state S is [K, V]; q and k normalised, q scaled):
     P = lower(q k^T decayed)          M = strictly lower(k k^T decayed)      T = (I + beta M)^-1
@@ -26,34 +28,34 @@ from torch import Tensor
 from .reference import L2NORM_EPS, document_spans, log_decay
 
 CHUNK = 64
-# elements of one work tensor: on a CPU few enough for the caches, on a GPU enough to fill the chip
+# elements of one work tensor: few enough for the caches of a CPU, enough to fill a GPU
 SEGMENT_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
 def kda_chunked(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale):
-    """Output and final state of KDA; arguments are those of `deltify.ops.kda` with defaults filled in.
+    """Return output and final state of KDA. Arguments are those of `deltify.ops.kda` with defaults filled in.
 
-    Works through the sequence in segments of chunks. Saves its inputs and the states between segments, nothing else:
-    the backward computes each segment again.
+    The sequence is processed in segments of chunks. Only the inputs and the states between segments are saved: the
+    backward pass computes each segment again.
     """
     return _Chunked.apply(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Some consecutive chunks of every document, and which token stands where in them.
+    """Some consecutive chunks of every document, and the tokens in them.
 
-    Chunks are ordered by their place in the document, longer documents first, so that the chunks which one step of the
-    scan handles, and the states they belong to, are both leading slices.
+    Chunks are ordered by their place in the document, and longer documents come first. The chunks of one step of the
+    scan and their states are then both leading slices.
     """
 
     chunk: int
-    counts: list[int]  # documents that still have a chunk, per step
-    tokens: slice  # of every row, when no row needs padding: views then do without the indices
-    source: Tensor | None  # else [chunks * C]: row of the flattened [B * T] input, -1 where there is no token
+    counts: list[int]  # number of documents that still have a chunk, for each step
+    tokens: slice  # tokens of every sequence, if none needs padding, so that views serve
+    source: Tensor | None  # otherwise [chunks * C]: index into the flattened input [B * T], -1 for padding
 
     def split(self, x_BTH: Tensor) -> Tensor:
-        """[B, T, H, ...] -> [chunks, H, C, ...], zeros where there is no token; a view where it can be."""
+        """Return [B, T, H, ...] as [chunks, H, C, ...] with zeros for padding. It is a view if possible."""
         if self.source is None:
             y = x_BTH[:, self.tokens].unflatten(1, (-1, self.chunk)).transpose(0, 1).transpose(2, 3)
             return y.squeeze(1) if x_BTH.shape[0] == 1 else y.flatten(0, 1)
@@ -62,7 +64,7 @@ class Segment:
         return rows.unflatten(0, (-1, self.chunk)).transpose(1, 2)
 
     def join(self, y_nC: Tensor, out_BTH: Tensor) -> None:
-        """Writes [chunks * H, C, ...] into the tokens of this segment of [B, T, H, ...]."""
+        """Write [chunks * H, C, ...] into the tokens of this segment in [B, T, H, ...]."""
         batch, _, heads = out_BTH.shape[:3]
         if self.source is None:
             x = y_nC.unflatten(0, (-1, batch, heads)).transpose(2, 3).transpose(0, 1)
@@ -73,7 +75,7 @@ class Segment:
 
 
 def make_segments(q_BTHK: Tensor, cu_seqlens: Tensor | None) -> tuple[list[Segment], Tensor]:
-    """The segments of B rows of T tokens, or of the documents of one row, and [N] the document of each state slot."""
+    """Return the segments of all sequences or documents, and the document of each state in the scan, [N]."""
     batch, tokens, heads, width = q_BTHK.shape
     spans = document_spans(batch, tokens, cu_seqlens)
     longest = max(end - start for _, start, end in spans)
@@ -101,29 +103,30 @@ def make_segments(q_BTHK: Tensor, cu_seqlens: Tensor | None) -> tuple[list[Segme
 
 
 def right_half(x: Tensor, half: int) -> Tensor:
-    """View of all right halves of spans of 2 * half tokens: [n, C, ...] -> [n, C / (2 half), half, ...]."""
+    """Return a view of the right halves of all spans of 2 * half tokens, [n, C / (2 half), half, ...]."""
     return x.unflatten(1, (-1, 2, half))[:, :, 1]
 
 
 def left_half(x: Tensor, half: int) -> Tensor:
+    """Return a view of the left halves."""
     return x.unflatten(1, (-1, 2, half))[:, :, 0]
 
 
 def span_blocks(matrix_nCC: Tensor, half: int) -> Tensor:
-    """View of the blocks (right half, left half) on the diagonal, [n, C / (2 half), half, half]."""
+    """Return a view of the diagonal blocks (right half, left half), [n, C / (2 half), half, half]."""
     spans = matrix_nCC.unflatten(2, (-1, 2 * half)).unflatten(1, (-1, 2 * half))
     return spans.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)[:, :, half:, :half]
 
 
 def flush_tiny(factor: Tensor) -> None:
-    """Sets float32 decay factors below 1e-30 to zero, as they are to any sum they enter: denormals are slow."""
+    """Set float32 decay factors below 1e-30 to zero. They do not affect any sum, and denormals are slow."""
     if factor.dtype == torch.float32:
         torch.threshold_(factor, 1e-30, 0.0)
 
 
 @dataclass
 class Chunks:
-    """What the scan needs of all chunks of a block of heads; names as in the module's notation."""
+    """The inputs of the scan for all chunks. Names are those of the module's notation."""
 
     q: Tensor  # [n, C, K]
     k: Tensor
@@ -131,18 +134,18 @@ class Chunks:
     beta: Tensor  # [n, C, 1]
     from_start: Tensor  # [n, C, K] exp(g_1 + ... + g_i)
     to_end: Tensor  # [n, C, K] exp(g_{i+1} + ... + g_C)
-    levels: list[tuple[Tensor, Tensor]]  # row and column factors for half = 1, 2, 4 ..., if kept
+    levels: list[tuple[Tensor, Tensor]]  # row and column factors for half = 1, 2, 4 ...; empty unless kept
     P: Tensor
     M: Tensor
     T: Tensor
-    decayed: Tensor  # [n, 2 C, K] q e^G and k e^G, row by row in turn
+    decayed: Tensor  # [n, 2 C, K] rows of q e^G and of k e^G in turn
     k_end: Tensor  # [n, C, K] k e^{G_C - G}
 
 
 def prepare(qk_nC2K: Tensor, v: Tensor, g: Tensor, beta: Tensor, keep_levels: bool) -> Chunks:
-    """The part of the computation that is parallel over chunks.
+    """Compute everything that does not depend on the state, in parallel over chunks.
 
-    Works in the memory of its arguments where it can: g is overwritten, and so are q and k unless `keep_levels`.
+    g is overwritten, and so are q and k unless `keep_levels`.
     """
     n, chunk = qk_nC2K.shape[:2]
     q, k = qk_nC2K.unbind(2)
@@ -172,9 +175,10 @@ def prepare(qk_nC2K: Tensor, v: Tensor, g: Tensor, beta: Tensor, keep_levels: bo
 
 
 def scan(c: Chunks, S: Tensor, counts: list[int], heads: int, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Runs over the chunks in order; S [N * H, K, V] becomes the final state in place.
+    """Run over the chunks in order. S [N * H, K, V] becomes the final state in place.
 
-    Returns (o, u, x, states before each chunk); the last two are empty unless `keep`.
+    Returns:
+        (o, u, x, states before each chunk). The last two are empty unless `keep`.
     """
     end_decay = c.from_start[:, -1].unsqueeze(-1)
     o, u = torch.empty_like(c.v), torch.empty_like(c.v)
@@ -197,9 +201,10 @@ def scan(c: Chunks, S: Tensor, counts: list[int], heads: int, keep: bool) -> tup
 
 
 def scan_backward(c: Chunks, do: Tensor, dS: Tensor, S: Tensor, u: Tensor, counts: list[int], heads: int):
-    """The reverse scan; dS [N * H, K, V], the final state's gradient, becomes the initial state's in place.
+    """Run over the chunks in reverse. dS [N * H, K, V] turns from the final state's gradient into the initial one's.
 
-    Returns y = T^T du [n, C, V], the gradients of k e^{G_C - G} [n, C, K] and of e^{G_C} [n, K].
+    Returns:
+        y = T^T du [n, C, V], and the gradients of k e^{G_C - G} [n, C, K] and of e^{G_C} [n, K].
     """
     decayed_q, decayed_k = c.decayed.unflatten(1, (-1, 2)).unbind(2)
     y, dk_end = torch.empty_like(u), torch.empty_like(c.from_start)
@@ -219,7 +224,7 @@ def scan_backward(c: Chunks, do: Tensor, dS: Tensor, S: Tensor, u: Tensor, count
 
 
 def chunk_gradients(c: Chunks, do: Tensor, dS: Tensor, S0: Tensor, counts: list[int], heads: int):
-    """Gradients of the normalised q and k, of v, g and beta; dS becomes the initial state's gradient in place."""
+    """Return gradients of normalised q and k, of v, g and beta. dS becomes the initial state's gradient in place."""
     _, u, x, states = scan(c, S0, counts, heads, keep=True)
     y, dk_end, d_end_decay = scan_backward(c, do, dS, states, u, counts, heads)
     dL = (y @ u.transpose(1, 2)).tril_(-1).neg_()
@@ -229,7 +234,7 @@ def chunk_gradients(c: Chunks, do: Tensor, dS: Tensor, S0: Tensor, counts: list[
     dq = (do @ states.transpose(1, 2)).mul_(c.from_start)
     dk = (dv @ states.transpose(1, 2)).mul_(c.from_start).neg_()
     dk_end *= c.to_end
-    # gradients of the exponents: of the sums from the chunk's start, and of those to its end
+    # gradients of the exponents: sums of log-decays from the chunk's start, and sums to its end
     dprefix = (dq * c.q).addcmul_(dk, c.k)
     dprefix[:, -1].addcmul_(d_end_decay, c.from_start[:, -1])
     dsuffix = dk_end * c.k
@@ -241,10 +246,10 @@ def chunk_gradients(c: Chunks, do: Tensor, dS: Tensor, S0: Tensor, counts: list[
 
 
 def pair_gradients(c: Chunks, dP: Tensor, dM: Tensor, dq: Tensor, dk: Tensor, dprefix: Tensor, dsuffix: Tensor) -> None:
-    """Adds what flows through P and M to dq and dk, and turns `dprefix` into the gradient of g, all in place.
+    """Add the gradients through P and M to dq and dk, and turn `dprefix` into the gradient of g, in place.
 
-    Undoes the halving of `prepare` from the largest halves down: a sum from the start of a span is, in the right half,
-    the left half's whole sum plus the sum from the boundary, and likewise for sums to the end.
+    It undoes the halving of `prepare` from the largest halves down. In the right half of a span, the sum from the
+    span's start is the left half's whole sum plus the sum from the boundary. Sums to the end are likewise.
     """
     for row_factor, col_factor in reversed(c.levels):
         half = row_factor.shape[2]
@@ -264,7 +269,7 @@ def pair_gradients(c: Chunks, dP: Tensor, dM: Tensor, dq: Tensor, dk: Tensor, dp
 
 
 class Inputs:
-    """The raw inputs of a segment in chunk layout, and the way back for their gradients."""
+    """The raw inputs of a segment in chunk layout, and the conversion of their gradients."""
 
     def __init__(self, segment: Segment, q, k, v, f, b, A_log, dt_bias, lower_bound, scale):
         work = torch.promote_types(v.dtype, torch.float32)
@@ -291,7 +296,7 @@ class Inputs:
         return prepare(self.qk, self.v, g, torch.sigmoid(self.b).unsqueeze(-1), keep_levels)
 
     def qk_gradient(self, which: int, dy: Tensor) -> Tensor:
-        """Gradient of the raw q (0) or k (1) from that of the normalised, scaled one; dy is overwritten."""
+        """Return the gradient of raw q (0) or k (1) from that of the normalised, scaled one. dy is overwritten."""
         y = self.qk[:, :, which]
         inverse = self.inverse_norms[which].reshape(*y.shape[:2], 1)
         if which == 0:
@@ -300,11 +305,11 @@ class Inputs:
         return dy.addcmul_(y, (y * dy).sum(-1, keepdim=True), value=-1).mul_(inverse)
 
     def b_gradient(self, dbeta: Tensor) -> Tensor:
-        # 1 - sigmoid(b) would cancel at large b
+        # not 1 - sigmoid(b), which would lose all digits at large b
         return dbeta * torch.sigmoid(self.b) * torch.sigmoid(-self.b)
 
     def gate_gradients(self, dg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of f [n, C, K], A_log [H] and dt_bias [H * K]."""
+        """Return the gradients of f [n, C, K], A_log [H] and dt_bias [H * K]."""
         dg = dg.view(self.f.shape)
         if self.padding is not None:
             dg = dg.masked_fill(self.padding, 0.0)
@@ -325,7 +330,7 @@ def inverse_norm(x: Tensor, work: torch.dtype) -> Tensor:
 
 
 def full_precision(method):
-    """Keeps autocast out: the operator chooses its own precision."""
+    """Disable autocast in a method, because the operator chooses its own precision."""
 
     @functools.wraps(method)
     def wrapped(ctx, *tensors):

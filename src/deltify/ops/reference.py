@@ -1,6 +1,7 @@
 """KDA token by token: the definition that every other backend is tested against.
 
-Legend: B batch, T tokens, H heads, K key width, V value width, N states (batch rows, or documents of a packed row).
+Legend: B batch, T tokens, H heads, K key width, V value width, N states (of sequences, or of documents of a packed
+sequence).
 """
 
 from itertools import pairwise
@@ -13,12 +14,12 @@ L2NORM_EPS = 1e-6
 
 
 def l2norm(x: Tensor) -> Tensor:
-    """x / sqrt(sum x^2 + 1e-6) over the last dimension."""
+    """Return x / sqrt(sum x^2 + 1e-6) over the last dimension."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2NORM_EPS)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * RMSNorm(x) * sigmoid(gate) over the last dimension, computed in float32, in x's dtype."""
+    """Return weight * RMSNorm(x) * sigmoid(gate) over the last dimension, computed in float32, in x's dtype."""
     work = torch.promote_types(x.dtype, torch.float32)
     y = x.to(work)
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
@@ -26,7 +27,9 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 
 
 def log_decay(f: Tensor, rate: Tensor, bias: Tensor, lower_bound: float | None) -> Tensor:
-    """Log-decay g <= 0 per key channel from gate logits f; `rate` = exp(A_log) and `bias` = dt_bias broadcast to f.
+    """Return the log-decay g <= 0 of each key channel from decay logits f.
+
+    `rate` = exp(A_log) and `bias` = dt_bias broadcast to f.
 
     Without `lower_bound`: g = -rate softplus(f + bias) (Kimi Linear, arXiv 2510.26692, section 3).
     With it: g = lower_bound * sigmoid(rate (f + bias)), so that g stays above `lower_bound`.
@@ -39,7 +42,7 @@ def log_decay(f: Tensor, rate: Tensor, bias: Tensor, lower_bound: float | None) 
 
 
 def kda_reference(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale):
-    """The recurrence of design section 2 as a Python loop; differentiable through autograd.
+    """Compute the recurrence in the docstring of `deltify.ops.kda` by a Python loop. Autograd differentiates it.
 
     Arguments are those of `deltify.ops.kda` with defaults filled in. Computes in float64 if v is, else in float32.
     """
@@ -62,8 +65,13 @@ def kda_reference(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound,
     return out.to(v.dtype), torch.stack(states)
 
 
+def count_documents(batch: int, cu_seqlens: Tensor | None) -> int:
+    """Return the number of documents, each of which has a state."""
+    return batch if cu_seqlens is None else len(cu_seqlens) - 1
+
+
 def document_spans(batch: int, tokens: int, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:
-    """(row, first token, end) of every document, in the order of the states."""
+    """Return (sequence, first token, end) of every document, in the order of the states."""
     if cu_seqlens is None:
         return [(row, 0, tokens) for row in range(batch)]
     bounds = cu_seqlens.tolist()

@@ -1,4 +1,4 @@
-"""One token: the recurrence alone, and a layer from its input projections to what o_proj reads, in PyTorch.
+"""One decoding step in PyTorch: the recurrence, and a layer from its input projections to the input of `o_proj`.
 
 Legend: B batch, H heads, K key width, V value width.
 """
@@ -23,10 +23,22 @@ def kda_step(
     lower_bound: float | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Output [B, H, V] of one token; `state` [B, H, K, V] is updated in place. For use under `torch.no_grad()`.
+    """Return the output [B, H, V] for one token, and update `state` in place. For use under `torch.no_grad()`.
 
     Args:
-        q, k, f: [B, H, K]. v: [B, H, V]. b: [B, H]. The rest as in `kda`.
+        q: Queries [B, H, K].
+        k: Keys [B, H, K].
+        v: Values [B, H, V].
+        f: Decay logits [B, H, K].
+        b: Beta logits [B, H].
+        A_log: As in `kda`.
+        dt_bias: As in `kda`.
+        state: Recurrent states [B, H, K, V].
+        lower_bound: As in `kda`.
+        scale: As in `kda`.
+
+    Raises:
+        ValueError: If the state has another shape.
     """
     if state.shape != (*q.shape, v.shape[-1]):
         raise ValueError(f"state has shape {tuple(state.shape)}; with q {tuple(q.shape)} it must be [B, H, K, V]")
@@ -47,7 +59,7 @@ def kda_step(
 def layer_step_torch(
     x, conv_state, taps, f, b, gate, A_log, dt_bias, norm_weight, state, *, norm_eps: float, lower_bound: float | None
 ) -> Tensor:
-    """As `deltify.ops.kda_layer_step`, on any device."""
+    """Compute `deltify.ops.kda_layer_step` in PyTorch, on any device."""
     heads, K, V = state.shape[1:]
     q, k, v = short_conv_step(x, taps, conv_state).split([heads * K, heads * K, heads * V], dim=-1)
     q, k, v, f = (t.unflatten(-1, (heads, -1)) for t in (q, k, v, f))

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..utils.files import check_manifest, publish, write_manifest, write_text
+from ..utils.files import check_manifest, replace_folder, write_manifest, write_text
 from . import distributed
 
 
@@ -65,7 +65,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizers: list[Optimizer],
         if first:
             write_text(unfinished / "progress.json", json.dumps(asdict(progress)))
             write_manifest(unfinished)
-            publish(unfinished, folder)
+            replace_folder(unfinished, folder)
         distributed.barrier()
     except (Exception, CheckpointException) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -120,7 +120,7 @@ def load_last(
             damaged.append(folder)
             continue
         for newer in damaged if distributed.rank() == 0 else ():
-            publish(newer, newer.with_name(newer.name + ".damaged"))
+            replace_folder(newer, newer.with_name(newer.name + ".damaged"))
         return progress
     if damaged:
         raise ValueError(
@@ -177,7 +177,7 @@ def save_model(
         tokenizer.save_pretrained(unfinished)
         if stopped_at is not None:
             write_text(unfinished / "unfinished.json", json.dumps(asdict(stopped_at)))
-        publish(unfinished, folder)
+        replace_folder(unfinished, folder)
     except Exception as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"could not save {folder}: {error}; free some space and go on with --resume") from error

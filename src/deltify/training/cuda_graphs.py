@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ..data.token_files import Batch
+from ..data.batches import Batch
 from ..model.mixers import document_starts, fixed_documents
 
 ROUND = 16  # documents: a graph serves all batches with up to as many

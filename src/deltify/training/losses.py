@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import DIVERGENCES
-from ..conversion.student import LEAST_VARIANCE
+from ..conversion.calibration import LEAST_VARIANCE
 from . import distributed
 
 # of one [chunk, W] float32 matrix of logits: on a CPU small enough for the cache, on a GPU enough to fill the chip

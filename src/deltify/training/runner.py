@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM
 from ..config import STAGES, Recipe, Stage, check
 from ..conversion.student import INITS, convert, layer_kinds
 from ..conversion.teacher import Teacher, load_teacher, random_teacher
-from ..data.token_files import Batch, Mix, TokenFile, heldout_batches, open_data
+from ..data.batches import Batch, MixedBatches, heldout_batches
+from ..data.token_files import TokenFile, open_data
 from ..model import DeltifyForCausalLM
 from ..model.modeling import find_packing
 from ..utils.console import console, log
@@ -221,9 +222,9 @@ def data_digests(recipe: Recipe, train: list[TokenFile], heldout: list[TokenFile
     return digests | {f"held-out text {number}": file.digest for number, file in enumerate(heldout, 1)}
 
 
-def stage_mix(recipe: Recipe, name: str, train: list[TokenFile]) -> Mix:
+def stage_mix(recipe: Recipe, name: str, train: list[TokenFile]) -> MixedBatches:
     stage = recipe.stage(name)
-    return Mix(
+    return MixedBatches(
         train,
         list(recipe.data.train.values()),
         stage.sequence_length,
@@ -255,7 +256,7 @@ def convert_with(recipe: Recipe, teacher: Teacher, train: list[TokenFile]) -> De
     if spec.init not in INITS:
         return trained_before(model_folder(spec.init), spec.full_attention_layers, teacher)
     rows = max(1, spec.calibration_tokens // spec.calibration_sequence_length)
-    mix = Mix(train, list(recipe.data.train.values()), spec.calibration_sequence_length, rows, recipe.seed)
+    mix = MixedBatches(train, list(recipe.data.train.values()), spec.calibration_sequence_length, rows, recipe.seed)
     return convert(
         teacher,
         full_attention_layers=spec.full_attention_layers,
@@ -266,7 +267,7 @@ def convert_with(recipe: Recipe, teacher: Teacher, train: list[TokenFile]) -> De
         calibration=mix.batch(0),
         long_memory_heads=spec.long_memory_heads,
         seed=recipe.seed,
-        report=log,
+        log=log,
     )
 
 

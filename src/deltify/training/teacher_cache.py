@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..config import Stage
 from ..conversion.teacher import Teacher, family_of
-from ..data.token_files import Batch, Mix
+from ..data.batches import Batch, MixedBatches
 from ..utils.console import console
 from ..utils.files import write_text
 from ..utils.fingerprint import fingerprint
@@ -38,7 +38,12 @@ GROUP = 32  # channels with one scale
 
 @torch.no_grad()
 def capture(
-    name: str, teacher: Teacher, folder: Path, format: str, heldout: list[Batch], mixes: dict[str, tuple[Stage, Mix]]
+    name: str,
+    teacher: Teacher,
+    folder: Path,
+    format: str,
+    heldout: list[Batch],
+    mixes: dict[str, tuple[Stage, MixedBatches]],
 ) -> dict[str, float]:
     """Writes the teacher's hidden states of all rows of some stages and the held-out text; goes on where it stopped.
 
@@ -109,7 +114,7 @@ def micro_rows(stage: Stage) -> int:
     return stage.micro_batch_size or stage.batch_size
 
 
-def training_batches(mixes: dict[str, tuple[Stage, Mix]]) -> Iterator[Batch]:
+def training_batches(mixes: dict[str, tuple[Stage, MixedBatches]]) -> Iterator[Batch]:
     for stage, mix in mixes.values():
         for step in range(stage.steps):
             yield from mix.batch(step).split(micro_rows(stage))

@@ -1,1 +1,1 @@
-"""Small things that every part uses: files, fingerprints, devices, the terminal."""
+"""Helpers for all packages: files, fingerprints, devices, folders, token ids and the terminal."""

@@ -1,4 +1,4 @@
-"""The terminal, where every part of deltify prints its lines; silent on all processes but the first."""
+"""The terminal of all of deltify's output. Processes other than the first are silent."""
 
 from rich.console import Console
 
@@ -6,5 +6,5 @@ console = Console()
 
 
 def log(line: str) -> None:
-    """Print a line as it is: not folded, without markup or colours of rich."""
+    """Print a line without rich's wrapping, markup and colours."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)

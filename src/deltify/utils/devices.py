@@ -1,34 +1,34 @@
-"""Which device and precision a run uses."""
+"""Choose the device and precision of a run."""
 
 import torch
 
 
-def pick_device(wanted: str) -> torch.device:
-    """The device of this name; for auto, a GPU if there is one.
+def pick_device(name: str) -> torch.device:
+    """Return the device of this name, or for auto a GPU if there is one.
 
     Raises:
-        ValueError: if the name is unknown, or this machine has no such device.
+        ValueError: If the name is unknown, or this machine has no such device.
     """
     gpus, apple = torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
-    if wanted == "auto":
+    if name == "auto":
         return torch.device("cuda" if gpus else "mps" if apple else "cpu")
-    kind, _, index = wanted.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (":" in wanted and not index.isdecimal()):
-        raise ValueError(f"device {wanted!r} is unknown; choose auto, cpu, cuda, cuda:0 (or another number), or mps")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (":" in name and not index.isdecimal()):
+        raise ValueError(f"device {name!r} is unknown; choose auto, cpu, cuda, cuda:0 (or another number), or mps")
     missing = {"cpu": False, "cuda": int(index or 0) >= gpus, "mps": not apple}
     if missing[kind]:
-        seen = f"{gpus} CUDA GPUs and {'an' if apple else 'no'} Apple GPU"
+        available = f"{gpus} CUDA GPUs and {'an' if apple else 'no'} Apple GPU"
         raise ValueError(
-            f"device {wanted!r} is not there: PyTorch {torch.__version__} sees {seen}; choose auto or cpu, or install "
-            "a PyTorch built for your GPU"
+            f"device {name!r} is not there: PyTorch {torch.__version__} sees {available}; choose auto or cpu, or "
+            "install a PyTorch built for your GPU"
         )
-    return torch.device(wanted)
+    return torch.device(name)
 
 
-def pick_precision(wanted: str, device: torch.device) -> str:
-    """fp32 or bf16: what was asked for; for auto, bf16 where its matrix products are faster than fp32's."""
-    if wanted != "auto":
-        return wanted
+def pick_precision(name: str, device: torch.device) -> str:
+    """Return the precision of this name, or for auto bf16 where its matrix products are faster, else fp32."""
+    if name != "auto":
+        return name
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported()
     else:

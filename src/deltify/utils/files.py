@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and checksums that tell whether they still are."""
+"""Write files and folders atomically, and verify them by checksums."""
 
 import hashlib
 import json
@@ -17,15 +17,17 @@ MANIFEST = "manifest.json"
 PIECE_BYTES = 2**26
 
 
-def make_once(folder: Path, make: Callable[[Path], None], check: Callable[[Path], T]) -> T:
-    """Return what `check` returns for a folder, which `make` writes if it is not there, or not whole.
+def create_once(folder: Path, make: Callable[[Path], None], check: Callable[[Path], T]) -> T:
+    """Create a folder unless it exists and is complete, and return what `check` returns for it.
 
-    The folder takes its name once it is whole. Of several processes that ask at once, one makes it and the others wait.
+    The folder gets its name when it is complete. If several processes call this at once, one creates the folder and the
+    others wait.
 
     Args:
-        make: Writes a folder. Every process may be the one that makes it: nothing in it may ask for the rank.
-        check: Raises ValueError if a folder is not whole. It looks at one that is there, which is made anew if it is
-            broken, and at a new one before it gets its name.
+        folder: Path of the folder.
+        make: Function that writes the folder to another path. It must not depend on the rank: any process may call it.
+        check: Function that raises ValueError if a folder is incomplete. An existing folder that fails is created
+            again. A new folder is checked before it gets its name.
     """
     if (found := checked(folder, check)) is not None:
         return found[0]
@@ -37,39 +39,40 @@ def make_once(folder: Path, make: Callable[[Path], None], check: Callable[[Path]
         shutil.rmtree(unfinished, ignore_errors=True)
         make(unfinished)
         check(unfinished)
-        publish(unfinished, folder)
+        replace_folder(unfinished, folder)
         return check(folder)
 
 
 def checked(folder: Path, check: Callable[[Path], T]) -> tuple[T] | None:
-    """What `check` returns for a folder; None if there is none, or a broken one, which is named on the terminal."""
+    """Return what `check` returns for a folder, in a tuple; None if the folder is missing or broken."""
     if not folder.exists():
         return None
     try:
         return (check(folder),)
     except ValueError as error:
-        print(f"{folder} is broken ({error}); it is made anew", file=sys.stderr)
+        print(f"{folder} is broken ({error}) and is created again", file=sys.stderr)
         return None
 
 
-def publish(unfinished: Path, folder: Path) -> None:
-    """Moves a finished folder to its place; an older one there goes away, and is never seen half-removed.
+def replace_folder(unfinished: Path, folder: Path) -> None:
+    """Move a complete folder to its place and remove an older one there.
 
-    Its bytes are on the disk before its name is: a machine that loses power must not keep the name alone.
+    No folder is ever seen half-written or half-removed. All data is on disk before the folder gets its name, so that a
+    power failure does not leave an empty folder.
     """
     for path in [*unfinished.rglob("*"), unfinished]:
-        sync(path)
+        fsync_path(path)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     unfinished.rename(folder)
-    sync(folder.parent)
+    fsync_path(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
+def fsync_path(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -78,7 +81,7 @@ def sync(path: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """A checksum of a file's every byte: the SHA-256 of the SHA-256s of its pieces, which are taken side by side."""
+    """Return a checksum of a file: the SHA-256 of the SHA-256 of each of its pieces, which are hashed in parallel."""
 
     def of_piece(start: int) -> bytes:
         with path.open("rb") as file:
@@ -91,16 +94,21 @@ def digest(path: Path) -> str:
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes manifest.json: of every file in `folder`, its size and checksum."""
+    """Write manifest.json with size and checksum of every file in `folder`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     table = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "digest": digest(p)} for p in files}
     write_text(folder / MANIFEST, json.dumps(table, indent=1))
 
 
 def check_manifest(folder: Path, *, digests: bool = True) -> None:
-    """Raises ValueError if a file of `folder` is not what manifest.json says, and names it; or if there is none.
+    """Check the files of a folder against its manifest.json.
 
-    Without `digests`, sizes alone are compared.
+    Args:
+        folder: Path of the folder.
+        digests: Whether to compare checksums, not only sizes.
+
+    Raises:
+        ValueError: If a file differs, or there is no manifest.json.
     """
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"it has no {MANIFEST}, which is written last")

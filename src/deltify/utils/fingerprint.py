@@ -1,7 +1,7 @@
-"""One fingerprint of a model, by which what it computed is told from what other weights computed.
+"""Compute the fingerprint of a model, which identifies the results of its weights.
 
-Needle answers, benchmark answers, captured targets, saved states and runs carry it. Every byte counts: it takes about
-as long as reading the weights from memory does, 2 GB/s for each core (10 GB: 3 to 5 s on two cores).
+Needle answers, benchmark answers, the teacher cache, saved states and runs store it. It covers every byte of the
+weights, at 2 GB/s per core (10 GB: 3 to 5 s on two cores).
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 PIECE = 2**25  # elements that one thread hashes at a time
 
-# what of a configuration changes what a model computes from its weights
-FACTS = (
+# fields of a configuration that affect what a model computes from its weights
+FIELDS = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("hidden_act", "mlp_gated", "qk_norm", "rms_norm_eps", "conv_size", "gate_lower_bound"),
     *("rope_parameters", "use_rope", "no_rope_layers", "sliding_window", "sink_tokens", "layer_types"),
@@ -26,12 +26,12 @@ FACTS = (
 def fingerprint(model: nn.Module) -> str:
     """Return 16 hexadecimal digits that differ when two models differ in a weight or in how they use it.
 
-    Weights are compared as bfloat16, so that one model has one fingerprint on every device, in float32 and in bfloat16.
-    float16 has another: it rounds otherwise.
+    Weights are hashed as bfloat16, so that a model has the same fingerprint on every device, in float32 and bfloat16.
+    In float16 it has another one, because rounding differs.
     """
     config = getattr(model, "config", None)
-    facts = {name: getattr(config, name, None) for name in FACTS}
-    if set(facts["layer_types"] or ()) <= {"full_attention"}:  # some versions of transformers list it, some do not
+    facts = {name: getattr(config, name, None) for name in FIELDS}
+    if set(facts["layer_types"] or ()) <= {"full_attention"}:  # only some versions of transformers list it
         facts["layer_types"] = None
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     tensors = sorted(model.state_dict().items())
@@ -46,6 +46,7 @@ def fingerprint(model: nn.Module) -> str:
 
 @torch.no_grad()
 def hash_piece(x: Tensor) -> bytes:
+    """Return the SHA-256 of a tensor, as bfloat16 if it is floating point."""
     if x.is_floating_point():
         x = x.bfloat16()
     return hashlib.sha256(x.cpu().contiguous().view(torch.uint8).numpy()).digest()

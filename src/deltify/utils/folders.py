@@ -1,4 +1,4 @@
-"""Where a model is: in a folder of its own, in a run, or on the hub."""
+"""Find a model in its own folder, in a run, or on the hub."""
 
 from pathlib import Path
 
@@ -6,7 +6,11 @@ from ..config import STAGES
 
 
 def model_folder(path: str) -> str:
-    """The model in a folder: itself, or of a run the furthest stage. A hub id stays as it is."""
+    """Return the folder of the model at a path: the path itself, or a run's last stage. A hub id is returned unchanged.
+
+    Raises:
+        FileNotFoundError: If there is no model.
+    """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         if path.count("/") > 1 or path.startswith((".", "/", "~")):

@@ -1,7 +1,7 @@
-"""Token ids of texts that a model goes on from: special tokens begin a document, and end none.
+"""Encode texts that a model continues: with the special tokens that begin a document, without those that end it.
 
-Some tokenizers put tokens before every text, and some put one after it. But only a document's first text begins with
-them, and a model that has read an end does not go on.
+Some tokenizers add tokens before and after every text. But only the first text of a document begins with special
+tokens, and a model does not continue after an end-of-sequence token.
 """
 
 import copy
@@ -12,11 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, begins: bool = True) -> list[int]:
-    """Returns the token ids of a text, without the tokens that end one; none at all for an empty text.
+    """Return the token ids of a text, without tokens that end a document. An empty text has none.
 
     Args:
-        begins: whether the text begins a document. Then the tokens that begin one come first, once, though the text has
-            them written out; otherwise they are left out, though it has.
+        tokenizer: Tokenizer of the model.
+        text: Text to encode.
+        begins: Whether the text begins a document. Tokens that begin one are then added, unless the text has their
+            names already. Otherwise they are removed if the text has them.
     """
     start, ids = beginning(tokenizer), tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     written = ids[: len(start)] == start
@@ -26,13 +28,13 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, begins: bool = T
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the special tokens that the tokenizer puts before every text."""
+    """Return the special tokens that the tokenizer adds before every text."""
     ids, added = added_tokens(tokenizer)
     return [token for token, _ in takewhile(lambda pair: pair[1], zip(ids, added))]
 
 
 def open_ended(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer, or of one that ends every text with a token a copy that does not."""
+    """Return a tokenizer that adds no tokens after a text: a copy if this one does, else itself."""
     _, added = added_tokens(tokenizer)
     if not added[-1]:
         return tokenizer
@@ -46,6 +48,6 @@ def open_ended(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Returns the token ids of some text, and for each of them whether the tokenizer added it."""
-    found = tokenizer("a", return_special_tokens_mask=True, verbose=False)
-    return found["input_ids"], found["special_tokens_mask"]
+    """Return the token ids of an example text, and for each of them whether the tokenizer added it."""
+    encoding = tokenizer("a", return_special_tokens_mask=True, verbose=False)
+    return encoding["input_ids"], encoding["special_tokens_mask"]

@@ -1,131 +1,23 @@
-"""The GPU backend: which calls it takes, and whether this machine computes them right.
+"""The GPU kernels: the operator, the operations around it, and the check of what this machine computes right.
 
 Importing needs Triton, which comes with torch on Linux with CUDA.
 """
 
-import functools
-
-import torch
-import triton
-from torch import Tensor
-
-from ..chunked import kda_chunked
-from ..conv import short_conv_split_torch
-from ..reference import gated_rms_norm
-from ..step import layer_step_torch
 from .conv import MAX_PARTS, TAPS, short_conv_split
 from .decode import layer_step
-from .launch import Plan, backward, forward
 from .norms import MAX_WIDTH, norm
 from .operator import kda_triton
+from .selfcheck import WIDTHS, failure, refusal
 
-__all__ = ["MAX_PARTS", "MAX_WIDTH", "TAPS", "kda_triton", "layer_step", "norm", "refusal", "short_conv_split"]
-
-WIDTHS = (64, 128)
-DTYPES = (torch.bfloat16, torch.float16)
-TOLERANCE = 0.02  # RMS of the difference over RMS of the reference
-
-
-def refusal(device: int, dtype: torch.dtype, v_dtype: torch.dtype, K: int, V: int, gradients: bool) -> str | None:
-    """Why such inputs cannot run here, or None."""
-    if dtype not in DTYPES or v_dtype != dtype:
-        return f"{dtype} (fast are bfloat16 and float16)"
-    if gradients and dtype != torch.bfloat16:
-        return "gradients in float16 (fast in bfloat16)"  # whose range small gradients leave
-    if K not in WIDTHS or V not in WIDTHS:
-        return f"heads of K={K}, V={V} (fast are 64 and 128)"
-    return next(
-        filter(None, (failure(device, "backward" if gradients else "forward", width) for width in {K, V})), None
-    )
-
-
-@functools.cache
-def failure(device: int, part: str, width: int = WIDTHS[0]) -> str | None:
-    """What is wrong with a part of the kernels on this device: a small comparison with the CPU's results, at first use.
-
-    Compilers differ in what they get wrong, and small chips in what they have room for; a wrong result is worse than a
-    slow one. Only what is about to be used is compiled.
-
-    Args:
-        part: one of `CHECKS`.
-        width: of the heads.
-    """
-    name = f"this GPU ({torch.cuda.get_device_name(device)}, Triton {triton.__version__})"
-    try:
-        error = largest_error(part, width, f"cuda:{device}", torch.bfloat16)
-    except Exception as error:  # what a compiler or driver raises has no common type
-        return f"{name}: {type(error).__name__} {str(error)[:80]}"
-    return None if error < TOLERANCE else f"{name}: wrong results, error {error:.2g}"
-
-
-@torch.enable_grad()
-def largest_error(part: str, width: int, place: str, dtype: torch.dtype, tokens: int = 300) -> float:
-    """RMS of the difference over RMS of the reference, the largest of a part's outputs, states and gradients."""
-    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    # a layer that is recomputed counts what is saved inside it, and would not find this the second time
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-        pairs = list(CHECKS[part](draw, width, place, dtype, tokens))
-    errors = [(x.cpu().double() - y.detach()).square().mean() / y.detach().double().square().mean() for x, y in pairs]
-    return float(torch.stack(errors).max().sqrt())  # NaN, if any is
-
-
-def operator_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int, gradients: bool):
-    """Output and state of the operator, whole and split, and its gradients if asked."""
-    raw = [draw(1, tokens, 2, width) for _ in range(4)] + [draw(1, tokens, 2)]
-    gates = [draw(2).sigmoid(), draw(2 * width)]
-    zeros = torch.zeros(1, 2, width, width, dtype=torch.float64)
-    leaves = [x.double().requires_grad_() for x in raw + gates]
-    want = kda_chunked(*leaves, zeros, None, None, width**-0.5)
-    inputs, pairs = [x.to(place, dtype) for x in raw] + [x.to(place) for x in gates], []
-    for plan in (Plan(8, False), Plan(2, True)):
-        o, call = torch.empty_like(inputs[2]), (*inputs, None, None, None, width**-0.5, plan)
-        pairs += zip((o, forward(*call, o)), want)
-    if gradients:
-        do, out = draw(1, tokens, 2, width), [torch.empty_like(x) for x in inputs[:5]]
-        rest = backward(*call, o, do.to(o), None, out)
-        pairs += zip([*out, *rest], torch.autograd.grad(want[0], leaves, do.double()))
-    return pairs
-
-
-def step_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int):
-    """Outputs of four tokens in turn, and the states after them."""
-    x, past, taps = draw(3, 6 * width), draw(3, 6 * width, 3), draw(6 * width, 1, 4)
-    rest = [draw(3, 2 * width), draw(3, 2), draw(3, 2 * width), draw(2).sigmoid(), draw(2 * width), torch.ones(width)]
-    state, results = draw(3, 2, width, width), []
-    for step, where in ((layer_step_torch, "cpu"), (layer_step, place)):
-        states = [t.to(where, copy=True) for t in (past, state)]
-        arguments = (x.to(where), states[0], taps.to(where), *(t.to(where) for t in rest), states[1])
-        results.append([step(*arguments, norm_eps=1e-5, lower_bound=None) for _ in range(4)] + states)
-    return zip(results[1], results[0])
-
-
-def layer_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int):
-    """Short convolution and gated norm, with their gradients."""
-    x, past, taps = draw(1, tokens, 3 * width), draw(1, 3 * width, 3), draw(3 * width, 1, 4)
-    run = lambda x, w, s: short_conv_split(x, w, 3, s, None)[0]  # noqa: E731
-    yield from gradient_pairs(run, short_conv_split_reference, (x, taps, past), place, dtype)
-    run = lambda x, g, w: [norm(x, g, w, 1e-5)]  # noqa: E731
-    wanted = lambda x, g, w: [gated_rms_norm(x, g, w, 1e-5)]  # noqa: E731
-    yield from gradient_pairs(run, wanted, (draw(1, tokens, width), draw(1, tokens, width), draw(width)), place, dtype)
-
-
-CHECKS = {
-    "forward": functools.partial(operator_pairs, gradients=False),
-    "backward": functools.partial(operator_pairs, gradients=True),
-    "step": step_pairs,
-    "layer": layer_pairs,
-}
-
-
-def short_conv_split_reference(x: Tensor, taps: Tensor, state: Tensor) -> list[Tensor]:
-    return short_conv_split_torch(x, taps, 3, state, None)[0]
-
-
-def gradient_pairs(run, reference, tensors, place: str, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Outputs of two functions and gradients of their squares' sum: on the device, and in float64 on the CPU."""
-    results = []
-    for function, where, kind in ((run, place, dtype), (reference, "cpu", torch.float64)):
-        leaves = [x.to(where, kind).requires_grad_() for x in tensors]
-        outputs = function(*leaves)
-        results.append([*outputs, *torch.autograd.grad(sum(o.double().square().sum() for o in outputs), leaves)])
-    return [(got.detach(), want.detach()) for got, want in zip(*results)]
+__all__ = [
+    "MAX_PARTS",
+    "MAX_WIDTH",
+    "TAPS",
+    "WIDTHS",
+    "failure",
+    "kda_triton",
+    "layer_step",
+    "norm",
+    "refusal",
+    "short_conv_split",
+]

@@ -1,6 +1,7 @@
-"""Short convolutions of inputs that lie side by side, with outputs that lie apart, in one pass over memory.
+"""Short convolutions of concatenated inputs with a separate output for each part, in one pass over memory.
 
-Legend: B batch, T tokens, D channels, W taps (the last one meets the current token), N documents (rows, or packed).
+Legend: B batch, T tokens, D channels, W taps (the last one multiplies the current token), N documents (sequences, or
+packed).
 """
 
 import torch
@@ -11,20 +12,23 @@ from torch.autograd.function import once_differentiable
 
 from .tiles import sigmoid, wants_gradients
 
-TAPS, MAX_PARTS = 4, 3  # what the kernels take
-CHANNELS = 256  # of a program, one warp: 8 of 2 bytes, one access, for each thread
-TILE, TILE_BACKWARD = 32, 64  # tokens of a program
+TAPS, MAX_PARTS = 4, 3  # supported by the kernels
+CHANNELS = 256  # of a program, which is one warp: 8 channels of 2 bytes, one memory access, for each thread
+TILE, TILE_BACKWARD = 32, 64  # number of tokens of a program
 
 
 @triton.jit
 def when(condition, kept):
-    """The mask `kept` if a condition of the whole program holds; of their `&` Triton's interpreter makes integers."""
+    """Return the mask `kept` if a condition of the whole program holds, else an empty mask.
+
+    Not `condition & kept`, of which Triton's interpreter makes integers.
+    """
     return tl.where(condition, kept, False)
 
 
 @triton.jit
 def find_document(bounds, documents, token):
-    """The document of a token, the last one that starts there or before, by bisection."""
+    """Return the document of a token, found by bisection: the last one that starts there or before."""
     low, high = documents * 0, documents - 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -37,7 +41,7 @@ def find_document(bounds, documents, token):
 
 @triton.jit
 def load_input(x_ptr, state_ptr, token, begin, document, channel, kept, width, HAS_STATE: tl.constexpr):
-    """A document's input at some channels, which lies in the state if its place is before the document's begin."""
+    """Return a document's input at a token, which comes from the state if it is before the document's first token."""
     inside = (token >= begin) & (token >= 0)
     x = tl.load(x_ptr + token * width + channel, mask=when(inside, kept), other=0.0).to(tl.float32)
     if HAS_STATE:
@@ -49,7 +53,7 @@ def load_input(x_ptr, state_ptr, token, begin, document, channel, kept, width, H
 
 @triton.jit
 def load_past(x_ptr, state_ptr, token, begin, document, channel, kept, width, HAS_STATE: tl.constexpr):
-    """The three inputs before a token."""
+    """Return the three inputs before a token."""
     a = load_input(x_ptr, state_ptr, token - 3, begin, document, channel, kept, width, HAS_STATE)
     b = load_input(x_ptr, state_ptr, token - 2, begin, document, channel, kept, width, HAS_STATE)
     c = load_input(x_ptr, state_ptr, token - 1, begin, document, channel, kept, width, HAS_STATE)
@@ -67,7 +71,7 @@ def load_taps(taps_ptr, channel, kept, width):
 
 @triton.jit
 def load_four(x_ptr, token, stop, stride, channel, kept):
-    """Four tokens at once: four loads are under way before the first is used, or a store bars the next."""
+    """Load four tokens at once. All four loads are then in flight before the first is used or a store delays them."""
     at = x_ptr + token * stride + channel
     x0 = tl.load(at, mask=when(token < stop, kept), other=0.0)
     x1 = tl.load(at + stride, mask=when(token + 1 < stop, kept), other=0.0)
@@ -78,7 +82,7 @@ def load_four(x_ptr, token, stop, stride, channel, kept):
 
 @triton.jit
 def find_channels(part_width, BD: tl.constexpr):
-    """Of this program: its part, and the places in it of its channels."""
+    """Return the part of this program, and the indices and mask of its channels in the part."""
     blocks = tl.cdiv(part_width, BD)
     place = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     return tl.program_id(0) // blocks, place, place < part_width
@@ -96,7 +100,7 @@ def choose(part, a_ptr, b_ptr, c_ptr):
 
 @triton.jit
 def find_tile(tile, bounds, documents, tokens, BT: tl.constexpr, PACKED: tl.constexpr):
-    """Of a tile: its first token and the end of its row; the document there, where that begins and ends."""
+    """Return a tile's first token and the end of its sequence, and the document there with its bounds."""
     if PACKED:
         start = tile.to(tl.int64) * BT
         limit = tokens.to(tl.int64)
@@ -115,7 +119,7 @@ def find_tile(tile, bounds, documents, tokens, BT: tl.constexpr, PACKED: tl.cons
 
 @triton.jit
 def find_span(document, bounds, tokens, PACKED: tl.constexpr):
-    """Where a document begins and ends."""
+    """Return the bounds of a document."""
     if PACKED:
         begin = tl.minimum(tl.load(bounds + document), tokens).to(tl.int64)
         end = tl.minimum(tl.load(bounds + document + 1), tokens).to(tl.int64)
@@ -130,7 +134,7 @@ def enter(
     token, document, begin, end, a, b, c,
     x_ptr, state_ptr, bounds, documents, channel, kept, width, HAS_STATE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """The document of the next token, and the three inputs before it."""
+    """Return the document of the next token with its bounds, and the three inputs before that token."""
     if PACKED:
         if token == end:
             document = find_document(bounds, documents, token)
@@ -145,7 +149,7 @@ def conv_kernel(
     x_ptr, taps_ptr, state_ptr, bounds, a_ptr, b_ptr, c_ptr, last_ptr, documents, tokens, tiles, part_width,
     PARTS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, HAS_STATE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of a tile of tokens; programs past the last tile keep the last inputs of a document."""
+    """Write the outputs of a tile of tokens. Programs after the last tile write the new state of a document."""
     part, place, kept = find_channels(part_width, BD)
     channel, width = part * part_width + place, part_width * PARTS
     tile = tl.program_id(1)
@@ -180,16 +184,16 @@ def conv_kernel(
 
 @triton.jit
 def conv_slope(dy, z):
-    """The gradient of z from that of SiLU(z)."""
+    """Return the gradient of z from that of SiLU(z)."""
     s = sigmoid(z)
     return dy.to(tl.float32) * s * (1.0 + z * (1.0 - s))
 
 
 @triton.jit
 def push(dz, first, t0, t1, t2, t3, da, db, dc, PACKED: tl.constexpr):
-    """Adds a token's share to the gradients of the inputs it has read: of the three before it, and of its own.
+    """Add a token's contribution to the gradients of its four inputs: the three before it, and its own.
 
-    `first`: the token's place in its document. What lies before that is another's, or the state's.
+    `first` is the token's place in its document. Inputs before the document's first token get nothing here.
     """
     if PACKED:
         if first >= 3:
@@ -211,7 +215,10 @@ def conv_backward_kernel(
     x_ptr, taps_ptr, state_ptr, bounds, a_ptr, b_ptr, c_ptr, dx_ptr, dtaps_ptr, documents, tokens, part_width,
     PARTS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, HAS_STATE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile's inputs, and its share of the taps'; reads the three tokens before the tile and after it."""
+    """Write the gradients of a tile's inputs, and its part of the gradients of the taps.
+
+    It reads the three tokens before the tile and the three after it.
+    """
     part, place, kept = find_channels(part_width, BD)
     channel, width = part * part_width + place, part_width * PARTS
     tile = tl.program_id(1)
@@ -269,7 +276,7 @@ def conv_state_backward_kernel(
     x_ptr, taps_ptr, state_ptr, bounds, a_ptr, b_ptr, c_ptr, dlast_ptr, dx_ptr, dstate_ptr, tokens, part_width,
     PARTS: tl.constexpr, BD: tl.constexpr, HAS_STATE: tl.constexpr, HAS_DLAST: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a document's old state; and those of its new one, added to the inputs, or old state, it is."""
+    """Write the gradient of a document's old state, and add that of its new state to the inputs that it contains."""
     part, place, kept = find_channels(part_width, BD)
     channel, width = part * part_width + place, part_width * PARTS
     document = tl.program_id(1)
@@ -308,20 +315,20 @@ def conv_state_backward_kernel(
 
 
 def conv_grid(x: Tensor, parts: int, cu_seqlens: Tensor | None, tile: int) -> tuple[int, int, int]:
-    """Blocks of channels, tiles of tokens, and documents."""
+    """Return the numbers of blocks of channels, tiles of tokens, and documents."""
     batch, tokens, width = x.shape
     documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
     return parts * triton.cdiv(width // parts, CHANNELS), batch * triton.cdiv(tokens, tile), documents
 
 
 def in_rows_of_taps(taps: Tensor) -> Tensor:
-    """[D, 1, W] -> [W, D] in float32, so that a thread's channels lie side by side."""
+    """Return taps [D, 1, W] as [W, D] in float32, so that a thread's channels are contiguous."""
     rows = torch.empty(taps.shape[-1], len(taps), dtype=torch.float32, device=taps.device)
     return rows.copy_(taps.squeeze(1).t())
 
 
 def conv_forward(x: Tensor, taps: Tensor, parts: int, state: Tensor | None, cu_seqlens: Tensor | None):
-    """The outputs' parts and the new state; x and state contiguous."""
+    """Return the output of each part and the new state, for contiguous x and state."""
     batch, tokens, width = x.shape
     blocks, tiles, documents = conv_grid(x, parts, cu_seqlens, TILE)
     shape = (batch, tokens, width // parts)
@@ -339,7 +346,7 @@ def fill(parts: list[Tensor]) -> list[Tensor]:
 
 
 class _ShortConvSplit(torch.autograd.Function):
-    """Saves its inputs alone."""
+    """Convolution with gradients. Saves only its inputs."""
 
     @staticmethod
     def forward(ctx, x, taps, parts, state, cu_seqlens):
@@ -378,7 +385,7 @@ class _ShortConvSplit(torch.autograd.Function):
 def short_conv_split(
     x: Tensor, taps: Tensor, parts: int, state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[list[Tensor], Tensor]:
-    """As `deltify.ops.short_conv_split`, for W = TAPS and up to MAX_PARTS parts."""
+    """Compute `deltify.ops.short_conv_split` for W = TAPS and up to MAX_PARTS parts."""
     x, state = x.contiguous(), None if state is None else state.to(x.dtype).contiguous()
     if wants_gradients(x, taps, state):
         *out, last = _ShortConvSplit.apply(x, taps, parts, state, cu_seqlens)

@@ -1,4 +1,4 @@
-"""One token of a whole KDA layer in one launch: convolutions, norms, gate, state, output, gated RMSNorm.
+"""Decode one token of a KDA layer in one launch: convolutions, norms, gates, state, output, gated RMSNorm.
 
 Legend: B batch, H heads, K key width, V value width, W taps of the convolutions.
 """
@@ -16,7 +16,7 @@ EPS = tl.constexpr(L2NORM_EPS)
 
 @triton.jit
 def convolve(x_ptr, past_ptr, taps_ptr, channel, row, width, W: tl.constexpr):
-    """SiLU of the convolution of some channels at the new token."""
+    """Return SiLU of the convolution of some channels at the new token."""
     past_at = past_ptr + (row * width + channel) * (W - 1)
     x = tl.load(x_ptr + row * width + channel).to(tl.float32)
     y = x * tl.load(taps_ptr + channel * W + W - 1).to(tl.float32)
@@ -31,7 +31,7 @@ def decode_kernel(
     heads, scale, lower_bound, norm_eps,
     K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """One program per head and row."""
+    """Compute one head of one sequence."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     keys, values = tl.arange(0, K), tl.arange(0, V)
     of_state = keys[:, None] * V + values[None, :]
@@ -48,7 +48,7 @@ def decode_kernel(
     bias = tl.load(dt_bias_ptr + head * K + keys).to(tl.float32)
     rate = tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
     decay = tl.exp2(log2_decay(f, bias, rate, lower_bound, BOUNDED))
-    # each number was computed once; through memory it reaches all threads that hold a piece of its row of the state
+    # each value was computed by one thread; through memory it reaches all threads with a part of its row of the state
     mine = row_ptr + (row * heads + head) * (3 * K + 2 * V)
     tl.store(mine + keys, q)
     tl.store(mine + K + keys, k)
@@ -74,7 +74,7 @@ def decode_kernel(
         * tl.load(weight_ptr + values).to(tl.float32)
     )
     tl.store(out_ptr + at, (o / (1.0 + tl.exp2(gate * -LOG2E))).to(out_ptr.dtype.element_ty))
-    # threads may hold the same channel, and one would read what another has stored: hence a barrier before each store
+    # several threads may hold the same channel, so a barrier before each store keeps them from reading new values
     x_at, past_at = x_ptr + row * width, past_ptr + row * width * (W - 1)
     for w in tl.static_range(W - 1):
         if w < W - 2:
@@ -95,7 +95,7 @@ def layer_step(
     x: Tensor, past: Tensor, taps: Tensor, f: Tensor, b: Tensor, gate: Tensor, A_log: Tensor, dt_bias: Tensor,
     weight: Tensor, state: Tensor, *, norm_eps: float, lower_bound: float | None,
 ) -> Tensor:  # fmt: skip
-    """As `deltify.ops.kda_layer_step`, on contiguous tensors."""
+    """Compute `deltify.ops.kda_layer_step` on contiguous tensors."""
     batch, heads, K, V = state.shape
     out = torch.empty(batch, heads * V, dtype=x.dtype, device=x.device)
     row = torch.empty(batch, heads, 3 * K + 2 * V, dtype=torch.float32, device=x.device)

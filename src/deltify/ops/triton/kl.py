@@ -1,4 +1,4 @@
-"""What two rows of logits say of each other, and the gradient of it, in two or three passes over them.
+"""Divergence and cross-entropy of two models' logits, with gradients, in two or three passes over the logits.
 
 Legend: N tokens, W vocabulary.
 """
@@ -26,13 +26,16 @@ def divergence_kernel(
     t_ptr, s_ptr, label_ptr, weights_ptr, kl_ptr, ce_ptr, d_ptr, words, per_degree, kl_scale, ce_scale,
     KIND: tl.constexpr, BLOCK: tl.constexpr, LABELS: tl.constexpr, WEIGHTS: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """One program per token. Exponents are base 2; `per_degree` is 1 / temperature."""
+    """Compute divergence, cross-entropy and gradient of one token.
+
+    Exponents are base 2, and `per_degree` is 1 / temperature.
+    """
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     t_ptr, s_ptr, d_ptr = t_ptr + row * words, s_ptr + row * words, d_ptr + row * words
     weight = tl.load(weights_ptr + row).to(tl.float32) if WEIGHTS else 1.0
     slope = per_degree * LOG2E
-    # each lane keeps the largest logit it has seen, and the sum of exponentials relative to it
+    # each lane keeps its largest logit so far, and the sum of exponentials relative to it
     t_top, s_top = tl.full([BLOCK], -1e30, tl.float32), tl.full([BLOCK], -1e30, tl.float32)
     t_sum, s_sum, plain = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in tl.range(0, words, BLOCK):
@@ -106,11 +109,21 @@ def divergence_rows(
     t_NW: Tensor, s_NW: Tensor, labels: Tensor | None, weights: Tensor | None, d_NW: Tensor | None,
     kind: str, temperature: float, kl_scale: float, ce_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Divergence and cross-entropy of each token, [N] float32, and the gradient of kl_scale * divergence + ce_scale *
-    cross-entropy with respect to s, times temperature, in `d_NW`; rows of contiguous logits.
+    """Return divergence and cross-entropy of each token, [N] float32.
+
+    The gradient of kl_scale * divergence + ce_scale * cross-entropy with respect to s, times temperature, is written to
+    `d_NW`. All logits are contiguous.
 
     Args:
-        weights: [N], of each token's divergence; 1, if absent.
+        t_NW: Logits of the teacher.
+        s_NW: Logits of the student.
+        labels: Next tokens [N], negative where there is none. None for no cross-entropy.
+        weights: Weight of each token's divergence, [N]. Defaults to 1.
+        d_NW: Output for the gradient. None for no gradient.
+        kind: One of `KINDS`.
+        temperature: Softmax temperature of both models in the divergence.
+        kl_scale: Factor of the divergence in the gradient.
+        ce_scale: Factor of the cross-entropy in the gradient.
     """
     N, W = t_NW.shape
     kl, ce = (torch.zeros(N, dtype=torch.float32, device=t_NW.device) for _ in range(2))

@@ -1,4 +1,4 @@
-"""From tensors to launches: how a call is cut up, and the forward and backward as sequences of kernels."""
+"""Launch the kernels: allocate tensors, choose grids, and run the kernels of a forward or backward pass in order."""
 
 import threading
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from .scan import combine_kernel, reverse_kernel, scan_kernel
 from .tiles import CHUNK, gate_dtype, make_tables
 
 C = CHUNK.value
-BV, COMBINE_BV = 64, 16  # value columns of a program of the scan, which four warps hold, and of combine
+BV, COMBINE_BV = 64, 16  # value columns of a program of the scan (as many as four warps can hold) and of combine
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a call is cut up."""
+    """How a call is divided among programs."""
 
-    segment: int  # chunks of a segment
+    segment: int  # number of chunks of a segment
     split: bool  # whether a document has several segments
-    stages: int = 3  # loads in flight in the scan
-    channels: int = 64  # of a slice, in prepare and finish; Triton 3.6 computes slices of 32 and 16 wrong on Hopper
+    stages: int = 3  # number of loads in flight in the scan
+    channels: int = 64  # of a slice in prepare and finish; with 32 or 16, Triton 3.6 gives wrong results on Hopper
 
 
 class Opened(threading.local):
@@ -36,22 +36,25 @@ OPENED = Opened()
 
 
 def open_context(device: torch.device) -> None:
-    """Gives this thread the GPU's context, once. Autograd's threads begin without one, which a tensor descriptor needs;
-    Triton would open it at its first launch."""
+    """Open the GPU's context in this thread, once.
+
+    A tensor descriptor needs the context. Autograd's threads begin without one, and Triton opens it at a thread's first
+    launch only.
+    """
     if device not in OPENED.devices:
         torch.zeros(1, device=device)
         OPENED.devices.add(device)
 
 
 class Prepared:
-    """A call's inputs, and what `prepare_kernel` makes of them."""
+    """The inputs of a call, and the results of `prepare_kernel`."""
 
     def __init__(self, q, k, v, f, b, A_log, dt_bias, cu_seqlens, lower_bound, scale, plan: Plan):
         open_context(q.device)
         batch, tokens, heads, K = q.shape
         self.packed = cu_seqlens is not None
         self.documents = len(cu_seqlens) - 1 if self.packed else batch
-        # without looking at the bounds, which would wait for the GPU: as many as there can be
+        # the largest possible number of chunks: reading the bounds would wait for the GPU
         self.chunks = tokens // C + self.documents if self.packed else batch * triton.cdiv(tokens, C)
         self.slots = self.chunks * heads
         self.bounds, self.tokens, self.heads = cu_seqlens, tokens, heads
@@ -74,7 +77,7 @@ class Prepared:
         )  # fmt: skip
 
     def scan(self, v: Tensor, state: Tensor | None, plan: Plan, out: Tensor, keep: bool = False):
-        """Writes o, or with `keep` u, to `out`; returns the final states, and with `keep` those before each chunk."""
+        """Write o (with `keep`: u) to `out`. Return the final states and, with `keep`, the states before each chunk."""
         K, V = self.widths.values()
         units = self.tokens // (plan.segment * C) + self.documents
         if not self.packed:
@@ -103,7 +106,7 @@ class Prepared:
 
 
 def forward(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale, plan: Plan, out: Tensor) -> Tensor:
-    """Writes o to `out`, returns the final states; arguments as in `deltify.ops.kda`, contiguous, `state` or None."""
+    """Write o to `out` and return the final states. Arguments are those of `deltify.ops.kda`, contiguous."""
     prepared = Prepared(q, k, v, f, b, A_log, dt_bias, cu_seqlens, lower_bound, scale, plan)
     return prepared.scan(v, state, plan, out)[0]
 
@@ -111,12 +114,10 @@ def forward(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale
 def backward(
     q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale, plan: Plan, o, do, dfinal, out: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Writes the gradients of q, k, v, f and b to `out`; returns those of A_log, dt_bias and the initial states.
+    """Write the gradients of q, k, v, f and b to `out`. Return those of A_log, dt_bias and the initial states.
 
-    Everything but the inputs and `o`, the forward's output, is computed again.
-
-    Args:
-        do, dfinal: gradients of the output and of the final states; the latter may be None.
+    All intermediate results of the forward pass but its output `o` are computed again. `do` and `dfinal` are the
+    gradients of the output and of the final states; `dfinal` may be None.
     """
     p = Prepared(q, k, v, f, b, A_log, dt_bias, cu_seqlens, lower_bound, scale, plan)
     dq, dk, dv, df, db = out

@@ -1,4 +1,4 @@
-"""RMS norms, with a gate or without, forward and backward, in one pass over memory each."""
+"""RMS norms with and without a gate. Forward and backward take one pass over memory each."""
 
 import torch
 import triton
@@ -8,9 +8,9 @@ from torch.autograd.function import once_differentiable
 
 from .tiles import sigmoid, wants_gradients
 
-MAX_WIDTH = 8192  # what the kernels take
-NORM_ELEMENTS = 2048  # of a program at a time, at least
-NORM_WARPS = 2048  # of a norm's backward: a chip's worth, for each warp has a share of the weight's gradient to write
+MAX_WIDTH = 8192  # supported by the kernels
+NORM_ELEMENTS = 2048  # smallest number of elements that a program handles at a time
+NORM_WARPS = 2048  # of a backward pass: enough to fill a GPU, and no more, since each program writes a weight gradient
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def norm_backward_kernel(
     x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr, rows, width, eps,
     R: tl.constexpr, BW: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of every programs-th block of rows, and the sum over these rows of the weight's."""
+    """Write the gradients of every n-th block of rows, for n programs, and their sum of the weight's gradient."""
     column = tl.arange(0, BW)[None, :]
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     dweight = tl.zeros([R, BW], tl.float32)
@@ -62,7 +62,7 @@ def norm_backward_kernel(
 
 
 def norm_plan(width: int) -> dict[str, int]:
-    """How a norm of so many columns is cut up: 16 elements for each thread."""
+    """Return launch options for a norm of this width, with 16 elements for each thread."""
     block = triton.next_power_of_2(width)
     rows = max(1, NORM_ELEMENTS // block)
     return {"R": rows, "BW": block, "num_warps": rows * block // 512}
@@ -78,7 +78,7 @@ def norm_forward(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> 
 
 
 class _Norm(torch.autograd.Function):
-    """Saves its inputs alone."""
+    """Norm with gradients. Saves only its inputs."""
 
     @staticmethod
     def forward(ctx, x, gate, weight, eps):
@@ -103,7 +103,7 @@ class _Norm(torch.autograd.Function):
 
 
 def norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """`deltify.ops.gated_rms_norm`, or without a gate `deltify.ops.rms_norm`, for widths up to MAX_WIDTH."""
+    """Compute `deltify.ops.gated_rms_norm`, or `rms_norm` without a gate, for widths up to MAX_WIDTH."""
     x, gate, weight = x.contiguous(), None if gate is None else gate.contiguous(), weight.contiguous()
     run = _Norm.apply if wants_gradients(x, gate, weight) else norm_forward
     return run(x, gate, weight, eps)

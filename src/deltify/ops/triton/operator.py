@@ -1,6 +1,6 @@
-"""The operator and its gradients on a GPU: long rows in parts, and what torch needs to know of them.
+"""The operator and its gradients on a GPU: long sequences in parts, for autograd and for torch.compile.
 
-Legend: B batch, T tokens, H heads, K key width, V value width, N documents (rows, or packed).
+Legend: B batch, T tokens, H heads, K key width, V value width, N documents (sequences, or packed).
 """
 
 import functools
@@ -22,9 +22,9 @@ def processors(device: int) -> int:
 
 
 def make_plan(documents: int, tokens: int, heads: int, V: int, count: int) -> Plan:
-    """How to cut up documents of `tokens` tokens on average for a chip of `count` multiprocessors.
+    """Return the plan for documents of `tokens` tokens on average, on a GPU with `count` multiprocessors.
 
-    Splitting the sequence costs a pass more: it pays where less than half of the chip would work.
+    Splitting the sequence costs another pass. It pays off where less than half of the GPU would be busy.
     """
     chunks, tiles = -(-tokens // C), documents * heads * V // BV
     parts = max(1, min(count // tiles, chunks // 16)) if tiles * 2 <= count and chunks >= 64 else 1
@@ -38,12 +38,12 @@ def plan_for(v: Tensor, cu_seqlens: Tensor | None) -> Plan:
         return make_plan(batch, tokens, heads, V, count)
     documents = len(cu_seqlens) - 1
     plan = make_plan(documents, tokens // documents, heads, V, count)
-    # how long each document is would have to be asked of the GPU: one may have all tokens
+    # reading the lengths of documents would wait for the GPU, so one document may have all tokens
     return plan if plan.split else replace(plan, segment=-(-tokens // C))
 
 
 def parts(v: Tensor, cu_seqlens: Tensor | None, limit: int) -> list[slice]:
-    """Tokens to work on at a time, in equal parts of whole chunks; all of them unless there is one long row."""
+    """Return parts of whole chunks to process in turn. There is one part unless there is a single long sequence."""
     batch, tokens, heads, _ = v.shape
     count = -(-tokens * heads // limit) if batch == 1 and cu_seqlens is None else 1
     size = -(-tokens // (count * C)) * C
@@ -53,7 +53,10 @@ def parts(v: Tensor, cu_seqlens: Tensor | None, limit: int) -> list[slice]:
 def run_forward(
     q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale, *, keep: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """o and the states after each part, the last of which are the final ones; smaller parts if the backward follows."""
+    """Return o and the states after each part, the last of which are the final ones.
+
+    With `keep`, a backward pass follows, which needs smaller parts.
+    """
     rows, gates = [x.contiguous() for x in (q, k, v, f, b)], (A_log.contiguous(), dt_bias.contiguous())
     o, states = torch.empty_like(rows[2]), []
     state = None if state is None else state.contiguous()
@@ -68,8 +71,10 @@ def run_forward(
 def run_backward(
     q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale, o, between, do, dstate
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, f, b, A_log, dt_bias and the initial states. `between`: the states after all parts but the
-    last, `dstate`: the gradient of the final states, or None."""
+    """Return the gradients of q, k, v, f, b, A_log, dt_bias and the initial states.
+
+    `between` has the states after all parts but the last. `dstate` is the gradient of the final states, or None.
+    """
     rows, gates = [x.contiguous() for x in (q, k, v, f, b)], (A_log.contiguous(), dt_bias.contiguous())
     out = [torch.empty_like(x) for x in rows]
     do, dstate = do.contiguous(), None if dstate is None else dstate.contiguous()
@@ -85,7 +90,7 @@ def run_backward(
 
 
 class _Kda(torch.autograd.Function):
-    """Saves its inputs, its output and one state for each part."""
+    """The operator with gradients. Saves its inputs, its output and one state for each part."""
 
     @staticmethod
     def forward(ctx, *arguments):
@@ -98,14 +103,14 @@ class _Kda(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         do, dstate = gradients
-        saved = ctx.saved_tensors  # once: a checkpointed layer gives each of them out once
+        saved = ctx.saved_tensors  # read once: a layer with activation checkpointing returns them only once
         *arguments, o = saved[:10]
         do = torch.zeros_like(o) if do is None else do
         found = run_backward(*arguments, *ctx.options, o, saved[10:], do, dstate)
         return *found[:7], found[7] if arguments[7] is not None else None, None, None, None
 
 
-# ---- for torch.compile, which looks at shapes alone ------------------------------------------------------------------
+# ---- for torch.compile, which sees only shapes -----------------------------------------------------------------------
 
 
 @torch.library.custom_op("deltify::kda", mutates_args=())
@@ -158,7 +163,7 @@ kda_op.register_autograd(differentiate_op, setup_context=save_for_op)
 
 
 def kda_triton(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale) -> tuple[Tensor, Tensor]:
-    """Output and final states of KDA; arguments are those of `deltify.ops.kda`, `state` may be None."""
+    """Return output and final states of KDA. Arguments are those of `deltify.ops.kda`; `state` may be None."""
     arguments = (q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale)
     if wants_gradients(*arguments[:8]):
         return _Kda.apply(*arguments)

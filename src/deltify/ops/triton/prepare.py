@@ -1,13 +1,13 @@
-"""Everything of a chunk that does not need the state: one program per chunk of 64 tokens and head.
+"""Compute everything of a chunk that does not need the state. One program handles one head of a chunk of 64 tokens.
 
-L2 norms, gate, cumulative decay G, the two matrices of the chunk and the triangular inverse. It writes what the scan
-reads, in the order in which it reads it.
+That is: L2 norms, log-decay, cumulative decay G, the two matrices of the chunk and the triangular inverse. The results
+are written in the order in which the scan reads them.
 
-No factor leaves the range of its type, for any gate: a span of 2h tokens is anchored at its middle, and where its decay
-is too strong for one anchor, only the pairs across the middle are taken (both factors are then at most 1) and the
-halves are anchored again. docs/explanation/kernels.md explains it.
+No factor exceeds the range of its type, for any log-decay. A span of 2h tokens is anchored at its middle. Where its
+decay is too strong for one anchor, the anchor serves only the pairs across the middle, whose factors are at most 1, and
+each half gets an anchor of its own. docs/explanation/kernels.md explains this.
 
-Legend: B batch, T tokens, H heads, K key width, V value width, C tokens of a chunk, N documents (rows, or packed).
+Legend: B batch, T tokens, H heads, K key width, V value width, C tokens of a chunk, N documents (sequences, or packed).
 """
 
 import triton
@@ -33,11 +33,12 @@ from .tiles import (
 
 @triton.jit
 def unit_lower_inverse(L, C: tl.constexpr, D: tl.constexpr):
-    """(I + L)^-1 of a strictly lower triangular L, by inverting diagonal blocks of 1, 2, 4 ... rows.
+    """Return (I + L)^-1 of a strictly lower triangular L, by inverting diagonal blocks of 1, 2, 4 ... rows.
 
-    With T the inverse of the diagonal blocks of h rows and N what is below them in blocks of 2h, that of 2h rows is
-    T - T N T: exact, since (T N)^2 = 0. All entries stay within [-1, 1], as those of no power of L would: T[i, j] is
-    what is left of k_j after tokens j to i, along k_i. So float16 (D) loses nothing that a result in bfloat16 shows.
+    Let T be the inverse of the diagonal blocks of h rows, and N the blocks below them in diagonal blocks of 2h rows.
+    The inverse for 2h rows is then T - T N T, exactly, since (T N)^2 = 0. All entries stay within [-1, 1], unlike those
+    of powers of L: T[i, j] is the part of k_j along k_i that remains after tokens j to i. So float16 (D) is precise
+    enough for a result in bfloat16.
     """
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     T = tl.where(i == j, 1.0, 0.0) - tl.where((i ^ j) == 1, L, 0.0)
@@ -58,9 +59,10 @@ def prepare_kernel(
     documents, tokens, heads, slots, lower_bound, scale,
     K: tl.constexpr, BK: tl.constexpr, BOUNDED: tl.constexpr, PACKED: tl.constexpr, N2: tl.constexpr,
 ):  # fmt: skip
-    """Writes k e^G, q e^G and k e^{G_C - G} as [3, slots, C, K], A and P as [2, slots, C, C]; a slot: chunk and head.
+    """Write k e^G, q e^G and k e^{G_C - G} as [3, slots, C, K], and A and P as [2, slots, C, C].
 
-    q, and with it P, carries the output's scale. Works through the channels in slices of BK, so that registers suffice.
+    A slot is a head of a chunk. q and P include the output's scale. Channels are processed in slices of BK, because all
+    of them do not fit into registers.
     """
     C: tl.constexpr = CHUNK
     W: tl.constexpr = q_ptr.dtype.element_ty
@@ -75,7 +77,7 @@ def prepare_kernel(
     i, j = rows[:, None], rows[None, :]
     first = begin + place * C
     have = (first + rows < end)[:, None]
-    # from a scalar in 64 bits, offsets of 32: they are kept over the loops, and registers are what is short
+    # a scalar of 64 bits and offsets of 32 bits: the offsets stay in registers during the loops, and those are scarce
     here = first.to(tl.int64) * heads + head
     q_ptr, k_ptr, f_ptr, b_ptr = q_ptr + here * K, k_ptr + here * K, f_ptr + here * K, b_ptr + here
     at = rows[:, None] * (heads * K) + tl.arange(0, BK)[None, :]
@@ -112,7 +114,7 @@ def prepare_kernel(
         q = tl.dot(eye, raw_q, input_precision="ieee") * q_norm[:, None]
         decayed_q = (q * decay).to(W)
         wide.store([(slots + slot) * C, n * BK], decayed_q)
-        if weak:  # one anchor, the chunk's start, serves all pairs, and with it the factors that the scan needs anyway
+        if weak:  # the chunk's start can anchor all pairs, and the scan needs the factors from there anyway
             M = tl.dot(decayed_k, grown_k, M, input_precision="ieee")
             P = tl.dot(decayed_q, grown_k, P, input_precision="ieee")
         else:
@@ -129,7 +131,7 @@ def prepare_kernel(
                 q = tl.dot(again, raw_q, input_precision="ieee") * q_norm[:, None]
                 P += tl.where(pairs, tl.dot((q * row_factor).to(W), cols, input_precision="ieee"), 0.0)
                 level = tl.where(once, LEVELS, level + 1)
-    # i = j does not pass through the factors, whose product is 1 only nearly
+    # the diagonal is computed without the factors, whose product is only nearly 1
     P = tl.where(j < i, P, tl.where(i == j, diagonal[:, None], 0.0))
     square.store([(slots + slot) * C, 0], P.to(W))
     beta = tl.sigmoid(tl.load(b_ptr + rows * heads, mask=first + rows < end, other=0.0).to(tl.float32))

@@ -1,16 +1,16 @@
-"""The serial part, forward and in reverse: one program per head, tile of value columns and segment of chunks.
+"""Run over the chunks in order, and in reverse: one program per head, tile of value columns and segment of chunks.
 
         u = A (v - (k e^G) S)    A = (I + beta M)^-1 beta
         o = (q e^G) S + P u      S' = e^{G_C} S + (k e^{G_C - G})^T u
 
-The state is held transposed, values by keys: it and u^T then come out of one product in the registers in which the next
-one reads them, and nothing passes through shared memory between two steps.
+The state is transposed, values by keys. Each product then leaves it and u^T in the registers from which the next
+product reads them, so that nothing passes through shared memory between two steps.
 
-Where heads and tiles are too few to fill the chip, a sequence is split into segments. A segment maps the state S before
-it to R S + S0, whatever the gates; a first pass of the scan finds R and S0 of all segments at once (R is the scan of
-the identity with v = 0), the maps are combined, and the second pass starts each segment from its true state.
+Where heads and tiles are too few to fill the GPU, a sequence is split into segments. A segment maps the state S before
+it to R S + S0. A first pass of the scan finds R and S0 of all segments at once (R is the scan of the identity with
+v = 0). Then the maps are combined, and a second pass starts each segment from its true state.
 
-Legend: B batch, T tokens, H heads, K key width, V value width, C tokens of a chunk, N documents (rows, or packed).
+Legend: B batch, T tokens, H heads, K key width, V value width, C tokens of a chunk, N documents (sequences, or packed).
 """
 
 import triton
@@ -26,8 +26,11 @@ def scan_kernel(
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, MAPS: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
     HAS_STATE: tl.constexpr, PACKED: tl.constexpr, N2: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """MAPS: writes each segment's map, [K + V, K]. KEEP: what the backward needs, u in place of o, and the state before
-    each chunk, [slots, V, K]. Neither: o. The last two also write the final states."""
+    """Scan a segment.
+
+    With MAPS, write the segment's map, [K + V, K]. Otherwise write o and the final states. With KEEP, write u in place
+    of o, and the state before each chunk, [slots, V, K], which the backward pass needs.
+    """
     C: tl.constexpr = CHUNK
     tile, unit = tl.program_id(0), tl.program_id(1)
     TILES: tl.constexpr = (V + K) // BV if MAPS else V // BV
@@ -105,7 +108,7 @@ def combine_kernel(
     map_ptr, local_ptr, bounds, documents, tokens, heads, segment,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, N2: tl.constexpr,
 ):  # fmt: skip
-    """Turns `local`, what each segment adds to the state, into the state after it: S^T <- S^T R^T + S0^T."""
+    """Turn `local`, the S0 of each segment, into the state after the segment: S^T <- S^T R^T + S0^T."""
     tile, document = tl.program_id(0), tl.program_id(1)
     head, tile = tile // (V // BV), tile % (V // BV)
     keys, values = tl.arange(0, K), tile * BV + tl.arange(0, BV)
@@ -131,11 +134,11 @@ def reverse_kernel(
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, HAS_DFINAL: tl.constexpr,
     PACKED: tl.constexpr, N2: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient dS of the state, from the last chunk to the first.
+    """Compute the gradient dS of the state, from the last chunk to the first.
 
         du = P^T do + (k e^{G_C - G}) dS'        dv = A^T du        dS = e^{G_C} dS' + (q e^G)^T do - (k e^G)^T dv
 
-    Writes dv, dS' of each chunk as [slots, V, K], and the gradient of the initial states.
+    It writes dv, dS' of each chunk as [slots, V, K], and the gradient of the initial states.
     """
     C: tl.constexpr = CHUNK
     tile, document = tl.program_id(0), tl.program_id(1)

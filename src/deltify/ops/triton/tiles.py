@@ -1,6 +1,6 @@
-"""What the kernels share: where a chunk lies, the gate, sums of gates, and spans of tokens.
+"""Functions of several kernels: the place of a chunk, the log-decay and its sums, and spans of tokens.
 
-Legend: B batch, T tokens, H heads, K key width, V value width, C tokens of a chunk, N documents (rows, or packed).
+Legend: B batch, T tokens, H heads, K key width, V value width, C tokens of a chunk, N documents (sequences, or packed).
 """
 
 import functools
@@ -14,16 +14,16 @@ from ..reference import L2NORM_EPS
 CHUNK = tl.constexpr(64)
 EPS = tl.constexpr(L2NORM_EPS)
 LOG2E = tl.constexpr(1.4426950408889634)
-# log2 of the largest factor of a span anchored once: what the range of the products' type allows
+# log2 of the largest factor of a span with one anchor, by the range of the products' data type
 SAFE_EXPONENT = tl.constexpr(100.0)
 SAFE_EXPONENT_FP16 = tl.constexpr(4.0)
 
 
 @triton.jit
 def locate(unit, bounds, documents, tokens, size, LEAST: tl.constexpr, PACKED: tl.constexpr, N2: tl.constexpr):
-    """Of a unit (a chunk, or a segment of `size` tokens): its document, its place there, and that document's tokens.
+    """Return the document of a unit (a chunk or segment of `size` tokens), its place there, and the document's bounds.
 
-    Every document has at least LEAST units. Returns document -1 for a unit past the last.
+    Every document has at least LEAST units. The document is -1 for a unit after the last.
     """
     if PACKED:
         n = tl.arange(0, N2)
@@ -50,7 +50,7 @@ def locate(unit, bounds, documents, tokens, size, LEAST: tl.constexpr, PACKED: t
 def units_before(
     document, bounds, documents, tokens, size, LEAST: tl.constexpr, PACKED: tl.constexpr, N2: tl.constexpr
 ):
-    """How many units all documents before this one have."""
+    """Return the number of units of all documents before this one."""
     if PACKED:
         n = tl.arange(0, N2)
         begins = tl.minimum(tl.load(bounds + n, mask=n < document, other=0), tokens)
@@ -62,13 +62,13 @@ def units_before(
 
 @triton.jit
 def log2_decay(f, bias, rate, lower_bound, BOUNDED: tl.constexpr):
-    """Base-2 logarithm of the decay from gate logits; `rate` = exp(A_log)."""
+    """Return the base-2 logarithm of the decay from decay logits; `rate` = exp(A_log)."""
     if BOUNDED:
         return 1.0 / (1.0 + tl.exp2((f + bias) * (rate * -LOG2E))) * lower_bound * LOG2E
     else:
         x = f * LOG2E + bias * LOG2E  # softplus in base 2: max(x, 0) + log2(1 + 2^-|x|)
         e = tl.exp2(-tl.abs(x))
-        # log2(1 + e) = e p(e), p fitted at Chebyshev nodes of [0, 1]: 3e-7 relative, however small e is
+        # log2(1 + e) = e p(e), with p fitted at Chebyshev nodes of [0, 1]: relative error 3e-7, also for small e
         p = e * -0.012370643 + 0.063787594
         p = p * e - 0.155599967
         p = p * e + 0.256179690
@@ -81,23 +81,30 @@ def log2_decay(f, bias, rate, lower_bound, BOUNDED: tl.constexpr):
 
 @triton.jit
 def table(tables, n, C: tl.constexpr):
-    """Matrix number n of `make_tables`, or of others that lie behind each other. Loaded, not computed: 64 x 64
-    comparisons cost more than 8 KB from a cache."""
+    """Return matrix n of `make_tables`, or of other contiguous matrices.
+
+    Loading 8 KB from a cache is cheaper than computing 64 x 64 comparisons.
+    """
     return tl.load(tables + n * C * C + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :])
 
 
 @triton.jit
 def gate_tile(x, bias, rate, have, lower_bound, BOUNDED: tl.constexpr, D: tl.constexpr):
-    """Log-decays of a chunk as the matrix units sum them: rounded to D, float16 holding them 8 times finer than
-    bfloat16 holds the logits x; 2^-48 and less, which no float32 sum with a neighbour would show, is 2^-48."""
+    """Return the log-decays of a chunk, rounded to the data type D in which the matrix units sum them.
+
+    float16 holds them 8 times finer than bfloat16 holds the logits x. Decays below 2^-48 become 2^-48: a float32 sum
+    with a neighbour would not show the difference.
+    """
     g = tl.maximum(log2_decay(x, bias, rate, lower_bound, BOUNDED), -48.0)
     return tl.where(have, g, 0.0).to(D)
 
 
 @triton.jit
 def sums(total, signs, x):
-    """total + signs @ x for signs [C, C] of -1, 0 and 1: in two halves of x, which the matrix units add exactly enough
-    for what is summed over all tokens afterwards."""
+    """Return total + signs @ x for signs [C, C] of -1, 0 and 1.
+
+    x is split into a high and a low part, so that the result is precise enough for sums over all tokens.
+    """
     W: tl.constexpr = signs.dtype
     high = x.to(W)
     low = (x - high.to(tl.float32)).to(W)
@@ -106,9 +113,9 @@ def sums(total, signs, x):
 
 @triton.jit
 def span_factors(X, once):
-    """Decay factors of rows and of columns from X, the log-decay from the middle of their span.
+    """Return decay factors of rows and of columns from X, the log-decay from the middle of their span.
 
-    For all pairs of a span (once), or else for those across its middle alone, and then at most 1.
+    With `once` they serve all pairs of a span. Otherwise they serve those across its middle, and are at most 1.
     """
     shrunk = -tl.abs(X)
     return tl.exp2(tl.where(once, X, shrunk)), tl.exp2(tl.where(once, -X, shrunk))
@@ -116,7 +123,7 @@ def span_factors(X, once):
 
 @triton.jit
 def sigmoid(x):
-    # rsqrt is one instruction where a division is many
+    # rsqrt is one instruction, a division many
     root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
     return root * root
 
@@ -124,9 +131,9 @@ def sigmoid(x):
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 LEVELS = tl.constexpr(6)  # spans of 64, 32 ... 2 tokens
-# which sums, and which pairs of tokens; from FROM_MIDDLE on a matrix for each level, and for those from ACROSS on one
-# more, LEVELS later, for a span whose pairs are all taken at once. EYE, as a left factor, is how a tile that was loaded
-# gets into the registers in which the matrix units leave their results: far cheaper than a change of layout.
+# Index of the first matrix of each kind: sums, and pairs of tokens. Kinds from FROM_MIDDLE have a matrix for each
+# level. Kinds from ACROSS have LEVELS more, for spans with one anchor for all pairs. A product with EYE moves a loaded
+# tile to the registers in which matrix units leave their results, which is far cheaper than a change of layout.
 THROUGH, AFTER, BEFORE, FROM, EYE, FROM_MIDDLE, ACROSS, PAIRS, PAIRS_T = (
     tl.constexpr(n) for n in (0, 1, 2, 3, 4, 5, 11, 23, 35)
 )
@@ -134,11 +141,11 @@ THROUGH, AFTER, BEFORE, FROM, EYE, FROM_MIDDLE, ACROSS, PAIRS, PAIRS_T = (
 
 @functools.cache
 def make_tables(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The matrices [47, C, C] of -1, 0 and 1 that the kernels sum with and choose by; i is the row, j the column.
+    """Return the matrices [47, C, C] of -1, 0 and 1 by which the kernels sum and select; i is the row, j the column.
 
-    FROM_MIDDLE: sums to the log-decay between a token and the middle of its span. ACROSS: sums, for each gate, what
-    rows from it on and columns before it have to say. PAIRS: j < i in the same span, across its middle or all; PAIRS_T
-    are their transposes.
+    FROM_MIDDLE: sums of log-decays between a token and the middle of its span. ACROSS: sums, for the gradient of each
+    gate, over rows from its token on and columns before it. PAIRS: pairs j < i of a span, all or those across its
+    middle. PAIRS_T: their transposes.
     """
     C = CHUNK.value
     i, j = torch.arange(C)[:, None], torch.arange(C)[None, :]
@@ -157,7 +164,7 @@ def make_tables(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
 
 
 def gate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What gates are summed in: see `gate_tile`."""
+    """Return the data type in which log-decays are summed, see `gate_tile`."""
     return torch.float32 if dtype == torch.float32 else torch.float16
 
 

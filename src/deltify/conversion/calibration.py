@@ -1,0 +1,387 @@
+"""Initialise the new tensors of a student's KDA layers by least squares on a few thousand tokens of text.
+
+Legend: B batch, T tokens, D model width, H heads, K head width, N calibration tokens, E outputs of a regression.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import Batch
+from ..model import DeltifyForCausalLM, DeltifyKDA
+from ..model.mixers import Packing, find_packing, inverse_softplus
+from .teacher import Teacher
+
+# Memories that a head may start with: beta of every token, half-life as a fraction of the mean distance that the head
+# looks back, and the number of tokens by which keys and values lag. With a lag of 1, a head sees the previous token but
+# not the current one.
+CANDIDATES = (
+    *((beta, fraction, 0) for beta in (0.1, 0.2, 0.35, 0.6) for fraction in (0.3, 1.0, 3.0)),
+    *((beta, 0.1, 0) for beta in (0.2, 0.4)),
+    *((0.5, 0.03, 1), (0.3, 0.1, 1), (0.2, 0.3, 1)),
+)
+Memory = tuple[float, float, int]  # beta, half-life as a fraction of the mean distance, lag in tokens
+LONG_BETA, LONG_HALF_LIFE = 0.1, 4096.0  # of heads with a long memory; docs/log/recall.md
+CHOICE_TOKENS = 2048  # number of tokens on which the candidates are compared
+CONV_TAP = 0.03  # SiLU is nearly linear here; 0.3 and 0.1 give a worse initialisation, 0.01 no better one
+CONSTANT = 3.0  # size of the constant channel of a head's values, relative to the norm of all its channels
+RIDGE_PENALTY, GATE_PENALTY, DIRECTION_PENALTY = 1e-4, 0.1, 1e-3
+LEAST_VARIANCE = 1e-4  # outputs whose variance is a smaller fraction of their mean square count as constant
+SILENT = 1e-5  # root mean square below which a tensor counts as zero; queries and keys of SmolLM2 have 0.04 or more
+
+
+def calibrate(
+    teacher: Teacher,
+    student: DeltifyForCausalLM,
+    batch: Batch,
+    log: Callable[[str], None],
+    *,
+    constant: bool = False,
+    long_memory_heads: int = 0,
+) -> None:
+    """Initialise every KDA layer of the student so that it resembles the attention layer it replaces.
+
+    Each layer is fitted to the inputs and outputs of the teacher's layer. docs/explanation/calibration.md shows what
+    each part contributes.
+
+    - Output gate: a linear prediction of the norm of each head's output, which `o_norm` removes.
+    - Memory: each head gets the one of `CANDIDATES` that predicts the teacher head's output best. `long_memory_heads`
+      heads get a longer memory instead (see `with_long_half_lives`). `b_proj` has no bias, so beta is made constant by
+      the direction that all inputs share. `f_proj` starts at zero.
+    - Convolutions pass one token, scaled down. The L2 norms of q and k and `o_norm` undo the scale.
+    - `o_proj`: the ridge regression of the teacher's attention output on the input of the student's `o_proj`. It also
+      restores the scale of each head that `o_norm` removes.
+
+    Degenerate layers are initialised too, and named in a log line. Heads whose queries or keys are zero get constant
+    ones, and so do all heads of a layer whose output is the same for every token. Heads whose values are zero get no
+    long memory. Where the student's `o_proj` has no input to fit, it keeps the teacher's weights.
+
+    Args:
+        teacher: Frozen teacher.
+        student: Student whose KDA layers are initialised in place.
+        batch: Sequences of calibration text.
+        log: Function that is called with each line of the summary.
+        constant: Whether one channel of each head's values is made constant, see `add_constant`.
+        long_memory_heads: Number of heads of each layer that get a long memory.
+    """
+    calibration = Calibration(teacher, student, batch, constant, long_memory_heads)
+    calibration.run()
+    for line in calibration.summary():
+        log(line)
+
+
+class Calibration:
+    """One pass of the teacher over calibration text; hooks on its attention layers fit the student's KDA layers."""
+
+    def __init__(
+        self, teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, constant: bool, long_memory_heads: int
+    ):
+        self.teacher, self.student, self.batch = teacher, student, batch.to(student.device)
+        self.constant, self.long_memory_heads = constant, long_memory_heads
+        positions_BT = self.batch.position_ids
+        tokens = positions_BT.shape[1]
+        self.num_choice_rows = max(1, CHOICE_TOKENS // tokens)
+        self.packing = find_packing(None, positions_BT, tokens, cached=False)
+        self.choice_packing = find_packing(None, positions_BT[: self.num_choice_rows], tokens, cached=False)
+        self.distances = attention_distances(teacher, self.batch)
+        self.captured = torch.empty(0)  # heads' outputs [B, T, H * K] in the teacher layer that runs
+        self.explained: list[str] = []  # for each KDA layer, the fraction of variance that its o_proj explains
+        self.silence: dict[int, list[str]] = {}  # for each KDA layer, see `describe_silence`
+        self.chosen: Counter[Memory] = Counter()
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Run the teacher once and fit each KDA layer when the attention layer that it replaces has run."""
+        layers = [layer.self_attn for layer in self.teacher.model.model.layers]
+        hooks = [attention.o_proj.register_forward_pre_hook(self.capture) for attention in layers]
+        hooks += [attention.register_forward_hook(self.fit_layer, with_kwargs=True) for attention in layers]
+        inputs = {"input_ids": self.batch.input_ids, "position_ids": self.batch.position_ids}
+        try:
+            self.teacher.model.model(**inputs, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def capture(self, o_proj: nn.Module, args: tuple) -> None:
+        """Keep the outputs of the heads of the attention layer that runs."""
+        self.captured = args[0].float()
+
+    def fit_layer(self, attention, args: tuple, kwargs: dict, output: tuple) -> None:
+        """Fit the student's KDA layer to the attention layer that has just run."""
+        index = attention.layer_idx
+        layer = self.student.model.layers[index]
+        if not layer.linear:
+            return
+        mixer, x_BTD, rows = layer.self_attn, kwargs["hidden_states"].float(), self.num_choice_rows
+        x_ND = gather(x_BTD, self.packing)
+        target_ND = gather(output[0].float(), self.packing)
+        is_zero = is_silent(target_ND)
+        if mixer.o_proj.bias is not None:
+            target_ND = target_ND - mixer.o_proj.bias
+        variance = (target_ND - target_ND.mean(0)).square().sum()
+        is_constant = variance <= LEAST_VARIANCE * target_ND.square().sum()
+        silent = silent_heads(mixer, x_ND)
+        # Softmax weighs all tokens equally where queries or keys are zero. Where all outputs are equal, weights do not
+        # matter, so equal ones serve.
+        equal_H = silent["queries"] | silent["keys"] | (is_constant & ~is_silent(target_ND))
+
+        fit_output_gate(mixer, x_ND, split_heads(gather(self.captured, self.packing), mixer.head_dim))
+        teacher_heads_NHK = split_heads(gather(self.captured[:rows], self.choice_packing), mixer.head_dim)
+        constant_direction_D = ridge(x_ND, torch.ones_like(x_ND[:, :1]), DIRECTION_PENALTY)[:, 0]
+        weigh_equally(mixer, equal_H, constant_direction_D)
+        if self.constant:
+            add_constant(mixer, x_ND, constant_direction_D)
+        distance_H = self.distances[index].masked_fill(silent["values"], 0)
+        choice_inputs = (x_BTD[:rows], self.choice_packing, constant_direction_D, distance_H, teacher_heads_NHK)
+        choice = choose_memory(mixer, *choice_inputs, self.long_memory_heads)
+        self.chosen.update(memory for memory in choice if memory in CANDIDATES)
+
+        features = mixer_output(mixer, x_BTD, self.packing).flatten(0, 1)
+        can_fit = not is_silent(features)
+        if can_fit:
+            mixer.o_proj.weight.copy_(ridge(features, target_ND, RIDGE_PENALTY).t())
+        explained = 1 - (features @ mixer.o_proj.weight.t() - target_ND).square().sum() / variance
+        self.explained.append("nothing to explain" if is_zero or is_constant else f"{100 * float(explained):.0f}%")
+        degenerate = "zero" if is_zero else "the same for every token" if is_constant else ""
+        self.silence[index] = describe_silence(degenerate, silent, equal_H, can_fit)
+
+    def summary(self) -> list[str]:
+        """Return the log lines: variance explained, degenerate layers, and the most frequent memories."""
+        lines = [f"variance of the teacher's attention outputs explained, layer by layer: {', '.join(self.explained)}"]
+        lines += [f"layer {layer}: {'; '.join(facts)}" for layer, facts in self.silence.items() if facts]
+        for (beta, fraction, lag), count in self.chosen.most_common(5):
+            lagging = ", lagging one token" if lag else ""
+            lines.append(f"{count} heads: beta {beta}, half-life {fraction} of the mean distance{lagging}")
+        if self.long_memory_heads:
+            lines.append(
+                f"heads of each layer with a half-life of {LONG_HALF_LIFE:,.0f} tokens: {self.long_memory_heads}"
+            )
+        return lines
+
+
+@torch.no_grad()
+def attention_distances(teacher: Teacher, batch: Batch) -> list[Tensor]:
+    """Return for each layer the mean distance [H] in tokens that each head of the teacher looks back.
+
+    The first token of a document is not counted: it is an attention sink.
+    """
+    sums: dict[int, Tensor] = {}
+
+    def measure(layer: int, positions_T: Tensor, weights_HTT: Tensor) -> None:
+        tokens = len(positions_T)
+        place = torch.arange(tokens, device=weights_HTT.device)
+        distance = (place[:, None] - place).clamp_(min=0)
+        weights = weights_HTT.float() * (positions_T > 0)
+        sums[layer] = sums.get(layer, 0) + torch.stack([(weights * distance).sum((1, 2)), weights.sum((1, 2))])
+
+    attention = teacher.config._attn_implementation
+    teacher.model.set_attn_implementation("eager")  # the only one that returns attention weights
+    try:
+        # one sequence at a time: the weights of all heads take H * T * T numbers
+        for ids, positions in zip(batch.input_ids.split(1), batch.position_ids.split(1)):
+
+            def hook(module, args, output, positions=positions):
+                measure(module.layer_idx, positions[0], output[1][0])
+                return output[0], None  # so that the weights of only one layer are in memory
+
+            handles = [layer.self_attn.register_forward_hook(hook) for layer in teacher.model.model.layers]
+            teacher.model.model(input_ids=ids, position_ids=positions, use_cache=False)
+            for handle in handles:
+                handle.remove()
+    finally:
+        teacher.model.set_attn_implementation(attention)
+    return [total / mass.clamp(min=1e-6) for _, (total, mass) in sorted(sums.items())]
+
+
+def gather(x_BTD: Tensor, packing: Packing | None) -> Tensor:
+    """Return the tokens of a batch, [N, D], without padding."""
+    return x_BTD.flatten(0, 1) if packing is None else packing.gather(x_BTD)[0]
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """Return x [..., H * K] as [..., H, K]."""
+    return x.unflatten(-1, (-1, head_dim))
+
+
+def mixer_output(mixer: DeltifyKDA, x_BTD: Tensor, packing: Packing | None) -> Tensor:
+    """Return the input of the mixer's `o_proj`."""
+    return mixer.inner(x_BTD if packing is None else packing.gather(x_BTD), None, packing)
+
+
+# ---- degenerate layers -----------------------------------------------------------------------------------------------
+
+
+def is_silent(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """Return whether a tensor is zero, or nearly so, over all dimensions or over `dims`."""
+    return x.square().mean(dims).sqrt() < SILENT
+
+
+def silent_heads(mixer: DeltifyKDA, x_ND: Tensor) -> dict[str, Tensor]:
+    """Return for queries, keys and values whether they are zero in each head, [H]."""
+    projections = {"queries": mixer.q_proj, "keys": mixer.k_proj, "values": mixer.v_proj}
+    return {
+        name: is_silent(split_heads(projection(x_ND), mixer.head_dim), (0, 2))
+        for name, projection in projections.items()
+    }
+
+
+def describe_silence(output: str, silent: dict[str, Tensor], equal_H: Tensor, can_fit: bool) -> list[str]:
+    """Return what is degenerate in an attention layer, and how the student's layer is initialised there.
+
+    Args:
+        output: What all outputs of the layer are, such as "zero", or "".
+        silent: Heads whose queries, keys or values are zero, see `silent_heads`.
+        equal_H: Heads that weigh all tokens equally.
+        can_fit: Whether `o_proj` was fitted.
+    """
+
+    def name_heads(heads_H: Tensor) -> str:
+        return "all heads" if heads_H.all() else f"heads {heads_H.nonzero().flatten().tolist()}"
+
+    facts = [f"attention output is {output}"] if output else []
+    facts += [f"{name} are zero in {name_heads(heads_H)}" for name, heads_H in silent.items() if heads_H.any()]
+    if equal_H.any():
+        facts.append(f"{name_heads(equal_H)} start with equal weights for all tokens")
+    return facts if can_fit else [*facts, "o_proj keeps the teacher's weights, because it has no input to fit"]
+
+
+def weigh_equally(mixer: DeltifyKDA, heads_H: Tensor, constant_direction_D: Tensor) -> None:
+    """Make queries and keys of some heads constant, so that their memory is a mean of values."""
+    channels = heads_H.repeat_interleave(mixer.head_dim)
+    for projection in (mixer.q_proj, mixer.k_proj):
+        projection.weight[channels] = constant_direction_D if projection.bias is None else 0
+        if projection.bias is not None:
+            projection.bias[channels] = 1
+
+
+# ---- the parts of a layer --------------------------------------------------------------------------------------------
+
+
+def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor) -> None:
+    """Fit the output gate of each head to the norm of the head's output in the teacher.
+
+    All channels of a head share one gate, whose logits come from a ridge regression on the layer's input. The gate
+    stays constant where `g_proj` has a lower rank than there are heads.
+    """
+    low, high = mixer.g_proj
+    for parameter in (low.weight, high.weight, high.bias):
+        parameter.zero_()
+    N, H, K = heads_NHK.shape
+    if len(low.weight) < H:
+        return
+    norm_NH = heads_NHK.norm(dim=-1)
+    largest_H = norm_NH.kthvalue(max(1, int(0.98 * N)), dim=0).values.clamp(min=1e-9)  # not an outlier
+    logits_NH = (norm_NH / largest_H).clamp(0.02, 0.95).logit()
+    mean_input_D, mean_logits_H = x_ND.mean(0), logits_NH.mean(0)
+    weight_DH = ridge(x_ND - mean_input_D, logits_NH - mean_logits_H, GATE_PENALTY)
+    low.weight[:H] = weight_DH.t()
+    high.weight[:, :H] = torch.eye(H, device=weight_DH.device).repeat_interleave(K, dim=0)
+    high.bias.copy_((mean_logits_H - mean_input_D @ weight_DH).repeat_interleave(K))
+
+
+def add_constant(mixer: DeltifyKDA, x_ND: Tensor, constant_direction_D: Tensor) -> None:
+    """Make the channel of each head's values with the smallest mean square constant, and open its output gate.
+
+    The memory of a constant is the sum of its weights, by which softmax divides; `o_norm` then divides by little else.
+    The constant also lets `o_proj` reproduce nearly constant outputs, as of layers that look at the first token.
+    """
+    v_NHK = split_heads(mixer.v_proj(x_ND), mixer.head_dim)
+    squares_HK = v_NHK.square().mean(0)
+    first_channel_H = mixer.head_dim * torch.arange(len(squares_HK), device=constant_direction_D.device)
+    channels_H = squares_HK.argmin(1) + first_channel_H
+    mixer.v_proj.weight[channels_H] = CONSTANT * squares_HK.sum(1).sqrt()[:, None] * constant_direction_D
+    mixer.g_proj[1].weight[channels_H] = 0
+    mixer.g_proj[1].bias[channels_H] = 4.0  # sigmoid(4) = 0.98
+
+
+def choose_memory(
+    mixer: DeltifyKDA,
+    x_BTD: Tensor,
+    packing: Packing | None,
+    constant_direction_D: Tensor,
+    distance_H: Tensor,
+    teacher_heads_NHK: Tensor,
+    long_memory_heads: int = 0,
+) -> list[Memory]:
+    """Give each head the memory that predicts the teacher's head best, and return the memories.
+
+    Candidates are compared by the residual of a regression of the teacher head's output on the student head's output,
+    normalised and gated.
+
+    Args:
+        mixer: KDA layer, changed in place.
+        x_BTD: Inputs of the layer.
+        packing: Documents of the inputs.
+        constant_direction_D: Vector whose product with every input is about 1.
+        distance_H: Mean distance in tokens that each head looks back.
+        teacher_heads_NHK: Outputs of the teacher's heads for the same inputs.
+        long_memory_heads: Number of heads that get a long memory instead.
+    """
+    residuals = []
+    for candidate in CANDIDATES:
+        set_memory(mixer, [candidate] * len(distance_H), constant_direction_D, distance_H)
+        features_NHK = split_heads(mixer_output(mixer, x_BTD, packing).flatten(0, 1), mixer.head_dim)
+        residuals.append(residual_sum_of_squares(features_NHK.float(), teacher_heads_NHK))
+    best = [CANDIDATES[index] for index in torch.stack(residuals).argmin(0).tolist()]
+    best = with_long_half_lives(best, distance_H, long_memory_heads)
+    set_memory(mixer, best, constant_direction_D, distance_H)
+    return best
+
+
+def with_long_half_lives(memories: list[Memory], distance_H: Tensor, heads: int) -> list[Memory]:
+    """Return the memories, with a half-life of LONG_HALF_LIFE tokens for the `heads` heads that remember longest.
+
+    Heads that already remember longer, or nothing at all, keep their memory.
+
+    Gradients decay with the state. A head that forgets half within 100 tokens therefore cannot learn to remember for
+    1,000.
+    """
+    memories, distances = list(memories), distance_H.tolist()
+    half_lives = [fraction * distance for (_, fraction, _), distance in zip(memories, distances)]
+    for head in sorted(range(len(memories)), key=half_lives.__getitem__, reverse=True)[:heads]:
+        if 0 < half_lives[head] < LONG_HALF_LIFE:
+            memories[head] = (LONG_BETA, LONG_HALF_LIFE / distances[head], 0)
+    return memories
+
+
+def set_memory(mixer: DeltifyKDA, memories: list[Memory], constant_direction_D: Tensor, distance_H: Tensor) -> None:
+    """Set decay, beta and convolutions of each head."""
+    device = constant_direction_D.device
+    beta_H, fraction_H, lag_H = torch.tensor(memories, device=device, dtype=torch.float32).unbind(1)
+    half_life_H = (fraction_H * distance_H).clamp(min=0.5)
+    mixer.A_log.zero_()
+    mixer.dt_bias.copy_(inverse_softplus(math.log(2) / half_life_H).repeat_interleave(mixer.head_dim))
+    mixer.f_proj[1].weight.zero_()
+    mixer.b_proj.weight.copy_(beta_H.logit()[:, None] * constant_direction_D)
+    # queries never lag: the current token reads what earlier tokens wrote
+    for conv, lag in ((mixer.q_conv1d, torch.zeros_like(lag_H)), (mixer.k_conv1d, lag_H), (mixer.v_conv1d, lag_H)):
+        lag_of_tap = torch.arange(conv.weight.shape[-1] - 1, -1, -1, device=lag.device)  # the last tap has lag 0
+        weight = CONV_TAP * (lag_of_tap == lag[:, None]).float()  # [H, taps]
+        conv.weight.copy_(weight.repeat_interleave(mixer.head_dim, dim=0)[:, None])
+
+
+# ---- least squares ---------------------------------------------------------------------------------------------------
+
+
+def residual_sum_of_squares(features_NHK: Tensor, teacher_heads_NHK: Tensor) -> Tensor:
+    """Return the squared error [H] of each head's ridge regression of the teacher's head on the features."""
+    gram = torch.einsum("nhk,nhj->hkj", features_NHK, features_NHK)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += RIDGE_PENALTY * diagonal.mean(-1, keepdim=True).clamp(min=1e-12)
+    weight = torch.linalg.solve(gram, torch.einsum("nhk,nhj->hkj", features_NHK, teacher_heads_NHK))
+    return (torch.einsum("nhk,hkj->nhj", features_NHK, weight) - teacher_heads_NHK).square().sum((0, 2))
+
+
+def ridge(X_ND: Tensor, Y_NE: Tensor, penalty: float) -> Tensor:
+    """Return W [D, E] that minimises |X W - Y|^2 + penalty * mean diagonal of X^T X * |W|^2.
+
+    W is zero where X is.
+    """
+    if is_silent(X_ND):
+        return X_ND.new_zeros(X_ND.shape[1], Y_NE.shape[1])
+    gram = X_ND.T @ X_ND
+    gram.diagonal().add_(penalty * gram.diagonal().mean())
+    return torch.linalg.solve(gram, X_ND.T @ Y_NE)

@@ -1,0 +1,145 @@
+"""Batches of token sequences from token files, as a pure function of the step.
+
+Resuming a run needs nothing but the step number.
+
+Legend: B batch, T tokens of a sequence.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .token_files import TokenFile
+
+CYCLE = 1000  # sequences in which each file appears as often as its weight says
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of tokens. A sequence may hold several documents, whose positions each start at 0."""
+
+    input_ids: Tensor  # [B, T] int64
+    position_ids: Tensor  # [B, T] int64
+
+    @property
+    def same_document(self) -> Tensor:
+        """Whether token t + 1 belongs to the document of token t, [B, T - 1]."""
+        return self.position_ids[:, 1:] > 0
+
+    def split(self, rows: int) -> "list[Batch]":
+        """Return micro-batches of `rows` sequences."""
+        return [Batch(*pair) for pair in zip(self.input_ids.split(rows), self.position_ids.split(rows))]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch on a device."""
+        return Batch(self.input_ids.to(device), self.position_ids.to(device))
+
+
+@dataclass(frozen=True)
+class MixedBatches:
+    """Batches of sequences from weighted token files. Every epoch walks each file in a new random order."""
+
+    files: list[TokenFile]
+    weights: list[float]
+    length: int  # T
+    rows: int  # sequences of a whole batch, over all ranks
+    seed: int
+
+    def __post_init__(self):
+        for file in self.files:
+            if len(file) < self.length:
+                raise ValueError(
+                    f"a source has {len(file)} tokens, fewer than one sequence of {self.length}. Give more text, or "
+                    "lower sequence_length"
+                )
+
+    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """Return the part of the batch of `step` that belongs to `rank`.
+
+        Raises:
+            ValueError: If the batch cannot be divided among the ranks.
+        """
+        if self.rows % ranks:
+            raise ValueError(
+                f"a batch of {self.rows} sequences cannot be divided among {ranks} ranks. Make batch_size a multiple "
+                f"of {ranks}"
+            )
+        share = self.rows // ranks
+        first = step * self.rows + rank * share
+        rows = [self.row(index) for index in range(first, first + share)]
+        ids, positions = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
+        return Batch(ids, positions)
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return token ids and positions of the sequence with this global index, both [T] int64."""
+        which, turn = self.source_of(index)
+        file = self.files[which]
+        epoch, place = divmod(turn, len(file) // self.length)
+        if which not in self.orders or self.orders[which][0] != epoch:
+            self.orders[which] = epoch, *self.order(which, epoch)
+        _, offset, windows = self.orders[which]
+        return window(file, offset + int(windows[place]) * self.length, self.length)
+
+    def order(self, which: int, epoch: int) -> tuple[int, np.ndarray]:
+        """Return where the first window of a file begins in an epoch, and the order of its windows."""
+        windows, spare = divmod(len(self.files[which]), self.length)
+        rng = np.random.default_rng([self.seed, which, epoch])
+        # a new offset each epoch, so that sequences do not always break at the same tokens
+        return int(rng.integers(0, spare + 1)), rng.permutation(windows)
+
+    @cached_property
+    def orders(self) -> dict[int, tuple[int, int, np.ndarray]]:
+        """The latest epoch of each file that was read, and its `order`: shuffling a large file takes a while."""
+        return {}
+
+    def source_of(self, index: int) -> tuple[int, int]:
+        """Return the file of a sequence, and the number of earlier sequences from that file."""
+        cycle, place = divmod(index, len(self.cycle))
+        which = int(self.cycle[place])
+        return which, int(cycle * (self.cycle == which).sum() + (self.cycle[:place] == which).sum())
+
+    @cached_property
+    def cycle(self) -> np.ndarray:
+        """The files of CYCLE consecutive sequences, shuffled: each as often as its weight says, at least once."""
+        shares = np.asarray(self.weights) / sum(self.weights)
+        counts = np.maximum(1, np.round(CYCLE * shares)).astype(int) if len(shares) > 1 else [1]
+        return np.random.default_rng(self.seed).permutation(np.repeat(np.arange(len(counts)), counts))
+
+
+def window(file: TokenFile, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids and positions [length] int64 of consecutive tokens of a token file.
+
+    The positions of a document that begins before the window count from 0 at the window's start.
+    """
+    ids = file.tokens[start : start + length].astype(np.int64)
+    places = np.arange(start, start + length)
+    begins = file.bounds[np.searchsorted(file.bounds, places, side="right") - 1]
+    return ids, places - np.maximum(begins, start)
+
+
+def heldout_batches(files: list[TokenFile], length: int, rows: int, limit: int) -> list[Batch]:
+    """Return batches of `rows` sequences of `length` tokens from the beginning of each file, in order.
+
+    Args:
+        files: Validation texts.
+        length: Number of tokens of a sequence.
+        rows: Number of sequences of a batch; the last one may have fewer.
+        limit: Number of tokens in all, an equal share from each file. Each file gives at least one sequence.
+
+    Raises:
+        ValueError: If a file is shorter than one sequence.
+    """
+    stretches = []
+    for file in files:
+        if len(file) < length:
+            raise ValueError(
+                f"a held-out text has {len(file)} tokens, fewer than one sequence of {length}. Lower "
+                "run.heldout_sequence_length, or set data.heldout to a longer validation text"
+            )
+        count = max(1, min(limit // len(files), len(file)) // length)
+        stretches += [window(file, index * length, length) for index in range(count)]
+    groups = (stretches[start : start + rows] for start in range(0, len(stretches), rows))
+    return [Batch(*(torch.from_numpy(np.stack(part)) for part in zip(*group))) for group in groups]
