@@ -102,7 +102,7 @@ def test_the_kernel_in_the_interpreter_equals_the_torch_form(kind, temperature):
     labels, weights = torch.randint(0, 5000, (9,)), (torch.rand(9) < 0.6) * 1.3
     labels[::3] = -100
     for chosen in ((labels, weights), (None, None)):
-        want = losses.gradients_of_rows(t, s, *chosen, kind, temperature, (0.7, 0.3), torch.float32)
+        want = losses.divergence_and_grad(t, s, *chosen, kind, temperature, (0.7, 0.3), torch.float32)
         d, settings = torch.empty_like(s), (kind, temperature, 0.7, 0.3)
         got = (*kernels.divergence_rows(t, s, *chosen, d, *settings), d)
         for name, x, y in zip(("divergence", "cross-entropy", "gradient"), got, want):

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import small_model, small_tokenizer, write_gguf
+from helpers import small_model, small_tokenizer, tiny_recipe, write_gguf
 from safetensors.torch import load_file
-from test_distill import tiny_recipe
 
 from deltify import distill
 from deltify.config import Stage, TeacherSpec, write_recipe
@@ -50,7 +49,7 @@ def test_a_run_goes_on_from_two_processes_to_one_and_back(tmp_path):
     shard = replace(recipe, run=replace(recipe.run, data_parallel="shard"))
     write_recipe(shard, tmp_path / "recipe.yaml")
     said = run(2, "distill", tmp_path / "recipe.yaml", "--resume")
-    assert "going on from step 2" in said and "2 processes: each has a piece" in said
+    assert "resuming from step 2" in said and "2 processes: each has a shard" in said
     whole = distill(tiny_recipe(tmp_path / "whole"))
     for name in ("align", "match"):
         got, want = (load_file(folder / name / "model.safetensors") for folder in (recipe.folder, whole))
@@ -69,7 +68,7 @@ def test_models_are_cut_up_where_they_would_fill_more_than_half_a_gpu():
         ("shard", 1, 80, True),
         ("replicate", 79, 80, False),
     ):
-        assert distributed.shards(choice, size, memory) == want
+        assert distributed.should_shard(choice, size, memory) == want
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -86,5 +85,5 @@ def test_two_processes_unpack_a_gguf_teacher_whichever_is_first(first, tmp_path)
 
 def test_a_batch_that_two_processes_cannot_share_is_named(tmp_path):
     write_recipe(tiny_recipe(tmp_path, align=Stage(3 * 32, 32, 3)), tmp_path / "r.yaml")
-    with pytest.raises(AssertionError, match=r"align\.batch_size=3 cannot be shared by 2 processes"):
+    with pytest.raises(AssertionError, match=r"2 processes cannot share align\.batch_size=3"):
         run(2, "distill", tmp_path / "r.yaml")

@@ -1,0 +1,130 @@
+"""Steps of align and match, and their memory."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import tiny_recipe
+from safetensors.torch import load_file
+
+from deltify import distill
+from deltify.cli import main
+from deltify.config import (
+    Stage,
+    write_recipe,
+)
+from deltify.conversion.student import convert
+from deltify.conversion.teacher import random_teacher
+from deltify.data.token_files import Batch
+from deltify.training import trainer
+from deltify.training.optimizers import choose_trained
+from deltify.training.steps import align_step, hidden_states, match_step, next_tokens
+from deltify.training.teachers import LiveTeacher
+from deltify.training.trainer import explain_out_of_memory, share_frozen_weights, unshare_weights
+
+
+def test_align_keeps_one_copy_of_what_is_frozen(tmp_path):
+    teacher, rounded = random_teacher("llama"), random_teacher("llama").model.bfloat16()
+    student = convert(teacher, full_attention_layers="none", init="library")
+    choose_trained(student, Stage(), "align")
+    share_frozen_weights(student, dict(rounded.named_parameters()))
+    assert student.model.layers[0].mlp.up_proj.weight.dtype == torch.float32  # which is not what was rounded
+    unshare_weights(student, dict(rounded.named_parameters()))
+    share_frozen_weights(student, dict(teacher.model.named_parameters()))
+    theirs = {p.data_ptr() for p in teacher.model.parameters()}
+    shared = [name for name, p in student.named_parameters() if p.data_ptr() in theirs]
+    assert len(shared) == sum(not p.requires_grad for p in student.parameters()) > 8
+    unshare_weights(student, dict(teacher.model.named_parameters()))
+    assert not any(p.data_ptr() in theirs for p in student.parameters())
+    recipe = tiny_recipe(tmp_path, run=replace(tiny_recipe(tmp_path).run, precision="bf16"))
+    distill(recipe)
+    weights = load_file(recipe.folder / "align" / "model.safetensors")
+    assert all(x.dtype == torch.float32 for x in weights.values())
+
+
+def test_a_gpu_out_of_memory_names_the_settings_to_change(tmp_path, monkeypatch, capsys, whole):
+    recipe = tiny_recipe(tmp_path)
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+
+    def too_large(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(trainer, "match_step", too_large)
+    assert main(["distill", str(tmp_path / "recipe.yaml")]) == 1
+    said = capsys.readouterr().err
+    assert "match does not fit in the GPU's memory: micro_batch_size=0 (2 at a time), sequence_length=32, act" in said
+    advice = [
+        "--resume --match.micro_batch_size 1",
+        "--resume --match.activation_checkpointing true",
+        "--match.sequence_length 16",
+    ]
+    assert all(way in said for way in advice) and "(CUDA out of memory. Tried to allocate 2.00 GiB.)" in said
+    monkeypatch.undo()
+    # the advice works, and what it changes is memory alone
+    options = ["--resume", "--match.micro_batch_size", "1", "--match.activation_checkpointing", "true"]
+    assert main(["distill", str(tmp_path / "recipe.yaml"), *options]) == 0
+    got, want = (load_file(run / "match" / "model.safetensors") for run in (recipe.folder, whole))
+    # as a whole: Adam turns the rounding of a gradient near zero, which differs between CPUs, into a step of any size
+    for name in want:
+        assert (got[name] - want[name]).norm() <= 1e-3 * want[name].norm(), name
+
+
+def test_out_of_memory_where_nothing_is_left_to_lower_but_the_length():
+    stage = Stage(sequence_length=4096, batch_size=8, micro_batch_size=1, activation_checkpointing=True)
+    with pytest.raises(MemoryError) as error, explain_out_of_memory("extend", stage):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert "Continue with --extend.sequence_length 2048 and another --name" in str(error.value)
+    fewer = pytest.raises(MemoryError, match=r"--align.micro_batch_size 2, or with --align\.sequence_length")
+    with fewer, explain_out_of_memory("align", replace(stage, micro_batch_size=4)):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_each_layer_is_trained_on_the_teachers_own_input():
+    teacher = random_teacher("llama")
+    student = convert(teacher, init="library")
+    batch = Batch(torch.randint(0, 200, (2, 32)), torch.arange(32).expand(2, 32))
+    student.requires_grad_(True)
+    align_step(LiveTeacher(teacher), student, batch, Stage(), 1.0)
+    want = student.model.layers[2].self_attn.q_proj.weight.grad.clone()
+    student.zero_grad()
+    with torch.no_grad():  # a ruined layer below must not matter
+        student.model.layers[0].self_attn.o_proj.weight.fill_(9.0)
+    align_step(LiveTeacher(teacher), student, batch, Stage(), 1.0)
+    assert torch.equal(student.model.layers[2].self_attn.q_proj.weight.grad, want)
+    assert student.model.layers[2].mlp.up_proj.weight.grad is None
+
+
+def test_match_compares_packed_documents_apart():
+    teacher = random_teacher("llama")
+    student = convert(teacher, full_attention_layers="3:1", init="library")
+    ids = torch.randint(0, 200, (1, 48))
+    packed = Batch(ids, torch.cat([torch.arange(20), torch.arange(28)])[None])
+    first = hidden_states(student, Batch(ids[:, :20], torch.arange(20)[None]))
+    second = hidden_states(student, Batch(ids[:, 20:], torch.arange(28)[None]))
+    assert torch.allclose(hidden_states(student, packed), torch.cat([first, second]), atol=1e-5)
+    assert next_tokens(packed)[0, 19] == -100 and next_tokens(packed)[0, 18] == ids[0, 19]
+    student.requires_grad_(True)
+    assert float(match_step(LiveTeacher(teacher), student, packed, Stage(ce_weight=0.5), 1.0)["ce"]) > 0
+
+
+def test_behind_the_teachers_reach_the_text_alone_teaches():
+    teacher = random_teacher("llama")
+    student = convert(teacher, full_attention_layers="none", init="library").requires_grad_(True)
+    ids = torch.randint(0, 250, (2, 12))
+    batch, short = (Batch(ids[:, :n], torch.arange(n).expand(2, n)) for n in (12, 8))
+    teacher.model.config.max_position_embeddings = 8
+    found = match_step(LiveTeacher(teacher), student, batch, Stage(ce_weight=0.5), 1.0)
+    mine = [p.grad.clone() for p in student.parameters()]
+    near = match_step(LiveTeacher(teacher), student, short, Stage(), 1.0)
+    student.zero_grad()
+    labels = next_tokens(batch).flatten()
+    logits = student(ids).logits.flatten(0, 1)
+    ce = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / labels.numel()
+    torch.testing.assert_close(float(found["ce"]), float(ce.detach()))
+    torch.testing.assert_close(float(found["kl"]), float(near["kl"]))
+    torch.testing.assert_close(float(found["loss"]), float(0.5 * near["kl"] + 0.5 * ce.detach()))
+    (0.5 * ce).backward()
+    match_step(LiveTeacher(teacher), student, short, Stage(), 0.5)
+    for gradient, parameter in zip(mine, student.parameters()):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-6, rtol=1e-4)
