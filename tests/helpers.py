@@ -117,7 +117,7 @@ def write_gguf(
 
 
 def tiny_recipe(folder: Path, **changes) -> Recipe:
-    """A recipe whose align and match take seconds; it validates every 4 steps and saves every 2."""
+    """Return a recipe that runs in a second or two. It validates every 4 steps and saves every 2."""
     stage = Stage(tokens=8 * 2 * 32, sequence_length=32, batch_size=2)
     recipe = Recipe(
         name="tiny",
@@ -133,7 +133,7 @@ def tiny_recipe(folder: Path, **changes) -> Recipe:
 
 
 def die_in_step(recipe: Recipe, step: int) -> None:
-    """Run a recipe that ends like a killed one in the given step of align, counted from 0."""
+    """Run a recipe, and end it like a kill in the given step of align, counted from 0."""
     calls = []
 
     def dies(*args):
@@ -148,7 +148,7 @@ def die_in_step(recipe: Recipe, step: int) -> None:
 
 
 def records(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl."""
+    """Return the records in metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 

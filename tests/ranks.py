@@ -1,4 +1,4 @@
-"""What test_parallel.py runs in one process, and in two under torchrun.
+"""The program that test_parallel.py runs in one process, and in two under torchrun.
 
 ranks.py steps STAGE HOW OUT  ten steps in float64; writes the gradients of the first and the weights after the last;
                               HOW is replicate or shard
@@ -59,7 +59,7 @@ def steps(name: str, how: str, out: Path) -> None:
         trainer.run()
         weights = {n: distributed.full_tensor(p.detach()) for n, p in student.named_parameters()}
         norms = torch.stack([x.norm() for x in weights.values()])
-        assert torch.equal(distributed.all_reduce_mean(norms), norms)  # all ranks', to the bit
+        assert torch.equal(distributed.all_reduce_mean(norms), norms)  # equal on all ranks, bit for bit
         if distributed.rank() == 0:
             torch.save((gradients, weights), out)
 

@@ -1,14 +1,13 @@
 """The command line: bad input, and what commands print."""
 
+import re
+
 import pytest
 from helpers import tiny_recipe
 
 from deltify import distill
 from deltify.cli import main
-from deltify.config import (
-    Stage,
-    write_recipe,
-)
+from deltify.config import Stage, write_recipe
 
 
 @pytest.mark.parametrize(
@@ -50,4 +49,4 @@ def test_bad_input_is_named_on_the_command_line(arguments, message, tmp_path, ca
 def test_generate_streams_and_counts(tmp_path, capsys):
     run = distill(tiny_recipe(tmp_path, match=Stage()))
     assert main(["generate", str(run), "Hello", "--max-new-tokens", "5", "--device", "cpu"]) == 0
-    assert "tokens/s" in capsys.readouterr().out
+    assert re.search(r"\[[1-5] tokens in [\d.]+ s, [\d.]+ tokens/s, prompt of 5 included\]", capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""Trackers: what wandb, trackio and tensorboard get of a run and of a resumed one."""
+"""Trackers: what a run and a resumed run send to wandb, trackio and tensorboard."""
 
 import json
 import shutil
@@ -10,13 +10,11 @@ import pytest
 from helpers import die_in_step, records, tiny_recipe
 
 from deltify import distill
-from deltify.config import (
-    Recipe,
-)
+from deltify.config import Recipe
 
 
 class Tracker:
-    """Stands for the modules wandb and trackio: what was opened, logged and finished."""
+    """Replaces the modules wandb and trackio, and records what was opened, logged and finished."""
 
     def __init__(self):
         self.opened, self.logged, self.finished = [], [], 0
@@ -34,13 +32,13 @@ class Tracker:
 
 
 def interrupted(recipe: Recipe) -> None:
-    """Runs a recipe that dies in the sixth step of align, two steps after a checkpoint, and resumes it."""
+    """Run a recipe that dies in the sixth step of align, one step after a checkpoint, and resume it."""
     die_in_step(recipe, 5)
     distill(recipe, resume=True)
 
 
 @pytest.mark.parametrize("name, key, known", [("wandb", "id", "id-1"), ("trackio", "name", "tiny@1")])
-def test_a_resumed_run_goes_on_in_its_trackers_run(name, key, known, tmp_path, monkeypatch):
+def test_a_resumed_run_continues_its_trackers_run(name, key, known, tmp_path, monkeypatch):
     tracker = Tracker()
     monkeypatch.setitem(sys.modules, name, tracker)
     recipe = tiny_recipe(tmp_path)
@@ -52,7 +50,7 @@ def test_a_resumed_run_goes_on_in_its_trackers_run(name, key, known, tmp_path, m
     assert [step for step, _ in tracker.logged] == list(range(17)) and tracker.finished == 2
     losses = [(number, record["loss"]) for number, record in enumerate(records(recipe.folder)) if "loss" in record]
     assert [(step, sent[key]) for step, sent in tracker.logged for key in sent if key.endswith("/loss")] == losses
-    shutil.rmtree(recipe.folder)  # another run of that name is another run there
+    shutil.rmtree(recipe.folder)  # a new run of that name is a new run of the tracker
     distill(recipe)
     assert "resume" not in tracker.opened[2] and len(tracker.logged) == 34
 

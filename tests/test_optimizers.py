@@ -9,15 +9,13 @@ from helpers import assert_same_weights, die_in_step, records, tiny_recipe
 from transformers import AutoModelForCausalLM
 
 from deltify import distill
-from deltify.config import (
-    Stage,
-)
+from deltify.config import Stage
 from deltify.model import DeltifyForCausalLM
 from deltify.training.optimizers import make_optimizers, trained
 
 
 def trains_and_resumes_to_the_same_bits(tmp_path: Path, stage: Stage) -> DeltifyForCausalLM:
-    """Trains align and match so, at once and with a break, asserts that both agree; returns the model, to train on."""
+    """Assert that an unbroken and a resumed run of align and match agree, and return the model, ready to train."""
     runs = [tiny_recipe(tmp_path / name, align=stage, match=stage) for name in ("whole", "broken")]
     distill(runs[0])
     die_in_step(runs[1], 5)
@@ -45,20 +43,22 @@ def test_muon_trains_and_resumes_to_the_same_bits_and_equals_torchs(tmp_path):
     stage = replace(tiny_recipe(tmp_path).align, optimizer="muon")
     model = trains_and_resumes_to_the_same_bits(tmp_path, stage)
     adamw, muon = make_optimizers(model, replace(stage, weight_decay=0.1), "match")
-    turned = {id(p) for p in trained([muon])}
-    words = {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
-    assert {id(p) for p in model.parameters() if p.dim() == 2} - turned == words
+    muon_matrices = {id(p) for p in trained([muon])}
+    embedding_ids = {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
+    assert {id(p) for p in model.parameters() if p.dim() == 2} - muon_matrices == embedding_ids
     assert {id(p) for p in trained([adamw, muon])} == {id(p) for p in model.parameters()}
     copies = [p.detach().clone() for p in trained([muon])]
-    theirs = torch.optim.Muon(copies, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    reference = torch.optim.Muon(copies, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for group in muon.param_groups:
         group["lr"] = 0.01
     for seed in range(3):
         torch.manual_seed(seed)
-        for mine, copy in zip(trained([muon]), copies):
-            mine.grad = torch.randn_like(mine)
-            copy.grad = mine.grad.clone()
+        for parameter, copy in zip(trained([muon]), copies):
+            parameter.grad = torch.randn_like(parameter)
+            copy.grad = parameter.grad.clone()
         muon.step()
-        theirs.step()
-    for mine, copy in zip(trained([muon]), copies):
-        torch.testing.assert_close(mine.detach(), copy, rtol=0, atol=2e-4)  # bfloat16 products in another order
+        reference.step()
+    for parameter, copy in zip(trained([muon]), copies):
+        torch.testing.assert_close(
+            parameter.detach(), copy, rtol=0, atol=2e-4
+        )  # bfloat16 products are summed in another order

@@ -1,4 +1,4 @@
-"""Two processes on a CPU do what one does."""
+"""Two processes on a CPU give the results of one."""
 
 import os
 import subprocess
@@ -32,18 +32,18 @@ def test_gradients_and_weights_after_ten_steps_are_those_of_one_process(stage, t
     run(1, "steps", stage, "replicate", tmp_path / "one.pt")
     for how in ("replicate", "shard"):
         run(2, "steps", stage, how, tmp_path / f"{how}.pt")
-        # weights: torch 2.9's AdamW of shards, 3e-10
+        # the weights differ by 3e-10 in torch 2.9, whose AdamW rounds shards differently
         for want, got, most in zip(*(torch.load(tmp_path / f"{n}.pt") for n in ("one", how)), (1e-10, 1e-9)):
             assert want.keys() == got.keys() and len(want) > 20
             for name in want:
                 assert (want[name] - got[name]).norm() <= most * want[name].norm(), (how, name)
 
 
-def test_a_run_goes_on_from_two_processes_to_one_and_back(tmp_path):
+def test_a_run_resumes_from_two_processes_on_one_and_back(tmp_path):
     recipe = tiny_recipe(tmp_path / "broken")
     write_recipe(recipe, tmp_path / "recipe.yaml")
     said = run(2, "distill", tmp_path / "recipe.yaml", "--stop")
-    assert said.count("stopped by --max-minutes after 64 tokens") == 1  # by the first process alone
+    assert said.count("stopped by --max-minutes after 64 tokens") == 1  # printed by the first process only
     assert "2 processes: each has the whole models" in said
     run(1, "distill", tmp_path / "recipe.yaml", "--resume", "--stop")
     shard = replace(recipe, run=replace(recipe.run, data_parallel="shard"))
@@ -60,7 +60,7 @@ def test_a_run_goes_on_from_two_processes_to_one_and_back(tmp_path):
     assert metrics[0] == metrics[1]
 
 
-def test_models_are_cut_up_where_they_would_fill_more_than_half_a_gpu():
+def test_models_that_would_fill_more_than_half_a_gpu_are_sharded():
     for choice, size, memory, want in (
         ("auto", 41, 80, True),
         ("auto", 40, 80, False),

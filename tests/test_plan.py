@@ -1,4 +1,7 @@
-"""Plans against what was measured (docs/distillation.md, "Plans"), and what the command prints."""
+"""Estimates, compared with measurements (docs/distillation.md, "Plans"), and the output of `deltify plan`.
+
+The constants of `estimate` were fitted to these measurements. The tests show that they still fit.
+"""
 
 import importlib.util
 from dataclasses import replace
@@ -54,7 +57,7 @@ def test_memory_and_speed_of_the_shapes_that_were_measured():
     eager = plan_stage("match", Stage(2**30, 2048, 16), teacher, student, "h100", 1, graphs=False)
     assert eager.total / 2**30 == pytest.approx(35.5, rel=0.1)
     muon = plan_stage("match", Stage(2**30, 2048, 4, optimizer="muon"), teacher, student, "h200", 1)
-    words = 49152 * 576 + 576  # embeddings, which are the head, and the last norm
+    words = 49152 * 576 + 576  # embeddings tied to the head, and the last norm
     assert match.bytes["moments"] - muon.bytes["moments"] == 4 * (count(student) - words)
 
 
@@ -82,7 +85,7 @@ def test_afm_counts_are_those_of_the_published_model_and_its_stages_as_measured(
         assert stage.batch_size * stage.sequence_length / planned.seconds == pytest.approx(rate, rel=0.3)
 
 
-def test_more_gpus_and_checkpointed_layers_take_less():
+def test_more_gpus_and_activation_checkpointing_need_less_memory():
     teacher, student = pair(LlamaConfig(**SMOLLM2))
     stage = Stage(2**30, 2048, 8)
     one, four = (plan_stage("match", stage, teacher, student, "h100", n, sharded=n > 1) for n in (1, 4))

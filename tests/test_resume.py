@@ -12,17 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from deltify import distill, load_recipe
 from deltify.cli import main
-from deltify.config import (
-    Stage,
-    write_recipe,
-)
+from deltify.config import Stage, write_recipe
 from deltify.training import checkpoint, runner, trainer
 from deltify.training.signals import Stopped
 from deltify.training.steps import align_step
 
 
 def test_a_run_killed_at_random_moments_resumes_to_the_same_bits(tmp_path):
-    assert len(list(soak(tmp_path, 3, seed=80))) == 3  # two of them while a folder is written; `make soak` does 20
+    assert len(list(soak(tmp_path, 3, seed=80))) == 3  # two of them while a folder is written; `make soak` kills 20
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -44,7 +41,7 @@ def test_a_signal_saves_after_the_step_and_ends_the_run(number, code, tmp_path, 
 
 
 def signalled(calls: int, *numbers: signal.Signals):
-    """`align_step`, which sends this process signals after so many calls."""
+    """Return an `align_step` that sends signals to this process after the given number of calls."""
     done = []
 
     def step(*args):
@@ -71,7 +68,7 @@ def test_a_second_ctrl_c_does_not_wait_and_a_second_sigterm_does(tmp_path, monke
 def test_a_signal_outside_the_steps_ends_the_run_at_once(tmp_path, monkeypatch):
     def load(*args):
         os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("it went on")
+        pytest.fail("the run continued")
 
     monkeypatch.setattr(runner, "open_teacher", load)
     with pytest.raises(Stopped, match="stopped by SIGTERM") as stopped:
@@ -87,11 +84,11 @@ def test_tokens_that_changed_since_the_start_are_refused(tmp_path, whole):
     text.write_text("Another text. " * 200)
     with pytest.raises(ValueError, match="changed since it was tokenized"):
         distill(recipe, resume=True)
-    shutil.rmtree(tmp_path / "data")  # made anew, the tokens are others
+    shutil.rmtree(tmp_path / "data")  # tokenized again, the text has other tokens
     with pytest.raises(ValueError, match=r"the tokens of .*text\.txt are not those that .*tiny began with"):
         distill(recipe, resume=True)
     (tokens,) = (tmp_path / "data").rglob("*-all*/tokens.bin")
-    flip(tokens, 100)  # a broken token file is made anew, of the text that is there
+    flip(tokens, 100)  # a damaged token file is made again, from the current text
     with pytest.raises(ValueError, match=r"the tokens of .*text\.txt are not those that .*tiny began with"):
         distill(recipe, resume=True)
     shutil.rmtree(tmp_path / "data")
@@ -99,7 +96,7 @@ def test_tokens_that_changed_since_the_start_are_refused(tmp_path, whole):
     distill(recipe, resume=True)
 
 
-def test_stopped_by_the_clock_goes_on_later(tmp_path, whole):
+def test_a_run_stopped_by_the_clock_resumes(tmp_path, whole):
     recipe = tiny_recipe(tmp_path)
     run = distill(recipe, max_minutes=0)
     assert (run / "align" / "unfinished.json").is_file() and not (run / "match").exists()
@@ -142,7 +139,7 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path):
         distill(recipe, resume=True)
 
 
-def test_learning_rates_may_change_on_the_way_and_nothing_else(tmp_path, capsys):
+def test_learning_rates_may_change_when_resuming_and_nothing_else(tmp_path, capsys):
     recipe = tiny_recipe(tmp_path)
     distill(recipe, max_minutes=0)
     lower = replace(recipe.align, lr_mixers=2e-4, min_lr_ratio=0.5, warmup_ratio=0.0, max_grad_norm=0.7)
@@ -162,7 +159,7 @@ def test_learning_rates_may_change_on_the_way_and_nothing_else(tmp_path, capsys)
     assert load_recipe(run / "recipe.yaml").align.lr_mixers == 2e-4
 
 
-def test_another_precision_on_the_way_is_said(tmp_path, capsys):
+def test_another_precision_when_resuming_is_logged(tmp_path, capsys):
     recipe = tiny_recipe(tmp_path, match=Stage())
     distill(recipe, max_minutes=0)
     run = replace(recipe.run, precision="bf16")

@@ -10,22 +10,19 @@ from helpers import assert_same_weights, die_in_step, flip, tiny_recipe
 from torch.distributed.checkpoint.api import CheckpointException
 
 from deltify import distill
-from deltify.config import (
-    RunSpec,
-    Stage,
-)
+from deltify.config import RunSpec, Stage
 from deltify.training import checkpoint, runner, trainer
 
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory) -> Path:
-    """The tiny recipe's run, which died in the sixth step of align: it has checkpoints of steps 2 and 4."""
+    """Return a run of the tiny recipe that died in the sixth step of align, with checkpoints of steps 2 and 4."""
     recipe = tiny_recipe(tmp_path_factory.mktemp("broken"))
     die_in_step(recipe, 5)
     return recipe.folder
 
 
-def test_a_folder_that_is_replaced_is_whole_at_any_time(tmp_path, monkeypatch):
+def test_a_folder_that_is_replaced_is_complete_at_any_time(tmp_path, monkeypatch):
     for name, text in (("model", "old"), ("model.unfinished", "new")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(text)
@@ -41,10 +38,10 @@ def test_a_folder_that_is_replaced_is_whole_at_any_time(tmp_path, monkeypatch):
 
 
 def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
-    judgements = iter([9.0, 5.0, 6.0, 7.0, 4.0])  # of the conversion, then of steps 2, 4, 6 and 8
-    judge = lambda *args: {"heldout_kl": next(judgements), "heldout_perplexity": 1.0}  # noqa: E731
+    kls = iter([9.0, 5.0, 6.0, 7.0, 4.0])  # after the conversion and steps 2, 4, 6 and 8
+    evaluate_heldout = lambda *args: {"heldout_kl": next(kls), "heldout_perplexity": 1.0}  # noqa: E731
     for module in (runner, trainer):
-        monkeypatch.setattr(module, "evaluate_heldout", judge)
+        monkeypatch.setattr(module, "evaluate_heldout", evaluate_heldout)
     run = RunSpec(
         "cpu", "fp32", heldout_tokens=64, heldout_sequence_length=32, eval_every=2, save_every=3, keep_checkpoints=1
     )
@@ -69,7 +66,7 @@ def truncate(folder: Path) -> None:
     ],
     ids=["cut", "bit", "progress", "gone", "no-manifest", "half-manifest"],
 )
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, reason, tmp_path, broken, capsys, whole):
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(damage, reason, tmp_path, broken, capsys, whole):
     recipe = replace(tiny_recipe(tmp_path), data=tiny_recipe(broken.parent).data)
     shutil.copytree(broken, recipe.folder)
     damage(recipe.folder / "checkpoints" / "align-0000004")
@@ -81,13 +78,13 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, reason, tmp_pa
         assert_same_weights(run, whole, "align", "match")
 
 
-def test_damaged_checkpoints_alone_are_named(tmp_path, whole):
+def test_a_stage_with_damaged_checkpoints_only_is_refused(tmp_path, whole):
     recipe = tiny_recipe(tmp_path)
     die_in_step(recipe, 5)
     folders = checkpoint.checkpoints(recipe.folder, "align")
     truncate(folders[1])
     (folders[0] / "progress.json").write_text('{"stage')
-    for _ in range(2):  # a second try must not start the stage again unasked
+    for _ in range(2):  # a second try must not restart the stage either
         with pytest.raises(ValueError, match=r"no checkpoint of align .*align-0000004, align-0000002.*delete them"):
             distill(recipe, resume=True)
     shutil.rmtree(recipe.folder / "checkpoints")

@@ -1,4 +1,4 @@
-"""A teacher on file: what is stored, how near it is, and runs that need no other."""
+"""The teacher cache: what it stores, how exact it is, and runs that use it."""
 
 from dataclasses import replace
 
@@ -19,18 +19,18 @@ from deltify.training.teacher_cache import CachedTeacher, dequantize, quantize, 
 
 
 @pytest.mark.parametrize("format, bound", [("int8", 0.01), ("bf16", 0.004)])
-def test_stored_rows_are_near_the_exact_ones(format, bound):
+def test_stored_hidden_states_are_near_the_exact_ones(format, bound):
     hidden = torch.randn(2, 30, 64) * torch.rand(2, 30, 1) * 10
     assert float((dequantize(quantize(hidden, format)) - hidden).norm() / hidden.norm()) < bound
 
 
-def test_a_run_goes_on_without_its_teacher_and_learns_the_same(tmp_path, monkeypatch, capsys):
+def test_a_run_continues_without_its_teacher_and_learns_the_same(tmp_path, monkeypatch, capsys):
     recipe = tiny_recipe(tmp_path / "runs")
     write_recipe(recipe, tmp_path / "recipe.yaml")
     folder = tmp_path / "targets"
     assert main(["capture", str(tmp_path / "recipe.yaml"), "-o", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "20 rows, 640 tokens" in said  # 16 rows of match and 4 held-out ones
+    assert "20 rows, 640 tokens" in said  # 16 sequences of match and 4 held-out ones
     distill(recipe)
     want = records(recipe.folder)
     stored = replace(recipe, name="stored", teacher=replace(recipe.teacher, cache=str(folder)))
@@ -38,7 +38,7 @@ def test_a_run_goes_on_without_its_teacher_and_learns_the_same(tmp_path, monkeyp
     (tmp_path / "runs" / "stored" / "recipe.yaml").unlink()  # the run above had no match
 
     def gone(*_):
-        raise AssertionError("the teacher was asked for")
+        raise AssertionError("the teacher was loaded")
 
     monkeypatch.setattr(runner, "open_teacher", gone)
     write_recipe(stored, tmp_path / "runs" / "stored" / "recipe.yaml")
@@ -52,7 +52,7 @@ def test_a_run_goes_on_without_its_teacher_and_learns_the_same(tmp_path, monkeyp
     assert load_file(stored.folder / "match" / "model.safetensors")
 
 
-def test_a_capture_that_was_cut_short_goes_on_and_stores_no_row_twice(tmp_path, monkeypatch):
+def test_an_interrupted_capture_resumes_and_stores_no_sequence_twice(tmp_path, monkeypatch):
     recipe, folder = tiny_recipe(tmp_path), tmp_path / "targets"
     monkeypatch.setattr(teacher_cache, "SHARD_BYTES", 1)  # a shard for each batch
     asked, run_teacher = [], teacher_cache.run_teacher
@@ -68,15 +68,15 @@ def test_a_capture_that_was_cut_short_goes_on_and_stores_no_row_twice(tmp_path, 
         capture_recipe(recipe, folder, "bf16")
     kept = len(teacher_cache.read_index(folder))
     assert 0 < kept < 20
-    found = capture_recipe(recipe, folder, "bf16")
-    assert found["rows"] == 20 and found["kl"] < 1e-3 and 2 * 64 <= found["bytes_per_token"] < 3 * 64
+    figures = capture_recipe(recipe, folder, "bf16")
+    assert figures["rows"] == 20 and figures["kl"] < 1e-3 and 2 * 64 <= figures["bytes_per_token"] < 3 * 64
     names = [name for path in folder.glob("rows-*") for name in load_file(path)]
     assert len(names) == len(set(names)) == 20
     with pytest.raises(ValueError, match=r"holds a cache of .*bf16.*, not of .*int8"):
         capture_recipe(recipe, folder, "int8")
 
 
-def test_rows_that_were_not_captured_are_an_error_that_says_what_to_do(tmp_path):
+def test_sequences_that_were_not_captured_are_refused_with_the_next_command(tmp_path):
     recipe = tiny_recipe(tmp_path)
     capture_recipe(recipe, tmp_path / "targets", "int8")
     teacher = CachedTeacher(tmp_path / "targets", torch.device("cpu"), torch.float32)
@@ -85,7 +85,7 @@ def test_rows_that_were_not_captured_are_an_error_that_says_what_to_do(tmp_path)
         teacher.hidden_states(Batch(ids, positions))
     assert sequence_key(ids[0], positions[0]) != sequence_key(ids[0], positions[0] * 0)
     train, _ = open_data(recipe.data, recipe.teacher.model, teacher.tokenizer, 128, 32)
-    assert len(train[0]) > 0  # the tokenizer came along
+    assert len(train[0]) > 0  # the cache has the tokenizer
     with pytest.raises(FileNotFoundError, match="holds no teacher cache"):
         CachedTeacher(tmp_path / "nothing", torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match="format='fp4' is unknown; choose one of int8, bf16"):
@@ -93,14 +93,14 @@ def test_rows_that_were_not_captured_are_an_error_that_says_what_to_do(tmp_path)
 
 
 def replace_teacher(folder, seed):
-    """Puts another teacher of the same architecture at a path."""
+    """Save a random teacher to a folder, over the one there."""
     teacher = random_teacher("llama", seed=seed, num_hidden_layers=2)
     teacher.model.save_pretrained(folder)
     teacher.tokenizer.save_pretrained(folder)
     return TeacherSpec(model=str(folder))
 
 
-def test_targets_of_other_weights_are_refused_before_anything_is_computed(tmp_path):
+def test_a_cache_of_other_weights_is_refused_before_anything_is_computed(tmp_path):
     one, two = (replace_teacher(tmp_path / name, seed) for name, seed in (("one", 0), ("two", 1)))
     recipe = tiny_recipe(tmp_path / "runs", teacher=one)
     capture_recipe(recipe, tmp_path / "targets", "bf16")
@@ -117,7 +117,7 @@ def test_targets_of_other_weights_are_refused_before_anything_is_computed(tmp_pa
         capture_recipe(recipe, tmp_path / "targets", "bf16")
 
 
-def test_a_capture_does_not_go_on_with_other_weights(tmp_path, monkeypatch):
+def test_a_capture_does_not_resume_with_other_weights(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path / "runs", teacher=replace_teacher(tmp_path / "teacher", 0))
     monkeypatch.setattr(teacher_cache, "SHARD_BYTES", 1)
     run_teacher, asked = teacher_cache.run_teacher, []
@@ -136,7 +136,7 @@ def test_a_capture_does_not_go_on_with_other_weights(tmp_path, monkeypatch):
         capture_recipe(recipe, tmp_path / "targets", "bf16")
 
 
-def test_a_run_does_not_go_on_after_its_teacher_changed(tmp_path):
+def test_a_run_does_not_resume_after_its_teacher_changed(tmp_path):
     recipe = tiny_recipe(tmp_path / "runs", teacher=replace_teacher(tmp_path / "teacher", 0))
     run = distill(recipe, max_minutes=-1)
     replace_teacher(tmp_path / "teacher", 1)
