@@ -1,5 +1,7 @@
 """The teacher cache: what it stores, how exact it is, and runs that use it."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,7 @@ from deltify.config import TeacherSpec, write_recipe
 from deltify.conversion.teacher import random_teacher
 from deltify.data.token_files import Batch, open_data
 from deltify.evaluation.runner import evaluate
-from deltify.training import runner, teacher_cache
+from deltify.training import runner, steps, teacher_cache, trainer
 from deltify.training.runner import capture_recipe
 from deltify.training.teacher_cache import CachedTeacher, dequantize, quantize, sequence_key
 
@@ -50,6 +52,25 @@ def test_a_run_continues_without_its_teacher_and_learns_the_same(tmp_path, monke
         assert a["loss"] == pytest.approx(b["loss"], rel=0.01)
     assert got[-1]["heldout_kl"] == pytest.approx(want[-1]["heldout_kl"], rel=0.01)
     assert load_file(stored.folder / "match" / "model.safetensors")
+
+
+def test_the_teacher_is_freed_when_the_cache_replaces_it(tmp_path, monkeypatch):
+    recipe, models = tiny_recipe(tmp_path), []
+    capture_recipe(recipe, tmp_path / "targets", "bf16")
+
+    def open_teacher(*_):
+        teacher = random_teacher("llama")
+        models.append(weakref.ref(teacher.model))
+        return teacher
+
+    def match_step(*args):
+        gc.collect()
+        assert [model() for model in models] == [None]
+        return steps.match_step(*args)
+
+    monkeypatch.setattr(runner, "open_teacher", open_teacher)
+    monkeypatch.setattr(trainer, "match_step", match_step)
+    distill(replace(recipe, teacher=replace(recipe.teacher, cache=str(tmp_path / "targets"))))
 
 
 def test_an_interrupted_capture_resumes_and_stores_no_sequence_twice(tmp_path, monkeypatch):

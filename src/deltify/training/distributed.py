@@ -37,10 +37,12 @@ def relaunch_with_torchrun() -> None:
 
 
 def rank() -> int:
+    """Return the number of this process, or 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Return the number of processes, or 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -65,6 +67,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 
 
 def barrier() -> None:
+    """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
 
@@ -79,7 +82,7 @@ def all_reduce_mean(x: Tensor) -> Tensor:
 
 
 def all_reduce_max(number: float, device: torch.device) -> float:
-    """Return the largest number of all ranks. With booleans: whether any rank says yes."""
+    """Return the largest number of all ranks. For booleans: whether it is true on any rank."""
     if world_size() == 1:
         return number
     x = torch.tensor(float(number), dtype=torch.float64, device=device)
@@ -140,9 +143,11 @@ def shard(model: nn.Module, layers: nn.ModuleList, root: nn.Module) -> None:
 
 
 def shard_student(student: nn.Module) -> None:
+    """Shard a student, and let `run_with_full_weights` gather it."""
     shard(student, student.model.layers, student)
     register_fsdp_forward_method(student, "run_with_full_weights")
 
 
 def shard_teacher(teacher: nn.Module) -> None:
+    """Shard a teacher's layers, norm and embeddings. A head that is not tied to them stays whole."""
     shard(teacher, teacher.model.layers, teacher.model)

@@ -74,6 +74,15 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
         for name in STAGES
         if recipe.stage(name).tokens
     ]
+    print_models(recipe, teacher, student)
+    print_table(plans, gpu, gpus, sharded)
+    for path, description in files(recipe, student, plans).items():
+        console.print(f"{path:36} {description}", highlight=False, soft_wrap=True)
+    return plans
+
+
+def print_models(recipe: Recipe, teacher: Teacher, student: nn.Module) -> None:
+    """Print the numbers of parameters and of KDA layers."""
     mixers = sum(p.numel() for layer in student.model.layers if layer.linear for p in layer.self_attn.parameters())
     kinds = [layer.kind for layer in student.model.layers]
     console.print(
@@ -82,18 +91,19 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
         highlight=False,
         soft_wrap=True,
     )
+
+
+def print_table(plans: list[StagePlan], gpu: str, gpus: int, sharded: bool) -> None:
+    """Print tokens, steps, memory and hours of each stage."""
     shared = "" if gpus == 1 else ", sharded" if sharded else ", replicated"
     table = Table(f"on {gpus} x {gpu}{shared}", *(p.name for p in plans))
     table.add_row("tokens", *(f"{p.stage.tokens:,}" for p in plans))
     table.add_row("steps", *(f"{p.stage.steps:,}" for p in plans))
-    for what in plans[0].bytes:
-        table.add_row(f"{what}, GiB a GPU", *(f"{p.bytes[what] / 2**30:.1f}" for p in plans))
-    table.add_row("in all, GiB a GPU", *(f"{p.total / 2**30:.1f}" for p in plans))
+    for purpose in plans[0].bytes:
+        table.add_row(f"{purpose}, GiB per GPU", *(f"{p.bytes[purpose] / 2**30:.1f}" for p in plans))
+    table.add_row("total, GiB per GPU", *(f"{p.total / 2**30:.1f}" for p in plans))
     table.add_row("hours", *(f"{p.seconds * p.stage.steps / 3600:.2f}" for p in plans))
     console.print(table)
-    for path, size in files(recipe, student, plans).items():
-        console.print(f"{path:36} {size}", highlight=False, soft_wrap=True)
-    return plans
 
 
 def skeletons(recipe: Recipe) -> tuple[Teacher, nn.Module]:
@@ -152,13 +162,13 @@ def plan_stage(
         "moments": moment_bytes(stage, trained, adamw_params) // pieces,
         "activations": tokens * activation_bytes(name, stage, student) + workspace_bytes(student, tokens),
         "loss": 0 if name == "align" else loss_bytes(config.vocab_size, config.hidden_size, tokens),
-        "gradients besides": 4 * trained // pieces,
+        "other gradients": 4 * trained // pieces,
     }
     flops = product_flops(name, stage, teacher, student) + attention_flops(student, stage.sequence_length, name)
     eager = waits_for_ranks(name, gpus, sharded) or recomputes(stage, name) or not graphs
     if eager and rows == share and name != "align":  # only gradients that exceed the freed activations count
         freed = (sizes["activations"] + sizes["loss"]) * (config.num_hidden_layers - 1) // config.num_hidden_layers
-        sizes["gradients besides"] = max(0, sizes["gradients besides"] - freed)
+        sizes["other gradients"] = max(0, sizes["other gradients"] - freed)
     layers = config.num_hidden_layers * (share // rows)
     reached = GPUS[gpu] * min(0.5, MATMUL_EFFICIENCY * (config.hidden_size / EFFICIENCY_WIDTH) ** EFFICIENCY_POWER)
     seconds = LAYER_SECONDS * layers + share * stage.sequence_length * flops / reached
@@ -229,13 +239,13 @@ def files(recipe: Recipe, student: nn.Module, plans: list[StagePlan]) -> dict[st
     model = 4 * count(student)
     width = 2 if student.config.vocab_size <= 2**16 else 4
     limit = recipe.data.max_tokens
-    text = "of each source's tokens" if limit is None else f"of {limit:,} tokens a source, {gib(width * limit)} each"
-    table = {f"{recipe.data.folder}/": f"{width} bytes {text}"}
+    text = "" if limit is None else f", {limit:,} tokens and {gib(width * limit)} per source"
+    table = {f"{recipe.data.folder}/": f"{width} bytes per token{text}"}
     for name in ("converted", *(p.name for p in plans)):
         table[f"{recipe.folder / name}/"] = f"{gib(model)}, a Hugging Face folder"
     largest = max(p.bytes["moments"] for p in plans)
     kept = recipe.run.keep_checkpoints + 1
-    table[f"{recipe.folder}/checkpoints/"] = f"up to {gib(kept * (model + largest))}: {kept} of a stage"
+    table[f"{recipe.folder}/checkpoints/"] = f"up to {gib(kept * (model + largest))}: {kept} per stage"
     table[f"{recipe.folder}/"] = "recipe.yaml, run.json, metrics.jsonl; results.json and report.html later"
     return table
 

@@ -71,9 +71,7 @@ def distill(
         for line in changes:
             log(line)
         with Stopper() as stopper:
-            teacher, context = open_everything(recipe, device, precision, stages, deadline, stopper)
-            with context.metrics:
-                run_stages(context, teacher)
+            run_stages(recipe, device, precision, stages, deadline, stopper)
         console.print(f"models, metrics and checkpoints are in {recipe.folder}")
     return recipe.folder
 
@@ -191,25 +189,30 @@ def capture_recipe(recipe: Recipe, folder: Path, format: str) -> dict[str, float
 # ---- the stages ------------------------------------------------------------------------------------------------------
 
 
-def run_stages(context: RunContext, teacher: StageTeacher) -> None:
-    """Make every model of the run that is not finished yet, each from the one before."""
-    student = load_finished(context, "converted")
-    if student is None:
-        student = convert_stage(context, teacher)
-    sharded: bool | None = None  # decided before the first stage that trains
-    for name in context.mixes:
-        if (finished := load_finished(context, name)) is not None:
-            student = finished
-            continue
-        teacher = teacher_for_stage(context, name, teacher)
-        if sharded is None:
-            sharded = choose_sharding(context.recipe, teacher, student, context.device)
-        if sharded:
-            teacher.shard()
-        if not train_stage(context, name, teacher, student, sharded):
-            break
-        if sharded:  # which parameters train must be decided before a model is sharded
-            student = load_student(context.recipe.folder / name, context.device)
+def run_stages(
+    recipe: Recipe, device: torch.device, precision: str, stages: tuple[str, ...], deadline: float, stopper: Stopper
+) -> None:
+    """Open teacher and text, and make every model of the run that is not finished yet, each from the one before."""
+    # opened here, so that no caller keeps a live teacher in memory after a cached one has replaced it
+    teacher, context = open_everything(recipe, device, precision, stages, deadline, stopper)
+    with context.metrics:
+        student = load_finished(context, "converted")
+        if student is None:
+            student = convert_stage(context, teacher)
+        sharded: bool | None = None  # decided before the first stage that trains
+        for name in context.mixes:
+            if (finished := load_finished(context, name)) is not None:
+                student = finished
+                continue
+            teacher = teacher_for_stage(context, name, teacher)
+            if sharded is None:
+                sharded = choose_sharding(recipe, teacher, student, device)
+            if sharded:
+                teacher.shard()
+            if not train_stage(context, name, teacher, student, sharded):
+                break
+            if sharded:  # which parameters train must be decided before a model is sharded
+                student = load_student(recipe.folder / name, device)
 
 
 def load_finished(context: RunContext, name: str) -> DeltifyForCausalLM | None:
