@@ -106,7 +106,7 @@ def open_everything(
     check_data(recipe, digests)
     distributed.barrier()
     if distributed.rank() == 0:
-        write_run(recipe, device, precision, digests, teacher.fingerprint())
+        write_run(recipe, device, precision, digests, teacher.fingerprint)
     metrics = Metrics(recipe)
     return teacher, RunContext(recipe, device, precision, train, mixes, batches, metrics, stopper, deadline)
 
@@ -132,7 +132,7 @@ def open_first_teacher(recipe: Recipe, device: torch.device, dtype: torch.dtype)
         teacher = CachedTeacher(cache, device, dtype)
     else:
         teacher = LiveTeacher(open_teacher(recipe, device, dtype))
-    weights = teacher.fingerprint()
+    weights = teacher.fingerprint
     check_weights(recipe, weights, f"the teacher {recipe.teacher.model}")
     if cached not in (None, weights):
         raise ValueError(

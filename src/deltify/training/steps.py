@@ -24,6 +24,7 @@ class StageTeacher(Protocol):
 
     Attributes:
         can_be_graphed: Whether a CUDA graph can capture `hidden_states`.
+        fingerprint: Fingerprint of the weights.
     """
 
     can_be_graphed: bool
@@ -34,9 +35,8 @@ class StageTeacher(Protocol):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
 
-    def fingerprint(self) -> str:
-        """Return the fingerprint of the weights."""
-        ...
+    @property
+    def fingerprint(self) -> str: ...
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the last hidden states [N, D] of a batch."""

@@ -70,7 +70,7 @@ def capture(
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is unknown; choose one of {', '.join(FORMATS)}")
-    describe_cache(folder, teacher, {"teacher": name, "format": format, "weights": teacher.fingerprint()})
+    describe_cache(folder, teacher, {"teacher": name, "format": format, "weights": teacher.fingerprint})
     head = teacher.head()
     save_file({"head": head.detach().cpu().contiguous()}, folder / "head.safetensors")
     writer, kl, heldout_tokens = ShardWriter(folder), 0.0, 0
@@ -230,6 +230,7 @@ class CachedTeacher:
         self.tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder))
         self.head_WD = load_file(folder / "head.safetensors")["head"].to(device, dtype)
 
+    @property
     def fingerprint(self) -> str:
         return self.about.get("weights", "")
 

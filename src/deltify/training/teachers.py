@@ -1,5 +1,7 @@
 """The teacher of a run while its model is in memory. `teacher_cache` has the one whose outputs are on disk."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -28,6 +30,7 @@ class LiveTeacher:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.pretrained.tokenizer
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.model)
 
