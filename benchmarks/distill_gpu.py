@@ -30,7 +30,8 @@ from deltify.training.cuda_graphs import GraphedStep
 from deltify.training.estimate import product_flops
 from deltify.training.losses import linear_kl
 from deltify.training.optimizers import make_optimizers, recomputes, set_learning_rates, trained
-from deltify.training.runner import align_step, match_step
+from deltify.training.steps import align_step, match_step
+from deltify.training.teachers import LiveTeacher
 
 try:
     from fla.layers import KimiDeltaAttention
@@ -139,9 +140,9 @@ def step_rates(shape: str, name: str, rows: int, length: int, options: dict) -> 
     optimizers = make_optimizers(student, stage, name)
     compute = align_step if name == "align" else match_step
 
-    def losses(batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(batch: Batch, max_documents: int | None = None) -> dict[str, torch.Tensor]:
         with torch.autocast("cuda", torch.bfloat16):
-            return compute(teacher, student, batch, stage, 1.0)
+            return compute(LiveTeacher(teacher), student, batch, stage, 1.0, max_documents)
 
     if again := recomputes(stage, name):
         student.gradient_checkpointing_enable()

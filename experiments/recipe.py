@@ -24,7 +24,8 @@ from deltify.data.token_files import open_data
 from deltify.evaluation.plots import COLORS, open_figure, save
 from deltify.evaluation.positions import by_position, device_name, equal_window
 from deltify.training.metrics import read_stages
-from deltify.training.runner import distill, open_teacher
+from deltify.training.runner import distill
+from deltify.training.teachers import open_teacher
 from deltify.utils.devices import pick_device
 from deltify.utils.folders import model_folder
 

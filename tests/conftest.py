@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +34,16 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The tiny recipe's run, unbroken."""
+    from helpers import tiny_recipe  # not earlier: the environment must be set first
+
+    from deltify import distill
+
+    return distill(tiny_recipe(tmp_path_factory.mktemp("whole")))
 
 
 @pytest.fixture(scope="module")

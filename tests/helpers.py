@@ -1,14 +1,22 @@
-"""What several test modules make: small GGUF files, and the models and tokenizers in them."""
+"""Helpers of several test modules: tiny runs, and small GGUF files with their models and tokenizers."""
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
+import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from deltify import distill
+from deltify.config import Recipe, RunSpec, Stage, StudentSpec, TeacherSpec
+from deltify.training import trainer
+from deltify.training.steps import align_step
 
 BLOCK_NAMES = {
     **{f"self_attn.{n}_proj": f"attn_{g}" for n, g in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output"))},
@@ -103,3 +111,56 @@ def write_gguf(
     out.write_tensors_to_file()
     out.close()
     return path
+
+
+# ---- tiny runs -------------------------------------------------------------------------------------------------------
+
+
+def tiny_recipe(folder: Path, **changes) -> Recipe:
+    """Return a recipe that runs in a second or two. It validates every 4 steps and saves every 2."""
+    stage = Stage(tokens=8 * 2 * 32, sequence_length=32, batch_size=2)
+    recipe = Recipe(
+        name="tiny",
+        output=str(folder),
+        teacher=TeacherSpec(model="random:llama"),
+        student=StudentSpec(calibration_tokens=256, calibration_sequence_length=32),
+        align=stage,
+        match=stage,
+        run=RunSpec("cpu", "fp32", heldout_tokens=128, heldout_sequence_length=32, eval_every=4, save_every=2),
+    )
+    data = replace(recipe.data, folder=str(folder / "data"), max_tokens=5000)
+    return replace(recipe, data=data, **changes)
+
+
+def die_in_step(recipe: Recipe, step: int) -> None:
+    """Run a recipe, and end it like a kill in the given step of align, counted from 0."""
+    calls = []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) > step:
+            raise KeyboardInterrupt
+        return align_step(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "align_step", dies)
+        distill(recipe)
+
+
+def records(run: Path) -> list[dict]:
+    """Return the records in metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(run: Path, other: Path, *stages: str) -> None:
+    for stage in stages:
+        got, want = (load_file(folder / stage / "model.safetensors") for folder in (run, other))
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want), stage
+
+
+def flip(path: Path, place: int) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""What test_parallel.py runs in one process, and in two under torchrun.
+"""The program that test_parallel.py runs in one process, and in two under torchrun.
 
 ranks.py steps STAGE HOW OUT  ten steps in float64; writes the gradients of the first and the weights after the last;
                               HOW is replicate or shard
@@ -6,12 +6,10 @@ ranks.py distill RECIPE [--resume] [--stop] [--first RANK]    a run; --stop ends
                               begin before the others
 """
 
-import contextlib
 import os
 import sys
 import time
 from dataclasses import replace
-from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +23,8 @@ from deltify.conversion.teacher import random_teacher
 from deltify.data.batches import MixedBatches
 from deltify.data.token_files import TokenFile
 from deltify.training import distributed
-from deltify.training.runner import Loop
+from deltify.training.teachers import LiveTeacher
+from deltify.training.trainer import RunContext, StageTrainer
 
 
 def steps(name: str, how: str, out: Path) -> None:
@@ -44,21 +43,24 @@ def steps(name: str, how: str, out: Path) -> None:
     tokens = torch.randint(0, 250, (4000,), generator=torch.Generator().manual_seed(1)).numpy()
     bounds = torch.arange(0, 4001, 50).numpy()
     mix = MixedBatches([TokenFile(tokens, bounds, "")], [1.0], stage.sequence_length, stage.batch_size, 0)
-    quiet = SimpleNamespace(cut=lambda *_: None, write=lambda **_: None)
-    with distributed.process_group(torch.device("cpu")):
+    metrics = SimpleNamespace(truncate=lambda *_: None, write=lambda **_: None)
+    stopper, cpu = SimpleNamespace(signal=0), torch.device("cpu")
+    context = RunContext(recipe, cpu, "fp32", [], {name: mix}, [], metrics, stopper)
+    with distributed.process_group(cpu):
         sharded = how == "shard"
-        loop = Loop(name, recipe, teacher, student, mix, [], contextlib.nullcontext, inf, quiet, sharded)
+        live = LiveTeacher(teacher)
+        trainer = StageTrainer(context, name, live, student, sharded)
         if sharded:
-            distributed.shard_teacher(teacher.model)
-        loop.judge = dict
-        batch = mix.batch(0, distributed.rank(), distributed.count())
-        loop.accumulate(batch)
-        gradients = {n: distributed.whole(p.grad) for n, p in student.named_parameters() if p.grad is not None}
-        loop.student.zero_grad(set_to_none=True)
-        loop.run(SimpleNamespace(signal=0))
-        weights = {n: distributed.whole(p.detach()) for n, p in student.named_parameters()}
+            live.shard()
+        trainer.evaluate = dict
+        batch = mix.batch(0, distributed.rank(), distributed.world_size())
+        trainer.accumulate_gradients(batch)
+        gradients = {n: distributed.full_tensor(p.grad) for n, p in student.named_parameters() if p.grad is not None}
+        student.zero_grad(set_to_none=True)
+        trainer.run()
+        weights = {n: distributed.full_tensor(p.detach()) for n, p in student.named_parameters()}
         norms = torch.stack([x.norm() for x in weights.values()])
-        assert torch.equal(distributed.mean(norms), norms)  # all ranks', to the bit
+        assert torch.equal(distributed.all_reduce_mean(norms), norms)  # equal on all ranks, bit for bit
         if distributed.rank() == 0:
             torch.save((gradients, weights), out)
 

@@ -1,4 +1,4 @@
-"""Kills a tiny run at random moments, checkpoint writing included, and compares what resuming makes of it, bit for bit.
+"""Kill a tiny run at random moments, resume it, and compare the results with an unbroken run, bit for bit.
 
     make soak    # or: python tests/soak.py [moments] [seed]
 
@@ -25,7 +25,7 @@ CLOCK = ("seconds", "tokens_per_second")
 
 
 def recipe_of(folder: Path):
-    """The tiny recipe whose run is `folder`/run; it writes a checkpoint after every second step."""
+    """Return the tiny recipe whose run is `folder`/run. It saves a checkpoint every 2 steps."""
     from deltify.config import DataSpec, Recipe, RunSpec, Stage, StudentSpec, TeacherSpec
 
     stage = Stage(tokens=STEPS * 2 * ROW, sequence_length=ROW, batch_size=2)
@@ -61,7 +61,7 @@ def start(folder: Path):
 
 
 def finish(folder: Path) -> float:
-    """Runs to the end; the seconds it took."""
+    """Run to the end and return the seconds that it took."""
     begun, process = time.monotonic(), start(folder)
     process.join()
     assert process.exitcode == 0, f"the run in {folder} ended with {process.exitcode}"
@@ -69,10 +69,10 @@ def finish(folder: Path) -> float:
 
 
 def kill(folder: Path, after_seconds: float, while_saving: bool = False) -> str:
-    """Starts the run, or goes on with it, and kills it after a time, or while it writes its next folder after that.
+    """Start or resume the run, and kill it after a time, or while it writes its next folder after that.
 
     Returns:
-        What was being written, or the last line of metrics before the kill.
+        The name of what was being written, or the last line of metrics before the kill.
     """
     process, begun = start(folder), time.monotonic()
 
@@ -92,7 +92,7 @@ def kill(folder: Path, after_seconds: float, while_saving: bool = False) -> str:
 
 
 def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """Every stage's weights and every line of metrics, but for the clock."""
+    """Return every stage's weights and every line of metrics, without the times."""
     weights = {
         f"{stage}.{name}": tensor
         for stage in ("converted", "align", "match")
@@ -112,12 +112,12 @@ def assert_same(folder: Path, unbroken: Path) -> None:
 
 
 def soak(folder: Path, moments: int, seed: int) -> Iterator[str]:
-    """Kills `moments` runs once each, goes on with them, and compares; yields where each was killed.
+    """Kill `moments` runs once each, resume them, compare the results, and yield where each was killed.
 
     Raises:
-        AssertionError: if a run did not come to the same bits.
+        AssertionError: If a resumed run has other weights or metrics.
     """
-    finish(folder / "warm")  # makes the token files, which the others then only read
+    finish(folder / "warm")  # writes the token files, which the other runs read
     seconds = finish(folder / "unbroken")
     chance = random.Random(seed)
     for moment in range(moments):

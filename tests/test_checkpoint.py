@@ -1,4 +1,4 @@
-"""The contract of AFM-4.5B-Base-KDA-Only (design section 3), and files that do not keep it."""
+"""The checkpoint layout of AFM-4.5B-Base-KDA-Only: names, shapes and config, and files that deviate from it."""
 
 import json
 
@@ -15,7 +15,7 @@ from deltify.model.loading import layer_types_of
 def contract(
     layers: int, full: tuple[int, ...], width: int, heads: int, kv_heads: int, head: int, mlp: int, words: int
 ):
-    """Names and shapes as the published checkpoint has them, written down here independently of the model's code."""
+    """Return the names and shapes of the published checkpoint, independently of the model's code."""
     inner = heads * head
     shapes = {
         "model.embed_tokens.weight": (words, width),
@@ -55,7 +55,7 @@ def test_full_size_has_the_published_names_shapes_and_count(full, total):
 
 
 def write_folder(folder, full=(), changes=None):
-    """A folder with the published layout, by safetensors alone; the config does not say which layers are KDA."""
+    """Write a folder in the published layout. Its config does not say which layers are KDA."""
     torch.manual_seed(0)
     tensors = {name: torch.randn(shape) * 0.1 for name, shape in contract(full=full, **SMALL).items()}
     tensors |= changes or {}

@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from test_distill import tiny_recipe
+from helpers import tiny_recipe
 
 from deltify import distill, evaluate, report
 from deltify.cli import main

@@ -13,7 +13,8 @@ from deltify.data.batches import Batch
 from deltify.model import DeltifyConfig, DeltifyForCausalLM, capture, modeling
 from deltify.training.cuda_graphs import GraphedStep
 from deltify.training.losses import DIVERGENCES, linear_kl
-from deltify.training.runner import align_step, match_step
+from deltify.training.steps import align_step, match_step
+from deltify.training.teachers import LiveTeacher
 
 pytestmark = pytest.mark.gpu
 
@@ -246,7 +247,7 @@ def test_conversion_and_one_step_of_each_stage():
     student.requires_grad_(True)
     for step in (align_step, match_step):
         with torch.autocast("cuda", torch.bfloat16):
-            assert torch.isfinite(step(teacher, student, batch, Stage(), 1.0)["loss"])
+            assert torch.isfinite(step(LiveTeacher(teacher), student, batch, Stage(), 1.0)["loss"])
     ids = batch.input_ids[:, :20]
     assert student.eval().generate(ids, max_new_tokens=4, do_sample=False).shape[0] == 4
 
@@ -264,9 +265,9 @@ def test_replayed_steps_give_the_eager_gradients(compute):
         layer.self_attn.requires_grad_(True)
     trained, complaints = [p for p in student.parameters() if p.requires_grad], []
 
-    def step(batch):
+    def step(batch, max_documents=None):
         with torch.autocast("cuda", torch.bfloat16):
-            return compute(teacher, student, batch, Stage(ce_weight=0.2), 0.5)
+            return compute(LiveTeacher(teacher), student, batch, Stage(ce_weight=0.2), 0.5, max_documents)
 
     results = []
     for run in (lambda batch, device: step(batch.to(device)), GraphedStep(step, trained, complaints.append)):

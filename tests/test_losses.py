@@ -1,4 +1,4 @@
-"""The losses against dense formulas."""
+"""Losses, compared with dense formulas."""
 
 import math
 
@@ -23,9 +23,9 @@ def dense(student, head, teacher, t_head, labels, ce_weight, kind="forward", T=1
     kl = lambda a, b: (a.exp() * (a - b)).sum(-1)  # noqa: E731
     rows = {"forward": kl(log_p, log_q), "reverse": kl(log_q, log_p)}.get(kind)
     rows = (kl(log_p, middle) + kl(log_q, middle)) / 2 if rows is None else rows
-    said = (student @ head.t()).log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    chosen = (student @ head.t()).log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
     mask = torch.ones(len(rows), dtype=torch.bool) if mask is None else mask
-    kl, ce = rows[mask].mean(), -(said * (labels >= 0)).mean()
+    kl, ce = rows[mask].mean(), -(chosen * (labels >= 0)).mean()
     return (1 - ce_weight) * T**2 * kl + ce_weight * ce, kl, ce
 
 
@@ -57,13 +57,13 @@ def test_equal_models_have_no_kl_and_it_is_per_token():
 
 
 class LargestTensor(TorchDispatchMode):
-    numbers = 0
+    elements = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for x in out if isinstance(out, tuple | list) else [out]:
             if isinstance(x, torch.Tensor):
-                self.numbers = max(self.numbers, x.numel())
+                self.elements = max(self.elements, x.numel())
         return out
 
 
@@ -72,10 +72,10 @@ def test_no_tensor_holds_all_tokens_times_the_vocabulary(monkeypatch):
     student, head, teacher, t_head, labels = make(N=512, D=8, W=1000, dtype=torch.float32)
     with LargestTensor() as largest:
         linear_kl(student, head, teacher, t_head, labels=labels, ce_weight=0.5)[0].backward()
-    assert largest.numbers <= 1000 * 16 < 512 * 1000
+    assert largest.elements <= 1000 * 16 < 512 * 1000
 
 
-def test_autocast_changes_the_products_alone():
+def test_autocast_changes_only_the_products():
     student, head, teacher, t_head, _ = make(dtype=torch.float32)
     want = linear_kl(student, head, teacher, t_head)[0]
     with torch.autocast("cpu", torch.bfloat16):
@@ -98,11 +98,11 @@ def test_mixer_loss_is_relative_to_the_teachers_variance():
 @pytest.mark.parametrize("kind", losses.DIVERGENCES)
 def test_the_kernel_in_the_interpreter_equals_the_torch_form(kind, temperature):
     kernels = pytest.importorskip("deltify.ops.triton.kl", reason="Triton is not installed")
-    t, s = torch.randn(9, 5000) * 4, torch.randn(9, 5000) * 4  # two blocks, the last one not full
+    t, s = torch.randn(9, 5000) * 4, torch.randn(9, 5000) * 4  # two blocks, the last one partly filled
     labels, weights = torch.randint(0, 5000, (9,)), (torch.rand(9) < 0.6) * 1.3
     labels[::3] = -100
     for chosen in ((labels, weights), (None, None)):
-        want = losses.gradients_of_rows(t, s, *chosen, kind, temperature, (0.7, 0.3), torch.float32)
+        want = losses.divergence_and_grad(t, s, *chosen, kind, temperature, (0.7, 0.3), torch.float32)
         d, settings = torch.empty_like(s), (kind, temperature, 0.7, 0.3)
         got = (*kernels.divergence_rows(t, s, *chosen, d, *settings), d)
         for name, x, y in zip(("divergence", "cross-entropy", "gradient"), got, want):
@@ -111,7 +111,7 @@ def test_the_kernel_in_the_interpreter_equals_the_torch_form(kind, temperature):
         assert torch.allclose(value, want[0], atol=2e-5)
 
 
-def test_mixer_loss_stays_finite_and_of_its_size_where_the_teacher_says_nothing():
+def test_mixer_loss_stays_finite_and_bounded_where_the_teacher_is_constant():
     student, constant = torch.randn(2, 30, 8, requires_grad=True), torch.randn(8).expand(2, 30, 8)
     noisy = constant * (1 + 1e-4 * torch.randn(2, 30, 1))  # what rounding does to a constant
     for teacher in (torch.zeros(2, 30, 8), constant, noisy, noisy.bfloat16(), 1e-25 * noisy):
@@ -120,7 +120,7 @@ def test_mixer_loss_stays_finite_and_of_its_size_where_the_teacher_says_nothing(
         assert loss.isfinite() and gradient.isfinite().all()
         assert float(mixer_loss(teacher.float(), teacher)) == 0
     near = constant + 0.01 * constant.norm(dim=-1, keepdim=True) / 8**0.5 * torch.randn(2, 30, 8).sign()
-    for teacher in (constant, noisy):  # an error of 1% scores 1
+    for teacher in (constant, noisy):  # an error of 1 % scores 1
         assert float(mixer_loss(near, teacher)) == pytest.approx(1, rel=0.1)
 
 

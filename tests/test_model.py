@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from deltify.conversion.student import convert
 from deltify.conversion.teacher import FAMILIES, random_teacher
 from deltify.model import DeltifyConfig, DeltifyForCausalLM, capture, mixers
-from deltify.model.mixers import fixed_documents, fuse_weights_, fused_weight
+from deltify.model.mixers import fuse_weights_, fused_weight
 from deltify.model.modeling import DeltifyCache
 
 TINY = {
@@ -105,8 +105,7 @@ def test_a_fixed_number_of_documents_changes_nothing(model, ids):
     positions = torch.cat([torch.arange(30), torch.arange(10)])[None].repeat(2, 1)
     for places in (positions, torch.arange(40)[None].repeat(2, 1)):
         want = model(ids[:, :40], position_ids=places).logits
-        with fixed_documents(16):
-            got = model(ids[:, :40], position_ids=places).logits
+        got = model(ids[:, :40], position_ids=places, max_documents=16).logits
         torch.testing.assert_close(got, want)
 
 

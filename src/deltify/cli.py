@@ -93,12 +93,12 @@ def add_distill(commands: argparse._SubParsersAction) -> None:
 
 def run_distill(options: argparse.Namespace, overrides: list[str]) -> None:
     from .config import load_recipe, smoke
-    from .training.distributed import start_ranks
+    from .training.distributed import relaunch_with_torchrun
     from .training.runner import distill
 
     recipe = load_recipe(options.recipe, overrides)
     if not options.smoke and recipe.run.device in ("auto", "cuda"):
-        start_ranks()
+        relaunch_with_torchrun()
     distill(smoke(recipe) if options.smoke else recipe, resume=options.resume, max_minutes=options.max_minutes)
 
 

@@ -31,7 +31,8 @@ from ..data.sources import PYTHON_DOCS, documents
 from ..data.token_files import TokenFile, file_name, open_data
 from ..training.metrics import read_stages
 from ..training.run_folder import check_weights
-from ..training.runner import hidden_states, next_tokens, open_teacher
+from ..training.steps import hidden_states, next_tokens
+from ..training.teachers import open_teacher
 from ..utils.console import log
 from ..utils.devices import pick_device
 from ..utils.files import write_text

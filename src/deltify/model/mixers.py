@@ -4,8 +4,6 @@ Legend: B batch, T tokens, D model width, H heads, K head width (keys and values
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -52,19 +50,6 @@ class Packing:
 
 
 MEET = "position_ids start again within a row: packed documents cannot go on from a cache"
-FIXED: int | None = None  # documents, see `fixed_documents`
-
-
-@contextmanager
-def fixed_documents(count: int) -> Iterator[None]:
-    """Within, batches without padding are packed as `count` documents, the last ones empty: found without waiting for
-    the GPU and in tensors of fixed shape, as CUDA graphs need it. No batch may have more."""
-    global FIXED
-    FIXED = count
-    try:
-        yield
-    finally:
-        FIXED = None
 
 
 def fixed_packing(position_ids: Tensor, documents: int) -> Packing:
@@ -74,11 +59,22 @@ def fixed_packing(position_ids: Tensor, documents: int) -> Packing:
     return Packing(None, bounds.scatter_reduce(0, starts.cumsum(0) - 1, places, "amin").int())
 
 
-def find_packing(attention_mask: Tensor | None, position_ids: Tensor | None, tokens: int, cached: bool):
+def find_packing(
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    tokens: int,
+    cached: bool,
+    max_documents: int | None = None,
+) -> Packing | None:
     """Packing of the last `tokens` of each row, or None if every row is one document without padding.
 
     `attention_mask` [B, >= T] marks padding with 0. Without a cache, a position that does not follow that of the token
     before it in its row starts a document, as in transformers' own packed attention masks.
+
+    Args:
+        max_documents: Number of documents to pack a batch without padding as. The last ones are empty. The packing then
+            has a fixed shape and is found without waiting for the GPU, as CUDA graphs need it. The batch must not have
+            more documents.
 
     Raises:
         ValueError: If a row holds several documents, but is to go on from a cache.
@@ -93,8 +89,8 @@ def find_packing(attention_mask: Tensor | None, position_ids: Tensor | None, tok
             return packing
     if tokens == 1 and cached:
         return None
-    if FIXED is not None and placed and not cached:
-        return fixed_packing(position_ids, FIXED)
+    if max_documents is not None and placed and not cached:
+        return fixed_packing(position_ids, max_documents)
     if not placed or (starts := document_starts(position_ids)).sum() == len(position_ids):
         return None
     if cached:

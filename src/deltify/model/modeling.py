@@ -165,6 +165,7 @@ class DeltifyModel(DeltifyPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        max_documents: int | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Return the normalised last hidden states [B, T, D] and the cache.
@@ -172,6 +173,7 @@ class DeltifyModel(DeltifyPreTrainedModel):
         Packed documents do not see each other in any layer. They are marked by `position_ids` [B, T] that restart, or
         by bounds in one of the forms of `documents.BOUNDS`: `cu_seq_lens_q` and `cu_seq_lens_k` (transformers, trl),
         `cu_seqlens` (fla) or `seq_idx`. `cache` is the name of `past_key_values` since transformers 5.24.
+        `max_documents` gives the packing a fixed shape, as CUDA graphs need it; see `find_packing`.
 
         Raises:
             ValueError: If an argument is unknown, or does not fit the others or the cache. Arguments in `HARMLESS` are
@@ -193,7 +195,7 @@ class DeltifyModel(DeltifyPreTrainedModel):
             if past_key_values is not None:
                 raise ValueError(f"{', '.join(bounds)} with a cache: packed documents cannot continue from a cache")
             position_ids = positions_of(bounds, position_ids, attention_mask, rows, tokens).to(x.device)
-        packing = find_packing(attention_mask, position_ids, tokens, past_key_values is not None)
+        packing = find_packing(attention_mask, position_ids, tokens, past_key_values is not None, max_documents)
         packed_documents = packing is not None and len(packing.cu_seqlens) - 1 > len(x)
         if packed_documents and self.has_attention:
             if packing.index is not None:
@@ -356,8 +358,8 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, DeltifyGenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def whole(self, function):
-        """`function` of this model. Weights that are sharded over processes are in one piece inside, as in forward."""
+    def run_with_full_weights(self, function):
+        """Return `function(self)`. Inside, weights that are sharded over processes are whole, as in forward."""
         return function(self)
 
 

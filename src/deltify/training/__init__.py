@@ -1,1 +1,1 @@
-"""Distillation: the stages, the training loop, and all that a run keeps."""
+"""Distillation: the run, its stages, the training loop, and the files of a run."""

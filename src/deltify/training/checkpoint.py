@@ -1,6 +1,7 @@
-"""What a run leaves on disk: resume state, and Hugging Face folders. Everything appears whole or not at all.
+"""Checkpoints to resume from, and Hugging Face folders. An interrupted write leaves neither.
 
-A checkpoint ends with manifest.json, the size and checksum of each of its files; one that does not match is not used.
+A checkpoint's manifest.json holds the size and checksum of each of its files. A checkpoint that does not match is not
+used.
 """
 
 import json
@@ -28,28 +29,28 @@ from . import distributed
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a stage stands after `step` optimizer steps."""
+    """The progress of a stage after `step` optimizer steps."""
 
     stage: str
     step: int
     tokens: int
     seconds: float
-    best_kl: float | None = None  # lowest held-out KL so far, and the step it was seen at
+    best_kl: float | None = None  # lowest held-out KL so far, and its step
     best_step: int | None = None
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What went wrong inside torch.distributed.checkpoint, whose CheckpointException wraps even Ctrl-C."""
+    """Return the error inside a CheckpointException, in which torch wraps even a KeyboardInterrupt."""
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizers: list[Optimizer], progress: Progress) -> None:
-    """Writes weights, optimizer and progress; if that fails, what was there before is untouched.
+    """Write weights, optimizer states and progress. If that fails, earlier files are untouched.
 
-    torch.distributed.checkpoint is used because it reads a checkpoint back on any number of ranks.
+    torch.distributed.checkpoint can read a checkpoint on another number of ranks.
 
     Raises:
-        OSError: if the disk is full or not writable; says how to go on.
+        OSError: If the disk is full or not writable.
     """
     unfinished, first = folder.with_name(folder.name + ".unfinished"), distributed.rank() == 0
     if first:
@@ -60,7 +61,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizers: list[Optimizer],
         distributed.barrier()
         weights, optimizer_state = get_state_dict(model, optimizers)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that no process group is set up, which is so on purpose
+            warnings.simplefilter("ignore")  # no process group is set up, on purpose
             dcp.save({"model": weights, "optimizer": optimizer_state}, checkpoint_id=unfinished)
         if first:
             write_text(unfinished / "progress.json", json.dumps(asdict(progress)))
@@ -73,16 +74,16 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizers: list[Optimizer],
         if not isinstance(cause, Exception):
             raise cause from None
         raise OSError(
-            f"could not save {folder}: {cause}. Checkpoints written before are untouched; free some space and go on "
-            "with --resume"
+            f"could not save {folder}: {cause}. Earlier checkpoints are untouched. Free some space and continue with "
+            "--resume"
         ) from error
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> Progress:
-    """Puts a checkpoint's weights and optimizer state into `model` and `optimizers`.
+    """Load a checkpoint's weights and optimizer states into `model` and `optimizers`, and return its progress.
 
     Raises:
-        ValueError: if the checkpoint is damaged; says which file.
+        ValueError: If the checkpoint is damaged. The message names the file.
     """
     weights, optimizer_state = get_state_dict(model, optimizers)
     try:
@@ -102,21 +103,21 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizers: list[Optimizer])
 
 
 def load_last(
-    run: Path, stage: str, model: nn.Module, optimizers: list[Optimizer], report: Callable[[str], None]
+    run: Path, stage: str, model: nn.Module, optimizers: list[Optimizer], log: Callable[[str], None]
 ) -> Progress | None:
-    """Loads the newest checkpoint of a stage that can be read; None if the stage has none at all.
+    """Load the newest readable checkpoint of a stage. Return its progress, or None if the stage has no checkpoint.
 
-    Newer ones that cannot be read are told to `report` and moved aside, so that `prune` does not count them.
+    Newer, damaged checkpoints are logged and renamed, so that `prune` does not count them.
 
     Raises:
-        ValueError: if there are checkpoints, and none can be read.
+        ValueError: If the stage has checkpoints, but none can be read.
     """
     damaged: list[Path] = []
     for folder in reversed(checkpoints(run, stage)):
         try:
             progress = load_checkpoint(folder, model, optimizers)
         except ValueError as error:
-            report(f"{stage}: {error}; trying the one before")
+            log(f"{stage}: {error}; trying the previous one")
             damaged.append(folder)
             continue
         for newer in damaged if distributed.rank() == 0 else ():
@@ -124,25 +125,25 @@ def load_last(
         return progress
     if damaged:
         raise ValueError(
-            f"no checkpoint of {stage} in {run / 'checkpoints'} can be read ({', '.join(p.name for p in damaged)}); "
-            f"delete them and --resume to train {stage} from its start"
+            f"no checkpoint of {stage} in {run / 'checkpoints'} can be read ({', '.join(p.name for p in damaged)}). "
+            f"To train {stage} from its first step, delete them and --resume"
         )
     return None
 
 
 def checkpoints(run: Path, stage: str) -> list[Path]:
-    """Finished checkpoints of a stage, oldest first."""
-    found = (run / "checkpoints").glob(f"{stage}-*")
-    return sorted((path for path in found if step_of(path).isdecimal()), key=lambda path: int(step_of(path)))
+    """Return the finished checkpoints of a stage, oldest first."""
+    paths = (run / "checkpoints").glob(f"{stage}-*")
+    return sorted((path for path in paths if step_of(path).isdecimal()), key=lambda path: int(step_of(path)))
 
 
 def step_of(checkpoint: Path) -> str:
-    """The step in a checkpoint's name; that of one not finished, or moved aside, is no number."""
+    """Return the step in a checkpoint's name. It is not a number if the checkpoint is unfinished or damaged."""
     return checkpoint.name.rpartition("-")[2]
 
 
 def prune(run: Path, stage: str, keep: int, best_step: int | None) -> None:
-    """Removes all but the last `keep` checkpoints of a stage and the best one."""
+    """Delete all checkpoints of a stage except the last `keep` and the best one."""
     if distributed.rank() > 0:
         return
     for path in checkpoints(run, stage)[:-keep]:
@@ -151,23 +152,24 @@ def prune(run: Path, stage: str, keep: int, best_step: int | None) -> None:
 
 
 def checkpoint_folder(run: Path, progress: Progress) -> Path:
+    """Return the folder of the checkpoint at this progress."""
     return run / "checkpoints" / f"{progress.stage}-{progress.step:07d}"
 
 
 def save_model(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, stopped_at: Progress | None = None
 ) -> None:
-    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads; safetensors, in the model's dtypes.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads: safetensors, in the model's dtypes.
 
-    The folder carries the model's code: where deltify is not installed, `trust_remote_code=True` loads it.
+    The folder contains the model's code. Where deltify is not installed, `trust_remote_code=True` loads it.
 
     Args:
-        stopped_at: of a stage that was stopped early; written to unfinished.json, so that the stage is not taken for
-            done.
+        stopped_at: Progress of a stage that stopped early. It is written to unfinished.json, which marks the stage as
+            not done.
     """
     unfinished = folder.with_name(folder.name + ".unfinished")
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the first rank; nothing on the others
-    weights = get_model_state_dict(model, options=whole) if distributed.count() > 1 else None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # full on the first rank, empty on the others
+    weights = get_model_state_dict(model, options=options) if distributed.world_size() > 1 else None
     if distributed.rank() > 0:
         distributed.barrier()
         return
@@ -180,10 +182,10 @@ def save_model(
         replace_folder(unfinished, folder)
     except Exception as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise OSError(f"could not save {folder}: {error}; free some space and go on with --resume") from error
+        raise OSError(f"could not save {folder}: {error}. Free some space and continue with --resume") from error
     distributed.barrier()
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether `folder` holds a model that was trained to its last step."""
+    """Return whether `folder` holds a model that was trained to its last step."""
     return (folder / "config.json").is_file() and not (folder / "unfinished.json").is_file()

@@ -1,63 +1,73 @@
-"""A micro-batch's forward and backward as one CUDA graph: small models wait for the GPU, not for Python.
+"""CUDA graphs of a micro-batch's forward and backward pass, for models so small that Python limits their speed.
 
-Eagerly a KDA layer costs the host 8 ms a micro-batch, teacher and backward included; a replay costs next to nothing.
+Without graphs, one KDA layer costs the host 8 ms per micro-batch, including the teacher and the backward pass. A replay
+costs next to nothing.
 """
 
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch
-from ..model.mixers import document_starts, fixed_documents
+from ..model.documents import document_starts
 
-ROUND = 16  # documents: a graph serves all batches with up to as many
+ROUND = 16  # documents: one graph serves all batches whose number of documents rounds up to the same multiple
+
+
+class Compute(Protocol):
+    """A step: add the gradients of a batch and return its losses."""
+
+    def __call__(self, batch: Batch, max_documents: int | None) -> dict[str, Tensor]: ...
 
 
 class GraphedStep:
-    """`compute`, replayed. The first batch of a shape runs as it is, which makes all libraries ready; the second is
-    captured. Gradients add up in tensors that stay where they are: clear them with `zero_grad(set_to_none=False)`.
+    """Replay `compute` as a CUDA graph.
+
+    The first batch of a shape runs without a graph, which initialises all libraries. The second one is captured.
+    Gradients accumulate in fixed tensors, so clear them with `zero_grad(set_to_none=False)`.
 
     Args:
-        compute: losses of a batch, after it has added the gradients of `parameters`. Enters autocast itself, whose
-            cache of weights must not outlive a capture.
-        say: told, once, if a step cannot be captured; all then run as they are.
+        compute: Function that adds the gradients of `parameters` for a batch and returns its losses. It must pack the
+            batch as `max_documents` documents (see `find_packing`), which gives the tensors a fixed shape. It must
+            enter autocast itself, because autocast's cache of weights must not outlive a capture.
+        parameters: Parameters that get gradients.
+        log: Function that is called once with a message if a step cannot be captured. No step is captured from then on.
     """
 
-    def __init__(
-        self, compute: Callable[[Batch], dict[str, Tensor]], parameters: Iterable[nn.Parameter], say: Callable
-    ):
-        self.compute, self.say, self.works = compute, say, True
+    def __init__(self, compute: Compute, parameters: Iterable[nn.Parameter], log: Callable[[str], None]):
+        self.compute, self.log, self.works = compute, log, True
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, dict[str, Tensor]] | None] = {}
         self.pool = torch.cuda.graph_pool_handle()
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
 
     def __call__(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
-        """Losses of a batch that lies on the CPU."""
-        documents = -(-int(document_starts(batch.position_ids).sum()) // ROUND) * ROUND
-        key = (batch.input_ids.shape, documents)
-        with fixed_documents(documents):
-            if not self.works or key not in self.graphs:
-                self.graphs[key] = None
-                return self.compute(batch.to(device))
-            captured = self.graphs[key]
-            if captured is None:
-                try:
-                    captured = self.graphs[key] = self.capture(batch.to(device))
-                except RuntimeError as error:
-                    self.works = False
-                    self.say(f"steps run without CUDA graphs: {str(error).splitlines()[0]}")
-                    return self.compute(batch.to(device))
+        """Return the losses of a batch on the CPU, after adding its gradients."""
+        max_documents = -(-int(document_starts(batch.position_ids).sum()) // ROUND) * ROUND
+        key = (batch.input_ids.shape, max_documents)
+        if not self.works or key not in self.graphs:
+            self.graphs[key] = None
+            return self.compute(batch.to(device), max_documents)
+        captured = self.graphs[key]
+        if captured is None:
+            try:
+                captured = self.graphs[key] = self.capture(batch.to(device), max_documents)
+            except RuntimeError as error:
+                self.works = False
+                self.log(f"steps run without CUDA graphs: {str(error).splitlines()[0]}")
+                return self.compute(batch.to(device), max_documents)
         graph, static, losses = captured
         static.input_ids.copy_(batch.input_ids)
         static.position_ids.copy_(batch.position_ids)
         graph.replay()
         return {name: loss.clone() for name, loss in losses.items()}
 
-    def capture(self, static: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, dict[str, Tensor]]:
+    def capture(self, static: Batch, max_documents: int) -> tuple[torch.cuda.CUDAGraph, Batch, dict[str, Tensor]]:
+        """Capture a step on a batch whose tensors later batches are copied to."""
         graph = torch.cuda.CUDAGraph()
-        # other threads, as NCCL's, may go on with their own calls meanwhile
+        # thread_local lets other threads, such as NCCL's, make CUDA calls during the capture
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            losses = self.compute(static)
+            losses = self.compute(static, max_documents)
         return graph, static, losses

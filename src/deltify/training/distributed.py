@@ -1,10 +1,11 @@
-"""Several processes, started by torchrun: who this one is, what it shares with the others, how models are cut up.
+"""Training on several processes under torchrun: ranks, collectives, and sharding.
 
-Each rank trains on its share of every batch. Small models are replicated: each rank has all of them, and gradients are
-averaged before the optimizer's step. Of large ones weights, gradients and optimizer states are sharded over the ranks
-(FSDP2), layer by layer, and within a layer the mixer by itself, since align runs mixers alone. There the order matters:
-what is trained is decided first (a gathered copy keeps the flag it was made with), then models are sharded, then the
-optimizer is made, of the shards.
+Each rank trains on its share of every batch. Small models are replicated: each rank has a full copy, and gradients are
+averaged before the optimizer step. Large models are sharded over the ranks (FSDP2): weights, gradients and optimizer
+states. Each layer is one unit, and its mixer another, because align runs mixers alone.
+
+The order matters. First decide which parameters train, because a gathered copy keeps the flag it was made with. Then
+shard the models. Then make the optimizer from the shards.
 """
 
 import os
@@ -21,13 +22,13 @@ from torch.distributed.tensor import DTensor
 
 from .signals import Stopped
 
-BUCKET = 2**26  # numbers of gradients that are averaged at a time
+BUCKET = 2**26  # gradient elements that are averaged at a time
 
 
-def start_ranks() -> None:
-    """Where several GPUs are visible, runs this command again under torchrun, a process each, and does not return.
+def relaunch_with_torchrun() -> None:
+    """Replace this process by torchrun with one process per GPU, if several GPUs are visible.
 
-    On several nodes, start torchrun there yourself: torchrun --nnodes 2 ... -m deltify.cli distill recipe.yaml.
+    For several nodes, start torchrun on each of them: torchrun --nnodes 2 ... -m deltify.cli distill recipe.yaml.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus > 1 and "RANK" not in os.environ:
@@ -36,16 +37,18 @@ def start_ranks() -> None:
 
 
 def rank() -> int:
+    """Return the number of this process, or 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def count() -> int:
+def world_size() -> int:
+    """Return the number of processes, or 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Joins the other processes, if torchrun started this one; gives the device that is this one's."""
+    """Join the process group if torchrun started this process, and yield the process's own device."""
     if "RANK" not in os.environ or dist.is_initialized():
         yield device
         return
@@ -57,37 +60,38 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         dist.init_process_group("gloo")
     try:
         yield device
-    except Stopped:  # which all ranks raise
+    except Stopped:  # all ranks raise it
         dist.destroy_process_group()
         raise
-    dist.destroy_process_group()  # not after an error: others may wait for this rank, and this call for them
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that may wait for this one
 
 
 def barrier() -> None:
-    if count() > 1:
+    """Wait for all ranks."""
+    if world_size() > 1:
         dist.barrier()
 
 
-def mean(x: Tensor) -> Tensor:
-    """The mean over all ranks."""
-    if count() == 1:
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Return the mean over all ranks."""
+    if world_size() == 1:
         return x
     x = x.detach().clone()
     dist.all_reduce(x)
-    return x / count()
+    return x / world_size()
 
 
-def largest(number: float, device: torch.device) -> float:
-    """The largest over all ranks: what one decides, all do."""
-    if count() == 1:
+def all_reduce_max(number: float, device: torch.device) -> float:
+    """Return the largest number of all ranks. For booleans: whether it is true on any rank."""
+    if world_size() == 1:
         return number
     x = torch.tensor(float(number), dtype=torch.float64, device=device)
     dist.all_reduce(x, dist.ReduceOp.MAX)
     return float(x)
 
 
-def average(gradients: list[Tensor]) -> None:
-    """Puts the mean over all ranks in the place of each gradient."""
+def all_reduce_mean_(gradients: list[Tensor]) -> None:
+    """Replace each gradient by its mean over all ranks."""
     bucket: list[Tensor] = []
     size = 0
     for number, gradient in enumerate(gradients, 1):
@@ -97,31 +101,41 @@ def average(gradients: list[Tensor]) -> None:
             continue
         flat = torch.cat([x.flatten() for x in bucket])
         dist.all_reduce(flat)
-        means = flat.div_(count()).split([x.numel() for x in bucket])
+        means = flat.div_(world_size()).split([x.numel() for x in bucket])
         torch._foreach_copy_(bucket, [mean.view_as(x) for mean, x in zip(means, bucket)])
         bucket, size = [], 0
 
 
-def shards(choice: str, size: int, memory: float | None) -> bool:
-    """Whether several ranks cut their models up: run.data_parallel, for models and optimizer of `size` bytes on GPUs of
-    so much memory; None on a CPU, where auto replicates."""
+def should_shard(choice: str, size: int, memory: float | None) -> bool:
+    """Return whether to shard the models over the ranks.
+
+    Args:
+        choice: Value of run.data_parallel.
+        size: Bytes of models and optimizer states.
+        memory: Bytes of a GPU, or None on a CPU, where `auto` replicates.
+    """
     return choice == "shard" or (choice == "auto" and memory is not None and 2 * size > memory)
 
 
 def memory_of(device: torch.device) -> int | None:
-    """Bytes of a GPU; None for other devices."""
+    """Return the bytes of a GPU's memory, or None for other devices."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def whole(x: Tensor) -> Tensor:
-    """A tensor that may be sharded, in one piece."""
+def full_tensor(x: Tensor) -> Tensor:
+    """Return a tensor, gathered from all ranks if it is sharded."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def shard(model: nn.Module, layers: nn.ModuleList, root: nn.Module) -> None:
-    """Cuts up `root`, a part of `model` or all of it, over the ranks: mixer by mixer, layer by layer, then the rest."""
+    """Shard `root` over the ranks: each mixer, each layer, and the other parameters.
+
+    Args:
+        model: Model that contains the layers and tells the device.
+        root: Part of the model to shard, or the model itself.
+    """
     device = next(model.parameters()).device.type
-    mesh = init_device_mesh(device, (count(),))
+    mesh = init_device_mesh(device, (world_size(),))
     for layer in layers:
         fully_shard(layer.self_attn, mesh=mesh)
         fully_shard(layer, mesh=mesh)
@@ -129,9 +143,11 @@ def shard(model: nn.Module, layers: nn.ModuleList, root: nn.Module) -> None:
 
 
 def shard_student(student: nn.Module) -> None:
+    """Shard a student, and let `run_with_full_weights` gather it."""
     shard(student, student.model.layers, student)
-    register_fsdp_forward_method(student, "whole")
+    register_fsdp_forward_method(student, "run_with_full_weights")
 
 
 def shard_teacher(teacher: nn.Module) -> None:
+    """Shard a teacher's layers, norm and embeddings. A head that is not tied to them stays whole."""
     shard(teacher, teacher.model.layers, teacher.model)

@@ -1,6 +1,6 @@
-"""What a recipe will take, before anything is loaded: parameters, memory of each stage, hours, disk, files.
+"""Estimates of what a recipe needs, without loading anything: parameters, memory, hours, and files.
 
-Estimates, by counting tensors; tests/test_plan.py holds them against what was measured.
+The estimates count tensors. tests/test_plan.py compares them with measurements.
 
 Legend: B batch, T tokens, D model width, H heads, K head width, W vocabulary.
 """
@@ -22,23 +22,25 @@ from . import distributed
 from .losses import CHUNK_BYTES
 from .optimizers import choose_trained, recomputes, training_bytes, waits_for_ranks
 
-# bfloat16 matrix products per second of an 8192^3 product, measured on random data
+# FLOP/s of an 8192^3 bfloat16 matrix product, measured on random data
 GPUS = {"h100": 780e12, "h200": 717e12}
-MEMORY = {"h100": 79.2 * 2**30, "h200": 139.8 * 2**30}  # as torch says
-# share of that rate which a step's products reach, at SmolLM2-135M's width, beside what a layer takes for any number of
-# rows; it grows with the width. All three fitted to eleven kinds of steps there, within a fifth, and to three at 2,560
-SHARE, SHARE_WIDTH, SHARE_POWER = 0.23, 576, 0.5
-ATTENTION = 1.3  # how much longer than others the products inside attention take
-LAYER_SECONDS = 1.15e-3  # of a layer and micro-batch, whose small kernels do not fill the chip
-HOST_SECONDS = 8.5e-3  # of Python and launches for the same, where it is not replayed as a CUDA graph
-PART = 2**18  # token-heads that the operator's backward works on at a time
+MEMORY = {"h100": 79.2 * 2**30, "h200": 139.8 * 2**30}  # total_memory in torch
+# Fraction of that rate that the matrix products of a step reach at width 576. It grows as width ** 0.5. These numbers
+# and LAYER_SECONDS were fitted to 11 kinds of steps of SmolLM2-135M, within 20 %, and to 3 at width 2,560.
+MATMUL_EFFICIENCY, EFFICIENCY_WIDTH, EFFICIENCY_POWER = 0.23, 576, 0.5
+ATTENTION_FACTOR = 1.3  # time per FLOP of the products inside attention, relative to other products
+LAYER_SECONDS = 1.15e-3  # per layer and micro-batch, of small kernels that do not fill the GPU
+HOST_SECONDS = 8.5e-3  # per layer and micro-batch, of Python and launches without a CUDA graph
+BACKWARD_TOKEN_HEADS = 2**18  # tokens times heads that the operator's backward pass processes at a time
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Of one stage: bytes on each GPU by what they are for, and seconds of a step.
+    """The estimate of one stage.
 
-    Gradients that take the place of activations, as each layer's backward leaves them, are not counted twice.
+    Attributes:
+        bytes: Bytes on each GPU by purpose. Gradients that replace freed activations are not counted twice.
+        seconds: Seconds per step.
     """
 
     name: str
@@ -52,26 +54,35 @@ class StagePlan:
 
 
 def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]:
-    """Prints what a recipe will take; returns the stages' figures.
+    """Print what a recipe needs, and return the estimate of each stage.
 
     Args:
-        gpu: h100 or h200, whose measured rates the hours come from.
-        gpus: processes that share the work, as run.data_parallel says.
+        gpu: h100 or h200. The hours come from its measured speed.
+        gpus: Number of GPUs, which share the work as run.data_parallel says.
 
     Raises:
-        ValueError: for a GPU that is not known, or a recipe that does not fit.
+        ValueError: If the GPU is unknown, or the recipe has a wrong value.
     """
     if gpu not in GPUS:
         raise ValueError(f"gpu={gpu!r} is unknown; choose one of {', '.join(GPUS)}")
     check(recipe)
     teacher, student = skeletons(recipe)
-    size = training_bytes(student, None) + 2 * count(teacher.model)
-    sharded = gpus > 1 and distributed.shards(recipe.run.data_parallel, size, MEMORY[gpu])
+    size = training_bytes(student) + 2 * count(teacher.model)
+    sharded = gpus > 1 and distributed.should_shard(recipe.run.data_parallel, size, MEMORY[gpu])
     plans = [
         plan_stage(name, recipe.stage(name), teacher, student, gpu, gpus, sharded, recipe.run.cuda_graphs)
         for name in STAGES
         if recipe.stage(name).tokens
     ]
+    print_models(recipe, teacher, student)
+    print_table(plans, gpu, gpus, sharded)
+    for path, description in files(recipe, student, plans).items():
+        console.print(f"{path:36} {description}", highlight=False, soft_wrap=True)
+    return plans
+
+
+def print_models(recipe: Recipe, teacher: Teacher, student: nn.Module) -> None:
+    """Print the numbers of parameters and of KDA layers."""
     mixers = sum(p.numel() for layer in student.model.layers if layer.linear for p in layer.self_attn.parameters())
     kinds = [layer.kind for layer in student.model.layers]
     console.print(
@@ -80,22 +91,23 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
         highlight=False,
         soft_wrap=True,
     )
+
+
+def print_table(plans: list[StagePlan], gpu: str, gpus: int, sharded: bool) -> None:
+    """Print tokens, steps, memory and hours of each stage."""
     shared = "" if gpus == 1 else ", sharded" if sharded else ", replicated"
     table = Table(f"on {gpus} x {gpu}{shared}", *(p.name for p in plans))
     table.add_row("tokens", *(f"{p.stage.tokens:,}" for p in plans))
     table.add_row("steps", *(f"{p.stage.steps:,}" for p in plans))
-    for what in plans[0].bytes:
-        table.add_row(f"{what}, GiB a GPU", *(f"{p.bytes[what] / 2**30:.1f}" for p in plans))
-    table.add_row("in all, GiB a GPU", *(f"{p.total / 2**30:.1f}" for p in plans))
+    for purpose in plans[0].bytes:
+        table.add_row(f"{purpose}, GiB per GPU", *(f"{p.bytes[purpose] / 2**30:.1f}" for p in plans))
+    table.add_row("total, GiB per GPU", *(f"{p.total / 2**30:.1f}" for p in plans))
     table.add_row("hours", *(f"{p.seconds * p.stage.steps / 3600:.2f}" for p in plans))
     console.print(table)
-    for path, size in files(recipe, student, plans).items():
-        console.print(f"{path:36} {size}", highlight=False, soft_wrap=True)
-    return plans
 
 
 def skeletons(recipe: Recipe) -> tuple[Teacher, nn.Module]:
-    """Teacher and student without weights."""
+    """Return teacher and student without weights."""
     spec = recipe.student
     teacher = skeleton(read_config(recipe))
     kinds = layer_kinds(spec.full_attention_layers, teacher.config.num_hidden_layers)
@@ -106,13 +118,14 @@ def skeletons(recipe: Recipe) -> tuple[Teacher, nn.Module]:
 
 
 def skeleton(config: PreTrainedConfig) -> Teacher:
+    """Return a teacher without weights and tokenizer."""
     family = family_of(config)
     with torch.device("meta"):
         return Teacher(freeze(AutoModelForCausalLM.from_config(config)), None, family)
 
 
 def read_config(recipe: Recipe) -> PreTrainedConfig:
-    """The teacher's configuration; of a GGUF file from its header, so that its weights stay where they are."""
+    """Return the teacher's configuration. That of a GGUF file comes from its header, without unpacking it."""
     source = recipe.teacher.model
     if source.startswith("random:"):
         return random_teacher(source.removeprefix("random:")).config
@@ -133,114 +146,117 @@ def plan_stage(
     sharded: bool = False,
     graphs: bool = True,
 ) -> StagePlan:
-    """One stage's figures; the student's weights are float32, products bfloat16, as `run.precision: bf16` has it."""
+    """Estimate one stage with float32 student weights and bfloat16 products, which is `run.precision: bf16`."""
     pieces = gpus if sharded else 1
     trained = sum(p.numel() for group in choose_trained(student, stage, name).values() for p in group)
     weights, config = count(student), student.config
-    words = 0 if trained < weights else weights - count(student.model.layers)
+    adamw_params = 0 if trained < weights else weights - count(student.model.layers)
     share = max(1, stage.batch_size // gpus)
     rows = stage.micro_batch_size or share
     tokens = rows * stage.sequence_length
-    cast = trained if name == "align" else weights  # autocast keeps a bfloat16 copy of what it has multiplied with
-    own = trained if name == "align" and not sharded else weights  # align shares what is frozen with the teacher
+    cast = trained if name == "align" else weights  # autocast keeps bfloat16 copies of the weights
+    own = trained if name == "align" and not sharded else weights  # align shares frozen weights with the teacher
     sizes = {
         "teacher": 2 * count(teacher.model) // pieces,
         "student": 4 * own // pieces + 2 * cast,
-        "moments": moment_bytes(stage, trained, words) // pieces,
+        "moments": moment_bytes(stage, trained, adamw_params) // pieces,
         "activations": tokens * activation_bytes(name, stage, student) + workspace_bytes(student, tokens),
         "loss": 0 if name == "align" else loss_bytes(config.vocab_size, config.hidden_size, tokens),
-        "gradients besides": 4 * trained // pieces,
+        "other gradients": 4 * trained // pieces,
     }
     flops = product_flops(name, stage, teacher, student) + attention_flops(student, stage.sequence_length, name)
     eager = waits_for_ranks(name, gpus, sharded) or recomputes(stage, name) or not graphs
-    if eager and rows == share and name != "align":  # gradients come as activations go; what is more than these counts
-        gone = (sizes["activations"] + sizes["loss"]) * (config.num_hidden_layers - 1) // config.num_hidden_layers
-        sizes["gradients besides"] = max(0, sizes["gradients besides"] - gone)
+    if eager and rows == share and name != "align":  # only gradients that exceed the freed activations count
+        freed = (sizes["activations"] + sizes["loss"]) * (config.num_hidden_layers - 1) // config.num_hidden_layers
+        sizes["other gradients"] = max(0, sizes["other gradients"] - freed)
     layers = config.num_hidden_layers * (share // rows)
-    reached = GPUS[gpu] * min(0.5, SHARE * (config.hidden_size / SHARE_WIDTH) ** SHARE_POWER)
+    reached = GPUS[gpu] * min(0.5, MATMUL_EFFICIENCY * (config.hidden_size / EFFICIENCY_WIDTH) ** EFFICIENCY_POWER)
     seconds = LAYER_SECONDS * layers + share * stage.sequence_length * flops / reached
     return StagePlan(name, stage, sizes, max(seconds, HOST_SECONDS * layers if eager else 0.0))
 
 
 def product_flops(name: str, stage: Stage, teacher: Teacher, student: nn.Module) -> int:
-    """Of the products with weights, for a token, both models and what is computed again included."""
+    """Return the FLOPs per token of the products with weights, of both models, recomputation included."""
     groups = choose_trained(student, stage, name)
-    if name == "align":  # the teacher's layers alone, and the mixers beside them
+    if name == "align":  # the teacher's layers and the student's mixers
         return 2 * count(teacher.model.model.layers) + 6 * sum(p.numel() for p in groups["mixers"])
     trained = {id(p) for group in groups.values() for p in group}
     weights = multiplied(student)
-    forward, learnt = sum(p.numel() for p in weights), sum(p.numel() for p in weights if id(p) in trained)
-    passes = 3 if recomputes(stage, name) else 2  # forward, backward through all, and forward again
-    return 2 * (sum(p.numel() for p in multiplied(teacher.model)) + passes * forward + learnt)
+    forward, weight_gradients = sum(p.numel() for p in weights), sum(p.numel() for p in weights if id(p) in trained)
+    passes = 3 if recomputes(stage, name) else 2  # forward, gradients of inputs, and perhaps forward again
+    return 2 * (sum(p.numel() for p in multiplied(teacher.model)) + passes * forward + weight_gradients)
 
 
 def multiplied(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of layers and head: embeddings are looked up, not multiplied with."""
+    """Return the weights of layers and head, which hidden states are multiplied with."""
     return [p for part in (model.model.layers, model.lm_head) for p in part.parameters()]
 
 
 def attention_flops(student: nn.Module, length: int, name: str) -> float:
-    """Of scores and sums of values, for a token in a row of `length`, as if they ran at the rate of other products: the
-    teacher's, under a mask that skips nothing, and three times half as many for each layer that the student keeps.
+    """Return the FLOPs per token of attention scores and weighted sums, in sequences of `length` tokens.
+
+    They are scaled by ATTENTION_FACTOR. The teacher's attention computes masked positions too. The student's full
+    attention skips them and needs three passes, so each layer counts 1.5 times as much.
     """
-    config = student.config  # whose layers and heads are as many and as wide as the teacher's
-    layer = ATTENTION * 4 * length * config.num_attention_heads * config.head_dim
+    config = student.config  # layers and heads have the number and width of the teacher's
+    layer = ATTENTION_FACTOR * 4 * length * config.num_attention_heads * config.head_dim
     kept = sum(layer.kind == "full_attention" for layer in student.model.layers) if name != "align" else 0
     return layer * (config.num_hidden_layers + 1.5 * kept)
 
 
-def moment_bytes(stage: Stage, trained: int, words: int) -> int:
-    """Of the optimizer's moments: Adam's two, in 4 or 1 bytes, or Muon's one; embeddings and head stay Adam's."""
-    return {"adamw": 8 * trained, "adamw8bit": 2 * trained, "muon": 4 * (trained + words)}[stage.optimizer]
+def moment_bytes(stage: Stage, trained: int, adamw_params: int) -> int:
+    """Return the bytes of the optimizer's moments: two of 4 or 1 bytes for Adam, and one of 4 for Muon."""
+    return {"adamw": 8 * trained, "adamw8bit": 2 * trained, "muon": 4 * (trained + adamw_params)}[stage.optimizer]
 
 
 def activation_bytes(name: str, stage: Stage, student: nn.Module) -> int:
-    """Bytes that a token leaves for the backward, over all layers that are alive at once."""
+    """Return the bytes that a token keeps for the backward pass, in all layers that are alive at once."""
     config = student.config
     D, inner = config.hidden_size, config.num_attention_heads * config.head_dim
     mlp = 2 * (4 if config.mlp_gated else 3) * config.intermediate_size
     mixers = [(21 if layer.linear else 12) * inner for layer in student.model.layers]
-    if name == "align":  # one layer's graph, and the teacher's forward beside it
+    if name == "align":  # one layer's graph, and the teacher's forward pass
         return max(mixers) + mlp + 8 * D
-    layers = [mixer + mlp + 16 * D for mixer in mixers]  # two norms of the float32 stream: it and what comes out
+    layers = [mixer + mlp + 16 * D for mixer in mixers]  # input and output of two norms of the float32 stream
     return 4 * D * len(layers) + max(layers) if stage.activation_checkpointing else sum(layers)
 
 
 def workspace_bytes(student: nn.Module, tokens: int) -> int:
-    """What the operator's backward makes of a part of a layer, and drops."""
+    """Return the temporary bytes of the operator's backward pass."""
     K = student.config.head_dim
     per_token_head = 2 * 3 * K + 2 * 2 * 64 + 2 * 2 * K * K // 64 + 2 * 4 * 64 + 4 * K + 2 * K
-    return min(PART, tokens * student.config.num_attention_heads) * per_token_head
+    return min(BACKWARD_TOKEN_HEADS, tokens * student.config.num_attention_heads) * per_token_head
 
 
 def loss_bytes(W: int, D: int, tokens: int) -> int:
-    """Two chunks of float32 logits, one of gradients, and the gradients of head and hidden states."""
+    """Return the bytes of two chunks of logits, one of their gradients, and the gradients of head and hidden states."""
     rows = min(tokens, max(1, CHUNK_BYTES["cuda"] // (4 * W)))
     return rows * W * (4 + 4 + 2) + 4 * W * D + 12 * tokens * D
 
 
 def files(recipe: Recipe, student: nn.Module, plans: list[StagePlan]) -> dict[str, str]:
-    """What will be written, and how large it is."""
+    """Return the files that a run writes, with a description of their size."""
     model = 4 * count(student)
     width = 2 if student.config.vocab_size <= 2**16 else 4
     limit = recipe.data.max_tokens
-    text = "of each source's tokens" if limit is None else f"of {limit:,} tokens a source, {gib(width * limit)} each"
-    table = {f"{recipe.data.folder}/": f"{width} bytes {text}"}
+    text = "" if limit is None else f", {limit:,} tokens and {gib(width * limit)} per source"
+    table = {f"{recipe.data.folder}/": f"{width} bytes per token{text}"}
     for name in ("converted", *(p.name for p in plans)):
         table[f"{recipe.folder / name}/"] = f"{gib(model)}, a Hugging Face folder"
     largest = max(p.bytes["moments"] for p in plans)
     kept = recipe.run.keep_checkpoints + 1
-    table[f"{recipe.folder}/checkpoints/"] = f"up to {gib(kept * (model + largest))}: {kept} of a stage"
+    table[f"{recipe.folder}/checkpoints/"] = f"up to {gib(kept * (model + largest))}: {kept} per stage"
     table[f"{recipe.folder}/"] = "recipe.yaml, run.json, metrics.jsonl; results.json and report.html later"
     return table
 
 
 def gib(size: int) -> str:
+    """Return a number of bytes as text."""
     return f"{size / 2**30:.1f} GiB" if size > 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def count(model: nn.Module) -> int:
-    """Parameters; tied ones once."""
+    """Return the number of parameters. Tied ones count once."""
     with contextlib.suppress(AttributeError):
         model.tie_weights()
     return sum(p.numel() for p in model.parameters())

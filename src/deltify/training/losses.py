@@ -1,4 +1,4 @@
-"""What a student is trained to do: agree with its teacher.
+"""The losses that a student is trained with.
 
 Legend: N tokens, D model width, W vocabulary.
 """
@@ -15,27 +15,27 @@ from ..config import DIVERGENCES
 from ..conversion.calibration import LEAST_VARIANCE
 from . import distributed
 
-# of one [chunk, W] float32 matrix of logits: on a CPU small enough for the cache, on a GPU enough to fill the chip
+# bytes of one [chunk, W] float32 matrix of logits: small enough for a CPU's cache, large enough to fill a GPU
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 15 * 2**24}
 
 
 def mixer_loss(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:
-    """Mean squared difference of two mixer outputs over the variance of the teacher's: its mean alone would score 1.
+    """Return the mean squared difference of two mixer outputs, divided by the variance of the teacher's.
 
-    The variance is that of all ranks' tokens, so that their mean loss is the loss of all. It counts as at least
-    `LEAST_VARIANCE` of the squared mean: the rounding of a layer that says the same of every token would otherwise
-    outweigh all other layers.
+    A constant equal to the teacher's mean scores 1. The variance is taken over the tokens of all ranks, so that the
+    mean of the ranks' losses is the loss of all tokens. It is at least `LEAST_VARIANCE` times the squared mean.
+    Otherwise the rounding errors of a layer with constant output would outweigh all other layers.
     """
     teacher = teacher_BTD.float() if teacher_BTD.dtype != torch.float64 else teacher_BTD
     teacher, student = teacher.flatten(0, -2), student_BTD.to(teacher.dtype).flatten(0, -2)
-    center = distributed.mean(teacher.mean(0))
-    variance = distributed.mean((teacher - center).square().mean(0)).sum()
+    center = distributed.all_reduce_mean(teacher.mean(0))
+    variance = distributed.all_reduce_mean((teacher - center).square().mean(0)).sum()
     least = (LEAST_VARIANCE * center.square().sum()).clamp(min=1e-12)
     return (student - teacher).square().sum(-1).mean() / torch.maximum(variance, least)
 
 
-def hidden_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """1 - cosine of student's and teacher's hidden states, each a list of [N, D], the mean over layers and tokens."""
+def hidden_state_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    """Return 1 - cosine similarity of hidden states [N, D], one tensor per layer, averaged over layers and tokens."""
     return torch.stack(
         [1 - F.cosine_similarity(s.float(), t.float(), dim=-1).mean() for s, t in zip(student, teacher)]
     ).mean()
@@ -53,29 +53,30 @@ def linear_kl(
     temperature: float = 1.0,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Divergence of student and teacher, and cross-entropy, of the logits that two heads make of hidden states.
+    """Return the divergence of student and teacher and the cross-entropy, from hidden states and output embeddings.
 
-    The logits exist for a few hundred tokens at a time, never for all, and neither do their gradients: both are folded
-    into the gradients of the hidden states and of the student's head as soon as they are known. So the backward may
-    run once only.
+    Logits and their gradients exist for a few hundred tokens at a time. The forward pass already turns them into the
+    gradients of the student's hidden states and head, so the backward pass may run only once.
 
     Args:
-        student_ND, teacher_ND: hidden states, [N, D]; the widths may differ.
-        student_head_WD, teacher_head_WD: output embeddings, [W, D].
-        labels: [N] next tokens, -100 where there is none; needed only for the cross-entropy.
-        ce_weight: in [0, 1], share of the cross-entropy in the loss.
+        student_ND: Hidden states [N, D] of the student.
+        student_head_WD: Output embeddings [W, D] of the student.
+        teacher_ND: Hidden states of the teacher. Their width may differ.
+        teacher_head_WD: Output embeddings of the teacher.
+        labels: Next tokens [N], or -100 where there is none. Only the cross-entropy needs them.
+        ce_weight: Weight of the cross-entropy in the loss, in [0, 1].
         divergence: forward, KL(teacher | student); reverse, KL(student | teacher); or jensen-shannon.
-        temperature: that both models' logits are divided by before the divergence, whose gradient is multiplied by its
+        temperature: Softmax temperature of both models in the divergence. The loss multiplies the divergence by its
             square (Hinton et al., arXiv 1503.02531).
-        mask: [N] bool, the tokens whose divergence counts; all, if absent. Their labels count everywhere.
+        mask: Boolean mask [N] of the tokens whose divergence counts. Defaults to all. The cross-entropy ignores it.
 
     Returns:
-        (loss, kl, ce): the loss (1 - ce_weight) temperature^2 kl + ce_weight ce, which carries gradients, and its
-        parts, in nats per token, float32: kl over the tokens of the mask, ce over all N, where those without a label
-        add nothing.
+        (loss, kl, ce). The loss is (1 - ce_weight) temperature^2 kl + ce_weight ce and carries gradients. kl is the
+        mean over the tokens of the mask, in nats. ce is the sum over labelled tokens divided by N. All are float32, or
+        float64 for float64 inputs.
 
     Raises:
-        ValueError: for a divergence that is unknown.
+        ValueError: If the divergence is unknown.
     """
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence={divergence!r} is unknown; choose one of {', '.join(DIVERGENCES)}")
@@ -85,7 +86,7 @@ def linear_kl(
 
 
 def divergence_rows(log_p: Tensor, log_q: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Divergence of each row [N], and its gradient [N, W] with respect to the logits of q. Overwrites its arguments."""
+    """Return the divergence [N] of each token and its gradient [N, W] by the logits of q. Overwrites its arguments."""
     p = log_p.exp()
     if kind == "forward":
         rows = log_p.sub_(log_q).mul_(p).sum(-1)
@@ -102,8 +103,8 @@ def divergence_rows(log_p: Tensor, log_q: Tensor, kind: str) -> tuple[Tensor, Te
     return rows, surprise.sub_(own[:, None]).mul_(q / 2)
 
 
-def products(x_ND: Tensor, head_WD: Tensor, work: torch.dtype) -> Tensor:
-    """Logits [N, W], in the precision in which matrix units sum them, where they can be asked for it."""
+def compute_logits(x_ND: Tensor, head_WD: Tensor, work: torch.dtype) -> Tensor:
+    """Return the logits [N, W] in dtype `work`, on a GPU without rounding them to a narrower dtype first."""
     if x_ND.is_cuda and x_ND.dtype != work == torch.float32:
         return torch.mm(x_ND, head_WD.t(), out_dtype=work)
     return (x_ND @ head_WD.t()).to(work)
@@ -123,18 +124,18 @@ class _LinearKL(torch.autograd.Function):
         weights = None if mask is None else mask.to(work)
         if weights is not None:
             weights *= len(weights) / weights.sum().clamp(min=1)
-        rows = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (4 * len(head)))
+        chunk = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (4 * len(head)))
         with torch.autocast(device, enabled=False):
-            for start in range(0, len(student), rows):
-                part = slice(start, start + rows)
-                known, weighed = (None if x is None else x[part] for x in (labels, weights))
+            for start in range(0, len(student), chunk):
+                part = slice(start, start + chunk)
+                chunk_labels, chunk_weights = (None if x is None else x[part] for x in (labels, weights))
                 scales = (1 - ce_weight) * temperature, ce_weight
-                logits = products(t[part], t_head, work), products(h[part], head, work)
-                wanted = product if needs_hidden or needs_head else None
-                kl_rows, ce_rows, d = gradients_of_rows(
-                    *logits, known, weighed, divergence, temperature, scales, wanted
+                logits = compute_logits(t[part], t_head, work), compute_logits(h[part], head, work)
+                grad_dtype = product if needs_hidden or needs_head else None
+                chunk_kl, chunk_ce, d = divergence_and_grad(
+                    *logits, chunk_labels, chunk_weights, divergence, temperature, scales, grad_dtype
                 )
-                kl, ce = kl + kl_rows.sum(), ce + ce_rows.sum()
+                kl, ce = kl + chunk_kl.sum(), ce + chunk_ce.sum()
                 if d is not None and d_hidden is not None:
                     d_hidden[part] = d @ head
                 if d is not None and d_head is not None:
@@ -148,12 +149,12 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
-        # in place: a copy of the head's would take as much memory as everything else here
-        found = (None if d is None else d.mul_(gradients[0].to(d.dtype)) for d in ctx.saved_tensors)
-        return *found, None, None, None, None, None, None, None
+        # in place: a copy of the head's gradient would take as much memory as everything else here
+        grads = (None if d is None else d.mul_(gradients[0].to(d.dtype)) for d in ctx.saved_tensors)
+        return *grads, None, None, None, None, None, None, None
 
 
-def gradients_of_rows(
+def divergence_and_grad(
     t_NW: Tensor,
     s_NW: Tensor,
     labels: Tensor | None,
@@ -161,17 +162,20 @@ def gradients_of_rows(
     kind: str,
     temperature: float,
     scales: tuple[float, float],
-    wanted: torch.dtype | None,
+    grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Divergence and cross-entropy of each token, [N], and the gradient [N, W] of their sum with respect to s.
+    """Return the divergence [N] and cross-entropy [N] of each token, and the gradient [N, W] of the loss.
 
     Args:
-        weights: [N], of each token's divergence; 1, if absent.
-        scales: of the two gradients, that of the divergence divided by temperature.
-        wanted: dtype of the gradient; None for none. On a CPU it is computed all the same.
+        t_NW: Logits of the teacher.
+        s_NW: Logits of the student, which the gradient belongs to.
+        labels: Next tokens [N], or -100 where there is none.
+        weights: Weights [N] of the divergence. Default to 1.
+        scales: Factors of the gradients of divergence and cross-entropy. The first is already divided by temperature.
+        grad_dtype: Data type of the gradient, or None for no gradient.
     """
     if t_NW.is_cuda and t_NW.dtype == torch.float32 and (kernels := loss_kernels()) is not None:
-        d = None if wanted is None else torch.empty(t_NW.shape, dtype=wanted, device=t_NW.device)
+        d = None if grad_dtype is None else torch.empty(t_NW.shape, dtype=grad_dtype, device=t_NW.device)
         return *kernels.divergence_rows(t_NW, s_NW, labels, weights, d, kind, temperature, *scales), d
     plain = s_NW.log_softmax(-1) if labels is not None else None
     if temperature != 1:
@@ -182,16 +186,16 @@ def gradients_of_rows(
     if weights is not None:
         kl, d = kl * weights, d.mul_(weights[:, None])
     if labels is not None and plain is not None:
-        known, target = labels >= 0, labels.clamp(min=0).unsqueeze(1)
-        ce = torch.where(known, -plain.gather(1, target).squeeze(1), 0.0)
+        labelled, target = labels >= 0, labels.clamp(min=0).unsqueeze(1)
+        ce = torch.where(labelled, -plain.gather(1, target).squeeze(1), 0.0)
         if scales[1]:
-            scale = known.to(d.dtype).mul_(scales[1]).unsqueeze(1)
+            scale = labelled.to(d.dtype).mul_(scales[1]).unsqueeze(1)
             d.addcmul_(plain.exp_(), scale).scatter_add_(1, target, -scale)
-    return kl, ce, None if wanted is None else d.to(wanted)
+    return kl, ce, None if grad_dtype is None else d.to(grad_dtype)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; on a GPU without rounding the product to the precision of its factors."""
+    """Add a @ b to `total`, on a GPU without rounding the product to the dtype of its factors."""
     if a.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
@@ -200,7 +204,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @functools.cache
 def loss_kernels() -> ModuleType | None:
-    """The loss in Triton, where that is installed."""
+    """Return the module of the loss in Triton, or None where Triton is not installed."""
     try:
         return importlib.import_module("deltify.ops.triton.kl")
     except ImportError:

@@ -1,4 +1,4 @@
-"""What a run says while it goes: the terminal, metrics.jsonl, and a tracker besides if the recipe names one."""
+"""Progress of a run: the terminal, metrics.jsonl, and the tracker that the recipe names, if any."""
 
 import importlib
 import json
@@ -8,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
-from rich.progress import Progress as ProgressBar
-from rich.progress import TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 from ..config import STAGES, Recipe
 from ..utils.console import console
@@ -18,12 +17,12 @@ from . import distributed
 from .run_folder import holds_run
 
 TRACKERS = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
-IDENTITY = {"trackio": "name", "wandb": "id"}  # of a tracker's run, by which it is found again
+IDENTITY = {"trackio": "name", "wandb": "id"}  # attribute of a tracker's run by which it is resumed
 
 
 def read_stages(folder: Path) -> Iterator[tuple[str, list[dict]]]:
-    """A run's stages in their order with their lines of metrics.jsonl, whose tokens count from the run's beginning."""
-    lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]  # a last line without its end was cut
+    """Yield each stage of a run with its lines of metrics.jsonl. Their tokens count from the start of the run."""
+    lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]  # a last line without a newline is incomplete
     records, before = [json.loads(line) for line in lines], 0
     for stage in ("converted", *STAGES):
         if mine := [r | {"tokens": before + r["tokens"]} for r in records if r["stage"] == stage]:
@@ -32,7 +31,7 @@ def read_stages(folder: Path) -> Iterator[tuple[str, list[dict]]]:
 
 
 class Metrics:
-    """metrics.jsonl, one line per step, and the run's one tracker, which sees `stage/key` over the steps of the run."""
+    """Writes metrics.jsonl, one line per step, and sends the same figures to the tracker as `stage/key`."""
 
     def __init__(self, recipe: Recipe):
         self.path = recipe.folder / "metrics.jsonl"
@@ -40,7 +39,7 @@ class Metrics:
         for stage in STAGES:
             self.steps_before[stage] = total
             total += recipe.stage(stage).steps
-        self.silent = distributed.rank() > 0  # the first rank speaks for all
+        self.silent = distributed.rank() > 0  # only the first rank writes
         self.log, self.close = lambda figures, step: None, lambda: None
         if not self.silent:
             sent = max((self.step_of_run(record) for _, record in self.lines()), default=-1)
@@ -53,6 +52,7 @@ class Metrics:
         self.close()
 
     def write(self, stage: str, step: int, **record) -> None:
+        """Write the line of a step."""
         if self.silent:
             return
         with self.path.open("a") as out:
@@ -61,14 +61,14 @@ class Metrics:
         self.log(figures, self.step_of_run({"stage": stage, "step": step}))
 
     def step_of_run(self, record: dict) -> int:
-        """Returns the step of a line, counted over all stages."""
+        """Return the step of a line, counted over all stages."""
         return self.steps_before[record["stage"]] + record["step"]
 
     def lines(self) -> Iterator[tuple[str, dict]]:
-        """Yields each line and what it says, but for a last one that a kill left half-written.
+        """Yield each line and the record in it. Skip an incomplete last line, which a killed run leaves.
 
         Raises:
-            ValueError: if another line is damaged; says which.
+            ValueError: If another line is damaged.
         """
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
         for number, line in enumerate(lines, 1):
@@ -77,48 +77,50 @@ class Metrics:
             except json.JSONDecodeError:
                 if number < len(lines):
                     raise ValueError(
-                        f"{self.path}, line {number}: {line[:60]!r} is not a JSON object; delete the line and --resume"
+                        f"{self.path}, line {number}: {line[:60]!r} is not a JSON object. Delete the line and --resume"
                     ) from None
 
-    def cut(self, stage: str, step: int) -> None:
-        """Drops lines of steps that a stage is about to make again, and a last line that a kill left half-written."""
+    def truncate(self, stage: str, step: int) -> None:
+        """Drop the lines of a stage's later steps, which will be made again, and an incomplete last line."""
         if not self.silent:
-            kept = [line + "\n" for line, was in self.lines() if was["stage"] != stage or was["step"] <= step]
+            kept = [line + "\n" for line, record in self.lines() if record["stage"] != stage or record["step"] <= step]
             write_text(self.path, "".join(kept))
 
 
 def tracker_module(name: str | None) -> ModuleType | None:
-    """The module of the tracker that `run.report_to` names.
+    """Return the module of the tracker that `run.report_to` names.
 
     Raises:
-        ValueError: if it is unknown or not installed.
+        ValueError: If it is unknown or not installed.
     """
     if name is None:
         return None
     if name not in TRACKERS:
-        raise ValueError(f"run.report_to={name!r}; choose trackio, wandb or tensorboard, or leave it out")
+        raise ValueError(f"run.report_to={name!r} is unknown; choose trackio, wandb or tensorboard, or leave it out")
     try:
         return importlib.import_module(TRACKERS[name])
     except ImportError as error:
         raise ValueError(
-            f"run.report_to={name!r} needs a package that is not installed ({error}); run: pip install {name}, or "
+            f"run.report_to={name!r} needs a package that is not installed ({error}). Run: pip install {name}, or "
             "leave it out"
         ) from None
 
 
 def open_tracker(recipe: Recipe, sent: int) -> tuple[Callable[[dict[str, float], int], None], Callable[[], None]]:
-    """Opens the tracker that `run.report_to` names; a run that goes on goes on in the tracker's run, too.
+    """Open the tracker that `run.report_to` names. A resumed run continues the tracker's run.
 
-    Steps up to `sent` that are made again are not sent again; but tensorboard takes the new ones in their place.
+    Args:
+        sent: Last step that an earlier run sent. Steps up to it are not sent again, except to tensorboard, where they
+            replace the old ones.
 
     Returns:
-        Two functions: one sends figures and their step, one ends the tracker's run.
+        Two functions: one sends figures with their step, one ends the tracker's run.
     """
     name, tracker = recipe.run.report_to, tracker_module(recipe.run.report_to)
     if name is None or tracker is None:
         return lambda figures, step: None, lambda: None
     if name == "tensorboard":
-        writers = []  # one, which the first step opens: what older files say of that and later steps is hidden
+        writers = []  # opened at the first step; purge_step hides that and later steps of older files
 
         def write(figures: dict[str, float], step: int) -> None:
             if not writers:
@@ -133,24 +135,27 @@ def open_tracker(recipe: Recipe, sent: int) -> tuple[Callable[[dict[str, float],
         return write, close
     path, identity = recipe.folder / "tracker.json", IDENTITY[name]
     known = json.loads(path.read_text()) if path.is_file() and holds_run(recipe.folder) else {}
-    going_on = {identity: known[name], "resume": "allow"} if name in known else {}
-    run = tracker.init(**{"project": "deltify", "name": recipe.name, "config": asdict(recipe), **going_on})
+    resumed = {identity: known[name], "resume": "allow"} if name in known else {}
+    run = tracker.init(**{"project": "deltify", "name": recipe.name, "config": asdict(recipe), **resumed})
     write_text(path, json.dumps(known | {name: getattr(run, identity)}))
 
     def send(figures: dict[str, float], step: int) -> None:
-        if step > sent or not going_on:
+        if step > sent or not resumed:
             tracker.log(figures, step=step)
 
     return send, tracker.finish
 
 
-class progress_bar:
-    """A bar with loss, tokens/s and the time left; silent where there is no terminal."""
+class ProgressBar:
+    """A bar with loss, tokens/s and time left, which shows only on a terminal.
+
+    Entering it returns the function that updates it: `show(steps done, loss, tokens per second)`.
+    """
 
     def __init__(self, name: str, steps: int):
         text = TextColumn("{task.description} {task.completed}/{task.total}  loss {task.fields[loss]:.3f}")
         speed = TextColumn("{task.fields[speed]:,.0f} tokens/s")
-        self.bar = ProgressBar(text, speed, TimeRemainingColumn(), console=console, transient=True)
+        self.bar = Progress(text, speed, TimeRemainingColumn(), console=console, transient=True)
         self.task = self.bar.add_task(name, total=steps, loss=math.nan, speed=0.0)
 
     def __enter__(self):

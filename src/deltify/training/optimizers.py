@@ -1,6 +1,7 @@
-"""What a stage trains, and how fast: the optimizer's groups and the learning rates over the steps."""
+"""Trained parameters, optimizers and learning rates of a stage."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -10,20 +11,20 @@ from ..model import DeltifyForCausalLM
 
 
 def recomputes(stage: Stage, name: str) -> bool:
-    """Whether activations are computed again in the backward; in align only one layer's are alive anyway."""
+    """Return whether the backward pass recomputes activations. align never does: only one layer's are alive."""
     return stage.activation_checkpointing and name != "align"
 
 
 def waits_for_ranks(name: str, ranks: int, sharded: bool) -> bool:
-    """Whether a step speaks with other ranks before it has its gradients, as gathered weights and align's loss do."""
+    """Return whether a step needs other ranks before it has its gradients, for sharded weights or align's loss."""
     return ranks > 1 and (sharded or name == "align")
 
 
 def choose_trained(student: DeltifyForCausalLM, stage: Stage, name: str) -> dict[str, list[nn.Parameter]]:
-    """The parameters that a stage trains, mixers and the rest; all others are frozen.
+    """Freeze the parameters that a stage does not train, and return the others by group: mixers and other.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: If the stage trains none.
     """
     mixers: list[nn.Parameter] = []
     for layer in student.model.layers:
@@ -31,48 +32,50 @@ def choose_trained(student: DeltifyForCausalLM, stage: Stage, name: str) -> dict
         if layer.linear or nope:
             mixers += layer.self_attn.parameters()
     known = {id(p) for p in mixers}
-    rest = [p for p in student.parameters() if id(p) not in known] if name != "align" and stage.lr_other > 0 else []
-    if not mixers and not rest:
+    other = [p for p in student.parameters() if id(p) not in known] if name != "align" and stage.lr_other > 0 else []
+    if not mixers and not other:
         raise ValueError(
-            f"{name} has nothing to train: no layer of the student replaces attention; set {name}.tokens to 0"
+            f"{name} has nothing to train: no layer of the student replaces attention. Set {name}.tokens to 0"
         )
     student.requires_grad_(False)
-    for parameter in mixers + rest:
+    for parameter in mixers + other:
         parameter.requires_grad_(True)
-    return {"mixers": mixers, "other": rest}
+    return {"mixers": mixers, "other": other}
 
 
-def training_bytes(student: nn.Module, teacher: nn.Module | None) -> int:
-    """Of the student's weights, their gradients and Adam's moments in float32, and of the teacher's weights."""
-    fixed = 0 if teacher is None else sum(p.numel() * p.element_size() for p in teacher.parameters())
-    return 16 * sum(p.numel() for p in student.parameters()) + fixed
+def training_bytes(student: nn.Module, teacher_parameters: Iterable[nn.Parameter] = ()) -> int:
+    """Return the bytes of the student's weights, gradients and Adam moments in float32, and of the teacher."""
+    teacher = sum(p.numel() * p.element_size() for p in teacher_parameters)
+    return 16 * sum(p.numel() for p in student.parameters()) + teacher
 
 
 def make_optimizers(
     student: DeltifyForCausalLM, stage: Stage, name: str, sharded: bool = False
 ) -> list[torch.optim.Optimizer]:
-    """The stage's optimizers over the groups mixers and rest; what is not trained gets no gradient.
+    """Return the optimizers of a stage over the parameters that it trains.
 
-    With muon the matrices are Muon's (Jordan et al. 2024), but for the embeddings and the head, which with all that is
-    no matrix are AdamW's. Its updates are scaled to the size of AdamW's (Liu et al. 2025, 2502.16982, equation 4), so
-    that both take the same rates.
+    With `muon`, Muon (Jordan et al. 2024) trains the matrices, and AdamW the embeddings, the head and the vectors.
+    Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, equation 4), so that both take
+    the same learning rates.
 
     Raises:
-        ValueError: for adamw8bit, if bitsandbytes is not installed, or for any but adamw of a sharded student.
+        ValueError: If `adamw8bit` lacks bitsandbytes, or a sharded student has another optimizer than `adamw`.
     """
-    words = {id(student.get_input_embeddings().weight), id(student.get_output_embeddings().weight)}
-    inner, others = [], []
+    embedding_ids = {id(student.get_input_embeddings().weight), id(student.get_output_embeddings().weight)}
+    muon_groups, adamw_groups = [], []
     for group, parameters in choose_trained(student, stage, name).items():
-        matrices = [p for p in parameters if p.dim() == 2 and (stage.optimizer != "muon" or id(p) in words)]
-        turned = [p for p in parameters if p.dim() == 2 and stage.optimizer == "muon" and id(p) not in words]
+        matrices = [p for p in parameters if p.dim() == 2 and (stage.optimizer != "muon" or id(p) in embedding_ids)]
+        muon_matrices = [
+            p for p in parameters if p.dim() == 2 and stage.optimizer == "muon" and id(p) not in embedding_ids
+        ]
         vectors = [p for p in parameters if p.dim() != 2]
-        inner.append({"name": f"{group}_muon", "params": turned, "weight_decay": stage.weight_decay})
-        others.append({"name": group, "params": matrices, "weight_decay": stage.weight_decay})
-        others.append({"name": f"{group}_vectors", "params": vectors, "weight_decay": 0.0})
-    inner, others = ([o for o in options if o["params"]] for options in (inner, others))
+        muon_groups.append({"name": f"{group}_muon", "params": muon_matrices, "weight_decay": stage.weight_decay})
+        adamw_groups.append({"name": group, "params": matrices, "weight_decay": stage.weight_decay})
+        adamw_groups.append({"name": f"{group}_vectors", "params": vectors, "weight_decay": 0.0})
+    muon_groups, adamw_groups = ([g for g in each if g["params"]] for each in (muon_groups, adamw_groups))
     if stage.optimizer != "adamw" and sharded:
         raise ValueError(
-            f"{name}.optimizer={stage.optimizer!r} cannot be sharded over processes; choose adamw, or "
+            f"{name}.optimizer={stage.optimizer!r} cannot be sharded over processes. Choose adamw, or "
             "run.data_parallel: replicate"
         )
     if stage.optimizer == "adamw8bit":
@@ -80,20 +83,20 @@ def make_optimizers(
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise ValueError(
-                f"{name}.optimizer={stage.optimizer!r} needs bitsandbytes ({error}); run: pip install bitsandbytes, or "
+                f"{name}.optimizer={stage.optimizer!r} needs bitsandbytes ({error}). Run: pip install bitsandbytes, or "
                 "choose adamw"
             ) from None
-        return [AdamW8bit(others, lr=0.0, betas=(0.9, 0.95))]
-    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), fused=True)]
-    if inner:
-        found.append(StackedMuon(inner, lr=0.0, adjust_lr_fn="match_rms_adamw"))
-    return found
+        return [AdamW8bit(adamw_groups, lr=0.0, betas=(0.9, 0.95))]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw_groups, lr=0.0, betas=(0.9, 0.95), fused=True)]
+    if muon_groups:
+        optimizers.append(StackedMuon(muon_groups, lr=0.0, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 class StackedMuon(torch.optim.Muon):
-    """`torch.optim.Muon`, with matrices of one shape orthogonalised together: the same numbers, in a tenth of the time.
+    """Gives the results of `torch.optim.Muon` in a tenth of the time: it orthogonalises equal shapes together.
 
-    One after the other, the 360 matrices of a model of 30 layers take 9,000 launches a step.
+    One by one, the 360 matrices of a model of 30 layers take 9,000 kernel launches per step.
     """
 
     @torch.no_grad()
@@ -118,7 +121,7 @@ class StackedMuon(torch.optim.Muon):
 
 
 def orthogonalise(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """[M, A, B] bfloat16: near to the orthogonal factors of [M, A, B] matrices, by Newton-Schulz iterations."""
+    """Approximate the orthogonal factors of matrices [M, A, B] by Newton-Schulz iterations, in bfloat16."""
     a, b, c = coefficients
     tall = x.shape[1] > x.shape[2]
     y = (x.mT if tall else x).bfloat16()
@@ -130,17 +133,19 @@ def orthogonalise(x: Tensor, coefficients: tuple[float, float, float], steps: in
 
 
 def groups(optimizers: list[torch.optim.Optimizer]) -> list[dict]:
+    """Return the parameter groups of all optimizers."""
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def trained(optimizers: list[torch.optim.Optimizer]) -> list[nn.Parameter]:
+    """Return the parameters of all optimizers."""
     return [p for group in groups(optimizers) for p in group["params"]]
 
 
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], stage: Stage, step: int) -> None:
-    """Linear warm-up, then cosine to `min_lr_ratio` of the peak; a function of the stage and the step alone.
+    """Set the learning rates of a step: linear warm-up, then a cosine to `min_lr_ratio` of the peak.
 
-    The peaks are the stage's, not the optimizer's: a checkpoint must not bring back rates that the recipe changed.
+    The peaks come from the stage. A checkpoint must not restore learning rates that the recipe has changed.
     """
     warm = max(1, round(stage.warmup_ratio * stage.steps))
     if step < warm:

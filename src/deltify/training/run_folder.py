@@ -1,4 +1,4 @@
-"""A run's folder and machine: what a recipe may go on with, and the device and precision that its numbers come from."""
+"""The folder of a run: whether a recipe may resume the run in it, and what the run was made from and on."""
 
 import json
 from dataclasses import asdict
@@ -9,90 +9,96 @@ import torch
 from ..config import STAGES, Recipe, load_recipe, write_recipe
 from ..utils.files import write_text
 
-RATES = ("lr_mixers", "lr_other", "min_lr_ratio", "warmup_ratio", "max_grad_norm")
-MEMORY = (
-    "micro_batch_size",
-    "activation_checkpointing",
-)  # the same training, but for rounding; align scales by micro-batch
+LEARNING_RATES = ("lr_mixers", "lr_other", "min_lr_ratio", "warmup_ratio", "max_grad_norm")
+# these change rounding only, but in align also the variance that the loss of a micro-batch is divided by
+MEMORY = ("micro_batch_size", "activation_checkpointing")
 
 
 def check_run(recipe: Recipe, resume: bool, device: torch.device, precision: str) -> list[str]:
-    """What differs from the run that the recipe's folder holds, a line each; nothing is written.
+    """Return one line for each difference from the run that the recipe's folder holds. Write nothing.
 
-    A folder without a model or checkpoint holds no run yet, whatever an attempt that failed has left there.
+    A folder without a model or checkpoint holds no run, whatever a failed attempt has left there.
 
     Raises:
-        FileExistsError: if the folder holds a run and `resume` was not asked for.
-        ValueError: if the run there was made from another recipe; names the fields that differ.
+        FileExistsError: If the folder holds a run and `resume` is false.
+        ValueError: If that run has another recipe. The message names the fields that differ.
     """
     folder = recipe.folder
     if not holds_run(folder):
         return []
     if not resume:
-        raise FileExistsError(f"{folder} holds a run already; add --resume to go on with it, or --name for another one")
+        raise FileExistsError(
+            f"{folder} already holds a run. Add --resume to continue it, or --name to start another one"
+        )
     old, new = flatten(asdict(load_recipe(folder / "recipe.yaml"))), flatten(asdict(recipe))
     changed = [key for key in new if old.get(key) != new[key] and not key.startswith(("run.", "output"))]
     if refused := [key for key in changed if not may_change(key, old.get(key), new[key])]:
         changes = ", ".join(f"{key}: {old.get(key)!r} then, {new[key]!r} now" for key in refused)
         raise ValueError(
-            f"{folder} was made from another recipe ({changes}); use another --name, or give it as it was. Only a "
-            f"stage's {', '.join(RATES + MEMORY)} and teacher.cache may change on the way, lr_other not to or from 0"
+            f"{folder} was created by another recipe ({changes}). Use another --name, or restore the old values. When "
+            f"resuming, only teacher.cache and a stage's {', '.join(LEARNING_RATES + MEMORY)} may change, and lr_other "
+            "may not become or leave 0"
         )
-    lines = [f"{key}: {old[key]!r} until now, {new[key]!r} from here on" for key in changed]
+    lines = [f"{key}: {old[key]!r} before, {new[key]!r} from now on" for key in changed]
     now = machine(device, precision)
     then = {name: read_run(folder).get(name, value) for name, value in now.items()}
     if then != now:
         described = [f"{how['device']} in {how['precision']}" for how in (then, now)]
         lines.append(
-            f"warning: the run was on {described[0]}, and goes on on {described[1]}; its numbers will not be equal to "
-            "those of an unbroken run"
+            f"warning: the run was on {described[0]} and continues on {described[1]}. Its results will not equal those "
+            "of an unbroken run"
         )
     return lines
 
 
 def may_change(key: str, old: object, new: object) -> bool:
-    """Whether a run may go on with this field changed."""
-    if key == "teacher.cache":  # the same teacher, but for rounding
+    """Return whether a resumed run may have another value of this field."""
+    if key == "teacher.cache":  # differs by rounding only
         return True
     stage, _, field = key.partition(".")
-    if stage not in STAGES or field not in RATES + MEMORY:
+    if stage not in STAGES or field not in LEARNING_RATES + MEMORY:
         return False
-    return field != "lr_other" or bool(old) == bool(new)  # 0 freezes: the checkpoint's optimizer has other tensors
+    return field != "lr_other" or bool(old) == bool(new)  # with 0 the optimizer has fewer parameters
 
 
 def holds_run(folder: Path) -> bool:
+    """Return whether a folder holds a recipe and a model or checkpoint."""
     made = [*folder.glob("*/config.json"), *folder.glob("checkpoints/*/progress.json")]
     return (folder / "recipe.yaml").is_file() and bool(made)
 
 
 def check_data(recipe: Recipe, data: dict[str, str]) -> None:
-    """Raises ValueError if the tokens, of which `data` has the checksums, are not those that the run began with."""
+    """Raise ValueError if the tokens changed since the run began. `data` has their checksums."""
     then = read_run(recipe.folder).get("data", data) if holds_run(recipe.folder) else data
     if changed := [name for name in data if then.get(name) != data[name]]:
         raise ValueError(
-            f"the tokens of {', '.join(changed)} are not those that {recipe.folder} began with; bring the text, "
-            f"{recipe.data.folder} and run.heldout_tokens back as they were, or use another --name"
+            f"the tokens of {', '.join(changed)} are not those that {recipe.folder} began with. Restore the text, "
+            f"{recipe.data.folder} and run.heldout_tokens, or use another --name"
         )
 
 
 def check_weights(recipe: Recipe, weights: str, whose: str) -> None:
-    """Raises ValueError if weights, given by fingerprint, are not those of the teacher that the run began with."""
+    """Raise ValueError if the fingerprint `weights` is not that of the teacher that the run began with."""
     then = read_run(recipe.folder).get("weights", weights) if holds_run(recipe.folder) else weights
     if then != weights:
         raise ValueError(
             f"{whose} has other weights (fingerprint {weights}) than the teacher that {recipe.folder} began with "
-            f"({then}); bring that teacher back, or use another --name"
+            f"({then}). Restore that teacher, or use another --name"
         )
 
 
 def read_run(folder: Path) -> dict:
-    """What run.json says; nothing if there is none."""
+    """Return the contents of run.json, or an empty dictionary if there is none."""
     return json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {}
 
 
 def write_run(recipe: Recipe, device: torch.device, precision: str, data: dict[str, str], weights: str) -> None:
-    """Makes the run's folder, with what it is made from and on: a checksum of each source's tokens, and the fingerprint
-    of the teacher's weights."""
+    """Write recipe.yaml and run.json, which holds the device, the precision, and the checksums of text and teacher.
+
+    Args:
+        data: Checksums of the tokens of each source.
+        weights: Fingerprint of the teacher's weights.
+    """
     recipe.folder.mkdir(parents=True, exist_ok=True)
     made = machine(device, precision) | {"data": data, "weights": weights}
     write_text(recipe.folder / "run.json", json.dumps(made))
@@ -100,10 +106,12 @@ def write_run(recipe: Recipe, device: torch.device, precision: str, data: dict[s
 
 
 def machine(device: torch.device, precision: str) -> dict[str, str]:
+    """Return the facts about the machine that results depend on."""
     return {"device": device.type, "precision": precision}
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+    """Return the fields of a nested recipe by their dotted names."""
     flat: dict[str, object] = {}
     for key, value in tree.items():
         nested = isinstance(value, dict) and key != "train"

@@ -1,0 +1,214 @@
+"""One training step of each stage, and the evaluation on held-out text.
+
+Legend: B batch, T tokens, N = B * T, D model width, W vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..config import Stage
+from ..data.batches import Batch
+from ..model import DeltifyForCausalLM
+from ..model.mixers import find_packing
+from .losses import hidden_state_loss, linear_kl, mixer_loss
+
+
+class StageTeacher(Protocol):
+    """What a stage needs of its teacher, whether its model is in memory or its outputs are on disk.
+
+    Attributes:
+        can_be_graphed: Whether a CUDA graph can capture `hidden_states`.
+        fingerprint: Fingerprint of the weights.
+    """
+
+    can_be_graphed: bool
+
+    @property
+    def config(self) -> PreTrainedConfig: ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Return the last hidden states [N, D] of a batch."""
+        ...
+
+    def layer_states(self, batch: Batch) -> list[Tensor]:
+        """Return the last hidden states [N, D] and the output [N, D] of every layer."""
+        ...
+
+    def head(self) -> Tensor:
+        """Return the output embeddings [W, D]."""
+        ...
+
+    def attention_layers(self) -> list[nn.Module]:
+        """Return the attention module of every layer."""
+        ...
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters in memory by name."""
+        ...
+
+    def shard(self) -> None:
+        """Shard the parameters over the ranks. A second call changes nothing."""
+        ...
+
+
+def align_step(
+    teacher: StageTeacher,
+    student: DeltifyForCausalLM,
+    batch: Batch,
+    stage: Stage,
+    scale: float,
+    max_documents: int | None = None,
+) -> dict[str, Tensor]:
+    """Train each student mixer on the input and output of the teacher attention layer that it replaces.
+
+    Args:
+        scale: Factor of the gradients, which are added to those already there.
+        max_documents: Number of documents to pack the batch as; see `find_packing`.
+    """
+    losses: list[Tensor] = []
+    packing = find_packing(None, batch.position_ids, batch.input_ids.shape[1], False, max_documents)
+
+    def train_mixer(attention, args, kwargs, output):
+        layer = student.model.layers[attention.layer_idx]
+        if not any(p.requires_grad for p in layer.self_attn.parameters()):
+            return  # full attention that keeps RoPE equals the teacher's
+        hidden = kwargs["hidden_states"].detach()
+        with torch.enable_grad():
+            if layer.linear:
+                out = layer.self_attn(hidden, None, packing)
+            else:
+                out, _ = layer.self_attn(hidden, kwargs["position_embeddings"], kwargs["attention_mask"], None)
+            loss = mixer_loss(out, output[0])
+            with torch.autocast(hidden.device.type, enabled=False):
+                (loss * scale).backward()
+        losses.append(loss.detach())
+
+    def run_teacher(student: DeltifyForCausalLM) -> Tensor:
+        hooks = [layer.register_forward_hook(train_mixer, with_kwargs=True) for layer in teacher.attention_layers()]
+        try:
+            with torch.no_grad():
+                teacher.hidden_states(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(losses).mean()
+
+    return {"loss": student.run_with_full_weights(run_teacher)}
+
+
+def match_step(
+    teacher: StageTeacher,
+    student: DeltifyForCausalLM,
+    batch: Batch,
+    stage: Stage,
+    scale: float,
+    max_documents: int | None = None,
+) -> dict[str, Tensor]:
+    """Train the whole student on the teacher's next-token distribution.
+
+    Cross-entropy and the hidden-state loss are added with the weights that the stage gives them. Positions beyond the
+    teacher's context window contribute cross-entropy only.
+
+    Args:
+        scale: Factor of the gradients, which are added to those already there.
+        max_documents: Number of documents to pack the batch as; see `find_packing`.
+    """
+    weight, with_layers = stage.hidden_state_weight, bool(stage.hidden_state_weight)
+    with torch.no_grad():
+        states = teacher.layer_states(batch) if with_layers else [teacher.hidden_states(batch)]
+    teacher_hidden, *teacher_layers = states
+    teacher_head = teacher.head()
+    options: dict[str, Any] = {
+        "labels": next_tokens(batch).flatten() if stage.ce_weight else None,
+        "ce_weight": stage.ce_weight / (1 - weight),
+        "divergence": stage.divergence,
+        "temperature": stage.temperature,
+    }
+    context_window = teacher.config.max_position_embeddings
+    if batch.input_ids.shape[1] > context_window:
+        options["mask"] = (batch.position_ids < context_window).flatten()
+
+    def compute_losses(student: DeltifyForCausalLM) -> tuple[Tensor, ...]:
+        student_hidden, *student_layers = layer_states(
+            student, batch, output_hidden_states=with_layers, max_documents=max_documents
+        )
+        loss, kl, ce = linear_kl(student_hidden, student.lm_head.weight, teacher_hidden, teacher_head, **options)
+        if not with_layers:
+            return loss, kl, ce
+        hidden = hidden_state_loss(student_layers, teacher_layers)
+        return (1 - weight) * loss + weight * hidden, kl, ce, hidden.detach()
+
+    loss, kl, ce, *hidden = student.run_with_full_weights(compute_losses)
+    with torch.autocast(loss.device.type, enabled=False):
+        (loss * scale).backward()
+    losses = {"loss": loss.detach(), "kl": kl}
+    if stage.ce_weight:
+        losses["ce"] = ce
+    if hidden:
+        losses["hidden"] = hidden[0]
+    return losses
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the last hidden states [N, D] of a language model. Packed documents do not see each other."""
+    return layer_states(model, batch)[0]
+
+
+def layer_states(model: nn.Module, batch: Batch, *, output_hidden_states: bool = False, **options) -> list[Tensor]:
+    """Return the last hidden states [N, D] and, with `output_hidden_states`, the output [N, D] of every layer.
+
+    The embeddings are not among them: `align` and `match` do not compare them.
+
+    Args:
+        options: Further arguments of the model.
+    """
+    if output_hidden_states:
+        options["output_hidden_states"] = True
+    output = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **options)
+    layers = output.hidden_states[1:] if output_hidden_states else ()
+    return [x.flatten(0, 1) for x in (output.last_hidden_state, *layers)]
+
+
+def next_tokens(batch: Batch) -> Tensor:
+    """Return the token [B, T] that follows each token, or -100 at the end of a document or sequence."""
+    labels = F.pad(batch.input_ids[:, 1:], (0, 1), value=-100)
+    return labels.masked_fill(F.pad(~batch.same_document, (0, 1), value=True), -100)
+
+
+@torch.no_grad()
+def evaluate_heldout(
+    teacher: StageTeacher, student: DeltifyForCausalLM, heldout: list[Batch], autocast: Callable
+) -> dict[str, float]:
+    """Return the KL per token from the teacher and the perplexity of a student on held-out text."""
+    kl = ce = tokens = labelled = 0.0
+    for batch in heldout:
+        batch = batch.to(student.device)
+        labels = next_tokens(batch).flatten()
+        with autocast():
+            teacher_hidden, teacher_head = teacher.hidden_states(batch), teacher.head()
+            _, batch_kl, batch_ce = student.run_with_full_weights(
+                lambda s: linear_kl(
+                    hidden_states(s, batch),  # noqa: B023
+                    s.lm_head.weight,
+                    teacher_hidden,  # noqa: B023
+                    teacher_head,  # noqa: B023
+                    labels=labels,  # noqa: B023
+                )
+            )
+        kl += float(batch_kl) * labels.numel()
+        ce += float(batch_ce) * labels.numel()
+        tokens += labels.numel()
+        labelled += int((labels >= 0).sum())
+    return {"heldout_kl": kl / tokens, "heldout_perplexity": math.exp(min(ce / labelled, 700.0))}

@@ -1,0 +1,293 @@
+"""The training loop of one stage: align, match or extend."""
+
+import functools
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Recipe, Stage
+from ..data.batches import Batch, MixedBatches
+from ..data.token_files import TokenFile
+from ..model import DeltifyForCausalLM
+from ..utils.console import console, log
+from . import checkpoint, distributed
+from .checkpoint import Progress
+from .cuda_graphs import GraphedStep
+from .metrics import Metrics, ProgressBar
+from .optimizers import (
+    choose_trained,
+    groups,
+    make_optimizers,
+    recomputes,
+    set_learning_rates,
+    trained,
+    waits_for_ranks,
+)
+from .signals import Stopped, Stopper
+from .steps import StageTeacher, align_step, evaluate_heldout, match_step
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What all stages of a run share.
+
+    Attributes:
+        precision: bf16 or fp32.
+        train: Token files of the training sources.
+        mixes: Training batches of each stage that is to run.
+        heldout: Validation batches.
+        deadline: Time of `time.monotonic()` after which training stops.
+    """
+
+    recipe: Recipe
+    device: torch.device
+    precision: str
+    train: list[TokenFile]
+    mixes: dict[str, MixedBatches]
+    heldout: list[Batch]
+    metrics: Metrics
+    stopper: Stopper
+    deadline: float = math.inf
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+class StageTrainer:
+    """Trains a student through one stage, from the stage's last checkpoint, if any, to its last step.
+
+    Args:
+        context: What all stages of the run share.
+        name: Name of the stage.
+        sharded: Whether to shard the student over the ranks. The teacher is sharded by the caller.
+    """
+
+    def __init__(
+        self, context: RunContext, name: str, teacher: StageTeacher, student: DeltifyForCausalLM, sharded: bool
+    ):
+        self.context, self.name, self.recipe, self.stage = context, name, context.recipe, context.recipe.stage(name)
+        self.teacher, self.student, self.sharded = teacher, student, sharded
+        choose_trained(student, self.stage, name)
+        if sharded:
+            distributed.shard_student(student)
+        elif name == "align":
+            share_frozen_weights(student, teacher.named_parameters())
+        self.optimizers = make_optimizers(student, self.stage, name, sharded)
+        self.progress = Progress(name, 0, 0, 0.0)
+        self.graphed: GraphedStep | None = None
+        self.signal, self.stopped_early = 0, False
+        self.last_save = self.last_clock = time.monotonic()
+        # the previous stage may have set it; transformers 5.23 has another name for it than 5.16
+        what = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+        getattr(student, f"{what}_checkpointing_{'enable' if recomputes(self.stage, name) else 'disable'}")()
+
+    @property
+    def is_last_step(self) -> bool:
+        return self.progress.step == self.stage.steps
+
+    def run(self) -> None:
+        """Train to the last step, the deadline or a signal. A signal saves a checkpoint first.
+
+        Raises:
+            Stopped: If a signal came.
+        """
+        self.resume()
+        self.student.train()
+        self.last_save = self.last_clock = time.monotonic()
+        with ProgressBar(self.name, self.stage.steps) as show:
+            for step in range(self.progress.step, self.stage.steps):
+                figures = self.train_step(step)
+                speed = self.count_step()
+                self.check_for_stop()
+                finished_at = self.last_clock
+                if self.progress.step % self.recipe.run.eval_every == 0 or self.is_last_step or self.stopped_early:
+                    figures |= self.evaluate()
+                    self.last_clock = time.monotonic()
+                self.log_step(figures, speed)
+                show(self.progress.step, figures["loss"], speed)
+                self.save_if_due(finished_at)
+                if self.signal:
+                    saved = checkpoint.checkpoint_folder(self.recipe.folder, self.progress)
+                    raise Stopped(self.signal, f"saved {saved}; --resume continues from it")
+                if self.stopped_early:
+                    return
+
+    def resume(self) -> None:
+        """Load the stage's last checkpoint, if any, and drop the metrics of later steps."""
+        saved = checkpoint.load_last(self.recipe.folder, self.name, self.student, self.optimizers, log)
+        if saved is not None:
+            self.progress = saved
+            console.print(f"{self.name}: resuming from step {self.progress.step}")
+        self.context.metrics.truncate(self.name, self.progress.step)  # a killed run may have logged more than it saved
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """Make one optimizer step and return the mean losses and the gradient norm."""
+        set_learning_rates(self.optimizers, self.stage, step)
+        batch = self.context.mixes[self.name].batch(step, distributed.rank(), distributed.world_size())
+        with explain_out_of_memory(self.name, self.stage, self.sharded):
+            losses = self.accumulate_gradients(batch)
+            norm = nn.utils.clip_grad_norm_(trained(self.optimizers), self.stage.max_grad_norm)
+            norm = float(distributed.full_tensor(norm))
+            self.check_finite(step, losses, norm)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=self.graphed is None)
+        return losses | {"grad_norm": norm}
+
+    def count_step(self) -> float:
+        """Advance the progress by one step and return its tokens per second."""
+        now = time.monotonic()
+        tokens, seconds = self.stage.batch_size * self.stage.sequence_length, now - self.last_clock
+        self.last_clock = now
+        self.progress = replace(
+            self.progress,
+            step=self.progress.step + 1,
+            tokens=self.progress.tokens + tokens,
+            seconds=self.progress.seconds + seconds,
+        )
+        return tokens / seconds
+
+    def check_for_stop(self) -> None:
+        """Set `signal` and `stopped_early`, equally on all ranks."""
+        device = self.student.device
+        self.signal = int(distributed.all_reduce_max(self.context.stopper.signal, device))
+        late = not self.is_last_step and self.last_clock > self.context.deadline
+        self.stopped_early = bool(distributed.all_reduce_max(late, device))
+
+    def log_step(self, figures: dict[str, float], speed: float) -> None:
+        """Write the line of a step to metrics.jsonl and the tracker."""
+        self.context.metrics.write(
+            stage=self.name,
+            step=self.progress.step,
+            tokens=self.progress.tokens,
+            **figures,
+            **{f"lr_{group['name']}": group["lr"] for group in groups(self.optimizers)},
+            tokens_per_second=speed,
+            seconds=self.progress.seconds,
+        )
+
+    def save_if_due(self, now: float) -> None:
+        """Save a checkpoint if its time or step has come, if the step is the best so far, or if training stops."""
+        run, step = self.recipe.run, self.progress.step
+        due = now - self.last_save > 60 * run.save_every_minutes
+        due = due or bool(run.save_every and step % run.save_every == 0) or self.progress.best_step == step
+        due = bool(distributed.all_reduce_max(due, self.student.device))
+        if (due and not self.is_last_step) or self.stopped_early or self.signal:
+            self.save()
+            self.last_save = self.last_clock = time.monotonic()
+
+    def save(self) -> None:
+        """Save a checkpoint and delete old ones."""
+        folder = self.recipe.folder
+        checkpoint.save_checkpoint(
+            checkpoint.checkpoint_folder(folder, self.progress), self.student, self.optimizers, self.progress
+        )
+        checkpoint.prune(folder, self.name, self.recipe.run.keep_checkpoints, self.progress.best_step)
+
+    def accumulate_gradients(self, batch: Batch) -> dict[str, float]:
+        """Add the gradients of a batch, one micro-batch at a time, and return the mean losses of all ranks."""
+        parts = batch.split(self.stage.micro_batch_size or len(batch.input_ids))
+        scale = 1 / len(parts)
+        if self.graphed is None and self.can_be_graphed():
+            step = functools.partial(self.micro_step, scale)
+            self.graphed = GraphedStep(step, trained(self.optimizers), log)
+        device = self.student.device
+        run = (lambda p: self.graphed(p, device)) if self.graphed else lambda p: self.micro_step(scale, p.to(device))
+        losses = [run(part) for part in parts]
+        if distributed.world_size() > 1 and not self.sharded:  # FSDP2 has done so already
+            distributed.all_reduce_mean_([p.grad for p in trained(self.optimizers) if p.grad is not None])
+        means = torch.stack([torch.stack([loss[key].float() for key in loss]) for loss in losses]).mean(0)
+        return dict(zip(losses[0], distributed.all_reduce_mean(means).tolist()))
+
+    def micro_step(self, scale: float, batch: Batch, max_documents: int | None = None) -> dict[str, Tensor]:
+        """Add the gradients of a micro-batch, times `scale`, and return its losses."""
+        compute = align_step if self.name == "align" else match_step
+        with self.context.autocast():
+            return compute(self.teacher, self.student, batch, self.stage, scale, max_documents)
+
+    def can_be_graphed(self) -> bool:
+        """Return whether a CUDA graph can capture a step.
+
+        It can if the step neither waits for other ranks nor reads data on the host. Recomputed layers and cached
+        teachers do the latter.
+        """
+        waits = waits_for_ranks(self.name, distributed.world_size(), self.sharded)
+        on_gpu = self.student.device.type == "cuda"
+        possible = on_gpu and self.teacher.can_be_graphed and not waits and not recomputes(self.stage, self.name)
+        return self.recipe.run.cuda_graphs and possible
+
+    def check_finite(self, step: int, losses: dict[str, float], norm: float) -> None:
+        """Raise FloatingPointError if the loss or the gradient norm is not finite."""
+        if math.isfinite(losses["loss"]) and math.isfinite(norm):
+            return
+        saved = checkpoint.checkpoints(self.recipe.folder, self.name)
+        raise FloatingPointError(
+            f"{self.name}, step {step}: the loss is {losses['loss']} and the gradient norm {norm}. No update was made. "
+            f"The last good checkpoint is {saved[-1] if saved else 'the folder of the previous stage'}. Resume with a "
+            f"lower learning rate: --resume --{self.name}.lr_mixers {self.stage.lr_mixers / 2:g}"
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate on held-out text, and note the step if it is the best so far."""
+        self.student.eval()
+        scores = evaluate_heldout(self.teacher, self.student, self.context.heldout, self.context.autocast)
+        self.student.train()
+        if self.progress.best_kl is None or scores["heldout_kl"] < self.progress.best_kl:
+            self.progress = replace(self.progress, best_kl=scores["heldout_kl"], best_step=self.progress.step)
+        console.print(
+            f"{self.name}: {self.progress.tokens:>12,} tokens, held-out KL {scores['heldout_kl']:.3f}, "
+            f"perplexity {scores['heldout_perplexity']:.1f}",
+            highlight=False,
+        )
+        return scores
+
+
+def share_frozen_weights(student: DeltifyForCausalLM, teacher_parameters: dict[str, nn.Parameter]) -> None:
+    """Replace the student's frozen parameters that equal the teacher's by the teacher's own, to save memory."""
+    for name, parameter in student.named_parameters():
+        other = teacher_parameters.get(name)
+        if other is None or parameter.requires_grad or parameter.shape != other.shape:
+            continue
+        if torch.equal(parameter, other.to(parameter.dtype)):
+            parameter.data = other.data
+
+
+def unshare_weights(student: DeltifyForCausalLM, teacher_parameters: dict[str, nn.Parameter]) -> None:
+    """Undo `share_frozen_weights`: copy shared parameters in float32, so that the next stage can train them."""
+    shared = {p.data_ptr() for p in teacher_parameters.values()}
+    for parameter in student.parameters():
+        if parameter.data_ptr() in shared:
+            parameter.data = parameter.data.to(torch.float32, copy=True)
+
+
+@contextmanager
+def explain_out_of_memory(name: str, stage: Stage, sharded: bool = False) -> Iterator[None]:
+    """Replace torch.OutOfMemoryError by an error that names the settings of the stage to change.
+
+    Raises:
+        MemoryError: If a GPU runs out of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        share = stage.batch_size // distributed.world_size()
+        sequences = stage.micro_batch_size or share
+        suggestions = []
+        if sequences > 1:
+            fewer = max(number for number in range(1, sequences) if share % number == 0)
+            suggestions.append(f"--resume --{name}.micro_batch_size {fewer}")
+        if not sharded and distributed.world_size() > 1 and stage.optimizer == "adamw":
+            suggestions.append("--resume --run.data_parallel shard")
+        if name != "align" and not stage.activation_checkpointing:
+            suggestions.append(f"--resume --{name}.activation_checkpointing true")
+        suggestions.append(f"--{name}.sequence_length {stage.sequence_length // 2} and another --name")
+        raise MemoryError(
+            f"{name} does not fit in the GPU's memory: micro_batch_size={stage.micro_batch_size} ({sequences} at a "
+            f"time), sequence_length={stage.sequence_length}, activation_checkpointing={stage.activation_checkpointing}"
+            f". Continue with {', or with '.join(suggestions)} ({str(error).splitlines()[0]})"
+        ) from error

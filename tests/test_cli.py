@@ -1,0 +1,52 @@
+"""The command line: bad input, and what commands print."""
+
+import re
+
+import pytest
+from helpers import tiny_recipe
+
+from deltify import distill
+from deltify.cli import main
+from deltify.config import Stage, write_recipe
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["distill", "absent.yaml"], "there is no recipe absent.yaml"),
+        (["distill", "{recipe}", "--match.tokns", "5"], "did you mean match.tokens?"),
+        (["distill", "{recipe}", "--match.tokens", "many"], "many"),
+        (["distill", "{recipe}", "--teacher.model", "gpt-nowhere"], "'gpt-nowhere' is neither a folder"),
+        (["distill", "{recipe}", "--data.train", '{"absent.txt": 1}'], "no text at 'absent.txt'"),
+        (["distill", "{recipe}", "--run.report_to", "paper"], "run.report_to='paper'"),
+        (["distill", "{recipe}", "--student.init", "cold"], "init='cold'"),
+        (["distill", "{recipe}", "--run.device", "cuda:99"], "device 'cuda:99' is not there"),
+        (["distill", "{recipe}", "--run.eval_every", "0"], "run.eval_every=0 must be at least 1"),
+        (
+            ["distill", "{recipe}", "--run.heldout_sequence_length", "1"],
+            "run.heldout_sequence_length=1 must be at least 2",
+        ),
+        (["distill", "{recipe}", "--run.heldout_tokens", "8"], "run.heldout_tokens=8 must be at least run.heldout_seq"),
+        (["distill", "{recipe}", "--run.save_every", "-1"], "run.save_every=-1 must be at least 0"),
+        (["distill", "{recipe}", "--run.save_every_minutes", "0"], "run.save_every_minutes=0.0 must be above 0"),
+        (["distill", "{recipe}", "--align.max_grad_norm", "0"], "align.max_grad_norm=0.0 must be above 0"),
+        (["generate", "{folder}", "Hello", "--device", "gpu"], "device 'gpu' is unknown; choose auto, cpu, cuda"),
+        (["read", "{folder}", "a.txt", "-o", "b", "--device", "cuda:99"], "choose auto or cpu"),
+        (["chat", "{folder}", "--device", "cuda:x"], "device 'cuda:x' is unknown"),
+        (["serve", "{folder}", "--device", "gpu"], "device 'gpu' is unknown"),
+        (["report", "absent"], "deltify evaluate absent"),
+        (["generate", "{folder}", "Hello"], "holds neither a model"),
+    ],
+)
+def test_bad_input_is_named_on_the_command_line(arguments, message, tmp_path, capsys):
+    write_recipe(tiny_recipe(tmp_path), tmp_path / "recipe.yaml")
+    places = {"{recipe}": str(tmp_path / "recipe.yaml"), "{folder}": str(tmp_path)}
+    filled = [places.get(argument, argument) for argument in arguments]
+    assert main(filled) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_generate_streams_and_counts(tmp_path, capsys):
+    run = distill(tiny_recipe(tmp_path, match=Stage()))
+    assert main(["generate", str(run), "Hello", "--max-new-tokens", "5", "--device", "cpu"]) == 0
+    assert re.search(r"\[[1-5] tokens in [\d.]+ s, [\d.]+ tokens/s, prompt of 5 included\]", capsys.readouterr().out)

@@ -1,0 +1,176 @@
+"""Recipes: every one runs with --smoke, and wrong ones are refused."""
+
+import json
+import math
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import records, tiny_recipe
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from deltify import distill, load_recipe
+from deltify.config import RENAMED, STAGES, DataSpec, Recipe, Stage, StudentSpec, TeacherSpec, smoke, value_of
+from deltify.conversion.teacher import random_teacher
+from deltify.training import runner
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_runs_with_smoke(path, tmp_path):
+    recipe = smoke(load_recipe(path, ["--output", str(tmp_path), "--data.folder", str(tmp_path / "data")]))
+    run = distill(recipe)
+    recipe_stages = [name for name in STAGES if recipe.stage(name).tokens]
+    for name in ("converted", *recipe_stages):
+        model = AutoModelForCausalLM.from_pretrained(run / name)
+        assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kls = [line["heldout_kl"] for line in lines if "heldout_kl" in line]
+    assert len(kls) > len(recipe_stages) and all(0 < kl < 10 for kl in kls)
+
+
+def test_training_lowers_the_loss_of_each_stage(tmp_path):
+    longer = Stage(tokens=40 * 4 * 64, sequence_length=64, batch_size=4, lr_mixers=3e-3, lr_other=1e-3)
+    start = StudentSpec(init="library")
+    run = distill(tiny_recipe(tmp_path, student=start, align=longer, match=longer))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for stage in ("align", "match"):
+        losses = [line["loss"] for line in lines if line["stage"] == stage and "loss" in line]
+        assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), stage
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"data": DataSpec(train={"absent.txt": 1.0})},
+        {"teacher": TeacherSpec(model="gpt-nowhere")},
+        {"match": Stage(tokens=2 * 4096, sequence_length=4096, batch_size=2)},  # a sequence longer than the text
+        {"student": StudentSpec(full_attention_layers="KX", calibration_tokens=256, calibration_sequence_length=32)},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_mistyped_first_run_does_not_take_the_name(wrong, tmp_path, monkeypatch):
+    right, text = tiny_recipe(tmp_path, match=Stage()), tmp_path / "text.txt"
+    text.write_text("A short text. " * 200)
+    right = replace(right, data=replace(right.data, train={str(text): 1.0}, heldout=str(text), max_tokens=None))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, OSError)):
+        distill(replace(right, **wrong))
+    assert not (right.folder / "converted").exists()
+    assert (distill(right) / "align" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("dead", ["o", "v", "q", "qkvo", "constant"])
+def test_a_teacher_with_a_constant_layer_trains(dead, tmp_path, monkeypatch):
+    teacher = random_teacher("llama", attention_bias=dead == "constant")
+    attention = teacher.model.model.layers[1].self_attn
+    for name in "v" if dead == "constant" else dead:
+        getattr(attention, f"{name}_proj").weight.zero_()
+    if dead == "constant":
+        attention.v_proj.bias.normal_(std=0.1)
+    monkeypatch.setattr(runner, "open_teacher", lambda *args: teacher)
+    stage = Stage(tokens=2 * 2 * 32, sequence_length=32, batch_size=2)
+    folder = distill(tiny_recipe(tmp_path, align=stage, match=replace(stage, hidden_state_weight=0.2)))
+    rows = records(folder)
+    assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+    # an output of 0 where the teacher is constant scores 10,000 (1 / LEAST_VARIANCE), in one of four layers
+    assert max(row["loss"] for row in rows if "loss" in row) < (5000 if dead == "constant" else 5)
+    for name in ("converted", "align", "match"):
+        assert all(x.isfinite().all() for x in load_file(folder / name / "model.safetensors").values())
+
+
+def test_nothing_is_loaded_for_a_recipe_that_cannot_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "open_teacher", lambda *args: pytest.fail("the teacher was loaded"))
+    monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not installed
+    recipe = tiny_recipe(tmp_path)
+    for changes, message in (
+        (
+            {"run": replace(recipe.run, report_to="paper")},
+            "run.report_to='paper' is unknown; choose trackio, wandb or tensorboard",
+        ),
+        ({"run": replace(recipe.run, report_to="trackio")}, "run.report_to='trackio' needs.*pip install trackio"),
+        ({"run": replace(recipe.run, device="cuda:99")}, "device 'cuda:99' is not there.*choose auto or cpu"),
+        ({"student": StudentSpec(init="cold")}, "init='cold'; choose one of calibrated"),
+        ({"run": replace(recipe.run, eval_every=0)}, "run.eval_every=0 must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            distill(replace(recipe, **changes))
+
+
+def test_a_run_starts_from_a_students_folder(tmp_path, whole):
+    start = StudentSpec(init=str(whole))
+    nothing = Stage()
+    run = distill(tiny_recipe(tmp_path, student=start, align=nothing))
+    first, last = load_file(run / "converted" / "model.safetensors"), load_file(whole / "match" / "model.safetensors")
+    assert all(torch.equal(first[name], last[name]) for name in last)
+    kls = {r["stage"]: r["heldout_kl"] for r in records(whole) if "heldout_kl" in r}
+    assert records(run)[0]["heldout_kl"] == pytest.approx(kls["match"], rel=1e-5)
+    hybrid = replace(start, full_attention_layers=[0])
+    with pytest.raises(ValueError, match=r"full_attention_layers=\[0\] means .*Make both the same"):
+        distill(tiny_recipe(tmp_path / "other", student=hybrid, align=nothing))
+
+
+@pytest.mark.parametrize("old, new", RENAMED.items())
+def test_old_names_of_fields_are_refused_with_the_new_name(old, new, tmp_path):
+    section, field = old.split(".")
+    (tmp_path / "old.yaml").write_text(f"name: x\nmatch: {{tokens: 65536}}\n{section}: {{{field}: 1}}\n")
+    with pytest.raises(ValueError, match=rf"{re.escape(old)} is now called {re.escape(new)}$"):
+        load_recipe(tmp_path / "old.yaml")
+    value_of(Recipe("x"), new)  # there is such a field
+
+
+def test_unknown_fields_in_a_file_name_the_nearest(tmp_path):
+    (tmp_path / "bad.yaml").write_text("name: x\nalign: {tokens: 4096, lenght: 32}\n")
+    with pytest.raises(ValueError, match=r"unknown field align.lenght; did you mean align.sequence_length\?"):
+        load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "bad.yaml").write_text("name: x\nalign: {tokens: 64, sequence_length: 64, batch_size: 4}\n")
+    with pytest.raises(ValueError, match=r"align\.tokens=64 is less than one step"):
+        load_recipe(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("name: [x", r"bad\.yaml is not YAML: .*line 1.*recipes/ has examples"),
+        ("- name: x", r"bad\.yaml holds a list.*a recipe is fields and their values"),
+        ("my recipe", r"bad\.yaml holds a str, 'my recipe'"),
+        ("# no more than a remark", r"bad\.yaml holds nothing"),
+        ("name: x\nalign: 5", r"align=5 is not a section; give it fields, which are: tokens, sequence_length"),
+        ("name: x\nmatch:", r"match=None is not a section"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(text, message, tmp_path):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(tmp_path / "bad.yaml")
+
+
+def test_wrong_teachers_are_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from deltify.conversion.teacher import load_teacher
+
+    teacher = random_teacher("llama")
+    teacher.tokenizer.save_pretrained(tmp_path / "gpt2")
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=300)).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match="'gpt2' cannot be converted yet; supported are: arcee, llama, mistral"):
+        load_teacher(str(tmp_path / "gpt2"))
+    teacher.model.save_pretrained(tmp_path / "wrong")
+    teacher.tokenizer.add_tokens([f"<{i}>" for i in range(9)])
+    teacher.tokenizer.save_pretrained(tmp_path / "wrong")
+    with pytest.raises(ValueError, match="they do not belong together"):
+        load_teacher(str(tmp_path / "wrong"))
+
+
+def test_sequences_longer_than_the_context_window_are_refused(tmp_path):
+    teacher = random_teacher("llama", max_position_embeddings=64)
+    for part in (teacher.model, teacher.tokenizer):
+        part.save_pretrained(tmp_path / "teacher")
+    recipe = tiny_recipe(tmp_path, teacher=TeacherSpec(model=str(tmp_path / "teacher")))
+    with pytest.raises(ValueError, match=r"match\.sequence_length=128 exceeds the teacher's context window"):
+        distill(replace(recipe, match=Stage(tokens=512, sequence_length=128, batch_size=2)))

@@ -1,0 +1,195 @@
+"""Runs that are stopped, killed, damaged or changed, and resumed."""
+
+import os
+import shutil
+import signal
+from dataclasses import replace
+
+import pytest
+from helpers import assert_same_weights, die_in_step, flip, records, tiny_recipe
+from soak import soak
+from transformers import AutoModelForCausalLM
+
+from deltify import distill, load_recipe
+from deltify.cli import main
+from deltify.config import Stage, write_recipe
+from deltify.training import checkpoint, runner, trainer
+from deltify.training.signals import Stopped
+from deltify.training.steps import align_step
+
+
+def test_a_run_killed_at_random_moments_resumes_to_the_same_bits(tmp_path):
+    assert len(list(soak(tmp_path, 3, seed=80))) == 3  # two of them while a folder is written; `make soak` kills 20
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_after_the_step_and_ends_the_run(number, code, tmp_path, monkeypatch, capsys, whole):
+    recipe = tiny_recipe(tmp_path)
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    monkeypatch.setattr(trainer, "align_step", signalled(2, number))  # in the third step
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    assert main(["distill", str(tmp_path / "recipe.yaml")]) == code
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    assert f"stopped by {number.name}: saved {recipe.folder}/checkpoints/align-0000003; --resume continues from it" in (
+        capsys.readouterr().err
+    )
+    assert [record["step"] for record in records(recipe.folder)] == [0, 1, 2, 3]
+    monkeypatch.undo()
+    assert_same_weights(distill(recipe, resume=True), whole, "align", "match")
+    assert [record["step"] for record in records(recipe.folder)] == [0, *range(1, 9), *range(1, 9)]
+    assert "resuming from step 3" in capsys.readouterr().out
+
+
+def signalled(calls: int, *numbers: signal.Signals):
+    """Return an `align_step` that sends signals to this process after the given number of calls."""
+    done = []
+
+    def step(*args):
+        done.append(1)
+        if len(done) == calls + 1:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return align_step(*args)
+
+    return step
+
+
+def test_a_second_ctrl_c_does_not_wait_and_a_second_sigterm_does(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path)
+    monkeypatch.setattr(trainer, "align_step", signalled(2, signal.SIGTERM, signal.SIGTERM))
+    with pytest.raises(Stopped, match="SIGTERM: saved"):
+        distill(recipe)
+    monkeypatch.setattr(trainer, "align_step", signalled(1, signal.SIGINT, signal.SIGINT))
+    with pytest.raises(Stopped, match="SIGINT: --resume continues from the last checkpoint"):
+        distill(recipe, resume=True)
+    assert checkpoint.checkpoints(recipe.folder, "align")[-1].name == "align-0000004"
+
+
+def test_a_signal_outside_the_steps_ends_the_run_at_once(tmp_path, monkeypatch):
+    def load(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the run continued")
+
+    monkeypatch.setattr(runner, "open_teacher", load)
+    with pytest.raises(Stopped, match="stopped by SIGTERM") as stopped:
+        distill(tiny_recipe(tmp_path))
+    assert stopped.value.exit_code == 143
+
+
+def test_tokens_that_changed_since_the_start_are_refused(tmp_path, whole):
+    recipe, text = tiny_recipe(tmp_path), tmp_path / "text.txt"
+    text.write_text("A short text. " * 200)
+    recipe = replace(recipe, data=replace(recipe.data, train={str(text): 1.0}, heldout="python-docs"))
+    distill(recipe, max_minutes=0)
+    text.write_text("Another text. " * 200)
+    with pytest.raises(ValueError, match="changed since it was tokenized"):
+        distill(recipe, resume=True)
+    shutil.rmtree(tmp_path / "data")  # tokenized again, the text has other tokens
+    with pytest.raises(ValueError, match=r"the tokens of .*text\.txt are not those that .*tiny began with"):
+        distill(recipe, resume=True)
+    (tokens,) = (tmp_path / "data").rglob("*-all*/tokens.bin")
+    flip(tokens, 100)  # a damaged token file is made again, from the current text
+    with pytest.raises(ValueError, match=r"the tokens of .*text\.txt are not those that .*tiny began with"):
+        distill(recipe, resume=True)
+    shutil.rmtree(tmp_path / "data")
+    text.write_text("A short text. " * 200)
+    distill(recipe, resume=True)
+
+
+def test_a_run_stopped_by_the_clock_resumes(tmp_path, whole):
+    recipe = tiny_recipe(tmp_path)
+    run = distill(recipe, max_minutes=0)
+    assert (run / "align" / "unfinished.json").is_file() and not (run / "match").exists()
+    AutoModelForCausalLM.from_pretrained(run / "align")
+    distill(recipe, resume=True)
+    assert not (run / "align" / "unfinished.json").exists()
+    assert_same_weights(run, whole, "match")
+
+
+def test_a_stage_stopped_by_the_clock_is_never_taken_for_done(tmp_path, monkeypatch, whole):
+    recipe, replace_folder = tiny_recipe(tmp_path), checkpoint.replace_folder
+
+    def dies_after(unfinished, folder):
+        replace_folder(unfinished, folder)
+        if folder.name == "align":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "replace_folder", dies_after)
+    with pytest.raises(KeyboardInterrupt):
+        distill(recipe, max_minutes=0)
+    monkeypatch.undo()
+    assert_same_weights(distill(recipe, resume=True), whole, "match")
+
+
+def test_a_run_that_dies_before_its_first_checkpoint_starts_the_stage_again(tmp_path, whole):
+    recipe = tiny_recipe(tmp_path)
+    die_in_step(recipe, 1)
+    metrics = recipe.folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"stage": "align", "st')
+    run = distill(recipe, resume=True)
+    assert [record["step"] for record in records(run)] == [0, *range(1, 9), *range(1, 9)]
+    assert_same_weights(run, whole, "match")
+
+
+def test_a_damaged_line_of_metrics_is_named(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    die_in_step(recipe, 1)
+    (recipe.folder / "metrics.jsonl").write_text('{"stage"\n{"stage": "align", "step": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: '\{\"stage\"' is not a JSON object"):
+        distill(recipe, resume=True)
+
+
+def test_learning_rates_may_change_when_resuming_and_nothing_else(tmp_path, capsys):
+    recipe = tiny_recipe(tmp_path)
+    distill(recipe, max_minutes=0)
+    lower = replace(recipe.align, lr_mixers=2e-4, min_lr_ratio=0.5, warmup_ratio=0.0, max_grad_norm=0.7)
+    for changes, message in (
+        ({"align": replace(lower, weight_decay=0.1)}, r"align\.weight_decay: 0\.0 then, 0\.1 now\)"),
+        ({"match": replace(recipe.match, lr_other=0.0)}, r"match\.lr_other: 0\.0001 then, 0\.0 now\)"),
+        ({"seed": 5}, r"seed: 0 then, 5 now\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            distill(replace(recipe, **changes), resume=True)
+    run = distill(replace(recipe, align=lower), resume=True)
+    said = capsys.readouterr().out
+    assert "align.lr_mixers: 0.001 before, 0.0002 from now on" in said
+    assert "align.max_grad_norm: 1.0 before, 0.7 from now on" in said
+    rates = [record["lr_mixers"] for record in records(run) if record["stage"] == "align" and record["step"]]
+    assert rates[:2] == [1e-3, 2e-4] and 1e-4 < rates[-1] < rates[-2] < 2e-4
+    assert load_recipe(run / "recipe.yaml").align.lr_mixers == 2e-4
+
+
+def test_another_precision_when_resuming_is_logged(tmp_path, capsys):
+    recipe = tiny_recipe(tmp_path, match=Stage())
+    distill(recipe, max_minutes=0)
+    run = replace(recipe.run, precision="bf16")
+    distill(replace(recipe, run=run), max_minutes=0, resume=True)
+    assert "warning: the run was on cpu in fp32 and continues on cpu in bf16" in capsys.readouterr().out
+    distill(replace(recipe, run=run), resume=True)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_an_existing_run_is_not_overwritten_nor_mixed_with_another_recipe(tmp_path):
+    recipe = tiny_recipe(tmp_path, align=Stage(), match=Stage(tokens=64, sequence_length=32, batch_size=2))
+    distill(recipe)
+    with pytest.raises(FileExistsError, match="--resume"):
+        distill(recipe)
+    with pytest.raises(ValueError, match=r"match.batch_size: 2 then, 1 now"):
+        distill(replace(recipe, match=replace(recipe.match, batch_size=1)), resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch):
+    calls = []
+
+    def poisoned(*args):
+        calls.append(1)
+        losses = align_step(*args)
+        return {"loss": losses["loss"] * float("nan")} if len(calls) == 6 else losses
+
+    recipe = tiny_recipe(tmp_path)
+    monkeypatch.setattr(trainer, "align_step", poisoned)
+    with pytest.raises(FloatingPointError, match=r"align, step 5.*align-0000004.*--resume --align.lr_mixers 0\.0005"):
+        distill(recipe)
+    monkeypatch.undo()
+    run = distill(replace(recipe, align=replace(recipe.align, lr_mixers=5e-4)), resume=True)
+    assert (run / "match" / "config.json").is_file()

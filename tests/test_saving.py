@@ -1,0 +1,110 @@
+"""Checkpoints of a run: which are kept, and what happens to damaged ones."""
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers import assert_same_weights, die_in_step, flip, tiny_recipe
+from torch.distributed.checkpoint.api import CheckpointException
+
+from deltify import distill
+from deltify.config import RunSpec, Stage
+from deltify.training import checkpoint, runner, trainer
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> Path:
+    """Return a run of the tiny recipe that died in the sixth step of align, with checkpoints of steps 2 and 4."""
+    recipe = tiny_recipe(tmp_path_factory.mktemp("broken"))
+    die_in_step(recipe, 5)
+    return recipe.folder
+
+
+def test_a_folder_that_is_replaced_is_complete_at_any_time(tmp_path, monkeypatch):
+    for name, text in (("model", "old"), ("model.unfinished", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+
+    def dies(folder, **options):
+        if folder.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", dies)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.replace_folder(tmp_path / "model.unfinished", tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").read_text() == "new"
+
+
+def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
+    kls = iter([9.0, 5.0, 6.0, 7.0, 4.0])  # after the conversion and steps 2, 4, 6 and 8
+    evaluate_heldout = lambda *args: {"heldout_kl": next(kls), "heldout_perplexity": 1.0}  # noqa: E731
+    for module in (runner, trainer):
+        monkeypatch.setattr(module, "evaluate_heldout", evaluate_heldout)
+    run = RunSpec(
+        "cpu", "fp32", heldout_tokens=64, heldout_sequence_length=32, eval_every=2, save_every=3, keep_checkpoints=1
+    )
+    folder = distill(tiny_recipe(tmp_path, match=Stage(), run=run))
+    assert [path.name for path in checkpoint.checkpoints(folder, "align")] == ["align-0000002", "align-0000006"]
+
+
+def truncate(folder: Path) -> None:
+    for path in folder.glob("*.distcp"):
+        path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (truncate, r"__0_0\.distcp has 1,000 bytes of"),
+        (lambda folder: flip(folder / "__0_0.distcp", -500), "the checksum of __0_0.distcp is not the one"),
+        (lambda folder: flip(folder / "progress.json", 30), "the checksum of progress.json is not the one"),
+        (lambda folder: (folder / ".metadata").unlink(), r"\.metadata has 0 bytes of"),
+        (lambda folder: (folder / "manifest.json").unlink(), "it has no manifest.json, which is written last"),
+        (lambda folder: (folder / "manifest.json").write_text('{"progr'), "align-0000004 cannot be read"),
+    ],
+    ids=["cut", "bit", "progress", "gone", "no-manifest", "half-manifest"],
+)
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(damage, reason, tmp_path, broken, capsys, whole):
+    recipe = replace(tiny_recipe(tmp_path), data=tiny_recipe(broken.parent).data)
+    shutil.copytree(broken, recipe.folder)
+    damage(recipe.folder / "checkpoints" / "align-0000004")
+    run = distill(recipe, resume=True, max_minutes=None if damage is truncate else 0)
+    said = capsys.readouterr().out
+    assert "align-0000004 cannot be read" in said and re.search(reason, said) and "resuming from step 2" in said
+    assert "trying the previous one" in said and (run / "checkpoints" / "align-0000004.damaged").is_dir()
+    if damage is truncate:
+        assert_same_weights(run, whole, "align", "match")
+
+
+def test_a_stage_with_damaged_checkpoints_only_is_refused(tmp_path, whole):
+    recipe = tiny_recipe(tmp_path)
+    die_in_step(recipe, 5)
+    folders = checkpoint.checkpoints(recipe.folder, "align")
+    truncate(folders[1])
+    (folders[0] / "progress.json").write_text('{"stage')
+    for _ in range(2):  # a second try must not restart the stage either
+        with pytest.raises(ValueError, match=r"no checkpoint of align .*align-0000004, align-0000002.*delete them"):
+            distill(recipe, resume=True)
+    shutil.rmtree(recipe.folder / "checkpoints")
+    assert_same_weights(distill(recipe, resume=True), whole, "align")
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, whole):
+    recipe, saves, save = tiny_recipe(tmp_path), [], checkpoint.dcp.save
+
+    def full(state, checkpoint_id):
+        saves.append(1)
+        if len(saves) == 3:
+            (checkpoint_id / "half-written").write_bytes(b"x")
+            raise CheckpointException("", {0: (OSError(28, "No space left on device"), None)})  # torch's wrapper
+        return save(state, checkpoint_id=checkpoint_id)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    with pytest.raises(OSError, match=r"align-0000006.*No space left.*--resume"):
+        distill(recipe)
+    left = [path.name for path in sorted((tmp_path / "tiny" / "checkpoints").iterdir())]
+    assert left == ["align-0000002", "align-0000004"]
+    monkeypatch.undo()
+    assert_same_weights(distill(recipe, resume=True), whole, "match")
