@@ -16,17 +16,17 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from deltify.config import STAGES, Recipe, load_recipe
 from deltify.conversion.student import sliding_control
 from deltify.data.token_files import open_data
+from deltify.evaluation.controls import equal_window
 from deltify.evaluation.plots import COLORS, open_figure, save
-from deltify.evaluation.positions import by_position, device_name, equal_window
+from deltify.evaluation.positions import by_position
+from deltify.inference.loading import load_model
 from deltify.training.metrics import read_stages
 from deltify.training.runner import distill, open_teacher
-from deltify.utils.devices import pick_device
-from deltify.utils.folders import model_folder
+from deltify.utils.devices import device_name, pick_device
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results" / "recipe.json"
@@ -163,8 +163,7 @@ def open_models(recipe: Recipe, folder: Path):
     """The teacher, and the student that a run ends with, in bfloat16."""
     device = pick_device("auto")
     teacher = open_teacher(recipe, device, torch.bfloat16)
-    student = AutoModelForCausalLM.from_pretrained(model_folder(str(folder)), dtype=torch.bfloat16).to(device).eval()
-    return teacher, student
+    return teacher, load_model(folder, device=device, dtype=torch.bfloat16)
 
 
 def run(name: str, options: argparse.Namespace) -> dict:

@@ -26,8 +26,9 @@ from result import SHARES, go_on, heldout, texts
 from deltify.config import load_recipe
 from deltify.data.sources import documents
 from deltify.evaluation.needles import NeedleMaker, ask_needles, summarise
-from deltify.evaluation.positions import by_position, device_name, token_scores
+from deltify.evaluation.positions import by_position, token_scores
 from deltify.inference.sample import sample
+from deltify.utils.devices import device_name
 from deltify.utils.files import make_once, write_text
 from deltify.utils.tokens import token_ids
 

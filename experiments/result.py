@@ -13,6 +13,7 @@ stopped goes on; each model, and each part of `measure`, can have a process of i
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -21,11 +22,12 @@ from pathlib import Path
 
 from recipe import RECALL, with_recall
 
-from deltify import evaluate, report
+from deltify import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec, evaluate, report
 from deltify.config import load_recipe
 from deltify.evaluation.needles import TASKS as NEEDLES
 from deltify.evaluation.report import combine
 from deltify.training.runner import distill
+from deltify.utils.files import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ("openstax", "changelog", "gutenberg-0")
@@ -112,24 +114,22 @@ def measure(model: str, options: argparse.Namespace) -> None:
     for part in options.parts or PARTS:
         output = options.out / "parts" / f"{model}-{part}"
         take_teachers_answers(options.out / "parts", output, part)
-        what: dict = {}
+        spec = EvaluationSpec(
+            heldout=str(options.text / "eval" / "heldout_test.jsonl"),
+            controls=part == "positions",
+            stages=False,
+            samples=part == "positions",
+        )
         if part in CHOICES:
             tasks, limit = CHOICES[part]
-            what = {"tasks": tasks, "limit": limit, "data": options.text / "eval"}
+            spec = dataclasses.replace(spec, benchmarks=BenchmarkSpec(tasks, limit, options.text / "eval"))
         elif part in HAYSTACKS:
             tasks, lengths, samples = HAYSTACKS[part]
-            what = {"needles": tasks, "lengths": lengths, "needle_samples": samples, "haystack": books}
+            spec = dataclasses.replace(spec, needles=NeedleSpec(tasks, lengths, samples, books))
         else:
-            what = {"books": books, "book_tokens": options.book_tokens, "contexts": (1024, 8192, options.book_tokens)}
-        evaluate(
-            [str(options.out / model)],
-            output=output,
-            heldout=str(options.text / "eval" / "heldout_test.jsonl"),
-            with_controls=part == "positions",
-            with_stages=False,
-            samples=part == "positions",
-            **what,
-        )
+            contexts = DecodeSpec((1024, 8192, options.book_tokens))
+            spec = dataclasses.replace(spec, positions=PositionSpec(books, options.book_tokens), decode=contexts)
+        evaluate(options.out / model, spec, output=output)
 
 
 def take_teachers_answers(parts: Path, output: Path, part: str) -> None:
@@ -139,9 +139,8 @@ def take_teachers_answers(parts: Path, output: Path, part: str) -> None:
         return
     output.mkdir(parents=True)
     if (other / "needles.jsonl").is_file():  # which may still be written to
-        lines = (other / "needles.jsonl").read_text().split("\n")[:-1]
-        mine = [line for line in lines if json.loads(line)["model"] == "teacher"]
-        (output / "needles.jsonl").write_text("".join(line + "\n" for line in mine))
+        rows = [row for row in read_jsonl(other / "needles.jsonl") if row["model"] == "teacher"]
+        (output / "needles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if (other / "items" / "teacher").is_dir():
         shutil.copytree(other / "items" / "teacher", output / "items" / "teacher")
 

@@ -39,7 +39,7 @@ from deltify.config import (
 from deltify.conversion.student import convert
 from deltify.conversion.teacher import random_teacher
 from deltify.data.token_files import Batch, TokenFile
-from deltify.evaluation.runner import count_models
+from deltify.evaluation.heldout import ngram_baselines
 from deltify.model import DeltifyForCausalLM
 from deltify.training import checkpoint
 from deltify.training.optimizers import choose_trained, make_optimizers, trained
@@ -602,10 +602,10 @@ def test_nothing_is_loaded_for_a_recipe_that_cannot_run(tmp_path, monkeypatch):
             distill(replace(recipe, **changes))
 
 
-def test_count_models_equal_counting_by_hand():
+def test_ngram_baselines_equal_counting_by_hand():
     train = [TokenFile(np.array([1, 2, 1, 2, 3], np.uint16), np.array([0, 5]))]
     heldout = [Batch(torch.tensor([[1, 2, 4]]), torch.tensor([[0, 1, 2]]))]
-    unigram, bigram = count_models(train, heldout, 5)
+    unigram, bigram = ngram_baselines(train, heldout, 5)
     p = {2: 3 / 10, 4: 1 / 10}
     assert unigram.perplexity == pytest.approx((p[2] * p[4]) ** -0.5)
     assert bigram.perplexity == pytest.approx(((2 + 5 * p[2]) / (2 + 5) * (5 * p[4]) / (2 + 5)) ** -0.5)

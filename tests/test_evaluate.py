@@ -10,10 +10,10 @@ from test_distill import tiny_recipe
 from deltify import distill, evaluate, report
 from deltify.cli import main
 from deltify.config import Stage
-from deltify.evaluation.benchmarks import run_benchmarks
+from deltify.evaluation.benchmarks import main_metric, run_benchmarks
 from deltify.evaluation.plots import draw_training
 from deltify.evaluation.report import verdict
-from deltify.evaluation.runner import main_metric
+from deltify.evaluation.settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,13 @@ def data(tmp_path_factory):
 
 
 def test_a_run_is_measured_by_everything_and_reported(run, data, tmp_path, capsys):
-    settings = {"tasks": ("arc_easy",), "data": data, "limit": 4, "needles": ("niah_single_1",), "lengths": (512,)}
-    more = {"needle_samples": 1, "books": "python-docs", "book_tokens": 150, "book_count": 1, "contexts": (64,)}
-    results = json.loads(evaluate([str(run)], **settings, **more).read_text())
+    spec = EvaluationSpec(
+        benchmarks=BenchmarkSpec(("arc_easy",), limit=4, data=data),
+        needles=NeedleSpec(("niah_single_1",), lengths=(512,), samples=1),
+        positions=PositionSpec("python-docs", max_tokens=150, documents=1),
+        decode=DecodeSpec((64,)),
+    )
+    results = json.loads(evaluate(run, spec).read_text())
     stages = [score["name"] for score in results["scores"]]
     assert stages == ["teacher", "unigram model", "bigram model", "converted", "align", "match"]
     assert results["scores"][0]["kl"] == 0 and results["scores"][-1]["tokens"] == 512 + 256
@@ -69,10 +73,11 @@ def test_several_models_need_a_place_and_one_teacher(run, tmp_path):
     with pytest.raises(ValueError, match="--output"):
         evaluate([str(run), str(run / "match")])
     other = distill(tiny_recipe(tmp_path, name="other", align=Stage()))
-    both = json.loads(evaluate([str(run), str(other)], output=tmp_path / "both", with_controls=False).read_text())
+    path = evaluate([run, other], EvaluationSpec(controls=False), output=tmp_path / "both")
+    both = json.loads(path.read_text())
     assert [score["name"] for score in both["scores"]][-2:] == ["tiny", "other"] and set(both["samples"]) >= {"tiny"}
     assert report(tmp_path / "both")[0].is_file()
-    alone = evaluate([str(run / "match")], output=tmp_path / "alone", contexts=(64,))
+    alone = evaluate(str(run / "match"), EvaluationSpec(decode=DecodeSpec((64,))), output=str(tmp_path / "alone"))
     assert [row["model"] for row in json.loads(alone.read_text())["decode"]] == ["match"]
     recipe = (other / "recipe.yaml").read_text()
     (other / "recipe.yaml").write_text(recipe.replace("random:llama", "random:arcee"))
@@ -83,9 +88,11 @@ def test_several_models_need_a_place_and_one_teacher(run, tmp_path):
 def test_evaluations_made_one_by_one_are_reported_together(run, data, tmp_path, capsys):
     again = tiny_recipe(tmp_path, name="again", align=Stage(), match=Stage(tokens=64, sequence_length=32, batch_size=2))
     again = distill(replace(again, student=replace(again.student, init=str(run))))
-    settings = {"tasks": ("arc_easy",), "data": data, "limit": 4, "with_controls": False, "contexts": (64,)}
+    benchmarks = BenchmarkSpec(("arc_easy",), limit=4, data=str(data))
+    options = {"controls": False, "stages": False, "samples": False}
+    spec = EvaluationSpec(benchmarks=benchmarks, decode=DecodeSpec((64,)), **options)
     for source in (run, again):
-        evaluate([str(source)], output=tmp_path / f"of-{source.name}", with_stages=False, samples=False, **settings)
+        evaluate(source, spec, output=tmp_path / f"of-{source.name}")
     folders = [str(tmp_path / f"of-{source.name}") for source in (run, again)]
     assert main(["report", *folders]) == 1 and "say with --output" in capsys.readouterr().err
     assert main(["report", *folders, "-o", str(tmp_path / "all")]) == 0
@@ -119,7 +126,7 @@ def test_a_model_that_fails_half_way_keeps_what_was_measured(run, data, monkeypa
     monkeypatch.setattr(sys.modules["deltify.evaluation.runner"], "run_benchmarks", failing)
     (run / "results.json").unlink(missing_ok=True)
     with pytest.raises(RuntimeError):
-        evaluate([str(run)], tasks=("arc_easy",), data=data, limit=3, samples=False)
+        evaluate(run, EvaluationSpec(benchmarks=BenchmarkSpec(("arc_easy",), limit=3, data=data), samples=False))
     kept = json.loads((run / "results.json").read_text())
     assert kept["scores"] and {row["model"] for row in kept["benchmarks"]} == {"teacher"}
 

@@ -14,6 +14,7 @@ from deltify.config import TeacherSpec, write_recipe
 from deltify.conversion.teacher import random_teacher
 from deltify.data.token_files import open_data
 from deltify.evaluation.runner import evaluate
+from deltify.evaluation.settings import EvaluationSpec
 from deltify.training import teacher_cache
 from deltify.training.runner import capture_recipe
 from deltify.training.teacher_cache import open_targets, pack, row_key, unpack
@@ -146,6 +147,6 @@ def test_a_run_does_not_go_on_after_its_teacher_changed(tmp_path):
     with pytest.raises(ValueError, match=r"has other weights \(fingerprint \w{16}\) than the teacher that"):
         distill(recipe, resume=True)
     with pytest.raises(ValueError, match="has other weights"):
-        evaluate([str(run)], samples=False, with_controls=False, device="cpu")
+        evaluate(run, EvaluationSpec(samples=False, controls=False, device="cpu"))
     replace_teacher(tmp_path / "teacher", 0)
     distill(recipe, resume=True)
