@@ -22,8 +22,9 @@ from deltify import convert
 from deltify.conversion.teacher import byte_tokenizer, random_teacher
 from deltify.evaluation.benchmarks import TASKS, letter_bias, paired, read_items, run_benchmark, run_benchmarks
 from deltify.evaluation.lm_eval_cache import CachedLM, answer_key
-from deltify.evaluation.lm_eval_model import ConstantStateLM, WholeLM, lm_for, prefix_tree, walk
+from deltify.evaluation.lm_eval_model import ConstantStateLM, WholeLM, lm_for
 from deltify.evaluation.lm_eval_tasks import load_benchmark, parse_letter, spread, task_manager
+from deltify.evaluation.prefix_tree import prefix_tree, walk
 
 SUBJECTS = [
     path.stem.removeprefix("mmlu_")
@@ -210,7 +211,7 @@ def test_without_lm_eval_the_error_says_what_to_install(monkeypatch, teacher, tm
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ModuleNotFoundError, match=r"lm_eval.* is not installed; run: pip install 'lm_eval"):
+    with pytest.raises(ModuleNotFoundError, match=r"lm_eval.* is not installed\. Run: pip install 'lm_eval"):
         run_benchmarks(teacher.model, teacher.tokenizer, ["piqa"], items_folder=tmp_path)
 
 
@@ -306,7 +307,7 @@ def test_strings_are_split_into_tokens_as_hflm_does(begin, student):
     assert np.allclose([x[0] for x in got], [x[0] for x in want], atol=1e-4, rtol=0)
     assert [x[1] for x in got] == [x[1] for x in want]
     for asked, lacks in ((([1], []), "continuation"), (([], [1]), "context")):
-        with pytest.raises(ValueError, match=f"a {lacks} has (0|no) tokens"):
+        with pytest.raises(ValueError, match=f"A {lacks} has (0|no) tokens"):
             lm_for(student, tokenizer)._loglikelihood_tokens([(None, *asked)])
 
 
