@@ -1,10 +1,11 @@
-"""Models measured side by side, and the pages made of it."""
+"""Evaluation of models side by side, and the pages of its report."""
 
 import json
 import sys
 from dataclasses import replace
 
 import pytest
+from helpers import drawn_by, lines_of
 from test_distill import tiny_recipe
 
 from deltify import distill, evaluate, report
@@ -14,6 +15,7 @@ from deltify.evaluation.benchmarks import main_metric, run_benchmarks
 from deltify.evaluation.plots import draw_training
 from deltify.evaluation.report import verdict
 from deltify.evaluation.settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec
+from deltify.training.metrics import read_stages
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Six questions as in ../shared/data/eval."""
+    """Six questions in the format of ARC, as JSON lines."""
     folder = tmp_path_factory.mktemp("data")
     rows = [
         {
@@ -62,7 +64,7 @@ def test_a_run_is_measured_by_everything_and_reported(run, data, tmp_path, capsy
     pages = report(run)
     html, text, card = (path.read_text() for path in pages)
     assert [path.name for path in pages] == ["report.html", "report.md", "README.md"]
-    assert "http" not in html.split("</style>")[1].split("How this was made")[0]  # nothing to fetch
+    assert "http" not in html.split("</style>")[1].split("How to reproduce")[0]  # nothing to fetch
     assert html.count("data:image/png;base64,") == 5 and "arc_easy, acc (4)" in html
     assert "| random chance | 25.0 |" in text and "(needles.png)" in text
     assert "model-index" in card and "linear_attention" not in card and (run / "match" / "README.md").is_file()
@@ -111,7 +113,7 @@ def test_evaluations_made_one_by_one_are_reported_together(run, data, tmp_path, 
     other = json.loads((tmp_path / "of-again" / "results.json").read_text()) | {"device": "abacus"}
     (tmp_path / "of-again" / "results.json").write_text(json.dumps(other))
     assert main(["report", *folders, "-o", str(tmp_path / "all")]) == 1
-    assert "device is not the same in all of them but abacus, cpu" in capsys.readouterr().err
+    assert "The evaluations differ in device: abacus, cpu" in capsys.readouterr().err
 
 
 def test_a_model_that_fails_half_way_keeps_what_was_measured(run, data, monkeypatch):
@@ -154,12 +156,23 @@ def test_each_task_has_one_main_metric():
 
 
 def test_curves_are_drawn_without_an_evaluation(run):
-    assert all(path.stat().st_size > 1000 for path in draw_training(run, {"teacher": "random:llama"}))
+    paths, figure = drawn_by(draw_training, run, {"teacher": "random:llama"})
+    assert [path.name for path in paths] == ["curves.png", "curves.svg"] and all(path.is_file() for path in paths)
+    divergence, loss = figure.axes
+    validated = {name: [r for r in records if "heldout_kl" in r] for name, records in read_stages(run)}
+    labels = [f"{stage}: {records[-1]['heldout_kl']:.2f}" for stage, records in validated.items()]
+    lines = lines_of(divergence)
+    assert list(lines) == labels and [label.split(":")[0] for label in labels] == ["converted", "align", "match"]
+    for label, records in zip(labels, validated.values()):
+        assert lines[label][1][-len(records) :] == [r["heldout_kl"] for r in records]
+    assert list(lines_of(loss)) == ["align: relative error of mixers", "match: KL to teacher"]
 
 
 def test_the_verdict_is_that_of_the_figures():
     scores = [{"name": "unigram model", "perplexity": 90.0, "kl": None}]
     scores += [{"name": n, "perplexity": p, "kl": kl} for n, p, kl in (("converted", 99.0, 2.0), ("align", 80.0, 1.0))]
-    assert verdict(scores) == "KL falls at every stage; the student is below a unigram model"
+    assert verdict(scores) == ("KL falls at every stage. The student's perplexity is below that of a unigram model.")
     scores[-1] |= {"kl": 2.5, "perplexity": 95.0}
-    assert verdict(scores) == "KL does NOT fall at every stage; the student is NOT below a unigram model"
+    assert verdict(scores) == (
+        "KL does NOT fall at every stage. The student's perplexity is NOT below that of a unigram model."
+    )

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers import drawn_by, lines_of
 from torch import nn
 
 from deltify import convert
@@ -242,12 +243,21 @@ def test_attention_layers_of_a_hybrid_remember(teacher):
 def test_pictures(teacher, student, tmp_path):
     rows = by_position({"student": student}, teacher.model, [torch.randint(0, 250, (400,)) for _ in range(2)])
     costs = decode_cost({"teacher": teacher.model, "student": student}, [32, 64], steps=2)
-    for paths in (
-        draw_by_position(rows, tmp_path / "position", trained=128),
-        draw_decode_cost(costs, tmp_path / "cost"),
-    ):
-        assert [path.suffix for path in paths] == [".png", ".svg"]
-        assert all(path.stat().st_size > 10_000 for path in paths)
+    paths, figure = drawn_by(draw_by_position, rows, tmp_path / "position", trained=128)
+    assert [path.name for path in paths] == ["position.png", "position.svg"] and all(p.is_file() for p in paths)
+    divergence, perplexity = figure.axes
+    of_student = [row for row in rows if row["model"] == "student"]
+    assert list(lines_of(divergence)) == ["student"] and list(lines_of(perplexity)) == ["teacher", "student"]
+    known = [row["kl"] for row in of_student if row["kl"] is not None]
+    assert lines_of(divergence)["student"][1] == known and len(known) == len(of_student) - 1
+    assert lines_of(perplexity)["student"][1] == [row["perplexity"] for row in of_student]
+    assert "2 documents" in figure.get_suptitle() and "Context window of the teacher: 300" in figure.get_suptitle()
+    paths, figure = drawn_by(draw_decode_cost, costs, tmp_path / "cost")
+    assert [path.name for path in paths] == ["cost.png", "cost.svg"] and all(p.is_file() for p in paths)
+    for axis, field, unit in zip(figure.axes, ("cache_bytes", "ms_per_token"), (2**20, 1)):
+        for model, (x, y) in lines_of(axis).items():
+            of_model = [row for row in costs if row["model"] == model]
+            assert x == [32, 64] and y == [row[field] / unit for row in of_model]
     with pytest.raises(ValueError, match="no rows"):
         draw_by_position([], tmp_path / "none")
     assert [short(x) for x in (512, 1024, 1536, 65536, 2**20, 700, 2500)] == [

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import drawn_by, lines_of
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -442,10 +443,28 @@ def test_summary_and_table():
 
 def test_pictures(tmp_path):
     rows = made_rows()
-    for tasks in (None, ["niah_single_1"]):
-        for path in draw_heat_map(rows, tmp_path / "map", tasks=tasks, trained=1024):
-            assert path.stat().st_size > 10_000
-    paths = draw_by_length(summarise(rows), tmp_path / "lengths", trained=1024)
-    assert [path.name for path in paths] == ["lengths.png", "lengths.svg"] and paths[0].stat().st_size > 10_000
+    for tasks, counts in ((None, "2 to 10"), (["niah_single_1"], "1")):
+        paths, figure = drawn_by(draw_heat_map, rows, tmp_path / "map", tasks=tasks, trained=1024)
+        assert [path.name for path in paths] == ["map.png", "map.svg"] and all(path.is_file() for path in paths)
+        teacher, student, window = [axis for axis in figure.axes if axis.get_title()]
+        assert student.get_title() == "student"
+        assert [label.get_text() for label in student.get_xticklabels()] == ["512", "1k", "2k", "4k"]
+        assert [label.get_text() for label in student.get_yticklabels()] == [str(depth) for depth in DEPTHS]
+        shown = {axis: axis.images[0].get_array() for axis in (teacher, student, window)}
+        assert (shown[teacher] == 1).all() and (shown[window][:6] == 0).all()
+        # at 2k tokens, the student finds what is among the last 1,500
+        assert shown[student][:, 2].tolist() == [int(2048 * (100 - depth) / 100 < 1500) for depth in DEPTHS]
+        title = figure.get_suptitle()
+        assert f"\n{counts} value" in title and "Red line: training length, 1k" in title
+    summary = summarise(rows)
+    paths, figure = drawn_by(draw_by_length, summary, tmp_path / "lengths", trained=1024)
+    assert [path.name for path in paths] == ["lengths.png", "lengths.svg"] and all(path.is_file() for path in paths)
+    assert [axis.get_title() for axis in figure.axes if axis.get_title()] == ["niah_single_1", "niah_multivalue"]
+    for axis in figure.axes[:2]:
+        lines = lines_of(axis)
+        assert list(lines) == ["teacher", "student", "teacher, window 64"]
+        for model, (x, y) in lines.items():
+            scores = {r["length"]: r["score"] for r in summary if (r["model"], r["task"]) == (model, axis.get_title())}
+            assert dict(zip(x, y)) == pytest.approx({length: 100 * score for length, score in scores.items()})
     with pytest.raises(ValueError, match="no rows of niah_single_3"):
         draw_heat_map(rows, tmp_path / "map", tasks=["niah_single_3"])
