@@ -6,14 +6,9 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import pytest
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-
-from deltify.evaluation import plots
 
 BLOCK_NAMES = {
     **{f"self_attn.{n}_proj": f"attn_{g}" for n, g in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output"))},
@@ -23,24 +18,6 @@ BLOCK_NAMES = {
     "post_attention_layernorm": "ffn_norm",
 }
 OUTER_NAMES = {"lm_head": "output", "model.embed_tokens": "token_embd", "model.norm": "output_norm"}
-
-
-def drawn_by(function: Callable, *args, **options) -> tuple[list[Path], Figure]:
-    """Return what a drawing function of `plots` returns, and the figure that it saved."""
-    figures = []
-    with pytest.MonkeyPatch.context() as patch:
-        save = plots.save
-        patch.setattr(plots, "save", lambda figure, stem: figures.append(figure) or save(figure, stem))
-        paths = function(*args, **options)
-    (figure,) = figures
-    return paths, figure
-
-
-def lines_of(axis: Axes) -> dict[str, tuple[list[float], list[float]]]:
-    """Return the data of each labelled line of an axis, error bars included."""
-    lines = {line.get_label(): line for line in axis.get_lines()}
-    lines |= {bars.get_label(): bars[0] for bars in axis.containers}
-    return {name: (list(line.get_xdata()), list(line.get_ydata())) for name, line in lines.items() if name[0] != "_"}
 
 
 def small_tokenizer(special: tuple[str, ...] = ("<s>", "</s>")) -> PreTrainedTokenizerFast:

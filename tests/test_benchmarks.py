@@ -1,4 +1,4 @@
-"""Benchmarks: lm-eval's own tasks from local files, one answer for one request, and HFLM's scores from fewer tokens."""
+"""Benchmarks: lm-eval's tasks from local files, cached answers, and HFLM's scores from fewer tokens."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Conversations: the kept cache changes nothing but the time."""
+"""Conversations: a cache that is kept between turns does not change answers."""
 
 import pytest
 import torch

@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from helpers import drawn_by, lines_of
+from figures import drawn_by, lines_of
 from test_distill import tiny_recipe
 
 from deltify import distill, evaluate, report
@@ -16,6 +16,7 @@ from deltify.evaluation.plots import draw_training
 from deltify.evaluation.report import verdict
 from deltify.evaluation.settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec
 from deltify.training.metrics import read_stages
+from deltify.utils.files import atomic_write, read_jsonl, write_text
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +148,22 @@ def test_bad_measures_are_named(run, arguments, message, capsys):
     filled = [str(run) if argument == "{run}" else argument for argument in arguments]
     assert main(["evaluate", *filled, "--no-controls", "--no-samples"]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_files_appear_whole_and_a_cut_line_is_left_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert read_jsonl(path) == []
+    write_text(path, '{"a": 1}\n{"a": "ü\u2028"}\n')
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
+        file.write("lost")
+        raise RuntimeError
+    rows = read_jsonl(path)
+    assert rows == [{"a": 1}, {"a": "ü\u2028"}]
+    with path.open("a") as file:
+        file.write('{"a": 3')
+    whole = path.read_text()[: -len('{"a": 3')]
+    assert read_jsonl(path) == rows and path.read_text() != whole
+    assert read_jsonl(path, repair=True) == rows and path.read_text() == whole
 
 
 def test_each_task_has_one_main_metric():

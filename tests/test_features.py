@@ -1,4 +1,4 @@
-"""What transformers' users expect of any causal language model, on tiny ones."""
+"""Features of transformers that any causal language model has, on tiny models."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Other libraries' layouts: written, read back, and refused where they cannot say what a model is."""
+"""Layouts of other libraries: written, read back, and refused where they cannot express a model."""
 
 import json
 

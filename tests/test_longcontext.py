@@ -1,11 +1,11 @@
-"""Long-context curves against plain computation, the cost of decoding, and the controls against what they mean."""
+"""Curves by position against plain computation, the cost of decoding, and the controls."""
 
 import math
 from itertools import pairwise
 
 import pytest
 import torch
-from helpers import drawn_by, lines_of
+from figures import drawn_by, lines_of
 from torch import nn
 
 from deltify import convert

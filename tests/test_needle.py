@@ -1,4 +1,4 @@
-"""Needles: prompts of an exact length in any tokenizer, lm-eval's templates, answers and scores, runs that go on."""
+"""Needles: prompts of an exact length in any tokenizer, lm-eval's templates, answers and scores, and resuming."""
 
 import json
 import random
@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import drawn_by, lines_of
+from figures import drawn_by, lines_of
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Text of a model's own."""
+"""Documents that a model writes itself."""
 
 import json
 

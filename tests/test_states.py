@@ -1,4 +1,4 @@
-"""Saved states: one size, no tokens, refused by any other model."""
+"""Saved states: files of one size, generation from them, and refusal by other models."""
 
 import pytest
 import torch

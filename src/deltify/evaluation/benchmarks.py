@@ -270,7 +270,7 @@ def paired(
     return float(pairs[:, 0].mean() / pairs[:, 1].mean()), float(low), float(high)
 
 
-# ---- models beside their teacher -------------------------------------------------------------------------------------
+# ---- comparison with the teacher -------------------------------------------------------------------------------------
 
 
 def compare_with_teacher(rows: list[dict], items: Path) -> list[dict]:

@@ -362,7 +362,7 @@ def batches(samples: Iterable[Sample], batch_size: int) -> Iterator[list[Sample]
 
 def result_row(name: str, sample: Sample, answer: str, answer_tokens: int) -> dict:
     """Return the row of an answer."""
-    found = hits(answer, sample.expected)
+    in_answer = hits(answer, sample.expected)
     return {
         "model": name,
         "task": sample.task,
@@ -371,8 +371,8 @@ def result_row(name: str, sample: Sample, answer: str, answer_tokens: int) -> di
         "depth": sample.depth,
         "depths": sample.depths,
         "sample": sample.index,
-        "correct": sum(found) / len(found),
-        "hits": [int(hit) for hit in found],
+        "correct": sum(in_answer) / len(in_answer),
+        "hits": [int(hit) for hit in in_answer],
         "answer": answer,
         "expected": sample.expected,
         "prompt": sample.fingerprint,

@@ -140,7 +140,7 @@ def read_results(folder: str | Path) -> dict:
 
 
 def row_identity(row: dict) -> tuple:
-    """Return the model, task and length of a row, by which equal measures are found."""
+    """Return the model, task and length of a row, which are equal for equal measures."""
     return row.get("model", row.get("name")), row.get("task"), row.get("length")
 
 
@@ -327,15 +327,15 @@ def decode_table(rows: list[dict]) -> Table:
 
 def recipe_text(run: Path, results: dict) -> str:
     """Return the recipes of all runs, each after those of the runs that it started from (`student.init`)."""
-    found: dict[Path, str] = {}
+    texts: dict[Path, str] = {}
     for folder in results["runs"] or [run]:
         chain: dict[Path, str] = {}
         path = recipe_folder(str(folder))
         while path is not None and path not in chain:
             chain[path] = (path / "recipe.yaml").read_text()
             path = recipe_folder(yaml.safe_load(chain[path])["student"]["init"])
-        found |= dict(reversed(chain.items()))
-    return "\n---\n".join(found.values())
+        texts |= dict(reversed(chain.items()))
+    return "\n---\n".join(texts.values())
 
 
 def recipe_folder(source: str) -> Path | None:

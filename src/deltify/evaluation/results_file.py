@@ -63,10 +63,10 @@ def command_line() -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide results."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in ("deltify", "torch", "transformers", "lm_eval"):
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return numbers

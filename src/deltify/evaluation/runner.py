@@ -3,7 +3,7 @@
     deltify.evaluate("runs/kda")
 
 All measures go into one results.json, which is written anew after each of them. Answers of models are kept in files
-beside it: a second evaluation reuses them. `deltify.report` makes pages of results.json.
+next to it, and a second evaluation reuses them. `deltify.report` makes pages of results.json.
 """
 
 import itertools

@@ -15,7 +15,7 @@ from ..model import DeltifyConfig, DeltifyForCausalLM
 from ..model.loading import check_shapes, checkpoint_shapes
 from ..training.checkpoint import save_model
 
-# parts of tensor names in deltify and in the other layout, replaced in this order; besides, a kimi_linear layer has one
+# parts of tensor names in deltify and in the other layout, replaced in this order; a kimi_linear layer also has a single
 # convolution for q, k and v
 RENAMES = {
     "kda": [
