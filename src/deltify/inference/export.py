@@ -15,8 +15,8 @@ from ..model import DeltifyConfig, DeltifyForCausalLM
 from ..model.loading import check_shapes, checkpoint_shapes
 from ..training.checkpoint import save_model
 
-# parts of tensor names in deltify and in the other layout, replaced in this order; a kimi_linear layer also has a single
-# convolution for q, k and v
+# parts of tensor names in deltify and in the other layout, replaced in this order; a kimi_linear layer also has one
+# convolution for q, k and v together
 RENAMES = {
     "kda": [
         ("model.embed_tokens.", "model.embeddings."),
