@@ -1,10 +1,11 @@
-"""Which recipe wins: variants of one conversion with equal tokens, judged by held-out KL, overall and by position.
+"""Comparison of recipes: variants of one conversion with equal tokens, by held-out KL overall and by position.
 
     python experiments/recipe.py --train openstax.jsonl.zst changelog.jsonl.zst --heldout heldout_dev.jsonl \\
         --tokens 4000000 base align-none default
 
-Every run trains on the same rows in the same order; only what its name says differs. Each result goes into
-experiments/results/recipe.json as soon as it is there, and what is there is not run again. Needs a GPU with 80 GB.
+Every run trains on the same sequences in the same order. It differs from the others only in what its name says. Each
+result is added to experiments/results/recipe.json at once, and runs with a result there are skipped. Needs a GPU with
+80 GB.
 """
 
 import argparse
@@ -16,26 +17,28 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from deltify.config import STAGES, Recipe, load_recipe
 from deltify.conversion.student import sliding_control
+from deltify.conversion.teacher import Teacher
 from deltify.data.token_files import open_data
+from deltify.evaluation.controls import equal_window
 from deltify.evaluation.plots import COLORS, open_figure, save
-from deltify.evaluation.positions import by_position, device_name, equal_window
+from deltify.evaluation.positions import by_position
+from deltify.inference.loading import load_model
 from deltify.training.metrics import read_stages
 from deltify.training.runner import distill
 from deltify.training.teachers import open_teacher
-from deltify.utils.devices import pick_device
-from deltify.utils.folders import model_folder
+from deltify.utils.devices import device_name, pick_device
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results" / "recipe.json"
-LENGTH, HELDOUT = 2048, 131_072  # tokens of a held-out stretch, and of all of them
+LENGTH, HELDOUT = 2048, 131_072  # tokens of a held-out sequence, and of all held-out text
 OURS, HYBRID, ARCEE, RADLADS = "smollm2-135m-kda", "smollm2-135m-hybrid", "baselines/arcee", "baselines/radlads"
-# name: recipe, share of the tokens in each stage, overrides
+# variants: recipe, fraction of the tokens in each stage, overrides
 MATCH_ALL, WITH_ALIGN, WITH_EXTEND = {"match": 1.0}, {"align": 0.125, "match": 0.875}, {"match": 0.875, "extend": 0.125}
-# what the variants of our recipe differ from; those named "default" from the second, what it had become
+# overrides that variants of our recipe start from; those named "default" or "hybrid" start from the second, a later one
 BASE: dict[str, object] = {"match.batch_size": 8, "match.lr_other": 1e-4, "student.long_memory_heads": 0}
 BETTER = BASE | {"match.batch_size": 2, "match.lr_other": 3e-4}
 MUON: dict[str, object] = {"match.optimizer": "muon"}
@@ -105,12 +108,12 @@ VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "arcee-recall-quarter-batch-4": (ARCEE, WITH_EXTEND, {"match.batch_size": 4, "extend.batch_size": 4}),
 }
 
-# share of synthetic text that asks for what it told, by a part of the variant's name
+# fraction of synthetic recall text, by a part of the variant's name
 RECALL = {"recall-quarter": 0.25, "recall-half": 0.5}
 
 
 def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
-    """The variant's recipe on the texts and tokens of the command line."""
+    """Return the recipe of a variant with the texts and tokens of the command line."""
     file, shares, changes = VARIANTS[name]
     if file in (OURS, HYBRID):
         changes = (BETTER if name.startswith(("default", "hybrid")) else BASE) | changes
@@ -126,53 +129,53 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     data = dataclasses.replace(
         recipe.data, train=weights, heldout=options.heldout, folder=options.data, max_tokens=None
     )
-    judging = {"heldout_tokens": HELDOUT, "heldout_sequence_length": LENGTH, "eval_every": options.every}
-    run = dataclasses.replace(recipe.run, save_every_minutes=60.0, **judging)
+    validation = {"heldout_tokens": HELDOUT, "heldout_sequence_length": LENGTH, "eval_every": options.every}
+    run = dataclasses.replace(recipe.run, save_every_minutes=60.0, **validation)
     folder = f"{name}-{options.tokens}-seed{options.seed}"
     return dataclasses.replace(recipe, name=folder, output=options.out, seed=options.seed, data=data, run=run, **stages)
 
 
 def with_recall(weights: dict[str, float], share: float) -> dict[str, float]:
-    """The weights of texts as shares of the rest, and `share` of recall text, scattered over the first of them."""
-    whole = sum(weights.values())
-    rest = {text: weight * (1 - share) / whole for text, weight in weights.items()}
-    return rest | {f"recall:{next(iter(weights))}": share}
+    """Return the weights of texts, scaled to 1 - `share`, and `share` for recall text within the first text."""
+    total = sum(weights.values())
+    scaled = {text: weight * (1 - share) / total for text, weight in weights.items()}
+    return scaled | {f"recall:{next(iter(weights))}": share}
 
 
 def windows(recipe: Recipe, tokenizer) -> list[torch.Tensor]:
-    """The held-out documents in stretches of LENGTH tokens, each read as a document of its own."""
+    """Return held-out text in sequences of LENGTH tokens, which are read as documents of their own."""
     _, held = open_data(recipe.data, recipe.teacher.model, tokenizer, HELDOUT, LENGTH)
-    found = []
+    sequences = []
     for file in held:
         for start, end in zip(file.bounds[:-1], file.bounds[1:]):
-            found += [
+            sequences += [
                 torch.from_numpy(file.tokens[a : a + LENGTH].astype("int64"))
                 for a in range(start, end - LENGTH + 1, LENGTH)
             ]
-    return found
+    return sequences
 
 
 def summary(rows: list[dict], name: str) -> dict[str, float]:
-    """KL in nats per token, overall and by position."""
-    mine = [row for row in rows if row["model"] == name]
-    total = sum(row["tokens"] for row in mine)
-    found = {"all": sum(row["kl"] * row["tokens"] for row in mine) / total}
-    return found | {f"{row['start']}-{row['end']}": row["kl"] for row in mine}
+    """Return KL in nats per token, overall and by position."""
+    of_model = [row for row in rows if row["model"] == name]
+    total = sum(row["tokens"] for row in of_model)
+    overall = {"all": sum(row["kl"] * row["tokens"] for row in of_model) / total}
+    return overall | {f"{row['start']}-{row['end']}": row["kl"] for row in of_model}
 
 
-def open_models(recipe: Recipe, folder: Path):
-    """The teacher, and the student that a run ends with, in bfloat16."""
+def open_models(recipe: Recipe, folder: Path) -> tuple[Teacher, PreTrainedModel]:
+    """Return the teacher and the student of a run's last stage in bfloat16."""
     device = pick_device("auto")
     teacher = open_teacher(recipe, device, torch.bfloat16)
-    student = AutoModelForCausalLM.from_pretrained(model_folder(str(folder)), dtype=torch.bfloat16).to(device).eval()
-    return teacher, student
+    return teacher, load_model(folder, device=device, dtype=torch.bfloat16)
 
 
 def run(name: str, options: argparse.Namespace) -> dict:
+    """Train a variant and return its result."""
     recipe = make_recipe(name, options)
     started = time.monotonic()
     folder = distill(recipe, resume=(recipe.folder / "recipe.yaml").exists())
-    spent = time.monotonic() - started
+    seconds = time.monotonic() - started
     lines = [line for _, stage in read_stages(folder) for line in stage]
     curve = [(line["tokens"], line["heldout_kl"]) for line in lines if "heldout_kl" in line]
     teacher, student = open_models(recipe, folder)
@@ -181,12 +184,13 @@ def run(name: str, options: argparse.Namespace) -> dict:
         models[f"teacher, window {window}"] = sliding_control(teacher, window=window, sinks=4)
     rows = by_position(models, teacher.model, windows(recipe, teacher.tokenizer), max_tokens=LENGTH)
     return {
-        "variant": name, "tokens": options.tokens, "seed": options.seed, "seconds": spent, "curve": curve,
+        "variant": name, "tokens": options.tokens, "seed": options.seed, "seconds": seconds, "curve": curve,
         "kl": {model: summary(rows, model) for model in models},
     }  # fmt: skip
 
 
 def table(results: list[dict]) -> str:
+    """Return a table of results, best first."""
     buckets = list(next(iter(results[0]["kl"].values())))
     lines = [f"{'variant':24} {'tokens':>12} {'seed':>4} " + "".join(f"{bucket:>12}" for bucket in buckets)]
     for result in sorted(results, key=lambda r: (-r["tokens"], r["kl"]["student"]["all"])):
@@ -199,7 +203,7 @@ def table(results: list[dict]) -> str:
 
 
 def draw(curves: list[dict], stem: Path) -> None:
-    """KL over tokens; where a run ends with its schedule, a larger mark."""
+    """Draw KL over tokens. A larger mark is the end of a complete run."""
     figure, ((axis,),) = open_figure(1, 1, 8, 4.5)
     for color, run in zip(COLORS, curves):
         points = [(tokens / 1e6, kl) for tokens, kl in run["curve"]]
@@ -208,7 +212,7 @@ def draw(curves: list[dict], stem: Path) -> None:
         axis.plot(*zip(*points), "o-", color=color, markersize=3, label=f"{run['variant']}, {device}{cut}")
         if not cut:
             axis.plot(*points[-1], "o", color=color, markersize=8)
-    axis.set(ylim=(0, 1.6), xlabel="tokens trained on, millions", ylabel="held-out KL to teacher, nats per token")
+    axis.set(ylim=(0, 1.6), xlabel="training tokens, millions", ylabel="KL to teacher on held-out text, nats per token")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     save(figure, stem)
@@ -217,16 +221,19 @@ def draw(curves: list[dict], stem: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "variants", nargs="*", help=f"of {', '.join(VARIANTS)}; none to draw the curves of what is there"
+        "variants", nargs="*", help=f"variants to run: {', '.join(VARIANTS)}; without any, draw curves of the results"
     )
-    parser.add_argument("--train", nargs="+", default=[], help="texts, as data.train takes them")
-    parser.add_argument("--weights", nargs="+", type=float, help="of the texts; equal if absent")
-    parser.add_argument("--heldout", help="text that judges, the same for all")
+    parser.add_argument("--train", nargs="+", default=[], help="training texts, as in data.train")
+    parser.add_argument("--weights", nargs="+", type=float, help="weights of the texts (default: equal)")
+    parser.add_argument("--heldout", help="validation text")
     parser.add_argument("--tokens", type=int, default=16_000_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=int, default=100, help="steps between two points of the curve")
+    parser.add_argument("--every", type=int, default=100, help="validate every N steps")
     parser.add_argument(
-        "--window", nargs="*", type=int, help="also the untrained window of the states' bytes, and of so many tokens"
+        "--window",
+        nargs="*",
+        type=int,
+        help="add teachers with these windows, and one with the states' bytes",
     )
     parser.add_argument("--out", default="runs/recipe", help="folder of the runs")
     parser.add_argument("--data", default="runs/data", help="folder of token files")

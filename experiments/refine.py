@@ -1,16 +1,22 @@
-"""Does on-policy distillation pay? A run goes on three ways, with as many tokens each, judged where it writes itself.
+"""On-policy distillation: a run continues in three ways with equal tokens, and is measured on its own text.
 
     python experiments/refine.py --text TEXT --start runs/kda --out runs/refine --tokens 4000000
 
-`same`: the texts it was trained on. `own`: half of the rows are documents that the run wrote itself, from beginnings of
-those texts. `own-js`: the same, by the Jensen-Shannon divergence. TEXT is a folder with train/ and eval/. Judged by:
+TEXT is a folder with train/ and eval/. The ways are called arms:
 
-- KL on held-out text, overall and by position, as in experiments/recipe.py;
-- text that each model writes from beginnings of held-out text: KL(teacher | student) on it, and KL(student | teacher),
-  which is how much likelier a model finds what it wrote than the teacher does, in nats a token;
-- needles.
+- `start`: The run itself.
+- `same`: The texts that the run was trained on.
+- `own`: Half of the tokens are documents that the run writes itself, from beginnings of those texts.
+- `own-js`: Like `own`, with the Jensen-Shannon divergence.
 
-What is done is not done again. Needs a GPU; results go to experiments/results/refine.json.
+Measures are:
+
+- KL on held-out text, overall and by position, as in experiments/recipe.py.
+- KL(teacher | student) and KL(student | teacher) in nats per token, on text that each model writes from beginnings of
+  held-out text. The second is the difference of the model's and the teacher's log-probabilities of it.
+- Needles.
+
+Arms with a result in experiments/results/refine.json are skipped. Needs a GPU.
 """
 
 import argparse
@@ -21,13 +27,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from recipe import LENGTH, OURS, RECALL, open_models, summary, windows, with_recall
-from result import SHARES, go_on, heldout, texts
+from result import SHARES, continue_run, heldout, texts
 
 from deltify.config import load_recipe
 from deltify.data.sources import documents
 from deltify.evaluation.needles import NeedleMaker, ask_needles, summarise
-from deltify.evaluation.positions import by_position, device_name, token_scores
+from deltify.evaluation.positions import by_position, token_scores
 from deltify.inference.sample import sample
+from deltify.utils.devices import device_name
 from deltify.utils.files import create_once, write_text
 from deltify.utils.tokens import token_ids
 
@@ -39,30 +46,31 @@ ARMS: dict[str, tuple[float, str] | None] = {
     "own": (0.5, "forward"),
     "own-js": (0.5, "jensen-shannon"),
 }
-PASSAGE, PASSAGES = 2000, 256  # letters of a passage, and how many held-out ones begin a text
-BEGINNING = 32  # tokens of it that a model is given
+PASSAGE, PASSAGES = 2000, 256  # characters of a passage, and number of held-out passages
+BEGINNING = 32  # tokens of a passage that a model continues
 NEEDLES = ("niah_single_1", "niah_single_2", "niah_multikey_1")
 LENGTHS, SAMPLES = (512, 1024, 2048, 4096), 16  # of needles
 
 
 def beginnings(sources: list[str], path: Path, count: int) -> str:
-    """A file whose documents are passages of the texts, in turn; made once."""
+    """Return a file whose documents are passages of the texts. It is made once."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        found: list[str] = []
+        passages: list[str] = []
+        of_each = count // len(sources) + 1
         for source in sources:
-            mine: list[str] = []
+            of_source: list[str] = []
             for text in documents(source):
-                mine += [text[a : a + PASSAGE] for a in range(0, len(text) - PASSAGE + 1, PASSAGE)]
-                if len(mine) >= count // len(sources) + 1:
+                of_source += [text[a : a + PASSAGE] for a in range(0, len(text) - PASSAGE + 1, PASSAGE)]
+                if len(of_source) >= of_each:
                     break
-            found += mine[: count // len(sources) + 1]
-        write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in found[:count]))
+            passages += of_source[:of_each]
+        write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in passages[:count]))
     return str(path)
 
 
 def train(arm: str, options: argparse.Namespace) -> Path:
-    """The folder of the run that an arm ends with."""
+    """Train an arm and return the folder of its run."""
     if ARMS[arm] is None:
         return Path(options.start)
     share, divergence = ARMS[arm]
@@ -75,18 +83,19 @@ def train(arm: str, options: argparse.Namespace) -> Path:
         "run.eval_every": 1_000_000, "seed": options.seed, "extend.tokens": 0, "match.tokens": options.tokens,
         "match.divergence": divergence, "match.lr_mixers": options.lr, "match.lr_other": 0.3 * options.lr,
     }  # fmt: skip
-    return go_on(OURS, arm, options.start, weights, fields, options)
+    return continue_run(OURS, arm, options.start, weights, fields, options)
 
 
 def write(model: str, source: str, folder: Path, count: int, batch: int) -> Path:
-    """A folder of what a model writes, made once."""
+    """Return a folder with text that a model writes. It is made once."""
     settings = {"count": count, "prompt_tokens": BEGINNING, "batch": batch}
     create_once(folder, lambda unfinished: sample(model, source, unfinished / "text.jsonl", **settings))
     return folder
 
 
 @torch.no_grad()
-def judge(arm: str, folder: Path, options: argparse.Namespace) -> dict:
+def measure(arm: str, folder: Path, options: argparse.Namespace) -> dict:
+    """Measure the run of an arm and return its result."""
     recipe = load_recipe(Path(options.start) / "recipe.yaml")
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, heldout=heldout(options)))
     teacher, student = open_models(recipe, folder)
@@ -94,28 +103,28 @@ def judge(arm: str, folder: Path, options: argparse.Namespace) -> dict:
     wrote = write(str(folder), source, options.out / f"{arm}-wrote", PASSAGES, PASSAGES)
     own = [torch.tensor(token_ids(teacher.tokenizer, text)) for text in documents(str(wrote))]
     scores = [token_scores({"student": student}, teacher.model, ids[:512]) for ids in own if len(ids) > 2 * BEGINNING]
-    written = {  # behind the beginning, which is not the model's
-        name: np.concatenate([found[model][column][BEGINNING - 1 :] for found in scores])
+    written = {  # after the beginning, which the model did not write
+        name: np.concatenate([of_text[model][column][BEGINNING - 1 :] for of_text in scores])
         for name, (model, column) in {"loss": ("student", 0), "teacher": ("teacher", 0), "kl": ("student", 1)}.items()
     }
     make = NeedleMaker(teacher.tokenizer, str(options.text / "eval" / "heldout_books.jsonl"))
     path = options.out / "needles.jsonl"
     rows = ask_needles(student, make, path, name=arm, tasks=NEEDLES, lengths=LENGTHS, samples=SAMPLES)
-    found: dict[str, dict] = {}
+    needles: dict[str, dict] = {}
     for row in summarise(rows):
-        found.setdefault(row["task"], {})[row["length"]] = row["score"]
-    stretches = windows(recipe, teacher.tokenizer)
-    held = by_position({"student": student}, teacher.model, stretches, max_tokens=LENGTH)
+        needles.setdefault(row["task"], {})[row["length"]] = row["score"]
+    held = by_position({"student": student}, teacher.model, windows(recipe, teacher.tokenizer), max_tokens=LENGTH)
     return {
         "arm": arm, **setting(options),
         "kl": summary(held, "student"), "kl_on_own_text": float(written["kl"].mean()),
         "reverse_kl_on_own_text": float((written["teacher"] - written["loss"]).mean()),
-        "own_tokens": len(written["kl"]), "needles": found,
+        "own_tokens": len(written["kl"]), "needles": needles,
         "device": device_name(student.device), "torch": torch.__version__,
     }  # fmt: skip
 
 
 def setting(options: argparse.Namespace) -> dict:
+    """Return the options that results are told apart by."""
     return {
         "start": Path(options.start).name,
         **{name: getattr(options, name) for name in ("tokens", "lr", "documents", "seed")},
@@ -124,16 +133,16 @@ def setting(options: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arms", nargs="*", help=f"of {', '.join(ARMS)}; all if absent")
+    parser.add_argument("arms", nargs="*", help=f"arms to run: {', '.join(ARMS)} (default: all)")
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--start", required=True, help="folder of a run")
+    parser.add_argument("--start", required=True, help="folder of the run that arms continue")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=4_000_000)
-    parser.add_argument("--lr", type=float, default=3e-4, help="of mixers; .3 of it for the rest")
-    parser.add_argument("--documents", type=int, default=8192, help="that the run writes, of 512 tokens at most")
+    parser.add_argument("--lr", type=float, default=3e-4, help="learning rate of mixers, 0.3 of it for others")
+    parser.add_argument("--documents", type=int, default=8192, help="number of documents that the run writes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--beginnings", help="a text whose documents begin them; passages of TEXT/train if absent")
-    parser.add_argument("--batch", type=int, default=512, help="documents that are written at a time")
+    parser.add_argument("--beginnings", help="text whose documents begin them (default: passages of TEXT/train)")
+    parser.add_argument("--batch", type=int, default=512, help="number of documents written at a time")
     parser.add_argument("--data", default="runs/data", help="folder of token files")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -143,9 +152,9 @@ def main() -> None:
     options.out /= "-".join(map(str, setting(options).values()))
     for arm in options.arms or ARMS:
         if any(r.items() >= ({"arm": arm} | setting(options)).items() for r in results):
-            print(f"{arm}: in {options.results} already")
+            print(f"{arm}: {options.results} has a result")
             continue
-        results.append(judge(arm, train(arm, options), options))
+        results.append(measure(arm, train(arm, options), options))
         options.results.write_text(json.dumps(results, indent=1) + "\n")
         print(json.dumps(results[-1]), flush=True)
 

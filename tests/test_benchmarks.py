@@ -1,4 +1,4 @@
-"""Benchmarks: lm-eval's own tasks from local files, one answer for one request, and HFLM's scores from fewer tokens."""
+"""Benchmarks: lm-eval's tasks from local files, cached answers, and HFLM's scores from fewer tokens."""
 
 import contextlib
 import json
@@ -21,9 +21,10 @@ from tokenizers.processors import TemplateProcessing
 from deltify import convert
 from deltify.conversion.teacher import byte_tokenizer, random_teacher
 from deltify.evaluation.benchmarks import TASKS, letter_bias, paired, read_items, run_benchmark, run_benchmarks
-from deltify.evaluation.lm_eval_cache import Recorder, answer_key
-from deltify.evaluation.lm_eval_model import ConstantStateLM, WholeLM, lm_for, prefix_tree, walk
+from deltify.evaluation.lm_eval_cache import CachedLM, answer_key
+from deltify.evaluation.lm_eval_model import ConstantStateLM, WholeLM, lm_for
 from deltify.evaluation.lm_eval_tasks import load_benchmark, parse_letter, spread, task_manager
+from deltify.evaluation.prefix_tree import prefix_tree, walk
 
 SUBJECTS = [
     path.stem.removeprefix("mmlu_")
@@ -210,7 +211,7 @@ def test_without_lm_eval_the_error_says_what_to_install(monkeypatch, teacher, tm
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ModuleNotFoundError, match=r"lm_eval.* is not installed; run: pip install 'lm_eval"):
+    with pytest.raises(ModuleNotFoundError, match=r"lm_eval.* is not installed\. Run: pip install 'lm_eval"):
         run_benchmarks(teacher.model, teacher.tokenizer, ["piqa"], items_folder=tmp_path)
 
 
@@ -306,7 +307,7 @@ def test_strings_are_split_into_tokens_as_hflm_does(begin, student):
     assert np.allclose([x[0] for x in got], [x[0] for x in want], atol=1e-4, rtol=0)
     assert [x[1] for x in got] == [x[1] for x in want]
     for asked, lacks in ((([1], []), "continuation"), (([], [1]), "context")):
-        with pytest.raises(ValueError, match=f"a {lacks} has (0|no) tokens"):
+        with pytest.raises(ValueError, match=f"A {lacks} has (0|no) tokens"):
             lm_for(student, tokenizer)._loglikelihood_tokens([(None, *asked)])
 
 
@@ -448,7 +449,7 @@ class Asked:
     def __init__(self, monkeypatch, fail_after: int | None = None):
         self.requests: list[tuple] = []
         self.left = fail_after
-        keep = Recorder.keep
+        keep = CachedLM.keep
         ask = HFLM._loglikelihood_tokens
 
         def failing(recorder, key, answer):
@@ -462,7 +463,7 @@ class Asked:
             self.requests += [request[0] for request in requests]
             return ask(model, requests, **options)
 
-        monkeypatch.setattr(Recorder, "keep", failing)
+        monkeypatch.setattr(CachedLM, "keep", failing)
         monkeypatch.setattr(HFLM, "_loglikelihood_tokens", counting)
 
 
@@ -625,7 +626,7 @@ def test_no_ratio_where_the_teacher_is_at_chance_and_none_across_items():
     assert paired(made_items(at_chance), made_items(at_chance), above_chance=True) is None
     assert paired(made_items(at_chance), made_items([0.0] * 200)) is None
     assert paired(made_items(at_chance), made_items(at_chance))[0] == 1
-    with pytest.raises(ValueError, match=r"no score 'acc_norm'; they have \['acc'\]"):
+    with pytest.raises(ValueError, match=r"no score 'acc_norm'\. They have \['acc'\]"):
         paired(made_items(at_chance), made_items(at_chance), "acc_norm")
     with pytest.raises(ValueError, match="199 documents are the same, of 199 and 200"):
         paired(made_items(at_chance[:199]), made_items(at_chance))
@@ -635,5 +636,5 @@ def test_questions_that_miss_an_order_do_not_count():
     item = {"task": "t", "choices": 2, "gold": "A", "texts": ["A"]}
     items = [item | {"item": 0, "rotation": r} for r in (0, 1)] + [item | {"item": 1, "rotation": 0}]
     assert {row["items"] for row in letter_bias(items)} == {1}
-    with pytest.raises(ValueError, match="none of 1 questions was asked in all orders"):
+    with pytest.raises(ValueError, match="None of 1 questions has answers in all orders"):
         letter_bias(items[2:])

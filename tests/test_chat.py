@@ -1,4 +1,4 @@
-"""Conversations: the kept cache changes nothing but the time."""
+"""Conversations: a cache that is kept between turns does not change answers."""
 
 import pytest
 import torch
@@ -60,6 +60,23 @@ def test_in_the_terminal(tmp_path, monkeypatch, capsys):
     save_model(tmp_path / "model", student, teacher.tokenizer)
     lines = iter(["Hi", "/new", "Again", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    monkeypatch.setattr(Conversation.say, "__kwdefaults__", {"max_new_tokens": 4, "streamer": None})
+    say, turns = Conversation.say, []
+
+    def greedy(conversation, message, *, streamer, **sampling):
+        assert sampling == {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
+        answer = say(conversation, message, streamer=streamer, max_new_tokens=4, do_sample=False)
+        turns.append((message, len(conversation.messages), answer))
+        return answer
+
+    monkeypatch.setattr(Conversation, "say", greedy)
     chat(str(tmp_path / "model"))
-    assert "/new starts a new one" in capsys.readouterr().out and next(lines, "used up") == "used up"
+    out = capsys.readouterr().out
+    assert "/new starts a new one" in out and next(lines, "used up") == "used up"
+    # /new forgets the first message
+    assert [(message, messages) for message, messages, _ in turns] == [
+        ("Hi", 2),
+        ("Again", 2),
+    ]
+    assert all(answer and answer.strip() in out for *_, answer in turns)
+    fresh = Conversation(student.eval(), teacher.tokenizer)
+    assert say(fresh, "Again", max_new_tokens=4, do_sample=False) == turns[1][2]

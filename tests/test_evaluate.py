@@ -1,19 +1,22 @@
-"""Models measured side by side, and the pages made of it."""
+"""Evaluation of models side by side, and the pages of its report."""
 
 import json
 import sys
 from dataclasses import replace
 
 import pytest
+from figures import drawn_by, lines_of
 from helpers import tiny_recipe
 
 from deltify import distill, evaluate, report
 from deltify.cli import main
 from deltify.config import Stage
-from deltify.evaluation.benchmarks import run_benchmarks
+from deltify.evaluation.benchmarks import main_metric, run_benchmarks
 from deltify.evaluation.plots import draw_training
 from deltify.evaluation.report import verdict
-from deltify.evaluation.runner import main_metric
+from deltify.evaluation.settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec
+from deltify.training.metrics import read_stages
+from deltify.utils.files import atomic_write, read_jsonl, write_text
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Six questions as in ../shared/data/eval."""
+    """Six questions in the format of ARC, as JSON lines."""
     folder = tmp_path_factory.mktemp("data")
     rows = [
         {
@@ -41,9 +44,13 @@ def data(tmp_path_factory):
 
 
 def test_a_run_is_measured_by_everything_and_reported(run, data, tmp_path, capsys):
-    settings = {"tasks": ("arc_easy",), "data": data, "limit": 4, "needles": ("niah_single_1",), "lengths": (512,)}
-    more = {"needle_samples": 1, "books": "python-docs", "book_tokens": 150, "book_count": 1, "contexts": (64,)}
-    results = json.loads(evaluate([str(run)], **settings, **more).read_text())
+    spec = EvaluationSpec(
+        benchmarks=BenchmarkSpec(("arc_easy",), limit=4, data=data),
+        needles=NeedleSpec(("niah_single_1",), lengths=(512,), samples=1),
+        positions=PositionSpec("python-docs", max_tokens=150, documents=1),
+        decode=DecodeSpec((64,)),
+    )
+    results = json.loads(evaluate(run, spec).read_text())
     stages = [score["name"] for score in results["scores"]]
     assert stages == ["teacher", "unigram model", "bigram model", "converted", "align", "match"]
     assert results["scores"][0]["kl"] == 0 and results["scores"][-1]["tokens"] == 512 + 256
@@ -58,7 +65,7 @@ def test_a_run_is_measured_by_everything_and_reported(run, data, tmp_path, capsy
     pages = report(run)
     html, text, card = (path.read_text() for path in pages)
     assert [path.name for path in pages] == ["report.html", "report.md", "README.md"]
-    assert "http" not in html.split("</style>")[1].split("How this was made")[0]  # nothing to fetch
+    assert "http" not in html.split("</style>")[1].split("How to reproduce")[0]  # nothing to fetch
     assert html.count("data:image/png;base64,") == 5 and "arc_easy, acc (4)" in html
     assert "| random chance | 25.0 |" in text and "(needles.png)" in text
     assert "model-index" in card and "linear_attention" not in card and (run / "match" / "README.md").is_file()
@@ -69,10 +76,11 @@ def test_several_models_need_a_place_and_one_teacher(run, tmp_path):
     with pytest.raises(ValueError, match="--output"):
         evaluate([str(run), str(run / "match")])
     other = distill(tiny_recipe(tmp_path, name="other", align=Stage()))
-    both = json.loads(evaluate([str(run), str(other)], output=tmp_path / "both", with_controls=False).read_text())
+    path = evaluate([run, other], EvaluationSpec(controls=False), output=tmp_path / "both")
+    both = json.loads(path.read_text())
     assert [score["name"] for score in both["scores"]][-2:] == ["tiny", "other"] and set(both["samples"]) >= {"tiny"}
     assert report(tmp_path / "both")[0].is_file()
-    alone = evaluate([str(run / "match")], output=tmp_path / "alone", contexts=(64,))
+    alone = evaluate(str(run / "match"), EvaluationSpec(decode=DecodeSpec((64,))), output=str(tmp_path / "alone"))
     assert [row["model"] for row in json.loads(alone.read_text())["decode"]] == ["match"]
     recipe = (other / "recipe.yaml").read_text()
     (other / "recipe.yaml").write_text(recipe.replace("random:llama", "random:arcee"))
@@ -83,9 +91,11 @@ def test_several_models_need_a_place_and_one_teacher(run, tmp_path):
 def test_evaluations_made_one_by_one_are_reported_together(run, data, tmp_path, capsys):
     again = tiny_recipe(tmp_path, name="again", align=Stage(), match=Stage(tokens=64, sequence_length=32, batch_size=2))
     again = distill(replace(again, student=replace(again.student, init=str(run))))
-    settings = {"tasks": ("arc_easy",), "data": data, "limit": 4, "with_controls": False, "contexts": (64,)}
+    benchmarks = BenchmarkSpec(("arc_easy",), limit=4, data=str(data))
+    options = {"controls": False, "stages": False, "samples": False}
+    spec = EvaluationSpec(benchmarks=benchmarks, decode=DecodeSpec((64,)), **options)
     for source in (run, again):
-        evaluate([str(source)], output=tmp_path / f"of-{source.name}", with_stages=False, samples=False, **settings)
+        evaluate(source, spec, output=tmp_path / f"of-{source.name}")
     folders = [str(tmp_path / f"of-{source.name}") for source in (run, again)]
     assert main(["report", *folders]) == 1 and "folders need --output" in capsys.readouterr().err
     assert main(["report", *folders, "-o", str(tmp_path / "all")]) == 0
@@ -104,7 +114,7 @@ def test_evaluations_made_one_by_one_are_reported_together(run, data, tmp_path, 
     other = json.loads((tmp_path / "of-again" / "results.json").read_text()) | {"device": "abacus"}
     (tmp_path / "of-again" / "results.json").write_text(json.dumps(other))
     assert main(["report", *folders, "-o", str(tmp_path / "all")]) == 1
-    assert "device is not the same in all of them but abacus, cpu" in capsys.readouterr().err
+    assert "The evaluations differ in device: abacus, cpu" in capsys.readouterr().err
 
 
 def test_a_model_that_fails_half_way_keeps_what_was_measured(run, data, monkeypatch):
@@ -119,7 +129,7 @@ def test_a_model_that_fails_half_way_keeps_what_was_measured(run, data, monkeypa
     monkeypatch.setattr(sys.modules["deltify.evaluation.runner"], "run_benchmarks", failing)
     (run / "results.json").unlink(missing_ok=True)
     with pytest.raises(RuntimeError):
-        evaluate([str(run)], tasks=("arc_easy",), data=data, limit=3, samples=False)
+        evaluate(run, EvaluationSpec(benchmarks=BenchmarkSpec(("arc_easy",), limit=3, data=data), samples=False))
     kept = json.loads((run / "results.json").read_text())
     assert kept["scores"] and {row["model"] for row in kept["benchmarks"]} == {"teacher"}
 
@@ -140,6 +150,22 @@ def test_bad_measures_are_named(run, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_files_appear_whole_and_a_cut_line_is_left_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert read_jsonl(path) == []
+    write_text(path, '{"a": 1}\n{"a": "ü\u2028"}\n')
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
+        file.write("lost")
+        raise RuntimeError
+    rows = read_jsonl(path)
+    assert rows == [{"a": 1}, {"a": "ü\u2028"}]
+    with path.open("a") as file:
+        file.write('{"a": 3')
+    whole = path.read_text()[: -len('{"a": 3')]
+    assert read_jsonl(path) == rows and path.read_text() != whole
+    assert read_jsonl(path, repair=True) == rows and path.read_text() == whole
+
+
 def test_each_task_has_one_main_metric():
     rows = [{"task": task, "metric": m} for task in ("arc_easy", "hellaswag") for m in ("acc", "acc_norm")]
     assert main_metric(rows, "arc_easy") == "acc" and main_metric(rows, "hellaswag") == "acc_norm"
@@ -147,12 +173,23 @@ def test_each_task_has_one_main_metric():
 
 
 def test_curves_are_drawn_without_an_evaluation(run):
-    assert all(path.stat().st_size > 1000 for path in draw_training(run, {"teacher": "random:llama"}))
+    paths, figure = drawn_by(draw_training, run, {"teacher": "random:llama"})
+    assert [path.name for path in paths] == ["curves.png", "curves.svg"] and all(path.is_file() for path in paths)
+    divergence, loss = figure.axes
+    validated = {name: [r for r in records if "heldout_kl" in r] for name, records in read_stages(run)}
+    labels = [f"{stage}: {records[-1]['heldout_kl']:.2f}" for stage, records in validated.items()]
+    lines = lines_of(divergence)
+    assert list(lines) == labels and [label.split(":")[0] for label in labels] == ["converted", "align", "match"]
+    for label, records in zip(labels, validated.values()):
+        assert lines[label][1][-len(records) :] == [r["heldout_kl"] for r in records]
+    assert list(lines_of(loss)) == ["align: relative error of mixers", "match: KL to teacher"]
 
 
 def test_the_verdict_is_that_of_the_figures():
     scores = [{"name": "unigram model", "perplexity": 90.0, "kl": None}]
     scores += [{"name": n, "perplexity": p, "kl": kl} for n, p, kl in (("converted", 99.0, 2.0), ("align", 80.0, 1.0))]
-    assert verdict(scores) == "KL falls at every stage; the student is below a unigram model"
+    assert verdict(scores) == ("KL falls at every stage. The student's perplexity is below that of a unigram model.")
     scores[-1] |= {"kl": 2.5, "perplexity": 95.0}
-    assert verdict(scores) == "KL does NOT fall at every stage; the student is NOT below a unigram model"
+    assert verdict(scores) == (
+        "KL does NOT fall at every stage. The student's perplexity is NOT below that of a unigram model."
+    )

@@ -1,4 +1,4 @@
-"""Other libraries' layouts: written, read back, and refused where they cannot say what a model is."""
+"""Layouts of other libraries: written, read back, and refused where they cannot express a model."""
 
 import json
 
@@ -71,7 +71,7 @@ def test_flash_linear_attentions_names_and_back(tmp_path, tied):
         ({"full_attention_layers": "3:1"}, "kda", "attention layers"),
         ({"full_attention_layers": "KS"}, "kimi_linear", "attention layers"),
         ({"bounded": True}, "kimi_linear", "a bounded gate"),
-        ({}, "gguf", "layout 'gguf' is unknown"),
+        ({}, "gguf", "Layout 'gguf' is unknown"),
     ],
 )
 def test_what_a_layout_cannot_say_is_refused_by_name(tmp_path, options, layout, message):
@@ -89,7 +89,7 @@ def test_what_a_deltify_model_cannot_be_is_refused_by_name(tmp_path, field, valu
     export(str(tmp_path / "ours"), "kda", tmp_path / "kda")
     config = json.loads((tmp_path / "kda" / "config.json").read_text()) | {field: value}
     (tmp_path / "kda" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"{field}=.* has no place in a deltify model"):
+    with pytest.raises(ValueError, match=f"{field}=.* is not supported"):
         read_layout(str(tmp_path / "kda"))
 
 

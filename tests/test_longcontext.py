@@ -1,26 +1,21 @@
-"""Long-context curves against plain computation, the cost of decoding, and the controls against what they mean."""
+"""Curves by position against plain computation, the cost of decoding, and the controls."""
 
 import math
 from itertools import pairwise
 
 import pytest
 import torch
+from figures import drawn_by, lines_of
 from torch import nn
 
 from deltify import convert
 from deltify.conversion.student import sliding_control
 from deltify.conversion.teacher import random_teacher
 from deltify.evaluation import positions
+from deltify.evaluation.controls import equal_window, layer_state_bytes, make_controls, zero_state_every
+from deltify.evaluation.decode_cost import decode_cost
 from deltify.evaluation.plots import draw_by_position, draw_decode_cost, short
-from deltify.evaluation.positions import (
-    by_position,
-    controls,
-    decode_cost,
-    equal_window,
-    forgetful,
-    position_edges,
-    state_bytes,
-)
+from deltify.evaluation.positions import by_position, position_edges
 from deltify.inference.prefill import cache_bytes, key_value_bytes, new_cache, prefill, read_pieces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,7 +96,7 @@ def test_logits_exist_for_few_tokens(teacher, student, monkeypatch):
 def test_edges_and_bad_documents(teacher, student):
     assert position_edges(5000) == [0, 128, 512, 1024, 2048, 4096, 5000]
     assert position_edges(1500, 300, 8192) == [0, 128, 300, 512, 1024, 1500]
-    with pytest.raises(ValueError, match="two tokens at least"):
+    with pytest.raises(ValueError, match="at least two tokens"):
         by_position({}, teacher.model, [[1]])
     with pytest.raises(ValueError, match="cannot be named 'teacher'"):
         by_position({"teacher": student}, teacher.model, [[1, 2, 3]])
@@ -115,13 +110,13 @@ def test_edges_and_bad_documents(teacher, student):
 def test_decode_cost_counts_bytes(teacher, student):
     lines = []
     models = {"teacher": teacher.model, "student": student}
-    rows = decode_cost(models, [256, 40, 100], steps=3, report=lines.append)
+    rows = decode_cost(models, [256, 40, 100], steps=3, log=lines.append)
     assert [(row["model"], row["context"]) for row in rows] == [
         (name, context) for name in models for context in (40, 100, 256)
     ]
     per_token = 4 * key_value_bytes(teacher.config, 4)
     assert [row["cache_bytes"] for row in rows[:3]] == [per_token * context for context in (40, 100, 256)]
-    assert {row["cache_bytes"] for row in rows[3:]} == {4 * state_bytes(student, 4)}
+    assert {row["cache_bytes"] for row in rows[3:]} == {4 * layer_state_bytes(student, 4)}
     assert all(0 < row["ms_per_token"] < 10_000 and row["dtype"] == "float32" for row in rows)
     assert len(lines) == 6 and lines[0].startswith("teacher at 40 tokens")
 
@@ -131,7 +126,7 @@ def test_decode_cost_refuses_and_survives(teacher, student, monkeypatch):
         decode_cost({}, [100, 110], steps=8)
     with pytest.raises(ValueError, match="more than 4"):
         decode_cost({}, [4])
-    with pytest.raises(ValueError, match="the text has 50 tokens; 116 are needed"):
+    with pytest.raises(ValueError, match="The text has 50 tokens\. 116 are needed"):
         decode_cost({}, [100], ids=range(50))
     forward = student.forward
     calls = []
@@ -144,7 +139,7 @@ def test_decode_cost_refuses_and_survives(teacher, student, monkeypatch):
 
     monkeypatch.setattr(student, "forward", fail)
     lines = []
-    rows = decode_cost({"student": student, "teacher": teacher.model}, [40, 100], steps=3, report=lines.append)
+    rows = decode_cost({"student": student, "teacher": teacher.model}, [40, 100], steps=3, log=lines.append)
     assert [(row["model"], row["context"]) for row in rows] == [("student", 40), ("teacher", 40), ("teacher", 100)]
     assert "student runs out of memory before 100 tokens" in lines
 
@@ -158,7 +153,7 @@ def hidden(model: nn.Module, ids: torch.Tensor, **kw) -> torch.Tensor:
 
 
 def test_controls_are_models_beside_the_student(teacher, student):
-    models = controls(teacher, student, window=16, chunk=32)
+    models = make_controls(teacher, student, window=16, chunk=32)
     window = equal_window(teacher, student)
     names = ["teacher, window 16", f"teacher, window {window} (the states' bytes)", "student, state zeroed every 32"]
     assert list(models) == names
@@ -174,10 +169,10 @@ def test_controls_are_models_beside_the_student(teacher, student):
     assert all(torch.isfinite(torch.tensor(row["kl"])) for row in rows)
 
 
-@pytest.mark.parametrize("number_bytes", [2, 4])
-def test_the_equal_window_has_the_students_bytes(number_bytes, teacher, student):
-    dtype = {2: torch.bfloat16, 4: torch.float32}[number_bytes]
-    window = equal_window(teacher, student, 4, number_bytes)
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_the_equal_window_has_the_students_bytes(element_bytes, teacher, student):
+    dtype = {2: torch.bfloat16, 4: torch.float32}[element_bytes]
+    window = equal_window(teacher, student, 4, element_bytes)
     sizes = []
     for model in (student, sliding_control(teacher, window=window, sinks=4)):
         model = model.to(dtype)
@@ -185,13 +180,13 @@ def test_the_equal_window_has_the_students_bytes(number_bytes, teacher, student)
         prefill(model, torch.randint(0, 250, (1, 400)), cache)
         sizes.append(cache_bytes(cache) // 4)
         model.float()
-    assert sizes[0] == state_bytes(student, number_bytes)
+    assert sizes[0] == layer_state_bytes(student, element_bytes)
     # the window's cache also counts its tokens, 8 bytes a layer
-    assert 0 <= sizes[0] - (sizes[1] - 8) < key_value_bytes(teacher.config, number_bytes)
+    assert 0 <= sizes[0] - (sizes[1] - 8) < key_value_bytes(teacher.config, element_bytes)
 
 
 def test_a_zeroed_state_is_a_new_document(student):
-    model = forgetful(student, 24)
+    model = zero_state_every(student, 24)
     ids = torch.randint(0, 250, (2, 100))
     want = torch.cat([hidden(student, part) for part in ids.split(24, 1)], 1)
     torch.testing.assert_close(hidden(model, ids), want, atol=1e-4, rtol=1e-4)
@@ -203,11 +198,11 @@ def test_a_zeroed_state_is_a_new_document(student):
     pairs = zip(model.parameters(), student.parameters())
     assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)
     with pytest.raises(ValueError, match="chunk=0"):
-        forgetful(student, 0)
+        zero_state_every(student, 0)
 
 
 def test_a_zeroed_state_with_padding(student):
-    model = forgetful(student, 16)
+    model = zero_state_every(student, 16)
     rows = [torch.randint(0, 250, (tokens,)) for tokens in (50, 33, 3)]
     padded, mask = torch.zeros(3, 50, dtype=torch.long), torch.zeros(3, 50, dtype=torch.long)
     for place, row in enumerate(rows):
@@ -232,7 +227,7 @@ def test_a_zeroed_state_with_padding(student):
 def test_attention_layers_of_a_hybrid_remember(teacher):
     hybrid = convert(teacher, init="library", full_attention_layers=[2]).eval()
     ids = torch.randint(0, 250, (1, 90))
-    model = forgetful(hybrid, 16)
+    model = zero_state_every(hybrid, 16)
     got = hidden(model, ids)
     cache = new_cache(model)
     parts = list(read_pieces(model, ids, cache, 37))
@@ -248,12 +243,21 @@ def test_attention_layers_of_a_hybrid_remember(teacher):
 def test_pictures(teacher, student, tmp_path):
     rows = by_position({"student": student}, teacher.model, [torch.randint(0, 250, (400,)) for _ in range(2)])
     costs = decode_cost({"teacher": teacher.model, "student": student}, [32, 64], steps=2)
-    for paths in (
-        draw_by_position(rows, tmp_path / "position", trained=128),
-        draw_decode_cost(costs, tmp_path / "cost"),
-    ):
-        assert [path.suffix for path in paths] == [".png", ".svg"]
-        assert all(path.stat().st_size > 10_000 for path in paths)
+    paths, figure = drawn_by(draw_by_position, rows, tmp_path / "position", trained=128)
+    assert [path.name for path in paths] == ["position.png", "position.svg"] and all(p.is_file() for p in paths)
+    divergence, perplexity = figure.axes
+    of_student = [row for row in rows if row["model"] == "student"]
+    assert list(lines_of(divergence)) == ["student"] and list(lines_of(perplexity)) == ["teacher", "student"]
+    known = [row["kl"] for row in of_student if row["kl"] is not None]
+    assert lines_of(divergence)["student"][1] == known and len(known) == len(of_student) - 1
+    assert lines_of(perplexity)["student"][1] == [row["perplexity"] for row in of_student]
+    assert "2 documents" in figure.get_suptitle() and "Context window of the teacher: 300" in figure.get_suptitle()
+    paths, figure = drawn_by(draw_decode_cost, costs, tmp_path / "cost")
+    assert [path.name for path in paths] == ["cost.png", "cost.svg"] and all(p.is_file() for p in paths)
+    for axis, field, unit in zip(figure.axes, ("cache_bytes", "ms_per_token"), (2**20, 1)):
+        for model, (x, y) in lines_of(axis).items():
+            of_model = [row for row in costs if row["model"] == model]
+            assert x == [32, 64] and y == [row[field] / unit for row in of_model]
     with pytest.raises(ValueError, match="no rows"):
         draw_by_position([], tmp_path / "none")
     assert [short(x) for x in (512, 1024, 1536, 65536, 2**20, 700, 2500)] == [

@@ -1,4 +1,4 @@
-"""Needles: prompts of an exact length in any tokenizer, lm-eval's templates, answers and scores, runs that go on."""
+"""Needles: prompts of an exact length in any tokenizer, lm-eval's templates, answers and scores, and resuming."""
 
 import json
 import random
@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from figures import drawn_by, lines_of
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -17,15 +18,16 @@ from deltify.conversion.teacher import byte_tokenizer, random_teacher
 from deltify.evaluation import needles
 from deltify.evaluation.haystack import ADJECTIVES, NOUNS
 from deltify.evaluation.lm_eval_model import lm_for
-from deltify.evaluation.needles import GRID, TASKS, NeedleMaker, ask, ask_needles, hits, needle_table, summarise
+from deltify.evaluation.needles import DEPTHS, TASKS, NeedleMaker, ask, ask_needles, hits, summarise
 from deltify.evaluation.plots import draw_by_length, draw_heat_map
+from deltify.evaluation.report import needle_table
 from deltify.inference import prefill
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-ROOM = 16
+ANSWER_TOKENS = 16
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -131,7 +133,7 @@ def source(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def make(source) -> NeedleMaker:
-    return NeedleMaker(byte_tokenizer(), source, room=ROOM)
+    return NeedleMaker(byte_tokenizer(), source, answer_tokens=ANSWER_TOKENS)
 
 
 # ---- make ------------------------------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ def make(source) -> NeedleMaker:
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_prompt_and_room_take_exactly_the_length(name, source):
     tokenizer = TOKENIZERS[name]()
-    make, exact = NeedleMaker(tokenizer, source, room=ROOM), TOKENIZERS[name] not in INEXACT
+    make, exact = NeedleMaker(tokenizer, source, answer_tokens=ANSWER_TOKENS), TOKENIZERS[name] not in INEXACT
     prompts = lm_for(random_teacher("llama").model, tokenizer)  # which tokens HFLM gives a prompt, save an end
     for task in TASKS if exact else ("niah_single_1", "niah_single_2", "niah_multikey_2"):
         for length, index in ((1200, 0), (1777, 1), (3001, 2)):
@@ -148,18 +150,18 @@ def test_prompt_and_room_take_exactly_the_length(name, source):
             assert sample.ids.tolist() == prompts.tok_encode(sample.prompt), (task, length, index)
             assert sample.ids.tolist() == tokenizer(sample.prompt)["input_ids"][: len(sample.ids)]
             assert 2 not in sample.ids or name == "byte_tokenizer"
-            short = length - ROOM - len(sample.ids)
+            short = length - ANSWER_TOKENS - len(sample.ids)
             assert short == 0 if exact else 0 <= short < 25, (task, length, index)
             assert all(sample.prompt.count(value) == 1 for value in sample.expected)
     assert make.text.exact == exact
     if exact:
         length = 3 * len(make.text.ids)  # more than the text has
-        assert len(make("niah_single_2", length, 0).ids) == length - ROOM
+        assert len(make("niah_single_2", length, 0).ids) == length - ANSWER_TOKENS
 
 
 def test_a_needle_lies_at_its_depth(make):
     for task in TASKS:
-        for index in range(len(GRID)):
+        for index in range(len(DEPTHS)):
             sample = make(task, 12_000, index)
             head, text = sample.question.split("\n", 1)
             assert head.endswith("afterwards.")
@@ -167,16 +169,16 @@ def test_a_needle_lies_at_its_depth(make):
             places = [100 * text.index(value) / len(text) for value in sample.expected]
             assert places == pytest.approx(sample.depths, abs=2.5), (task, index)
             assert sample.depth == sample.depths[0]
-    assert sorted(make("niah_single_1", 2000, index).depth for index in range(8)) == list(GRID)
+    assert sorted(make("niah_single_1", 2000, index).depth for index in range(8)) == list(DEPTHS)
     assert len({make("niah_single_1", 2000, index).depth // 50 for index in range(2)}) == 2  # two are apart already
-    ends = NeedleMaker(make.tokenizer, make.source, room=ROOM, depths=(0, 100))
+    ends = NeedleMaker(make.tokenizer, make.source, answer_tokens=ANSWER_TOKENS, depths=(0, 100))
     first, last = (ends("niah_single_2", 3000, index).question.split("\n")[1] for index in range(2))
     assert first.startswith("One of the special magic numbers")
     assert re.search(r"One of the special magic numbers for \S+ is: \d{7}\.$", last)
 
 
 def test_samples_depend_on_their_arguments_alone(make, source):
-    again, other = (NeedleMaker(make.tokenizer, source, room=ROOM, seed=seed) for seed in (0, 1))
+    again, other = (NeedleMaker(make.tokenizer, source, answer_tokens=ANSWER_TOKENS, seed=seed) for seed in (0, 1))
     for task in reversed(TASKS):
         for index in (1, 0):
             assert again(task, 1500, index).prompt == make(task, 1500, index).prompt
@@ -186,7 +188,7 @@ def test_samples_depend_on_their_arguments_alone(make, source):
 
 
 def test_what_cannot_be_made_is_said(make, tmp_path):
-    with pytest.raises(ValueError, match="did you mean niah_multikey_"):
+    with pytest.raises(ValueError, match="Did you mean niah_multikey_"):
         make("niah_multikey", 1000, 0)
     with pytest.raises(ValueError, match=r"300 tokens are too few: the answer needs 16, question and needles \d+"):
         make("niah_single_1", 300, 0)
@@ -284,17 +286,17 @@ def test_answers_are_lm_evals(kind, make):
 
     model = speaker(kind)
     samples = [make(task, 800, 0) for task in ("niah_single_1", "niah_single_2")]
-    plain = ask(model, make.tokenizer, samples, ROOM)
+    plain = ask(model, make.tokenizer, samples, ANSWER_TOKENS)
     # a letter that the model says in the midst of its first answer becomes an end of sequence
-    end = plain[0][next(i for i in range(2, ROOM) if plain[0][i] not in plain[0][:i])]
+    end = plain[0][next(i for i in range(2, ANSWER_TOKENS) if plain[0][i] not in plain[0][:i])]
     model.generation_config.eos_token_id = [make.tokenizer.eos_token_id, *make.tokenizer(end)["input_ids"]]
     lm = HFLM(model, tokenizer=make.tokenizer, batch_size=1, max_length=4096)
-    options = {"do_sample": False, "temperature": 0.0, "max_gen_toks": ROOM, "until": []}
+    options = {"do_sample": False, "temperature": 0.0, "max_gen_toks": ANSWER_TOKENS, "until": []}
     requests = [Instance("generate_until", s.document(), (s.prompt, options), 0) for s in samples]
     theirs = lm.generate_until(requests, disable_tqdm=True)
-    ours = ask(model, make.tokenizer, samples, ROOM)
+    ours = ask(model, make.tokenizer, samples, ANSWER_TOKENS)
     assert ours == [answer.removesuffix(end) for answer in theirs]
-    assert ours[0] == plain[0].split(end)[0] and len(plain[0]) == ROOM
+    assert ours[0] == plain[0].split(end)[0] and len(plain[0]) == ANSWER_TOKENS
 
 
 def speaker(kind: str):
@@ -314,10 +316,10 @@ def speaker(kind: str):
 def test_an_answer_ends_when_it_holds_what_was_asked(make):
     model = speaker("teacher")
     samples = [make("niah_single_2", 900, index) for index in range(3)]
-    whole = ask(model, make.tokenizer, samples, ROOM)
+    whole = ask(model, make.tokenizer, samples, ANSWER_TOKENS)
     wanted = [replace(sample, expected=[answer[4:8]]) for sample, answer in zip(samples, whole)]
     wanted[2] = samples[2]
-    cut = ask(model, make.tokenizer, wanted, ROOM)
+    cut = ask(model, make.tokenizer, wanted, ANSWER_TOKENS)
     assert [len(answer) for answer in cut[:2]] == [answer.index(answer[4:8]) + 4 for answer in whole[:2]]
     assert cut[2] == whole[2]
     assert all(hits(answer, sample.expected) == [True] for answer, sample in zip(cut[:2], wanted))
@@ -328,7 +330,8 @@ def test_reading_in_pieces_changes_nothing(layers, make, monkeypatch):
     model = convert(random_teacher("llama"), init="library", full_attention_layers=layers).eval()
     samples = [make("niah_single_2", 900, index) for index in range(3)]
     ids = torch.from_numpy(samples[0].ids).long()[None]
-    whole, logits = ask(model, make.tokenizer, samples, ROOM), prefill.prefill(model, ids, prefill.new_cache(model))
+    whole = ask(model, make.tokenizer, samples, ANSWER_TOKENS)
+    logits = prefill.prefill(model, ids, prefill.new_cache(model))
     sizes = []
     forward = model.model.forward
     monkeypatch.setattr(prefill, "FORWARD_TOKENS", 200)
@@ -336,7 +339,7 @@ def test_reading_in_pieces_changes_nothing(layers, make, monkeypatch):
         model.model, "forward", lambda *a, **kw: sizes.append(kw["input_ids"].shape) or forward(*a, **kw)
     )
     torch.testing.assert_close(prefill.prefill(model, ids, prefill.new_cache(model)), logits, atol=1e-4, rtol=1e-4)
-    assert ask(model, make.tokenizer, samples, ROOM) == whole
+    assert ask(model, make.tokenizer, samples, ANSWER_TOKENS) == whole
     assert (1, 192) in sizes and (3, 64) in sizes and max(rows * tokens for rows, tokens in sizes) <= 200
 
 
@@ -345,8 +348,8 @@ def test_attention_bounds_rows_and_pieces(monkeypatch):
     student = convert(teacher, init="library").eval()
     per_token = 2 * 2 * 16 * 4 * 4  # keys and values, heads, width, layers, float32
     monkeypatch.setattr(prefill, "CACHE_BYTES", per_token * 5000)
-    assert [prefill.rows_at_once(teacher.model, context) for context in (10, 1000, 9000)] == [128, 5, 1]
-    assert [prefill.rows_at_once(student, context) for context in (10, 9000)] == [128, 128]
+    assert [prefill.max_batch_size(teacher.model, context) for context in (10, 1000, 9000)] == [128, 5, 1]
+    assert [prefill.max_batch_size(student, context) for context in (10, 9000)] == [128, 128]
     assert prefill.piece_length(student, 1, 2**22) == 4096
     assert prefill.piece_length(teacher.model, 1, 2**20) == 256
 
@@ -376,7 +379,7 @@ def test_other_weights_or_another_dtype_are_asked_anew_under_the_same_name(make,
 def test_a_broken_run_goes_on_where_it_stopped(make, tmp_path, monkeypatch):
     model, path, lines = random_teacher("llama").model, tmp_path / "needles.jsonl", []
     plan = {"name": "tiny", "tasks": ["niah_single_1", "niah_multivalue"], "lengths": [1000, 1100], "samples": 3}
-    rows = ask_needles(model, make, path, **plan, report=lines.append)
+    rows = ask_needles(model, make, path, **plan, log=lines.append)
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
     assert len(rows) == 12 and len(lines) == 4 and "niah_multivalue at 1,100 tokens" in lines[-1]
     assert all(row["tokens"] == row["length"] for row in rows)
@@ -395,7 +398,9 @@ def test_a_broken_run_goes_on_where_it_stopped(make, tmp_path, monkeypatch):
     ask_needles(model, make, path, **plan | {"name": "other"})
     assert len(asked) == 12
     asked.clear()
-    new = ask_needles(model, NeedleMaker(make.tokenizer, make.source, room=ROOM, seed=1), path, **plan)
+    new = ask_needles(
+        model, NeedleMaker(make.tokenizer, make.source, answer_tokens=ANSWER_TOKENS, seed=1), path, **plan
+    )
     assert len(asked) == 12 and [row["prompt"] for row in new] != [row["prompt"] for row in rows]
 
 
@@ -404,8 +409,8 @@ def made_rows() -> list[dict]:
     for model, limit in (("teacher", 4096), ("student", 1500), ("teacher, window 64", 100)):
         for task in ("niah_single_1", "niah_multivalue"):
             for length in (512, 1024, 2048, 4096):
-                for sample, depth in enumerate(GRID):
-                    depths = [depth] if "single" in task else [depth, *GRID[:3]]
+                for sample, depth in enumerate(DEPTHS):
+                    depths = [depth] if "single" in task else [depth, *DEPTHS[:3]]
                     found = [int(length * (100 - d) / 100 < limit) for d in depths]
                     rows.append(
                         {
@@ -429,18 +434,37 @@ def test_summary_and_table():
     assert row["score"] == sum(right) / 8 == 6 / 8 and row["items"] == 8
     assert row["stderr"] == pytest.approx(torch.tensor(right).std().item() / 8**0.5)
     assert summarise(rows[:1])[0]["stderr"] is None
-    table = needle_table(rows)
-    assert [column.header for column in table.columns] == ["task", "model", "512", "1,024", "2,048", "4,096"]
-    assert table.row_count == 6 and "8 samples" in table.title
-    assert "75 ± 16" in list(table.columns[4].cells)
+    table = needle_table(summarise(rows))
+    assert table.columns == ("task: model", "512", "1k", "2k", "4k")
+    assert len(table.rows) == 6 and "8 samples" in table.title
+    (line,) = [line for line in table.rows if line[0] == "niah_single_1: student"]
+    assert line[3] == "75 ± 16"
 
 
 def test_pictures(tmp_path):
     rows = made_rows()
-    for tasks in (None, ["niah_single_1"]):
-        for path in draw_heat_map(rows, tmp_path / "map", tasks=tasks, trained=1024):
-            assert path.stat().st_size > 10_000
-    paths = draw_by_length(summarise(rows), tmp_path / "lengths", trained=1024)
-    assert [path.name for path in paths] == ["lengths.png", "lengths.svg"] and paths[0].stat().st_size > 10_000
+    for tasks, counts in ((None, "2 to 10"), (["niah_single_1"], "1")):
+        paths, figure = drawn_by(draw_heat_map, rows, tmp_path / "map", tasks=tasks, trained=1024)
+        assert [path.name for path in paths] == ["map.png", "map.svg"] and all(path.is_file() for path in paths)
+        teacher, student, window = [axis for axis in figure.axes if axis.get_title()]
+        assert student.get_title() == "student"
+        assert [label.get_text() for label in student.get_xticklabels()] == ["512", "1k", "2k", "4k"]
+        assert [label.get_text() for label in student.get_yticklabels()] == [str(depth) for depth in DEPTHS]
+        shown = {axis: axis.images[0].get_array() for axis in (teacher, student, window)}
+        assert (shown[teacher] == 1).all() and (shown[window][:6] == 0).all()
+        # at 2k tokens, the student finds what is among the last 1,500
+        assert shown[student][:, 2].tolist() == [int(2048 * (100 - depth) / 100 < 1500) for depth in DEPTHS]
+        title = figure.get_suptitle()
+        assert f"\n{counts} value" in title and "Red line: training length, 1k" in title
+    summary = summarise(rows)
+    paths, figure = drawn_by(draw_by_length, summary, tmp_path / "lengths", trained=1024)
+    assert [path.name for path in paths] == ["lengths.png", "lengths.svg"] and all(path.is_file() for path in paths)
+    assert [axis.get_title() for axis in figure.axes if axis.get_title()] == ["niah_single_1", "niah_multivalue"]
+    for axis in figure.axes[:2]:
+        lines = lines_of(axis)
+        assert list(lines) == ["teacher", "student", "teacher, window 64"]
+        for model, (x, y) in lines.items():
+            scores = {r["length"]: r["score"] for r in summary if (r["model"], r["task"]) == (model, axis.get_title())}
+            assert dict(zip(x, y)) == pytest.approx({length: 100 * score for length, score in scores.items()})
     with pytest.raises(ValueError, match="no rows of niah_single_3"):
         draw_heat_map(rows, tmp_path / "map", tasks=["niah_single_3"])

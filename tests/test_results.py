@@ -1,4 +1,4 @@
-"""What benchmarks keep of their results."""
+"""Result files of benchmarks."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Text of a model's own."""
+"""Documents that a model writes itself."""
 
 import json
 
@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_named(model, tmp_path, capsys):
         ({"prompt_tokens": 9, "length": 9}, "prompt_tokens=9 must be at least 1 and below length=9"),
         ({"temperature": float("nan")}, "temperature=nan must be a number above 0"),
         ({"count": 0}, "count=0 must be a number above 0"),
-        ({"prompt_tokens": 500}, "has prompt_tokens=500 tokens; give fewer"),
+        ({"prompt_tokens": 500}, "has prompt_tokens=500 tokens\. Give fewer"),
     ):
         with pytest.raises(ValueError, match=message):
             sample(here, text, out, device="cpu", **{"length": 512, **options})
@@ -87,4 +87,4 @@ def test_what_does_not_fit_is_named(model, tmp_path, capsys):
     assert main([*command, "--device", "cpu"]) == 0
     assert "has no more documents of 12 tokens" in capsys.readouterr().out
     assert main(command) == 1
-    assert f"{out} exists; delete it, or name another file" in capsys.readouterr().err
+    assert f"{out} exists. Delete it, or name another file" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible endpoint, asked over HTTP on loopback."""
+"""The OpenAI-compatible endpoint, over HTTP on loopback."""
 
 import json
 import socket

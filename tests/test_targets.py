@@ -16,6 +16,7 @@ from deltify.conversion.teacher import random_teacher
 from deltify.data.batches import Batch
 from deltify.data.token_files import open_data
 from deltify.evaluation.runner import evaluate
+from deltify.evaluation.settings import EvaluationSpec
 from deltify.training import runner, steps, teacher_cache, trainer
 from deltify.training.runner import capture_recipe
 from deltify.training.teacher_cache import CachedTeacher, dequantize, quantize, sequence_key
@@ -165,6 +166,6 @@ def test_a_run_does_not_resume_after_its_teacher_changed(tmp_path):
     with pytest.raises(ValueError, match=r"has other weights \(fingerprint \w{16}\) than the teacher that"):
         distill(recipe, resume=True)
     with pytest.raises(ValueError, match="has other weights"):
-        evaluate([str(run)], samples=False, with_controls=False, device="cpu")
+        evaluate(run, EvaluationSpec(samples=False, controls=False, device="cpu"))
     replace_teacher(tmp_path / "teacher", 0)
     distill(recipe, resume=True)

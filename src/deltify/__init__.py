@@ -10,7 +10,8 @@ from .conversion.student import convert
 from .conversion.teacher import load_teacher
 from .evaluation.report import report
 from .evaluation.runner import evaluate
-from .inference.states import load_state, read
+from .evaluation.settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec
+from .inference.states import State
 from .model import ArceeKDAConfig, ArceeKDAForCausalLM, DeltifyConfig, DeltifyForCausalLM
 from .ops import kda, kda_step
 from .training.runner import distill
@@ -23,17 +24,21 @@ except PackageNotFoundError:  # run from its source without being installed
 __all__ = [
     "ArceeKDAConfig",
     "ArceeKDAForCausalLM",
+    "BenchmarkSpec",
+    "DecodeSpec",
     "DeltifyConfig",
     "DeltifyForCausalLM",
+    "EvaluationSpec",
+    "NeedleSpec",
+    "PositionSpec",
     "Recipe",
+    "State",
     "convert",
     "distill",
     "evaluate",
     "kda",
     "kda_step",
     "load_recipe",
-    "load_state",
     "load_teacher",
-    "read",
     "report",
 ]

@@ -162,40 +162,53 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="measure a run's stages, or any models, beside their teacher",
-        description="Held-out text, and what is asked for besides: benchmarks, needles, curves by position, decoding.",
+        description="Score models on held-out text. Options add benchmarks, needles, curves by position and decoding.",
     )
     evaluate.add_argument("sources", nargs="+", metavar="MODEL", help="folder of a run or model, or hub id")
-    evaluate.add_argument("-o", "--output", type=Path, help="folder for the results; by default the run's own")
-    evaluate.add_argument("--teacher", help="hub id, folder or GGUF file; a run's own if absent")
-    evaluate.add_argument("--heldout", help="text in place of the run's own held-out text")
+    evaluate.add_argument("-o", "--output", type=Path, help="folder for the results (default: the run's own)")
+    evaluate.add_argument("--teacher", help="hub id, folder or GGUF file of the teacher (default: the runs' teacher)")
+    evaluate.add_argument("--heldout", help="source of held-out text (default: that of the first run)")
     evaluate.add_argument("--tasks", type=words, default=(), help="lm-eval tasks, comma-separated, or: default")
-    evaluate.add_argument("--limit", type=int, help="items of each task")
-    evaluate.add_argument("--data", type=Path, help="folder with the tasks' data as JSON lines, in place of the hub")
-    evaluate.add_argument("--needles", type=words, default=(), help="RULER's tasks, niah_single_1 and so on, or: all")
-    evaluate.add_argument("--lengths", type=numbers, default=(1024, 4096), help="tokens, 1024,4096 by default")
-    evaluate.add_argument("--needle-samples", type=int, default=16, help="of each task and length")
-    evaluate.add_argument("--haystack", default="python-docs", help="text to hide needles in")
-    evaluate.add_argument("--books", help="long texts, for perplexity and KL by position")
-    evaluate.add_argument("--book-tokens", type=int, default=8192, help="read of each text")
-    evaluate.add_argument("--book-count", type=int, default=4, help="texts to read, the longest of the first ones")
-    evaluate.add_argument("--contexts", type=numbers, default=(), help="tokens read before decoding is timed")
+    evaluate.add_argument("--limit", type=int, help="number of items of each task (default: all)")
+    evaluate.add_argument("--data", type=Path, help="folder with the tasks' data as JSON lines (default: the hub)")
+    evaluate.add_argument("--needles", type=words, default=(), help="RULER tasks, comma-separated, or: all")
+    evaluate.add_argument("--lengths", type=numbers, default=(1024, 4096), help="needle lengths in tokens (1024,4096)")
+    evaluate.add_argument("--needle-samples", type=int, default=16, help="samples of each needle task and length (16)")
+    evaluate.add_argument("--haystack", default="python-docs", help="source of the text that hides the needles")
+    evaluate.add_argument("--books", help="source of long documents for perplexity and KL by position")
+    evaluate.add_argument("--book-tokens", type=int, default=8192, help="tokens read of each document (8192)")
+    evaluate.add_argument("--book-count", type=int, default=4, help="number of documents (4)")
+    evaluate.add_argument("--contexts", type=numbers, default=(), help="tokens in the cache when decoding is timed")
     evaluate.add_argument("--no-controls", action="store_true", help="leave out sliding windows and zeroed states")
-    evaluate.add_argument("--no-stages", action="store_true", help="one run under its name, its last stage alone")
-    evaluate.add_argument("--no-samples", action="store_true", help="leave out the text samples")
-    evaluate.add_argument("--device", default="auto")
-    evaluate.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16; auto: by device")
+    evaluate.add_argument("--no-stages", action="store_true", help="score only the last stage, under the run's name")
+    evaluate.add_argument("--no-samples", action="store_true", help="leave out greedy continuations of fixed prompts")
+    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    evaluate.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto (by device)")
 
 
 def run_evaluate(options: argparse.Namespace, _: list[str]) -> None:
     from .evaluation.benchmarks import TASKS
     from .evaluation.needles import TASKS as NEEDLES
     from .evaluation.runner import evaluate
+    from .evaluation.settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec
 
-    settings = {key: value for key, value in vars(options).items() if key != "command" and not key.startswith("no_")}
-    settings |= {"with_controls": not options.no_controls, "with_stages": not options.no_stages}
-    settings["tasks"] = TASKS if options.tasks == ("default",) else options.tasks
-    settings["needles"] = tuple(NEEDLES) if options.needles == ("all",) else options.needles
-    print(evaluate(**settings, samples=not options.no_samples))
+    o = options
+    tasks = TASKS if o.tasks == ("default",) else o.tasks
+    needles = tuple(NEEDLES) if o.needles == ("all",) else o.needles
+    spec = EvaluationSpec(
+        teacher=o.teacher,
+        heldout=o.heldout,
+        benchmarks=BenchmarkSpec(tasks, o.limit, o.data) if tasks else None,
+        needles=NeedleSpec(needles, o.lengths, o.needle_samples, o.haystack) if needles else None,
+        positions=PositionSpec(o.books, o.book_tokens, o.book_count) if o.books else None,
+        decode=DecodeSpec(o.contexts) if o.contexts else None,
+        controls=not o.no_controls,
+        stages=not o.no_stages,
+        samples=not o.no_samples,
+        device=o.device,
+        dtype=o.dtype,
+    )
+    print(evaluate(o.sources, spec, output=o.output))
 
 
 def add_report(commands: argparse._SubParsersAction) -> None:

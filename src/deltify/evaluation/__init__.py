@@ -1,1 +1,1 @@
-"""What came out: benchmarks, needles, curves and reports."""
+"""Evaluation of models side by side: held-out text, benchmarks, needles, positions, decoding, and reports."""

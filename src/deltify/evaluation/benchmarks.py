@@ -1,8 +1,8 @@
-"""Benchmarks through lm-eval: rows of scores, and the items behind them on file.
+"""Benchmarks through lm-eval: rows of scores, and files with the items that they come from.
 
 rows = run_benchmarks(model, tokenizer, ["hellaswag", "mmlu@5"], items_folder=Path("runs/x/items/match"))
-rows += run_benchmarks(model, tokenizer, ["mmlu_rotated"], ...)  # by generation, options in every order
-paired(read_items(ours), read_items(teachers), "acc_norm")  # ratio, low, high
+rows += run_benchmarks(model, tokenizer, ["mmlu_rotated"], ...)  # generates letters, options in every order
+paired(read_items(student), read_items(teacher), "acc_norm")  # ratio, low, high
 """
 
 import contextlib
@@ -16,10 +16,15 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ..data.token_files import file_name
+from ..utils.files import read_jsonl
 from .lm_eval_tasks import LETTERS, ROTATED, Benchmark, load_benchmark, parse_letter
 
 TASKS = ("mmlu", "mmlu_continuation", "arc_challenge", "arc_easy", "hellaswag", "piqa", "gsm8k")
-SEED = 1234  # lm-eval's own, so that few-shot examples are those of its command line
+SEED = 1234  # the seed of lm-eval's command line, which decides the few-shot examples
+# the metric that stands for a task with several, in order of preference
+MAIN_METRICS = ("acc_norm", "acc", "exact_match,flexible-extract", "acc_generated")
+ACC_TASKS = ("arc_easy", "mmlu", "piqa")  # tasks whose papers report acc
 
 
 def run_benchmarks(
@@ -36,33 +41,39 @@ def run_benchmarks(
     max_length: int | None = None,
     log: Callable[[str], None] = print,
 ) -> list[dict]:
-    """Scores a model: one row per task and metric.
-
-    A row is {"task", "metric", "value", "stderr" (None where lm-eval has none), "items", "chance" (None where there is
-    no choice), "tokens_read", "tokens_whole" (read for answers that were not on file, and what HFLM would have read;
-    None if HFLM itself runs the model)}. `items_folder`, one per model, gets a file TASK.jsonl of items and, after each
-    task, rows.json. Answers that are on file there are not asked again, unless the model has changed.
+    """Run benchmarks on a model and return a row for each task and metric.
 
     Args:
-        tasks: names of lm-eval's tasks, groups or tags, or of `ROTATED`; "mmlu@5" for another number of examples than
-            the task's own.
-        data: folder of JSON lines in place of the hub.
-        limit: items of each task; a mapping limits the tasks that it names.
-        seed: of the examples' choice.
-        fast: read shared beginnings once, where all layers are KDA.
-        batch_size, max_length: as in `lm_for`.
+        model: Model to score.
+        tokenizer: Tokenizer of the model.
+        tasks: Names of lm-eval's tasks, groups or tags, or of `ROTATED`. "mmlu@5" sets the number of examples.
+        items_folder: Folder of this model for TASK.jsonl with the items and, after each task, rows.json. Answers that
+            it has already are reused, unless the model changed.
+        data: Folder with the tasks' data as JSON lines. Defaults to the Hugging Face hub.
+        limit: Number of items of each task. A mapping limits the tasks that it names.
+        seed: Random seed for the choice of examples.
+        fast: Whether to read shared prefixes once, if all layers are KDA.
+        batch_size: Sequences per batch, as in `lm_for`.
+        max_length: Largest number of tokens of a request, as in `lm_for`.
+        log: Function that is called with a line for each task.
+
+    Returns:
+        Rows with task, metric, value, stderr (None where lm-eval has none), items, chance (None where there is no
+        choice), tokens_read (for new answers) and tokens_whole (what HFLM would have read). The last two are None if
+        HFLM runs the model.
 
     Raises:
-        ValueError, OSError: as `load_benchmark`, before anything runs.
+        ValueError: If a task or limit is unknown or wrong. Nothing has run then.
+        OSError: If the data of a task is missing. Nothing has run then.
     """
     from .lm_eval_model import lm_for
 
     limits = dict(limit) if isinstance(limit, Mapping) else dict.fromkeys(tasks, limit)
     if unknown := [name for name in limits if name not in tasks]:
-        raise ValueError(f"limit names {unknown}, which are not among the tasks {list(tasks)}")
+        raise ValueError(f"limit names {unknown}, which are not among the tasks {list(tasks)}.")
     for name, items in limits.items():
         if items is not None and items < 1:
-            raise ValueError(f"limit={items} for {name}; give 1 or more items, or none for all")
+            raise ValueError(f"limit={items} for {name} must be 1 or more items. Without a limit, all items are used.")
     benchmarks = [load_benchmark(name, data=data, limit=limits.get(name)) for name in dict.fromkeys(tasks)]
     lm = lm_for(model, tokenizer, fast=fast, batch_size=batch_size, max_length=max_length)
     items_folder.mkdir(parents=True, exist_ok=True)
@@ -78,10 +89,10 @@ def run_benchmarks(
 
 
 def run_benchmark(lm, benchmark: Benchmark, items_folder: Path, seed: int = SEED) -> list[dict]:
-    """The rows of one benchmark for a model of `lm_for`; its items go to a file."""
+    """Run one benchmark on a model of `lm_for`, write its items, and return its rows."""
     from lm_eval.evaluator import evaluate
 
-    from .lm_eval_cache import Recorder
+    from .lm_eval_cache import CachedLM
     from .lm_eval_model import ConstantStateLM
 
     set_seed(seed)
@@ -90,12 +101,12 @@ def run_benchmark(lm, benchmark: Benchmark, items_folder: Path, seed: int = SEED
     counted = isinstance(lm, ConstantStateLM)
     if counted:
         lm.tokens_read = lm.tokens_whole = 0
-    recorder = Recorder(lm, benchmark.tasks, items_folder / f"{benchmark.name}.jsonl")
-    with recorder.on_first_request as building:  # lm-eval shows a bar for each task whose requests it builds
+    cached = CachedLM(lm, benchmark.tasks, items_folder / f"{benchmark.name}.jsonl")
+    with cached.on_first_request as building:  # hides lm-eval's progress bar for each task whose requests it builds
         building.enter_context(contextlib.redirect_stderr(io.StringIO()))
         loaded = {"tasks": benchmark.tasks, "groups": benchmark.groups}
-        results = evaluate(recorder, loaded, samples=benchmark.samples, bootstrap_iters=1000, log_samples=False)
-    items = recorder.finish()
+        results = evaluate(cached, loaded, samples=benchmark.samples, bootstrap_iters=1000, log_samples=False)
+    items = cached.finish()
     rows = letter_bias(items) if benchmark.base in ROTATED else score_rows(benchmark, results["results"], items)
     tokens = (lm.tokens_read, lm.tokens_whole) if counted else (None, None)
     return [
@@ -105,13 +116,13 @@ def run_benchmark(lm, benchmark: Benchmark, items_folder: Path, seed: int = SEED
 
 
 def score_rows(benchmark: Benchmark, results: Mapping[str, Mapping], items: list[dict]) -> list[dict]:
-    """lm-eval's figures as rows: of the group where it has any of its own, else of each task."""
+    """Return lm-eval's results as rows: those of the group if it has its own, else those of each task."""
     from .lm_eval_cache import metric_name
 
-    whole = any("," in key for key in results.get(benchmark.base, ()))
+    is_group = any("," in key for key in results.get(benchmark.base, ()))
     rows = []
-    for name in [benchmark.base] if whole else benchmark.tasks:
-        own = items if whole else [item for item in items if item["task"] == name]
+    for name in [benchmark.base] if is_group else benchmark.tasks:
+        own = items if is_group else [item for item in items if item["task"] == name]
         for key, value in results[name].items():
             metric, _, filter_name = key.partition(",")
             if not filter_name or metric.endswith("_stderr"):
@@ -119,63 +130,75 @@ def score_rows(benchmark: Benchmark, results: Mapping[str, Mapping], items: list
             error = results[name][f"{metric}_stderr,{filter_name}"]
             metric = metric_name(metric, filter_name)
             scores = [item["scores"][metric] for item in own]
-            if name in benchmark.groups and np.ndim(scores) == 1:  # lm-eval gives up where a task has a single item
+            if name in benchmark.groups and np.ndim(scores) == 1:  # lm-eval has none where a task has a single item
                 error = standard_error(scores)
-            row = {"task": benchmark.name if whole else name, "metric": metric, "value": float(value)}
+            row = {"task": benchmark.name if is_group else name, "metric": metric, "value": float(value)}
             row |= {"stderr": float(error) if isinstance(error, float) else None, "items": results[name]["sample_len"]}
-            rows.append(row | {"chance": mean_guess(own) if metric.startswith("acc") else None})
+            rows.append(row | {"chance": mean_chance(own) if metric.startswith("acc") else None})
     return rows
 
 
 def read_items(path: Path) -> list[dict]:
-    """The items in a file of `run_benchmarks`; those that are there so far, if the task was interrupted."""
+    """Return the items in a file of `run_benchmarks`. An interrupted task has only some of them.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"there are no items {path}; run the benchmark first")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    return [line for line in lines if "scores" in line]
+        raise FileNotFoundError(f"There are no items {path}. Run the benchmark first.")
+    return [line for line in read_jsonl(path) if "scores" in line]
 
 
 def standard_error(scores: Sequence[float]) -> float | None:
-    """Of the mean of a sample."""
+    """Return the standard error of the mean, or None for a single score."""
     return float(np.std(scores, ddof=1) / len(scores) ** 0.5) if len(scores) > 1 else None
 
 
-def guess(item: dict) -> float | None:
-    """The accuracy of guessing; None where there is no choice."""
+def chance(item: dict) -> float | None:
+    """Return the accuracy of random answers, or None where there is no choice."""
     choices = item.get("choices") or len(item.get("lengths", ()))
     return 1 / choices if choices else None
 
 
-def mean_guess(items: list[dict]) -> float | None:
-    guesses = [guess(item) for item in items]
-    return float(np.mean(guesses)) if guesses and None not in guesses else None
+def mean_chance(items: list[dict]) -> float | None:
+    """Return the mean accuracy of random answers, or None where an item has no choice."""
+    chances = [chance(item) for item in items]
+    return float(np.mean(chances)) if chances and None not in chances else None
 
 
 def letter_bias(items: list[dict]) -> list[dict]:
-    """Rows on what letters do to the answers, from the items of a rotated task; standard errors are over questions.
+    """Return rows on how answers depend on letters, from the items of a rotated task.
 
-    acc_generated: right in the original order. acc_rotated: mean over all orders. share_A, ...: of the answers in all
-    orders, where each option stands once at each letter; share_none: answers that name no letter. same_content: of the
-    answers in another order, those that choose what was chosen in the original one. A model that always says "A" has
-    acc_rotated at chance, share_A 1 and same_content 0.
+    A model that always answers "A" has acc_rotated at chance, share_A 1 and same_content 0. The metrics are:
+
+    - acc_generated: Accuracy with the options in their original order.
+    - acc_rotated: Mean accuracy over all orders, in which each option has each letter once.
+    - share_A and so on: Fraction of answers with this letter, over all orders. share_none: Answers without a letter.
+    - same_content: Fraction of answers in another order that choose the same option as in the original order.
+
+    Standard errors are over questions.
+
+    Raises:
+        ValueError: If no question has answers in all orders.
     """
     questions: dict[tuple[str, int], list[dict]] = defaultdict(list)
     for item in items:
         questions[item["task"], item["item"]].append(item)
-    whole = [asked for asked in questions.values() if len(asked) == asked[0]["choices"]]
-    if not whole:
-        raise ValueError(f"none of {len(questions)} questions was asked in all orders; run the task to its end")
-    letters = LETTERS[: max(len(asked) for asked in whole)]
+    complete = [orders for orders in questions.values() if len(orders) == orders[0]["choices"]]
+    if not complete:
+        raise ValueError(f"None of {len(questions)} questions has answers in all orders. Run the task to its end.")
+    letters = LETTERS[: max(len(orders) for orders in complete)]
     values: dict[str, list[float]] = defaultdict(list)
     chances: dict[str, list[float]] = defaultdict(list)
-    for asked in whole:
-        asked.sort(key=lambda item: item["rotation"])
-        n = len(asked)
-        said = [parse_letter(item["texts"][0], n) for item in asked]
-        content = [None if letter is None else (LETTERS.index(letter) + r) % n for r, letter in enumerate(said)]
-        right = [letter == item["gold"] for letter, item in zip(said, asked)]
+    for orders in complete:
+        orders.sort(key=lambda item: item["rotation"])
+        n = len(orders)
+        answers = [parse_letter(item["texts"][0], n) for item in orders]
+        content = [None if letter is None else (LETTERS.index(letter) + r) % n for r, letter in enumerate(answers)]
+        right = [letter == item["gold"] for letter, item in zip(answers, orders)]
         row = {"acc_generated": float(right[0]), "acc_rotated": float(np.mean(right))}
-        row |= {f"share_{letter}": said.count(letter) / n for letter in letters} | {"share_none": said.count(None) / n}
+        row |= {f"share_{letter}": answers.count(letter) / n for letter in letters}
+        row["share_none"] = answers.count(None) / n
         row["same_content"] = float(np.mean([c is not None and c == content[0] for c in content[1:]]))
         for metric, value in row.items():
             values[metric].append(value)
@@ -202,17 +225,21 @@ def paired(
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float] | None:
-    """(ratio, low, high): a model's mean score over the teacher's on the same items, with a 95% interval.
+    """Return the ratio of a model's mean score to the teacher's, and its 95% interval, as (ratio, low, high).
 
-    The interval is of a paired bootstrap over items (over questions, where each is asked in several orders). With
-    `above_chance` the ratio is (score - chance) / (teacher - chance). None where what the teacher has to divide by is
-    not above zero with 97.5% confidence: then no ratio means anything.
+    The interval comes from a paired bootstrap over items, or over questions if each has several orders. The ratio has
+    no meaning, and None is returned, if the denominator is not above zero with 97.5% confidence.
 
     Args:
-        metric: one that items have scores of; of rotated tasks, acc_generated or acc_rotated.
+        items: Items of the model.
+        teacher: Items of the teacher on the same documents.
+        metric: Metric that the items have scores of. Rotated tasks have acc_generated and acc_rotated.
+        above_chance: Whether the ratio is (score - chance) / (teacher - chance).
+        draws: Number of bootstrap samples.
+        seed: Random seed of the bootstrap.
 
     Raises:
-        ValueError: if the two were not scored on the same documents, or not by this metric.
+        ValueError: If the two have different documents, or lack the metric.
     """
     if metric == "acc_generated":
         items, teacher = ([item for item in side if item["rotation"] == 0] for side in (items, teacher))
@@ -220,15 +247,15 @@ def paired(
     ours, theirs = ({(item["task"], item["doc"], item["hash"]): item for item in side} for side in (items, teacher))
     if ours.keys() != theirs.keys() or not ours:
         raise ValueError(
-            f"{len(ours.keys() & theirs.keys())} documents are the same, of {len(ours)} and {len(theirs)}; "
-            "score both models on the same tasks, data and limit"
+            f"{len(ours.keys() & theirs.keys())} documents are the same, of {len(ours)} and {len(theirs)}. "
+            "Score both models on the same tasks, data and limit."
         )
-    if known := [item["scores"].keys() for item in (*items, *teacher) if metric not in item["scores"]]:
-        raise ValueError(f"items have no score {metric!r}; they have {sorted(known[0])}")
+    if lacking := [item["scores"].keys() for item in (*items, *teacher) if metric not in item["scores"]]:
+        raise ValueError(f"Items have no score {metric!r}. They have {sorted(lacking[0])}.")
     questions: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
     for key, item in ours.items():
-        floor = (guess(item) or 0.0) if above_chance else 0.0
-        scores = (item["scores"][metric] - floor, theirs[key]["scores"][metric] - floor)
+        subtracted = (chance(item) or 0.0) if above_chance else 0.0
+        scores = (item["scores"][metric] - subtracted, theirs[key]["scores"][metric] - subtracted)
         questions[item["task"], item.get("item", item["doc"])].append(scores)
     pairs = np.array([np.mean(scores, axis=0) for scores in questions.values()])
     generator, means = np.random.default_rng(seed), []
@@ -238,6 +265,46 @@ def paired(
     ours_drawn, theirs_drawn = np.concatenate(means).T
     if np.quantile(theirs_drawn, 0.025) <= 0:
         return None
-    possible = theirs_drawn > 0
-    low, high = np.quantile(ours_drawn[possible] / theirs_drawn[possible], [0.025, 0.975])
+    positive = theirs_drawn > 0
+    low, high = np.quantile(ours_drawn[positive] / theirs_drawn[positive], [0.025, 0.975])
     return float(pairs[:, 0].mean() / pairs[:, 1].mean()), float(low), float(high)
+
+
+# ---- comparison with the teacher -------------------------------------------------------------------------------------
+
+
+def compare_with_teacher(rows: list[dict], items: Path) -> list[dict]:
+    """Return the rows with the ratio of each model's score to the teacher's, plain and above chance.
+
+    Args:
+        rows: Rows of `run_benchmarks` with the name of their model.
+        items: Folder with a folder of items for each model.
+    """
+    if not any(row["model"] == "teacher" for row in rows):
+        return rows
+    main = {task: main_metric(rows, task) for task in dict.fromkeys(row["task"] for row in rows)}
+    teacher_items = {task: items_of(items / "teacher", task) for task in main}
+    compared = []
+    for row in rows:
+        row = dict(row, main=row["metric"] == main[row["task"]])
+        if row["model"] != "teacher" and row["main"]:
+            ours, theirs = items_of(items / file_name(row["model"]), row["task"]), teacher_items[row["task"]]
+            row["ratio"] = paired(ours, theirs, row["metric"])
+            row["ratio_above_chance"] = paired(ours, theirs, row["metric"], above_chance=True)
+        compared.append(row)
+    return compared
+
+
+def items_of(folder: Path, task: str) -> list[dict]:
+    """Return the items of a task, which has a file of its own or shares one with other tasks."""
+    path = folder / f"{task}.jsonl"
+    if path.is_file():
+        return read_items(path)
+    return [item for path in sorted(folder.glob("*.jsonl")) for item in read_items(path) if item["task"] == task]
+
+
+def main_metric(rows: list[dict], task: str) -> str:
+    """Return the metric that stands for a task: acc_norm if it has it, but acc for `ACC_TASKS`."""
+    measured = [row["metric"] for row in rows if row["task"] == task]
+    preferred = ("acc", *MAIN_METRICS) if task.split("@")[0].startswith(ACC_TASKS) else MAIN_METRICS
+    return next((metric for metric in preferred if metric in measured), measured[0])

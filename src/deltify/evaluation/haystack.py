@@ -1,4 +1,4 @@
-"""Haystacks: texts as words and token ids, that any number of prompts are cut from without tokenizing them again."""
+"""Haystacks: texts as words and token ids, from which prompts are cut without tokenizing again."""
 
 import random
 import re
@@ -15,28 +15,29 @@ from ..utils.tokens import beginning
 
 # ---- tokens, word by word --------------------------------------------------------------------------------------------
 
-# a word with the space before it and the line ends after it: tokenizers of this kind of models never join two of these
+# a word with the space before it and the line ends after it; usual tokenizers never join two of these
 WORD = re.compile(r" ?\S+\n*")
-MEMO = 1_000_000  # words
-FILLERS = 100  # words to fill gaps with
-TRIES = 50  # cuts of a haystack, for one that fits exactly
+MAX_CACHED_WORDS = 1_000_000
+MIN_FILLERS = 100  # number of words to fill gaps with
+MAX_CUTS = 50  # number of cuts of a haystack that are tried for one that fits exactly
 PROBE = "One of these is green-apple: 1234567.\nThe other (0f2c-41aa) is 90; find it?\nYes."
 
 
 class Words:
-    """Token ids of words, each as it is tokenized inside a text."""
+    """Token ids of words inside a text. `exact` tells whether a text has the tokens of its words."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.memo: dict[str, list[int]] = {}
+        self.cached: dict[str, list[int]] = {}
         self.start = beginning(tokenizer)
         self.exact = self.check([PROBE])
 
     def encode(self, text: str) -> list[int]:
+        """Return the token ids of a whole text without special tokens."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def check(self, texts: list[str]) -> bool:
-        """Whether the words of texts have the same tokens as the texts."""
+        """Return whether the words of each text have the same tokens as the text."""
         wholes = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         split = [WORD.findall(text) for text in texts]
         firsts = self.tokenizer([words[0] for words in split], add_special_tokens=False, verbose=False)["input_ids"]
@@ -46,27 +47,31 @@ class Words:
         )
 
     def ids(self, words: Sequence[str]) -> list[list[int]]:
-        """Token ids of each word; those not met before go through the tokenizer in one batch."""
-        if len(self.memo) > MEMO:
-            self.memo.clear()
-        new = [word for word in dict.fromkeys(words) if word not in self.memo]
-        for before in (".", ".\n"):  # what stands before a word that begins with a space, and before one that does not
-            mine = [word for word in new if word.startswith(" ") == (before == ".")]
-            if mine:
+        """Return the token ids of each word. New words are tokenized in one batch."""
+        if len(self.cached) > MAX_CACHED_WORDS:
+            self.cached.clear()
+        new = [word for word in dict.fromkeys(words) if word not in self.cached]
+        for before in (".", ".\n"):  # the text before a word that begins with a space, and before one that does not
+            group = [word for word in new if word.startswith(" ") == (before == ".")]
+            if group:
                 skip = len(self.encode(before))
-                texts = self.tokenizer([before + word for word in mine], add_special_tokens=False, verbose=False)
-                self.memo.update((word, ids[skip:]) for word, ids in zip(mine, texts["input_ids"]))
-        return [self.memo[word] for word in words]
+                texts = self.tokenizer([before + word for word in group], add_special_tokens=False, verbose=False)
+                self.cached.update((word, ids[skip:]) for word, ids in zip(group, texts["input_ids"]))
+        return [self.cached[word] for word in words]
 
     def count(self, text: str) -> int:
-        """Tokens of a text that follows another."""
+        """Return the number of tokens of a text inside another text."""
         return sum(map(len, self.ids(WORD.findall(text))))
 
 
 class Haystack:
-    """An endless text, that repeats, as words and token ids; needles go before the words in `joints`.
+    """An endlessly repeated text as words and token ids.
 
-    `exact` says whether the words have the tokens of the text. If not, each prompt made of it is tokenized whole.
+    Args:
+        words: Words of the text.
+        joints: Indices of words before which a needle may go.
+        tokens: Token ids of words.
+        exact: Whether the words have the tokens of the text. Otherwise every prompt is tokenized whole.
     """
 
     def __init__(self, words: list[str], joints: Sequence[int], tokens: Words, exact: bool):
@@ -75,70 +80,82 @@ class Haystack:
         self.ids = np.fromiter(chain.from_iterable(ids), np.int32)
         self.offsets = np.concatenate([[0], np.cumsum([len(x) for x in ids])])
         plain = [(word, len(x)) for word, x in zip(words[:1000], ids) if re.fullmatch(" [a-z]+", word)]
-        self.plain = plain[:FILLERS] * (FILLERS // max(1, len(plain)) + 1)
+        self.plain = plain[:MIN_FILLERS] * (MIN_FILLERS // max(1, len(plain)) + 1)
 
     def filler(self, tokens: int) -> str:
-        """Plain words that take exactly so many tokens; nothing if there are none."""
+        """Return plain words of exactly `tokens` tokens, or an empty text if no words fit."""
         if tokens <= 0:
             return ""
-        least, found = min((size for _, size in self.plain), default=0), []
+        smallest, chosen = min((size for _, size in self.plain), default=0), []
         for word, size in self.plain:
-            if size == tokens or tokens - size >= least:
-                found.append(word)
+            if size == tokens or tokens - size >= smallest:
+                chosen.append(word)
                 tokens -= size
             if tokens == 0:
-                return "".join(found)
+                return "".join(chosen)
         return ""
 
     def count(self, start: int, end: int) -> int:
-        """Tokens of the words `start` to `end`."""
+        """Return the number of tokens of the words `start` to `end`."""
 
         def before(word: int) -> int:
-            turns, place = divmod(word, len(self.words))
-            return turns * len(self.ids) + int(self.offsets[place])
+            repeats, index = divmod(word, len(self.words))
+            return repeats * len(self.ids) + int(self.offsets[index])
 
         return before(end) - before(start)
 
     def fit(self, start: int, tokens: int) -> int:
-        """How many words from `start` on take at most so many tokens."""
-        turns, rest = divmod(self.count(0, start) + tokens, len(self.ids))
-        return turns * len(self.words) + int(np.searchsorted(self.offsets, rest, side="right")) - 1 - start
+        """Return how many words from `start` on take at most `tokens` tokens."""
+        repeats, remainder = divmod(self.count(0, start) + tokens, len(self.ids))
+        return repeats * len(self.words) + int(np.searchsorted(self.offsets, remainder, side="right")) - 1 - start
 
-    def stretches(self, start: int, end: int) -> Iterator[slice]:
+    def slices(self, start: int, end: int) -> Iterator[slice]:
+        """Yield slices of the text's words that together are the words `start` to `end`."""
         while start < end:
-            place = start % len(self.words)
-            stop = min(len(self.words), place + end - start)
-            yield slice(place, stop)
-            start += stop - place
+            first = start % len(self.words)
+            stop = min(len(self.words), first + end - start)
+            yield slice(first, stop)
+            start += stop - first
 
     def tokens(self, start: int, end: int) -> Iterator[np.ndarray]:
-        return (self.ids[self.offsets[s.start] : self.offsets[s.stop]] for s in self.stretches(start, end))
+        """Yield the token ids of the words `start` to `end`."""
+        return (self.ids[self.offsets[s.start] : self.offsets[s.stop]] for s in self.slices(start, end))
 
     def text(self, start: int, end: int) -> str:
-        return "".join(chain.from_iterable(self.words[s] for s in self.stretches(start, end)))
+        """Return the text of the words `start` to `end`."""
+        return "".join(chain.from_iterable(self.words[s] for s in self.slices(start, end)))
 
-    def place(self, depth: float, start: int, end: int) -> int:
-        """The joint nearest to `depth` percent of the way from word `start` to `end`; both ends are joints, too."""
-        near = start + round(depth * (end - start) / 100)
-        if near in (start, end):
-            return near
-        turns, place = divmod(near, len(self.words))
-        index = bisect_left(self.joints, place)
+    def nearest_joint(self, depth: float, start: int, end: int) -> int:
+        """Return the joint nearest to `depth` percent of the way from word `start` to `end`. Both ends are joints."""
+        target = start + round(depth * (end - start) / 100)
+        if target in (start, end):
+            return target
+        repeats, word = divmod(target, len(self.words))
+        index = bisect_left(self.joints, word)
         after = self.joints[index] if index < len(self.joints) else len(self.words) + self.joints[0]
         before = self.joints[index - 1] if index else self.joints[-1] - len(self.words)
-        nearest = turns * len(self.words) + (after if after - place < place - before else before)
+        nearest = repeats * len(self.words) + (after if after - word < word - before else before)
         return min(max(nearest, start), end)
 
 
 def line_haystack(lines: list[str], tokens: Words) -> Haystack:
-    """Lines, with room for a needle before each."""
+    """Return a haystack of lines, with a joint before each."""
     split = [WORD.findall(line + "\n") for line in lines]
     starts = np.cumsum([0, *(len(words) for words in split[:-1])])
     return Haystack(list(chain.from_iterable(split)), starts.tolist(), tokens, tokens.exact)
 
 
 def text_haystack(source: str, tokens: Words, characters: int = 4_000_000) -> Haystack:
-    """The first so many characters of a source (see `data.documents`) in one line, with room before each sentence."""
+    """Return a haystack of a source's first characters in one line, with a joint before each sentence.
+
+    Args:
+        source: Source of the text, see `data.sources.documents`.
+        tokens: Token ids of words.
+        characters: Number of characters, to the end of the last document.
+
+    Raises:
+        ValueError: If the text has fewer than 100 words.
+    """
     texts, total = [], 0
     for text in documents(source):
         texts.append(text)
@@ -147,7 +164,7 @@ def text_haystack(source: str, tokens: Words, characters: int = 4_000_000) -> Ha
             break
     words = [" " + word for word in " ".join(texts).split()]
     if len(words) < 100:
-        raise ValueError(f"the haystack {source!r} has {len(words)} words; give a text of 100 at least")
+        raise ValueError(f"The haystack {source!r} has {len(words)} words. Give a text of at least 100.")
     ends = re.compile(r"[.!?][\"')\]\u201d\u2019]*$")
     joints = [0, *(i + 1 for i, word in enumerate(words[:-1]) if ends.search(word))]
     stretches = ["".join(words[i : i + 1000])[1:] for i in range(0, len(words), 1000)]
@@ -157,25 +174,29 @@ def text_haystack(source: str, tokens: Words, characters: int = 4_000_000) -> Ha
 def lay_out(
     haystack: Haystack, start: int, end: int, needles: list[tuple[float, str]], *, filler: str, lines: bool
 ) -> list[str | tuple[int, int]]:
-    """Texts and (start, end) of haystack words, in order: the words `start` to `end` with the needles among them.
+    """Return the words `start` to `end` of a haystack with needles among them.
 
     Args:
-        needles: (depth in percent, sentence).
-        filler: words to put before the last one.
-        lines: whether needles are lines, not sentences in a line.
+        haystack: Haystack.
+        start: Index of the first word.
+        end: Index after the last word.
+        needles: Depths in percent, and sentences.
+        filler: Words to put before the last one.
+        lines: Whether needles are lines of their own, not sentences in a line.
 
     Returns:
-        Parts that make one text, without a space before it and with a line end behind it.
+        Parts of one text, in order, that are texts or (start, end) of haystack words. The text begins without a space
+        and ends with a line end.
     """
     space, stop = ("", "\n") if lines else (" ", "")
     last = haystack.words[(end - 1) % len(haystack.words)].rstrip("\n") + stop
-    placed = [(haystack.place(depth, start, end), f"{space}{needle}{stop}") for depth, needle in needles]
+    placed = [(haystack.nearest_joint(depth, start, end), f"{space}{needle}{stop}") for depth, needle in needles]
     parts: list[str | tuple[int, int]] = []
     at = start
-    for place, needle in [*sorted(placed, key=lambda pair: pair[0]), (end, "")]:
-        if place > at:
-            parts += [(at, min(place, end - 1)), *([filler, last] if place == end else [])]
-            at = place
+    for joint, needle in [*sorted(placed, key=lambda pair: pair[0]), (end, "")]:
+        if joint > at:
+            parts += [(at, min(joint, end - 1)), *([filler, last] if joint == end else [])]
+            at = joint
         parts.append(needle)
     parts = [part for part in parts if (part if isinstance(part, str) else part[0] < part[1])]
     if isinstance(parts[0], tuple):
@@ -188,6 +209,7 @@ def lay_out(
 
 
 def write(haystack: Haystack, parts: list[str | tuple[int, int]]) -> str:
+    """Return the text of parts as `lay_out` returns them."""
     return "".join(part if isinstance(part, str) else haystack.text(*part) for part in parts)
 
 
@@ -202,9 +224,13 @@ def fill(
     start: int,
     lines: bool,
 ) -> tuple[str, np.ndarray]:
-    """Text and ids [tokens] of `head`, the haystack from word `start` on with the needles in it, and `tail`.
+    """Return the text and the ids [tokens] of `head`, a piece of the haystack with the needles, and `tail`.
 
-    The haystack is cut where it fits, and plain words fill the gap that is left. If none do, there are fewer tokens.
+    The piece begins at word `start`, and is as long as fits. Plain words fill the gap that is left. If no words do,
+    there are fewer than `tokens` ids.
+
+    Raises:
+        ValueError: If `tokens` leave no space for a haystack.
     """
     head_ids = [*words.start, *words.encode(head)]
 
@@ -218,23 +244,23 @@ def fill(
         return tokens - len(head_ids) - sum(sizes) - words.count(tail)
 
     fixed = len(head_ids) + sum(map(words.count, (tail, *(needle for _, needle in needles))))
-    most = haystack.fit(start, tokens - fixed)
-    if not haystack.exact:  # it may be far off
-        most = last_that(lambda number: missing(parts(number)) >= 0, most)
+    max_words = haystack.fit(start, tokens - fixed)
+    if not haystack.exact:  # the words' tokens are only an estimate
+        max_words = last_that(lambda number: missing(parts(number)) >= 0, max_words)
     best, gap = None, tokens
-    for number in range(most + 1, max(1, most - TRIES), -1):
+    for number in range(max_words + 1, max(1, max_words - MAX_CUTS), -1):
         if lines and not haystack.words[(start + number - 1) % len(haystack.words)].startswith(" "):
             continue  # a filler before the first word of a line would run into it
-        tried = [parts(number)]
-        if filler := haystack.filler(missing(tried[0])):
-            tried.append(parts(number, filler))
-        for candidate in tried:
-            if 0 <= (short := missing(candidate)) < gap:
-                best, gap = candidate, short
+        candidates = [parts(number)]
+        if filler := haystack.filler(missing(candidates[0])):
+            candidates.append(parts(number, filler))
+        for candidate in candidates:
+            if 0 <= (left := missing(candidate)) < gap:
+                best, gap = candidate, left
         if gap == 0:
             break
     if best is None:
-        raise ValueError(f"no haystack fits into {tokens} tokens; ask for a greater length")
+        raise ValueError(f"No haystack fits into {tokens} tokens. Choose a greater length.")
     text = head + write(haystack, best) + tail
     if not haystack.exact:
         return text, np.asarray([*words.start, *words.encode(text)], np.int32)
@@ -245,7 +271,7 @@ def fill(
 
 
 def last_that(fits: Callable[[int], bool], guess: int) -> int:
-    """The last number, 1 at least, that fits, if those after the first that does not fit do not fit either."""
+    """Return the largest number that fits, at least 1, if every number below it fits and none above it."""
     low, high = 1, max(2, guess)
     while fits(high):
         low, high = high, 2 * high
@@ -289,6 +315,7 @@ water whale wheat wheel whistle willow window winter yard""".split()
 
 
 def draw(kind: str, rng: random.Random) -> str:
+    """Return a random key or value: a number of seven digits, a pair of words, or a UUID."""
     if kind == "numbers":
         return str(rng.randint(1_000_000, 9_999_999))
     if kind == "words":
@@ -297,7 +324,8 @@ def draw(kind: str, rng: random.Random) -> str:
 
 
 def distinct(kind: str, number: int, rng: random.Random) -> list[str]:
-    found: dict[str, None] = {}
-    while len(found) < number:
-        found[draw(kind, rng)] = None
-    return list(found)
+    """Return distinct random keys or values."""
+    drawn: dict[str, None] = {}
+    while len(drawn) < number:
+        drawn[draw(kind, rng)] = None
+    return list(drawn)

@@ -1,4 +1,8 @@
-"""What lm-eval asked and a model answered, by item, on file: nothing is asked twice."""
+"""A cache of a model's answers to lm-eval, kept in files of items.
+
+lm-eval's own CachingLM keeps answers only. This one also scores each document as soon as it is answered, and writes
+it as an item.
+"""
 
 import contextlib
 import dataclasses
@@ -15,6 +19,7 @@ from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import handle_non_serializable, hash_string
 
+from ..utils.files import atomic_write, read_jsonl
 from ..utils.fingerprint import fingerprint
 
 Answer = tuple[float, bool] | float | str  # log-likelihood and whether greedy, rolling log-likelihood, text
@@ -22,29 +27,29 @@ Document = tuple[str, int]  # task, number
 
 
 def answer_key(lm: HFLM) -> str:
-    """Return a hash of what answers depend on: the model's weights and dtype, the tokenizer, and the length read."""
+    """Return a hash of all that answers depend on: weights, dtype, tokenizer and longest input."""
     probe = lm.tok_encode("Ünïcode, 1234567890 = 3.14;\n\tdef f(x): return 'x'  # 漢字")
     facts = [fingerprint(lm.model), str(lm.model.dtype), probe, lm.max_length]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-class Recorder(LM):
-    """Hands requests to a model, except those whose answers are on file, and writes answers and items as they come.
+class CachedLM(LM):
+    """A model that answers from a file where it can, and writes new answers and items to it.
 
-    An item is a line of JSON: one document's answers and scores. Until the last item of the task is there, single
-    answers stand between the items, so that nothing is asked twice after an interruption. Documents that are asked
-    repeatedly, or in several ways, are passed through and not kept.
+    An item is a line of JSON with the answers and scores of one document. Until a task is complete, the file also has
+    single answers between the items, so that an interrupted task resumes. Documents with repeated requests, or with
+    requests of several types, are not cached.
     """
 
     def __init__(self, lm: HFLM, tasks: dict[str, Task], path: Path):
         super().__init__()
         self.lm, self.tasks, self.path, self.model = lm, tasks, path, answer_key(lm)
         self.on_first_request = contextlib.ExitStack()
-        self.answers: dict[str, Answer] = {}  # by key of the request
+        self.answers: dict[str, Answer] = {}  # by the key of the request
         self.items: dict[Document, dict] = {}
         self.documents: dict[Document, list[Instance]] = {}
-        self.missing: dict[Document, int] = {}  # answers
-        self.waiting: dict[str, list[Document]] = {}  # documents that need the answer
+        self.missing: dict[Document, int] = {}  # number of answers that a document lacks
+        self.waiting: dict[str, list[Document]] = {}  # documents that need the answer with this key
         self.started = False
         lm.set_cache_hook(self)
 
@@ -58,48 +63,51 @@ class Recorder(LM):
         return self.answer("generate_until", requests)
 
     def answer(self, kind: str, requests: list[Instance]) -> list:
-        """The answers from the file, and from the model where there is none."""
+        """Return the answers to requests of one type, from the file where it has them, else from the model."""
         self.on_first_request.close()
         if not self.started:
             self.start()
-        known = [self.answers.get(self.key(kind, request.args)) for request in requests]
-        new = [request for request, answer in zip(requests, known) if answer is None]
-        if not new:
-            return known
+        cached = [self.answers.get(self.key(kind, request.args)) for request in requests]
+        new_requests = [request for request, answer in zip(requests, cached) if answer is None]
+        if not new_requests:
+            return cached
         with self.path.open("a", encoding="utf-8") as self.file:
-            answers = getattr(self.lm, kind)(new, disable_tqdm=not sys.stderr.isatty())
-            for request, answer in zip(new, answers):  # of a model that does not call the hook
+            answers = getattr(self.lm, kind)(new_requests, disable_tqdm=not sys.stderr.isatty())
+            for request, answer in zip(new_requests, answers):  # some models do not call the hook
                 self.keep(self.key(kind, request.args), answer)
-        fresh = iter(answers)
-        return [next(fresh) if answer is None else answer for answer in known]
+        new_answers = iter(answers)
+        return [next(new_answers) if answer is None else answer for answer in cached]
 
     def start(self) -> None:
-        """Takes what is on file and of use now, and writes it anew."""
+        """Read the file, and rewrite it with the answers that are needed now."""
         self.started = True
         for task in self.tasks.values():
             for instance in task.instances:
                 self.documents.setdefault((instance.task_name, instance.doc_id), []).append(instance)
-        for document, asked in self.documents.items():
-            if any(instance.repeats != 1 or instance.request_type != asked[0].request_type for instance in asked):
+        for document, instances in self.documents.items():
+            kind = instances[0].request_type
+            if any(instance.repeats != 1 or instance.request_type != kind for instance in instances):
                 continue
-            keys = {self.key(instance.request_type, instance.args) for instance in asked}
+            keys = {self.key(kind, instance.args) for instance in instances}
             self.missing[document] = len(keys)
             for key in keys:
                 self.waiting.setdefault(key, []).append(document)
-        known = {key: answer for line in read_lines(self.path) for key, answer in answers_of(line)}
-        with replaced(self.path) as self.file:
+        known = {key: answer for line in read_jsonl(self.path) for key, answer in answers_of(line)}
+        with atomic_write(self.path) as self.file:
             for key in list(self.waiting):
                 if key in known:
                     self.keep(key, known[key])
 
     def key(self, kind: str, args: Iterable) -> str:
+        """Return the key of a request."""
         return hash_args(f"{self.model} {kind}", args)[:16]
 
     def add_partial(self, kind: str, args: Iterable, answer: Answer) -> None:
-        """lm-eval's hook: models call it with each answer."""
+        """Keep an answer. This is lm-eval's hook, which models call with each of theirs."""
         self.keep(self.key(kind, args), answer)
 
     def keep(self, key: str, answer: Answer) -> None:
+        """Write an answer, and each document that it completes."""
         for document in self.waiting.pop(key, ()):
             if key not in self.answers:
                 self.answers[key] = answer
@@ -110,23 +118,24 @@ class Recorder(LM):
                 self.write(self.items[document])
 
     def write(self, line: dict) -> None:
+        """Write a line of JSON at once."""
         self.file.write(json.dumps(line, default=handle_non_serializable) + "\n")
         self.file.flush()
 
     def finish(self) -> list[dict]:
-        """The items in the order of tasks and documents; the file then holds them alone."""
+        """Rewrite the file with items alone, and return them by task and document."""
         order = {name: number for number, name in enumerate(self.tasks)}
         items = [self.items[key] for key in sorted(self.items, key=lambda key: (order[key[0]], key[1]))]
-        with replaced(self.path) as self.file:
+        with atomic_write(self.path) as self.file:
             for item in items:
                 self.write(item)
         return items
 
     def item(self, document: Document) -> dict:
-        """One document: what was answered, and how it scores by the task's own metrics."""
-        task, asked = self.tasks[document[0]], self.documents[document]
-        doc, kind = asked[0].doc, asked[0].request_type
-        keys = [self.key(kind, instance.args) for instance in asked]
+        """Return the item of a document, with scores by the task's own metrics."""
+        task, instances = self.tasks[document[0]], self.documents[document]
+        doc, kind = instances[0].doc, instances[0].request_type
+        keys = [self.key(kind, instance.args) for instance in instances]
         answers: list = [self.answers[key] for key in keys]
         text = json.dumps(doc, default=handle_non_serializable, ensure_ascii=False)
         line: dict = {"task": document[0], "doc": document[1], "hash": hash_string(text)[:16], "requests": keys}
@@ -143,40 +152,29 @@ class Recorder(LM):
             line["predicted"] = int(np.argmax(line["loglikelihoods"][: len(choices)]))
         elif kind == "generate_until":
             line["gold"] = task.doc_to_target(doc)
-        answered = [
-            dataclasses.replace(instance, resps=[answer], filtered_resps={}) for instance, answer in zip(asked, answers)
-        ]
-        line["scores"] = {}
-        for ensemble in task._filters:
-            ensemble.apply(answered)
-            results = task.process_results(doc, [instance.filtered_resps[ensemble.name] for instance in answered])
-            line["scores"] |= {metric_name(metric, ensemble.name): value for metric, value in results.items()}
-        return line
+        return line | {"scores": score_document(task, doc, instances, answers)}
+
+
+def score_document(task: Task, doc: dict, instances: list[Instance], answers: list) -> dict:
+    """Return the scores of a document by metric, after each of the task's filters."""
+    answered = [
+        dataclasses.replace(instance, resps=[answer], filtered_resps={}) for instance, answer in zip(instances, answers)
+    ]
+    scores = {}
+    for ensemble in task._filters:
+        ensemble.apply(answered)
+        results = task.process_results(doc, [instance.filtered_resps[ensemble.name] for instance in answered])
+        scores |= {metric_name(metric, ensemble.name): value for metric, value in results.items()}
+    return scores
 
 
 def metric_name(metric: str, filter_name: str) -> str:
-    """The metric, and behind it lm-eval's filter where there is one."""
+    """Return the metric's name, followed by lm-eval's filter if there is one."""
     return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
-@contextlib.contextmanager
-def replaced(path: Path):
-    """A file to write, which takes the place of `path` at the end, whole or not at all."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        yield file
-    unfinished.replace(path)
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The JSON lines of a file, if there is one; a last line that was cut short is left out."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
 def answers_of(line: dict) -> Iterator[tuple[str, Answer]]:
-    """(request, answer) of each answer that a line of a file of items holds."""
+    """Yield the request and the answer of each answer in a line of the file."""
     if "request" in line:
         answer = line["answer"]
         yield line["request"], tuple(answer) if isinstance(answer, list) else answer

@@ -1,6 +1,6 @@
-"""lm-eval's tasks by name, with data from the hub or from a folder; and lettered options in every order.
+"""Tasks of lm-eval by name, with data from the hub or a folder, and multiple choice with options in every order.
 
-lm-eval is imported where it is needed, so that reading results does not need it.
+lm-eval is imported inside functions, so that results can be read without it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import numpy as np
 ROTATED = {"mmlu_rotated": "mmlu", "arc_challenge_rotated": "arc_challenge", "arc_easy_rotated": "arc_easy"}
 LETTERS = "ABCDEFGH"
 
-# where the rows of a hub dataset stand in a folder: PREFIX_SPLIT.jsonl; other datasets under their task's name
+# names of hub datasets in a folder of data, PREFIX_SPLIT.jsonl; others have the name of their task as the prefix
 PREFIXES = {
     ("Rowan/hellaswag", None): "hellaswag",
     ("allenai/ai2_arc", "ARC-Challenge"): "arc_challenge",
@@ -32,52 +32,60 @@ SPLIT_FIELDS = ("training_split", "validation_split", "test_split", "fewshot_spl
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One name that was asked for, and lm-eval's tasks behind it."""
+    """A benchmark by name, and the tasks that it consists of.
 
-    name: str  # as asked for, with @SHOTS
-    tasks: dict[str, object]  # lm_eval.api.task.Task
-    groups: dict[str, object]  # lm_eval.api.group.Group: the asked one, if it is one, and those inside
-    samples: dict[str, range] | None  # documents of each task; None for all
+    Args:
+        name: Name with @SHOTS, if given.
+        tasks: Tasks by name (lm_eval.api.task.Task).
+        groups: Groups by name (lm_eval.api.group.Group): the benchmark, if it is one, and those inside it.
+        samples: Documents of each task. None stands for all.
+    """
+
+    name: str
+    tasks: dict[str, object]
+    groups: dict[str, object]
+    samples: dict[str, range] | None
 
     @property
     def base(self) -> str:
+        """Return the name without @SHOTS."""
         return self.name.partition("@")[0]
 
 
 @functools.cache
 def task_manager():
-    """lm-eval's index of its tasks, which takes seconds to build."""
+    """Return lm-eval's index of tasks, which takes seconds to build."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def load_benchmark(name: str, *, data: Path | None = None, limit: int | None = None) -> Benchmark:
-    """The tasks behind a name, with their data.
+    """Load a benchmark with its data.
 
     Args:
-        name: a task, group or tag of lm-eval, or one of `ROTATED`; with `@SHOTS` if not with the task's own number of
+        name: Name of a task, group or tag of lm-eval, or one of `ROTATED`. The suffix @SHOTS sets the number of
             examples.
-        data: folder of JSON lines; lm-eval's own sources (the hub) if absent.
-        limit: items; for a group, of all its tasks together, evenly.
+        data: Folder of JSON lines. Defaults to lm-eval's own sources, mostly the hub.
+        limit: Number of items. A group spreads it evenly over its tasks. Defaults to all.
 
     Raises:
-        ValueError: for a name that does not exist (the message names near ones), or a number that is none.
-        FileNotFoundError: for data that is not in the folder; the message names the file.
-        OSError: for data that does not come from the hub.
+        ValueError: If there is no such benchmark (the message has similar names), or SHOTS is no number.
+        FileNotFoundError: If the folder lacks data. The message names the file.
+        OSError: If the hub has no data or cannot be reached.
     """
     from .lm_eval_model import quiet
 
     base, _, shots = name.partition("@")
     if "@" in name and not shots.isdigit():
-        raise ValueError(f"{name!r}: the number of examples after @ must be 0 or more, as in mmlu@5")
+        raise ValueError(f"{name!r}: the number of examples after @ must be 0 or more, as in mmlu@5.")
     if data is not None and not data.is_dir():
-        raise FileNotFoundError(f"there is no folder {data} with the data of {name}")
+        raise FileNotFoundError(f"There is no folder {data} with the data of {name}.")
     manager = task_manager()
     index, stock = manager.task_index, ROTATED.get(base, base)
     if stock not in index:
         near = difflib.get_close_matches(base, [*manager.all_tasks, *ROTATED], 5)
-        raise ValueError(f"there is no task {base!r} in lm-eval; near ones: {', '.join(near) or 'none'}")
+        raise ValueError(f"There is no task {base!r} in lm-eval. Similar names: {', '.join(near) or 'none'}.")
     entries = {leaf: index[leaf] for leaf in leaves(index, stock)}
     changed = {}
     for leaf, entry in entries.items():
@@ -85,10 +93,10 @@ def load_benchmark(name: str, *, data: Path | None = None, limit: int | None = N
         changed[leaf] = rotated_config(config) if base in ROTATED else config
     try:
         index.update({leaf: replace(entries[leaf], yaml_path=None, cfg=config) for leaf, config in changed.items()})
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # datasets shows a bar for each split
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # hides a progress bar for each split
             loaded = manager.load([*changed] if base in ROTATED else [stock])
     except OSError as error:
-        raise OSError(f"{name}: no data ({error}); offline, give a folder of JSON lines as data") from error
+        raise OSError(f"{name}: no data ({error}). Without a network, give a folder of JSON lines as data.") from error
     finally:
         index.update(entries)
     tasks, groups = loaded["tasks"], loaded.get("groups", {})
@@ -97,21 +105,25 @@ def load_benchmark(name: str, *, data: Path | None = None, limit: int | None = N
             task.set_config("num_fewshot", int(shots))
         absent = (task.config.metadata or {}).get("absent")
         if task.config.num_fewshot and absent:
-            raise FileNotFoundError(f"task {task.task_name} needs its examples in {data}: there is no {absent}")
-    samples = None
-    if limit is not None:
-        documents = {leaf: items_in_documents(task.eval_docs) for leaf, task in tasks.items()}
-        quotas = spread(limit, {leaf: len(ends) for leaf, ends in documents.items()})
-        samples = {leaf: range(documents[leaf][quota - 1]) for leaf, quota in quotas.items() if quota}
-        for leaf in tasks.keys() - samples.keys():
-            for group in groups.values():
-                group.pop(leaf)
-        tasks = {leaf: tasks[leaf] for leaf in samples}
-    return Benchmark(name, tasks, groups, samples)
+            raise FileNotFoundError(f"Task {task.task_name} needs its examples in {data}: there is no {absent}.")
+    if limit is None:
+        return Benchmark(name, tasks, groups, None)
+    return limited(Benchmark(name, tasks, groups, None), limit)
+
+
+def limited(benchmark: Benchmark, limit: int) -> Benchmark:
+    """Return the benchmark with `limit` items, spread over its tasks. Tasks without any are removed."""
+    documents = {leaf: items_in_documents(task.eval_docs) for leaf, task in benchmark.tasks.items()}
+    quotas = spread(limit, {leaf: len(ends) for leaf, ends in documents.items()})
+    samples = {leaf: range(documents[leaf][quota - 1]) for leaf, quota in quotas.items() if quota}
+    for leaf in benchmark.tasks.keys() - samples.keys():
+        for group in benchmark.groups.values():
+            group.pop(leaf)
+    return replace(benchmark, tasks={leaf: benchmark.tasks[leaf] for leaf in samples}, samples=samples)
 
 
 def leaves(index: Mapping, name: str) -> Iterator[str]:
-    """The tasks that a task, tag or group of the index is made of."""
+    """Yield the names of the tasks in a task, tag or group of the index."""
     entry = index[name]
     if entry.kind.name not in ("TAG", "GROUP"):
         yield name
@@ -119,7 +131,7 @@ def leaves(index: Mapping, name: str) -> Iterator[str]:
     members = sorted(entry.tags) if entry.kind.name == "TAG" else list(entry.cfg["task"])
     while members:
         member = members.pop(0)
-        if isinstance(member, dict) and isinstance(member.get("task"), list):  # a group written inside a group
+        if isinstance(member, dict) and isinstance(member.get("task"), list):  # a group defined inside another
             members += member["task"]
             continue
         child = member if isinstance(member, str) else member.get("task", member.get("group"))
@@ -128,36 +140,43 @@ def leaves(index: Mapping, name: str) -> Iterator[str]:
 
 
 def items_in_documents(docs) -> Sequence[int]:
-    """How many of a task's documents the first 1, 2, ... items take: one each, or one for each order of the options."""
+    """Return how many documents the first 1, 2, ... items of a task take.
+
+    An item takes one document, or one for each order of its options.
+    """
     if "item" not in docs.column_names:
         return range(1, len(docs) + 1)
     return (1 + np.flatnonzero(np.diff(docs["item"], append=-1))).tolist()
 
 
 def spread(limit: int, sizes: dict[str, int]) -> dict[str, int]:
-    """How many of each, `limit` in all where there are so many, as even as their sizes allow."""
-    quotas, left = {}, limit
+    """Return a share of `limit` for each name, as even as the sizes allow. No share exceeds its size."""
+    quotas, remaining = {}, limit
     for number, name in enumerate(sorted(sizes, key=lambda name: sizes[name])):
-        quotas[name] = min(sizes[name], left // (len(sizes) - number))
-        left -= quotas[name]
+        quotas[name] = min(sizes[name], remaining // (len(sizes) - number))
+        remaining -= quotas[name]
     return {name: quotas[name] for name in sizes}
 
 
 def task_config(entry, data: Path | None, shots: int | None) -> dict:
-    """lm-eval's configuration of a task, with the data of a folder in place of the hub's."""
+    """Return lm-eval's configuration of a task, with the data of a folder if one is given.
+
+    Raises:
+        ValueError: If the task loads its data in Python, so that a folder cannot replace it.
+    """
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config = load_yaml(entry.yaml_path)
     if "class" in config:
         if data is not None:
-            raise ValueError(f"task {entry.name} reads its data in Python, not from a folder; leave data out for it")
+            raise ValueError(f"Task {entry.name} loads its data in Python, not from a folder. Run it without data.")
         return config
     config["num_fewshot"] = (config.get("num_fewshot") or 0) if shots is None else shots
     if data is None or "custom_dataset" in config:
         return config
     splits = read_splits(config, data)
     if any("query" in rows.column_names for rows in splits.values()):
-        config["process_docs"] = None  # HellaSwag's rows as lm-eval's own process_docs leaves them
+        config["process_docs"] = None  # these rows of HellaSwag went through process_docs already
     examples = config.get("fewshot_split") or config.get("training_split")
     metadata = {} if examples in splits else {"absent": file_name(config, examples)}
     gone = {field: None for field in SPLIT_FIELDS if config.get(field) not in splits}
@@ -165,7 +184,12 @@ def task_config(entry, data: Path | None, shots: int | None) -> dict:
 
 
 def read_splits(config: dict, data: Path) -> dict:
-    """The splits of a task that are in a folder, as datasets; the one that is scored must be."""
+    """Return the splits of a task that are in a folder.
+
+    Raises:
+        FileNotFoundError: If the split that is scored is absent.
+        ValueError: If a file has no rows of the task.
+    """
     from datasets import Dataset
 
     scored = config.get("test_split") or config.get("validation_split")
@@ -177,15 +201,17 @@ def read_splits(config: dict, data: Path) -> dict:
             if config["dataset_path"] == MMLU:
                 rows = [row for row in rows if row["subject"] == config["dataset_name"]]
             if not rows:
-                raise ValueError(f"{path} has no rows for task {config['task']}")
+                raise ValueError(f"{path} has no rows for task {config['task']}.")
             splits[split] = Dataset.from_list(rows)
         elif split == scored:
-            raise FileNotFoundError(f"task {config['task']} needs its {split} split in {data}: there is no {path.name}")
+            raise FileNotFoundError(
+                f"Task {config['task']} needs its {split} split in {data}: there is no {path.name}."
+            )
     return splits
 
 
 def file_name(config: dict, split: str | None) -> str:
-    """Of a split in a folder of data."""
+    """Return the name of a split's file in a folder of data."""
     if config["dataset_path"] == MMLU:
         return f"mmlu_{'val' if split == 'validation' else split}.jsonl"
     prefix = PREFIXES.get((config["dataset_path"], config.get("dataset_name")), config["task"])
@@ -194,14 +220,18 @@ def file_name(config: dict, split: str | None) -> str:
 
 @functools.lru_cache(maxsize=4)
 def read_rows(path: Path, modified: int) -> list[dict]:
-    """The JSON lines of a file, read once as long as its time of modification stays."""
+    """Return the JSON lines of a file. It is read again only if its time of modification changes.
+
+    Raises:
+        ValueError: If a line is not JSON.
+    """
     rows = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+                raise ValueError(f"{path}, line {number}, is not JSON: {error}.") from error
     return rows
 
 
@@ -209,9 +239,9 @@ def read_rows(path: Path, modified: int) -> list[dict]:
 
 
 def rotated_config(config: dict) -> dict:
-    """A task that generates a letter, asked with the options in each cyclic order, from a task of MMLU or ARC.
+    """Return a task that generates a letter, with the options in each cyclic order, from a task of MMLU or ARC.
 
-    The prompt is MMLU's; with examples, those stand in their own order.
+    The prompt is that of MMLU. Options of examples keep their original order.
     """
     from datasets import load_dataset
 
@@ -255,7 +285,7 @@ def rotated_config(config: dict) -> dict:
 
 
 def orders(item: int, row: dict) -> Iterator[dict]:
-    """A question of MMLU or ARC in each cyclic order of its options: in order r, the first one is option r."""
+    """Yield a question of MMLU or ARC in each cyclic order of its options. Order r begins with option r."""
     if isinstance(row["choices"], dict):
         options, gold = row["choices"]["text"], row["choices"]["label"].index(row["answerKey"])
     else:
@@ -276,6 +306,9 @@ ANSWER = re.compile(r"[\s(\[*\"'`]*(?:[Tt]he (?:correct )?answer is:?\s*)?[(\[*\
 
 
 def parse_letter(text: str, choices: int) -> str | None:
-    """The letter that an answer begins with, if it is one of the options: " B", "(B)", "B. Paris"; not "A cat"."""
+    """Return the letter that an answer begins with, as in " B", "(B)" or "B. Paris", but not in "A cat".
+
+    None stands for no letter, or one that is no option.
+    """
     match = ANSWER.match(text)
     return match[1] if match and match[1] in LETTERS[:choices] else None

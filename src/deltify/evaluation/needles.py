@@ -1,12 +1,12 @@
-"""Needles in haystacks: sentences hidden in a long text, and asked for; by length and by depth.
+"""Needles in haystacks: retrieval of sentences hidden in a long text, by length and depth.
 
-The eight `niah` tasks of RULER (arXiv 2404.06654), with the prompts and the score that lm-eval gives them:
+These are the eight `niah` tasks of RULER (arXiv 2404.06654), with the prompts and the score of lm-eval:
 
-    make = NeedleMaker(tokenizer)                       # haystack: CPython's own documentation, or any text
+    make = NeedleMaker(tokenizer)                       # haystack: CPython's documentation, or any text
     sample = make("niah_single_2", 4096, index=0)       # prompt and answer take 4,096 tokens together
     ask_needles(model, make, "needles.jsonl", tasks=["niah_single_2"], lengths=[1024, 4096], samples=32)
 
-A prompt is put together from tokens, word by word, so that a haystack is tokenized once, not for every sample.
+Prompts are assembled from the token ids of words, so that a haystack is tokenized only once.
 """
 
 import difflib
@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.sources import PYTHON_DOCS
-from ..inference.prefill import new_cache, prefill, rows_at_once, stop_tokens
+from ..inference.prefill import max_batch_size, new_cache, prefill, stop_tokens
+from ..utils.files import read_jsonl
 from ..utils.fingerprint import fingerprint
 from .haystack import Haystack, Words, distinct, draw, fill, line_haystack, text_haystack
 
@@ -34,14 +34,23 @@ from .haystack import Haystack, Words, distinct, draw, fill, line_haystack, text
 
 @dataclass(frozen=True)
 class Task:
-    """What one of RULER's tasks hides, and where."""
+    """A task of RULER.
 
-    haystack: str  # "noise": five short sentences repeated, "text", or "needles": nothing but needles
-    keys: str = "words"  # or "uuids"
-    values: str = "numbers"  # or "uuids"
+    Args:
+        haystack: "noise" (five short sentences, repeated), "text", or "needles" (nothing but other needles).
+        keys: Kind of keys, "words" or "uuids".
+        values: Kind of values, "numbers" or "uuids".
+        num_keys: Number of hidden keys.
+        num_values: Number of values of each key.
+        num_asked: Number of keys that the question asks for.
+    """
+
+    haystack: str
+    keys: str = "words"
+    values: str = "numbers"
     num_keys: int = 1
-    num_values: int = 1  # of each key
-    num_asked: int = 1  # keys
+    num_values: int = 1
+    num_asked: int = 1
 
 
 TASKS = {
@@ -55,7 +64,7 @@ TASKS = {
     "niah_multiquery": Task("text", num_keys=4, num_asked=4),
 }
 
-# the benchmark's fixed sentences; with one answer, lm-eval rewrites the template in the singular
+# sentences of the benchmark, in singular and plural: lm-eval rewrites its templates for a single answer
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 HEAD = (
@@ -73,15 +82,16 @@ ANSWER = (
     "The special magic {kind} for {query} mentioned in the provided text are",
 )
 
-LEAST = 16  # tokens of a haystack
-ROOM = 128  # tokens that lm-eval lets a model answer with; a sample's length counts them
-GRID = (6, 19, 31, 44, 56, 69, 81, 94)  # depths in percent of the haystack: spread evenly, as lm-eval's 40 are
+MIN_HAYSTACK_TOKENS = 16
+ANSWER_TOKENS = 128  # tokens of an answer in lm-eval; a sample's length includes them
+DEPTHS = (6, 19, 31, 44, 56, 69, 81, 94)  # in percent of the haystack, evenly spread like the 40 depths of lm-eval
 
 
 def task_of(name: str) -> Task:
+    """Return the task of this name. Raise ValueError if there is none."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, 3, 0.3) or sorted(TASKS)
-        raise ValueError(f"there is no needle task {name!r}; did you mean {' or '.join(near)}?")
+        raise ValueError(f"There is no needle task {name!r}. Did you mean {' or '.join(near)}?")
     return TASKS[name]
 
 
@@ -90,28 +100,42 @@ def task_of(name: str) -> Task:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, as text and as tokens, and the values that it asks for."""
+    """A prompt and the values that answer it.
+
+    Args:
+        task: Name of the task.
+        length: Number of tokens of prompt and answer together.
+        index: Index of the sample within its task and length.
+        depth: Depth of the first value asked for, in percent of the haystack.
+        depths: Depth of each value asked for.
+        question: Text of haystack and question.
+        prefix: Text that the answer begins with.
+        expected: Values asked for.
+        ids: Token ids of the prompt, [length - answer_tokens] int32.
+    """
 
     task: str
-    length: int  # tokens of prompt and answer
+    length: int
     index: int
-    depth: float  # of the first value asked for, in percent of the haystack
-    depths: list[float]  # of each
-    question: str  # haystack and question
-    prefix: str  # how the answer begins
+    depth: float
+    depths: list[float]
+    question: str
+    prefix: str
     expected: list[str]
-    ids: np.ndarray  # [length - room] int32
+    ids: np.ndarray
 
     @property
     def prompt(self) -> str:
+        """Return question and prefix."""
         return f"{self.question} {self.prefix}"
 
     @property
     def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that identify the prompt."""
         return hashlib.sha256(self.ids.tobytes()).hexdigest()[:16]
 
     def document(self) -> dict:
-        """The sample as lm-eval's niah tasks hold it."""
+        """Return the sample as a document of lm-eval's niah tasks."""
         return {
             "index": self.index,
             "input": self.question,
@@ -123,14 +147,18 @@ class Sample:
 
 
 class NeedleMaker:
-    """Makes samples for one tokenizer: `make(task, length, index)` is a pure function of its arguments and of these.
+    """A maker of samples. `make(task, length, index)` depends only on its arguments and on these:
 
     Args:
-        source: of the text to hide needles in: a text file, a JSON lines file, a folder of such, or "python-docs".
-        seed: of keys, values, places and the text's beginning.
-        depths: where needles go, in percent of the haystack. Successive samples walk through them in wide steps, so
-            that a few are spread already.
-        room: tokens kept free for the answer.
+        tokenizer: Tokenizer of the model.
+        source: Source of the text to hide needles in, see `data.sources.documents`.
+        seed: Random seed for keys, values, places and the beginning of the text.
+        depths: Depths of needles in percent of the haystack. Successive samples take them in wide steps, so that a few
+            samples cover the haystack.
+        answer_tokens: Number of tokens kept free for the answer.
+
+    Raises:
+        ValueError: If a depth is not in [0, 100], or there is none.
     """
 
     def __init__(
@@ -139,56 +167,62 @@ class NeedleMaker:
         source: str = PYTHON_DOCS,
         *,
         seed: int = 0,
-        depths: Sequence[float] = GRID,
-        room: int = ROOM,
+        depths: Sequence[float] = DEPTHS,
+        answer_tokens: int = ANSWER_TOKENS,
     ):
         if not depths or not all(0 <= depth <= 100 for depth in depths):
-            raise ValueError(f"depths={list(depths)}; give at least one, in percent: 0 to 100")
-        self.tokenizer, self.source, self.seed, self.depths, self.room = tokenizer, source, seed, list(depths), room
+            raise ValueError(f"depths={list(depths)} must have at least one entry, each in percent: 0 to 100.")
+        self.tokenizer, self.source, self.seed = tokenizer, source, seed
+        self.depths, self.answer_tokens = list(depths), answer_tokens
         self.words = Words(tokenizer)
         self.noise = line_haystack([NOISE], self.words)
-        self.text: Haystack | None = None  # read when first needed
+        self.text: Haystack | None = None  # read at the first use
 
     def __call__(self, task: str, length: int, index: int) -> Sample:
-        """One sample. Its tokens and `room` make `length`, or if no words fit the last gap, the closest below.
+        """Return a sample whose prompt and answer take `length` tokens.
+
+        If no words fill the last gap, it takes slightly fewer.
 
         Raises:
-            ValueError: for an unknown task, or a length that the question and the needles do not fit into.
+            ValueError: If the task is unknown, or the length too small for question and needles.
         """
         spec = task_of(task)
         rng = random.Random(f"{self.seed}/{task}/{length}/{index}")
         keys = distinct(spec.keys, spec.num_keys, rng)
         values = distinct(spec.values, spec.num_keys * spec.num_values, rng)
         hidden = [(keys[i // spec.num_values], value) for i, value in enumerate(values)]
-        asked = rng.sample(keys, spec.num_asked)
-        wanted = [(key, value) for name in asked for key, value in hidden if key == name]
+        asked_keys = rng.sample(keys, spec.num_asked)
+        asked_values = [(key, value) for name in asked_keys for key, value in hidden if key == name]
         depth = self.depths[index * stride(len(self.depths)) % len(self.depths)]
         others = [d for d in self.depths if d != depth] or [depth]
         rng.shuffle(others)
-        depths = dict(zip(hidden, cycle(others))) | {wanted[0]: depth}
+        depths = dict(zip(hidden, cycle(others))) | {asked_values[0]: depth}
         needles = [(depths[k, v], NEEDLE.format(kind=spec.values, key=k, value=v)) for k, v in hidden]
 
-        several = len(wanted) > 1
+        several = len(asked_values) > 1
         kind = spec.values if several else spec.values[:-1]
-        query = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
+        query = asked_keys[0] if len(asked_keys) == 1 else f"{', '.join(asked_keys[:-1])}, and {asked_keys[-1]}"
         head, question, prefix = (part[several].format(kind=kind, query=query) for part in (HEAD, QUESTION, ANSWER))
-        tail, tokens = f"{question} {prefix}", length - self.room
+        tail, tokens = f"{question} {prefix}", length - self.answer_tokens
         fixed = len(self.words.start) + sum(map(self.words.count, (head, tail, *(needle for _, needle in needles))))
-        if tokens < fixed + LEAST:
+        if tokens < fixed + MIN_HAYSTACK_TOKENS:
             raise ValueError(
-                f"{length} tokens are too few: the answer needs {self.room}, question and needles {fixed}, "
-                f"and the haystack {LEAST} at least"
+                f"{length} tokens are too few: the answer needs {self.answer_tokens}, question and needles {fixed}, "
+                f"and the haystack at least {MIN_HAYSTACK_TOKENS}."
             )
         haystack = self.haystack(spec, tokens - fixed, keys, rng)
         start = rng.choice(haystack.joints) if spec.haystack == "text" else 0
         lines = spec.haystack != "text"
         text, ids = fill(haystack, self.words, tokens, head, needles, tail, start=start, lines=lines)
-        expected = [value for _, value in wanted]
-        places = [depths[pair] for pair in wanted]
-        return Sample(task, length, index, depth, places, text[: -len(prefix) - 1], prefix, expected, ids)
+        expected = [value for _, value in asked_values]
+        asked_depths = [depths[pair] for pair in asked_values]
+        return Sample(task, length, index, depth, asked_depths, text[: -len(prefix) - 1], prefix, expected, ids)
 
     def haystack(self, spec: Task, budget: int, keys: list[str], rng: random.Random) -> Haystack:
-        """A haystack of the task's kind; one of needles is made anew, longer than `budget` tokens, of other keys."""
+        """Return a haystack for the task.
+
+        A haystack of needles is made for each sample. It has more than `budget` tokens, and none of the hidden keys.
+        """
         if spec.haystack == "noise":
             return self.noise
         if spec.haystack == "text":
@@ -207,7 +241,7 @@ class NeedleMaker:
 
 
 def stride(number: int) -> int:
-    """A step about 0.6 of the way through so many places, that meets them all."""
+    """Return a step of about 0.6 * `number` that visits all of `number` places, taken modulo `number`."""
     return next(step for step in count(max(1, round(0.6 * number))) if math.gcd(step, number) == 1)
 
 
@@ -216,40 +250,41 @@ def stride(number: int) -> int:
 
 @torch.no_grad()
 def ask(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: list[Sample], room: int = ROOM
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: list[Sample], max_tokens: int = ANSWER_TOKENS
 ) -> list[str]:
-    """Greedy answers of at most `room` tokens; the samples' prompts must have equally many tokens.
+    """Return greedy answers of at most `max_tokens` tokens. All prompts must have one length.
 
-    As lm-eval does, an answer ends at an end-of-sequence token only. It also ends once it holds every expected value,
-    after which no token could change its score.
+    As in lm-eval, an answer ends at an end-of-sequence token. It also ends once it holds every expected value, as
+    further tokens cannot change its score.
     """
     ids = torch.from_numpy(np.stack([sample.ids for sample in samples])).long().to(model.device)
     cache = new_cache(model)
     logits = prefill(model, ids, cache)
     stops = stop_tokens(model, tokenizer)
     tokens: list[list[int]] = [[] for _ in samples]
-    answers, going = [""] * len(samples), set(range(len(samples)))
-    for step in range(room):
-        token = logits.argmax(-1)
-        chosen = token.tolist()
-        for row in sorted(going):
-            if chosen[row] in stops:
-                going.remove(row)
+    answers, unfinished = [""] * len(samples), set(range(len(samples)))
+    for step in range(max_tokens):
+        token_B = logits.argmax(-1)
+        chosen = token_B.tolist()
+        for i in sorted(unfinished):
+            if chosen[i] in stops:
+                unfinished.remove(i)
                 continue
-            tokens[row].append(chosen[row])
-            answers[row] = str(tokenizer.decode(tokens[row], skip_special_tokens=True))
-            if all(hits(answers[row], samples[row].expected)):
-                going.remove(row)
-        if not going or step == room - 1:
+            tokens[i].append(chosen[i])
+            answers[i] = str(tokenizer.decode(tokens[i], skip_special_tokens=True))
+            if all(hits(answers[i], samples[i].expected)):
+                unfinished.remove(i)
+        if not unfinished or step == max_tokens - 1:
             break
-        logits = model(input_ids=token.unsqueeze(1), past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = model(input_ids=token_B.unsqueeze(1), past_key_values=cache, use_cache=True).logits[:, -1]
     return answers
 
 
 def hits(answer: str, expected: list[str]) -> list[bool]:
-    """For each expected value whether the answer holds it, in any case: RULER's string match, as in lm-eval.
+    """Return for each expected value whether the answer holds it, ignoring case.
 
-    They also strip the answer and replace control characters, which changes nothing: no value has any.
+    This is RULER's string match. RULER and lm-eval also strip the answer and replace control characters, which changes
+    no result, as no value has any.
     """
     return [value.lower() in answer.lower() for value in expected]
 
@@ -263,70 +298,81 @@ def ask_needles(
     tasks: Sequence[str],
     lengths: Sequence[int],
     samples: int,
-    report: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> list[dict]:
-    """Asks a model `samples` of each task and length; returns its rows.
+    """Run needle tasks on a model, append new rows to a file, and return all rows.
 
-    They are appended to the file `path` as they come. Those that are there already, for the same prompts and the same
-    weights in the same dtype, are not asked again, so that a run that broke off goes on. A model is asked beyond the
-    length that its config allows, too, and reported as it answers.
+    Rows that the file has for the same prompts, weights and dtype are reused, so that an interrupted run resumes.
+    Lengths may exceed the model's context window.
+
+    Args:
+        model: Model to test.
+        make: Maker of the samples.
+        path: JSON lines file of rows.
+        name: Name of the model.
+        tasks: Names of tasks.
+        lengths: Numbers of tokens of prompt and answer.
+        samples: Number of samples of each task and length.
+        log: Function that is called with a line for each task and length.
 
     Returns:
-        Rows with model, task, length, tokens (of prompt and room), depth (of the first value asked for, in percent),
-        depths (of each), sample (index), correct (share of the values that the answer holds), hits (for each value),
-        answer, expected, prompt and weights (fingerprints).
+        Rows with model, task, length, tokens (of prompt and answer), depth (of the first value asked for, in percent),
+        depths (of each value), sample (index), correct (fraction of the values in the answer), hits (0 or 1 for each
+        value), answer, expected, prompt and weights (fingerprints).
     """
     path, weights = Path(path), f"{fingerprint(model)}-{str(model.dtype).removeprefix('torch.')}"
-    done = {row_key(row): row for row in read_rows(path) if row["model"] == name and row.get("weights") == weights}
+    on_file = read_jsonl(path, repair=True)
+    done = {row_key(row): row for row in on_file if row["model"] == name and row.get("weights") == weights}
     rows = []
     for length in lengths:
         keys: dict[str, list[tuple]] = {task: [] for task in tasks}
 
-        def waiting(length: int = length, keys: dict[str, list[tuple]] = keys) -> Iterator[Sample]:
+        def missing_samples(length: int = length, keys: dict[str, list[tuple]] = keys) -> Iterator[Sample]:
             for task, index in product(tasks, range(samples)):
                 sample = make(task, length, index)
                 keys[task].append((name, task, length, index, sample.fingerprint))
                 if keys[task][-1] not in done:
                     yield sample
 
-        for group in batches(waiting(), rows_at_once(model, length)):
-            answers = ask(model, make.tokenizer, group, make.room)
+        for group in batches(missing_samples(), max_batch_size(model, length)):
+            answers = ask(model, make.tokenizer, group, make.answer_tokens)
             with path.open("a", encoding="utf-8") as out:
                 for sample, answer in zip(group, answers):
-                    row = result_row(name, sample, answer, make.room) | {"weights": weights}
+                    row = result_row(name, sample, answer, make.answer_tokens) | {"weights": weights}
                     out.write(json.dumps(row) + "\n")
                     done[row_key(row)] = row
         for task in tasks:
-            mine = [done[key] for key in keys[task]]
-            score = sum(row["correct"] for row in mine) / max(1, len(mine))
-            report(f"{name}: {task} at {length:,} tokens: {score:.2f} of {len(mine)} samples")
-            rows += mine
+            of_task = [done[key] for key in keys[task]]
+            score = sum(row["correct"] for row in of_task) / max(1, len(of_task))
+            log(f"{name}: {task} at {length:,} tokens: {score:.2f} of {len(of_task)} samples")
+            rows += of_task
     return rows
 
 
-def batches(samples: Iterable[Sample], most: int) -> Iterator[list[Sample]]:
-    """Groups of samples with equally many tokens, as soon as one is full."""
+def batches(samples: Iterable[Sample], batch_size: int) -> Iterator[list[Sample]]:
+    """Yield groups of samples with prompts of one length, as soon as a group is full."""
     by_size: dict[int, list[Sample]] = {}
     for sample in samples:
         group = by_size.setdefault(len(sample.ids), [])
         group.append(sample)
-        if len(group) == most:
+        if len(group) == batch_size:
             yield by_size.pop(len(sample.ids))
     yield from by_size.values()
 
 
-def result_row(name: str, sample: Sample, answer: str, room: int) -> dict:
-    found = hits(answer, sample.expected)
+def result_row(name: str, sample: Sample, answer: str, answer_tokens: int) -> dict:
+    """Return the row of an answer."""
+    in_answer = hits(answer, sample.expected)
     return {
         "model": name,
         "task": sample.task,
         "length": sample.length,
-        "tokens": len(sample.ids) + room,
+        "tokens": len(sample.ids) + answer_tokens,
         "depth": sample.depth,
         "depths": sample.depths,
         "sample": sample.index,
-        "correct": sum(found) / len(found),
-        "hits": [int(hit) for hit in found],
+        "correct": sum(in_answer) / len(in_answer),
+        "hits": [int(hit) for hit in in_answer],
         "answer": answer,
         "expected": sample.expected,
         "prompt": sample.fingerprint,
@@ -334,24 +380,15 @@ def result_row(name: str, sample: Sample, answer: str, room: int) -> dict:
 
 
 def row_key(row: dict) -> tuple:
+    """Return what identifies a row among those of the same weights."""
     return row["model"], row["task"], row["length"], row["sample"], row["prompt"]
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a file; one that was cut while it was written is cut off."""
-    if not path.is_file():
-        return []
-    whole, newline, broken = path.read_text(encoding="utf-8").rpartition("\n")
-    if broken:
-        path.write_text(whole + newline, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
 def summarise(rows: list[dict]) -> list[dict]:
-    """One row per model, task and length: score, its standard error (None for one item), items."""
+    """Return a row for each model, task and length: score, standard error (None for a single item), items."""
     groups: dict[tuple, list[float]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["task"], row["length"]), []).append(row["correct"])
@@ -365,27 +402,3 @@ def summarise(rows: list[dict]) -> list[dict]:
             {"model": model, "task": task, "length": length, "score": score, "stderr": stderr, "items": items}
         )
     return result
-
-
-def needle_table(rows: list[dict]) -> Table:
-    """Scores in percent with standard errors; tasks and models down, lengths across."""
-    summary = {(row["task"], row["model"], row["length"]): row for row in summarise(rows)}
-    lengths = sorted({length for _, _, length in summary})
-    items = sorted({row["items"] for row in summary.values()})
-    table = Table(title=f"needles found, %; {' to '.join({str(items[0]): 0, str(items[-1]): 0})} samples a cell")
-    table.add_column("task")
-    table.add_column("model")
-    for length in lengths:
-        table.add_column(f"{length:,}", justify="right")
-    for task, model in dict.fromkeys(key[:2] for key in sorted(summary, key=lambda key: list(TASKS).index(key[0]))):
-        cells = []
-        for length in lengths:
-            row = summary.get((task, model, length))
-            if row is None:
-                cells.append("-")
-            elif row["stderr"] is None:
-                cells.append(f"{100 * row['score']:.0f}")
-            else:
-                cells.append(f"{100 * row['score']:.0f} ± {100 * row['stderr']:.0f}")
-        table.add_row(task, model, *cells)
-    return table

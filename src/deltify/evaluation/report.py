@@ -1,4 +1,4 @@
-"""Results as pages: tables in the terminal, report.html that opens from disk, report.md, pictures, and a model card."""
+"""Reports of results.json: tables in the terminal, report.html, report.md, figures, and a model card."""
 
 import base64
 import json
@@ -19,7 +19,7 @@ from .plots import draw_by_length, draw_by_position, draw_decode_cost, draw_heat
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are shown; the first column names the row."""
+    """Cells as they are shown. The first column names the row."""
 
     title: str
     columns: Sequence[str]
@@ -27,6 +27,7 @@ class Table:
     note: str = ""
 
     def rich(self) -> RichTable:
+        """Return the table for the terminal."""
         table = RichTable(title=self.title, caption=self.note or None)
         for number, column in enumerate(self.columns):
             table.add_column(column, justify="right" if number else "left")
@@ -37,30 +38,41 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report."""
+    """A section of the report.
+
+    Args:
+        title: Heading.
+        text: Paragraph below the heading.
+        tables: Tables.
+        pictures: PNG files. Each has an SVG file of the same name beside it.
+    """
 
     title: str
     text: str = ""
     tables: list[Table] = field(default_factory=list)
-    pictures: list[Path] = field(default_factory=list)  # PNG; an SVG of the same name lies beside each
+    pictures: list[Path] = field(default_factory=list)
 
 
-def report(run: Path) -> list[Path]:
-    """Prints an evaluated run's tables and writes its pages; returns their paths.
+def report(run: str | Path) -> list[Path]:
+    """Print the tables of an evaluation, write its pages, and return their paths.
 
-    Writes report.html (one file, no network), report.md, PNG and SVG pictures, and README.md, a Hugging Face model
-    card, in the run's last stage.
+    The pages are report.html (one file that needs no network), report.md with figures, and README.md in the folder of
+    the run's last stage, a model card for the Hugging Face hub.
+
+    Args:
+        run: Folder with results.json.
 
     Raises:
-        FileNotFoundError: if the run was not evaluated.
+        FileNotFoundError: If the folder has no results.json.
     """
+    run = Path(run)
     results = read_results(run)
     sections = make_sections(run, results)
     for section in sections:
         for table in section.tables:
             console.print(table.rich())
     for name, texts in results.get("samples", {}).items():
-        console.print(f"\n[bold]{name}[/] writes")
+        console.print(f"\nSamples of [bold]{name}[/]")
         for text in texts:
             console.print(f"  {' '.join(text.split())!r}", highlight=False, markup=False)
 
@@ -80,27 +92,28 @@ def report(run: Path) -> list[Path]:
     return list(pages.values())
 
 
-def combine(folders: Sequence[Path], output: Path) -> Path:
-    """Writes results.json of several evaluations, made one by one or on several GPUs, into `output`, and returns that.
+def combine(folders: Sequence[str | Path], output: str | Path) -> Path:
+    """Merge the results.json of several evaluations into the folder `output`, and return it.
 
-    What several of them have measured, as of the teacher, is taken from the first.
+    Measures that several evaluations have, such as those of the teacher, are taken from the first.
 
     Raises:
-        FileNotFoundError: if a folder was not evaluated.
-        ValueError: if they were measured with different teachers, on different devices or in different dtypes.
+        FileNotFoundError: If a folder has no results.json.
+        ValueError: If evaluations differ in teacher, device, dtype or held-out text.
     """
+    output = Path(output)
     parts = [read_results(folder) for folder in folders]
     for key in ("teacher", "device", "dtype", "heldout_tokens", "heldout_sequence_length"):
         if len(values := {str(part.get(key)) for part in parts}) > 1:
             raise ValueError(
-                f"{key} is not the same in all of them but {', '.join(sorted(values))}; evaluate them alike"
+                f"The evaluations differ in {key}: {', '.join(sorted(values))}. Repeat them with equal settings."
             )
     whole: dict = {}
     for part in parts:
         for key, value in part.items():
             if isinstance(value, list) and value and isinstance(value[0], dict):
-                known = set(map(what_of, whole.get(key, [])))
-                whole[key] = whole.get(key, []) + [row for row in value if what_of(row) not in known]
+                known = set(map(row_identity, whole.get(key, [])))
+                whole[key] = whole.get(key, []) + [row for row in value if row_identity(row) not in known]
             elif key == "samples":
                 whole[key] = value | whole.get(key, {})
             elif key not in whole:
@@ -114,38 +127,39 @@ def combine(folders: Sequence[Path], output: Path) -> Path:
     return output
 
 
-def read_results(folder: Path) -> dict:
-    if not (folder / "results.json").is_file():
-        raise FileNotFoundError(f"{folder} has no results.json; run: deltify evaluate {folder}")
-    return json.loads((folder / "results.json").read_text())
+def read_results(folder: str | Path) -> dict:
+    """Return the results.json of a folder.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    path = Path(folder) / "results.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no results.json. Run: deltify evaluate {folder}")
+    return json.loads(path.read_text())
 
 
-def what_of(row: dict) -> tuple:
-    """What a row of results measures: which model, and at what."""
+def row_identity(row: dict) -> tuple:
+    """Return the model, task and length of a row, which are equal for equal measures."""
     return row.get("model", row.get("name")), row.get("task"), row.get("length")
 
 
 def make_sections(run: Path, results: dict) -> list[Section]:
-    """What was measured, in the report's order, drawn as it goes."""
+    """Return the sections of a report in their order, and draw their figures."""
     trained = results["trained_length"]
     sections = []
     if "scores" in results:
         sections.append(Section("Held-out text", tables=[heldout_table(results)]))
     if "benchmarks" in results:
         rows = results["benchmarks"]
-        text = (
-            "Each cell: the score in percent and its standard error. Below it, against the teacher on the same items, "
-            "the ratio of the scores, and of what lies above chance, each with its 95% interval (paired bootstrap over "
-            "items; a dash where the teacher itself is not clearly above chance)."
-        )
-        sections.append(Section("Benchmarks", text, [benchmark_table(rows), *letter_tables(rows)]))
+        sections.append(Section("Benchmarks", BENCHMARKS, [benchmark_table(rows), *letter_tables(rows)]))
     if "needles" in results:
         pictures = [draw_by_length(results["needles"], run / "needles", trained=trained)[0]]
         pictures += [draw_heat_map(results["needle_rows"], run / "needles-by-depth", trained=trained)[0]]
         sections.append(Section("Needles in haystacks", NEEDLES, [needle_table(results["needles"])], pictures))
     if "positions" in results:
         pictures = [draw_by_position(results["positions"], run / "positions", trained=trained)[0]]
-        sections.append(Section("By position", POSITIONS, [position_table(results["positions"])], pictures))
+        sections.append(Section("Curves by position", POSITIONS, [position_table(results["positions"])], pictures))
     if "decode" in results:
         pictures = [draw_decode_cost(results["decode"], run / "decode")[0]]
         sections.append(Section("Decoding", tables=[decode_table(results["decode"])], pictures=pictures))
@@ -154,22 +168,30 @@ def make_sections(run: Path, results: dict) -> list[Section]:
     return sections
 
 
+BENCHMARKS = (
+    "Each cell shows the score in percent and its standard error. The rows below a student compare it with the teacher "
+    "on the same items: the ratio of the scores, and the ratio of the scores above chance. Brackets hold 95% intervals "
+    "from a paired bootstrap over items. A dash means that the teacher is not clearly above chance."
+)
 NEEDLES = (
-    "RULER's tasks, scored as lm-eval does: the share of the values asked for that the answer holds. A sample's length "
-    "counts prompt and answer."
+    "Tasks of RULER with the score of lm-eval: the percentage of the requested values that the answer contains. The "
+    "length of a sample includes prompt and answer."
 )
 POSITIONS = (
-    "Whole documents, each read from its start. What a model with a short memory loses shows far into a document."
+    "Every document is read from its beginning. A model with a short memory gets worse with the distance from the "
+    "beginning."
 )
 
 
 def percent(value: float | None, digits: int = 1) -> str:
+    """Return a fraction as a percentage, or a dash."""
     return "-" if value is None else f"{100 * value:.{digits}f}"
 
 
 def heldout_table(results: dict) -> Table:
-    size = f"{results['heldout_tokens']:,} held-out tokens, rows of {results['heldout_sequence_length']}"
-    title = f"{size}; teacher: {results['teacher']}"
+    """Return the table of scores on held-out text."""
+    tokens, length = results["heldout_tokens"], results["heldout_sequence_length"]
+    title = f"{tokens:,} held-out tokens in sequences of {length} (teacher: {results['teacher']})"
     rows = [
         (
             score["name"],
@@ -180,37 +202,38 @@ def heldout_table(results: dict) -> Table:
         )
         for score in results["scores"]
     ]
-    columns = ("model", "trained on, tokens", "perplexity", "KL to teacher, nats/token", "top-1 agreement")
+    columns = ("model", "training tokens", "perplexity", "KL to teacher, nats/token", "top-1 agreement")
     return Table(title, columns, rows, verdict(results["scores"]))
 
 
 def verdict(scores: list[dict]) -> str:
-    """Whether each stage brought a run's student nearer to its teacher, and beyond a count of words."""
+    """Return whether KL fell at every stage of a run, and whether the student has a lower perplexity than a unigram."""
     by_name = {score["name"]: score for score in scores}
     stages = [by_name[name] for name in ("converted", *STAGES) if name in by_name]
     if len(stages) < 2 or "unigram model" not in by_name:
         return ""
     fell = all(a["kl"] > b["kl"] for a, b in pairwise(stages))
     below = stages[-1]["perplexity"] < by_name["unigram model"]["perplexity"]
-    first = "KL falls at every stage" if fell else "KL does NOT fall at every stage"
-    return f"{first}; the student is {'below' if below else 'NOT below'} a unigram model"
+    first = "KL falls at every stage." if fell else "KL does NOT fall at every stage."
+    return f"{first} The student's perplexity is {'below' if below else 'NOT below'} that of a unigram model."
 
 
 def interval(ratio: Sequence[float] | None) -> str:
+    """Return a ratio and its interval in percent, or a dash."""
     return "-" if ratio is None else f"{percent(ratio[0], 0)}% [{percent(ratio[1], 0)}, {percent(ratio[2], 0)}]"
 
 
 def benchmark_table(rows: list[dict]) -> Table:
-    """Models down, tasks across; each task's main metric."""
+    """Return the table of each task's main metric, with a row for each model and a column for each task."""
     main = [row for row in rows if row.get("main", True) and not row["metric"].startswith(("share_", "same_"))]
     tasks = list(dict.fromkeys((row["task"], row["metric"]) for row in main))
     models = list(dict.fromkeys(row["model"] for row in main))
-    by_place = {(row["model"], row["task"], row["metric"]): row for row in main}
+    by_cell = {(row["model"], row["task"], row["metric"]): row for row in main}
     lines = []
     for model in models:
-        cells, ratios, above = [model], ["  of the teacher"], ["  above chance"]
+        cells, ratios, above = [model], ["  ratio to teacher"], ["  ratio above chance"]
         for task in tasks:
-            row = by_place.get((model, *task))
+            row = by_cell.get((model, *task))
             error = "" if row is None or row["stderr"] is None else f" ± {percent(row['stderr'])}"
             cells.append("-" if row is None else f"{percent(row['value'])}{error}")
             ratios.append(interval(row and row.get("ratio")))
@@ -226,30 +249,31 @@ def benchmark_table(rows: list[dict]) -> Table:
 
 
 def letter_tables(rows: list[dict]) -> list[Table]:
-    """What letters do to the answers, for tasks asked in every order of the options."""
+    """Return tables on how answers depend on letters, for tasks with options in every order."""
     tables = []
     for task in dict.fromkeys(row["task"] for row in rows if row["metric"] == "same_content"):
-        mine = [row for row in rows if row["task"] == task]
-        metrics = list(dict.fromkeys(row["metric"] for row in mine))
-        values = {(row["model"], row["metric"]): row for row in mine}
+        of_task = [row for row in rows if row["task"] == task]
+        metrics = list(dict.fromkeys(row["metric"] for row in of_task))
+        values = {(row["model"], row["metric"]): row for row in of_task}
         lines = [
             (model, *(percent(values[model, metric]["value"]) for metric in metrics))
-            for model in dict.fromkeys(row["model"] for row in mine)
+            for model in dict.fromkeys(row["model"] for row in of_task)
         ]
-        lines.append(("random chance", *(percent(values[mine[0]["model"], metric]["chance"]) for metric in metrics)))
+        lines.append(("random chance", *(percent(values[of_task[0]["model"], metric]["chance"]) for metric in metrics)))
         names = [LETTER_COLUMNS.get(metric, metric.removeprefix("share_")) for metric in metrics]
-        tables.append(Table(f"{task}: letters by generation, %", ("model", *names), lines, LETTERS))
+        tables.append(Table(f"{task}: generated letters, %", ("model", *names), lines, LETTERS))
     return tables
 
 
-LETTER_COLUMNS = {"acc_generated": "right", "acc_rotated": "right, all orders", "same_content": "same content"}
+LETTER_COLUMNS = {"acc_generated": "accuracy", "acc_rotated": "accuracy, all orders", "same_content": "same content"}
 LETTERS = (
-    "Right with the options in their own order, and over all orders; share of each letter in the answers; share of "
-    "answers that choose the same content in another order."
+    "Accuracy with the options in their original order, and over all orders. Then the percentage of answers with each "
+    "letter, and of answers in another order that choose the same option as in the original order."
 )
 
 
 def needle_table(summary: list[dict]) -> Table:
+    """Return the table of needle scores, with a row for each task and model and a column for each length."""
     lengths = sorted({row["length"] for row in summary})
     cells = {(row["task"], row["model"], row["length"]): row for row in summary}
     rows = []
@@ -263,60 +287,66 @@ def needle_table(summary: list[dict]) -> Table:
     rows.sort(key=lambda line: line[0].split(":")[0])
     items = sorted({row["items"] for row in summary})
     number = " to ".join(str(n) for n in dict.fromkeys((items[0], items[-1])))
-    return Table(f"Needles found, % ({number} samples a cell)", ("task: model", *map(short, lengths)), rows)
+    return Table(f"Needles found, % ({number} samples per cell)", ("task: model", *map(short, lengths)), rows)
 
 
 def position_table(rows: list[dict]) -> Table:
+    """Return the table of perplexity and KL, with a column for each bucket of positions."""
     buckets = list(dict.fromkeys((row["start"], row["end"]) for row in sorted(rows, key=lambda row: row["start"])))
     cells = {(row["model"], row["start"]): row for row in rows}
     lines = []
     for model in dict.fromkeys(row["model"] for row in rows):
-        for what in ("perplexity", "kl") if model != "teacher" else ("perplexity",):
-            values = [cells.get((model, start), {}).get(what) for start, _ in buckets]
-            shown = [
-                "-" if value is None else f"{value:.1f}" if what == "perplexity" else f"{value:.3f}" for value in values
-            ]
-            lines.append((f"{model}: {'KL' if what == 'kl' else what}", *shown))
+        for metric in ("perplexity", "kl") if model != "teacher" else ("perplexity",):
+            values = [cells.get((model, start), {}).get(metric) for start, _ in buckets]
+            digits = 1 if metric == "perplexity" else 3
+            shown = ["-" if value is None else f"{value:.{digits}f}" for value in values]
+            lines.append((f"{model}: {'KL' if metric == 'kl' else metric}", *shown))
     columns = ("model", *(f"{short(start)}-{short(end)}" for start, end in buckets))
     return Table("Perplexity, and KL to the teacher in nats per token, by position", columns, lines)
 
 
 def decode_table(rows: list[dict]) -> Table:
+    """Return the table of cache sizes and times per token, with a column for each context."""
     contexts = sorted({row["context"] for row in rows})
     cells = {(row["model"], row["context"]): row for row in rows}
     lines = []
     for model in dict.fromkeys(row["model"] for row in rows):
-        mine = [cells.get((model, context)) for context in contexts]
-        lines.append((f"{model}: cache, MiB", *("-" if r is None else f"{r['cache_bytes'] / 2**20:.1f}" for r in mine)))
-        lines.append((f"{model}: ms per token", *("-" if r is None else f"{r['ms_per_token']:.1f}" for r in mine)))
-    where = f"{rows[0]['device']}, {rows[0]['dtype']}"
-    return Table(f"Decoding one text, by tokens read before ({where})", ("model", *map(short, contexts)), lines)
+        of_model = [cells.get((model, context)) for context in contexts]
+        lines.append(
+            (f"{model}: cache, MiB", *("-" if r is None else f"{r['cache_bytes'] / 2**20:.1f}" for r in of_model))
+        )
+        lines.append((f"{model}: ms per token", *("-" if r is None else f"{r['ms_per_token']:.1f}" for r in of_model)))
+    device = f"{rows[0]['device']}, {rows[0]['dtype']}"
+    return Table(
+        f"Decoding with batch size 1, by context in tokens ({device})", ("model", *map(short, contexts)), lines
+    )
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
 def recipe_text(run: Path, results: dict) -> str:
-    """The recipes of all runs, and, before each, those of the runs that it goes on from (`student.init`)."""
-    found: dict[Path, str] = {}
+    """Return the recipes of all runs, each after those of the runs that it started from (`student.init`)."""
+    texts: dict[Path, str] = {}
     for folder in results["runs"] or [run]:
         chain: dict[Path, str] = {}
         path = recipe_folder(str(folder))
         while path is not None and path not in chain:
             chain[path] = (path / "recipe.yaml").read_text()
             path = recipe_folder(yaml.safe_load(chain[path])["student"]["init"])
-        found |= dict(reversed(chain.items()))
-    return "\n---\n".join(found.values())
+        texts |= dict(reversed(chain.items()))
+    return "\n---\n".join(texts.values())
 
 
 def recipe_folder(source: str) -> Path | None:
-    """The run in this folder, or whose stage it is; None for what is no folder, as the names of starts, or no run."""
+    """Return the folder of the run that `source` is, or is a stage of. None if it is neither."""
     path = Path(source).expanduser()
-    places = (path, path.parent) if path.is_dir() else ()
-    return next((place for place in places if (place / "recipe.yaml").is_file()), None)
+    folders = (path, path.parent) if path.is_dir() else ()
+    return next((folder for folder in folders if (folder / "recipe.yaml").is_file()), None)
 
 
 def last_stage(run: Path) -> Path | None:
+    """Return the folder of a run's last stage, or None if it has none."""
     for name in reversed(STAGES):
         if (run / name / "config.json").is_file():
             return run / name
@@ -324,7 +354,7 @@ def last_stage(run: Path) -> Path | None:
 
 
 def card_metadata(run: Path, results: dict) -> str:
-    """The YAML head of a Hugging Face model card, benchmarks as its model-index."""
+    """Return the YAML head of a Hugging Face model card, with benchmarks as its model-index."""
     stage = last_stage(run)
     name = "" if stage is None else stage.name
     measured = [row for row in results.get("benchmarks", []) if row["model"] == name and row.get("main", True)]
@@ -345,4 +375,5 @@ def card_metadata(run: Path, results: dict) -> str:
 
 
 def data_url(picture: Path) -> str:
+    """Return a PNG file as a URL that contains it."""
     return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()

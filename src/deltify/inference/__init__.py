@@ -1,1 +1,1 @@
-"""What a model does once it is there: reading long texts, generating, states, chat, serving, export."""
+"""Use of a finished model: loading, prefill, generation, states, chat, serving, export."""

@@ -1,38 +1,52 @@
-"""A conversation in the terminal; the cache is kept between turns, so that nothing is read twice."""
+"""Chat in the terminal. The cache is kept between turns, so that each turn reads only new tokens."""
+
+from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ..model.modeling import DeltifyCache
-from ..utils.folders import model_folder
+from .loading import load_model, load_tokenizer
 
 
 class Conversation:
-    """A model, what was said, and the cache of it."""
+    """A model, the messages so far, and the cache after them.
+
+    Raises:
+        ValueError: If the tokenizer has no chat template.
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         if not tokenizer.chat_template:
             raise ValueError(
-                "the tokenizer has no chat template; use deltify generate for models that only continue text"
+                "The tokenizer has no chat template. For models that only continue text, use deltify generate."
             )
         self.model, self.tokenizer = model, tokenizer
         self.clear()
 
     def clear(self) -> None:
+        """Forget all messages."""
         self.messages: list[dict[str, str]] = []
-        self.text = ""  # all that was said, as the template writes it
+        self.text = ""  # all messages as the template writes them
         self.ids = torch.empty(1, 0, dtype=torch.long)
         self.cache = DeltifyCache(config=self.model.config)
 
     @torch.no_grad()
     def say(self, message: str, *, max_new_tokens: int = 512, streamer: TextStreamer | None = None, **sampling) -> str:
-        """The model's answer; only the new turn is read."""
+        """Return the model's answer to a message.
+
+        Args:
+            message: Message of the user.
+            max_new_tokens: Largest number of tokens of the answer.
+            streamer: Streamer that gets the tokens as they come.
+            sampling: Options of `generate`.
+        """
         self.messages.append({"role": "user", "content": message})
         text = self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
-        if not text.startswith(self.text):  # a template that rewrites earlier turns: read them again
-            kept = self.messages
+        if not text.startswith(self.text):  # the template rewrote earlier turns, which are read again
+            messages = self.messages
             self.clear()
-            self.messages = kept
+            self.messages = messages
         new = self.tokenizer(text[len(self.text) :], add_special_tokens=False, return_tensors="pt")["input_ids"]
         prompt = torch.cat([self.ids, new], dim=1).to(self.model.device)
         out = self.model.generate(
@@ -50,13 +64,18 @@ class Conversation:
         return answer
 
 
-def chat(path: str, *, device: str = "cpu", temperature: float = 0.7, top_p: float = 0.95) -> None:
-    """Talks in the terminal until an empty line; /new starts over."""
-    source = model_folder(path)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    conversation = Conversation(model, tokenizer)
-    print("An empty line ends the conversation, /new starts a new one.")
+def chat(path: str | Path, *, device: str = "cpu", temperature: float = 0.7, top_p: float = 0.95) -> None:
+    """Chat in the terminal until an empty line. The line /new starts a new conversation.
+
+    Args:
+        path: Folder of a model, folder of a run (its furthest stage), or hub id.
+        device: Device of the model.
+        temperature: Softmax temperature of sampling.
+        top_p: Fraction of the probability mass to sample from.
+    """
+    tokenizer = load_tokenizer(path)
+    conversation = Conversation(load_model(path, device=device), tokenizer)
+    print("An empty line ends the conversation. /new starts a new one.")
     while True:
         try:
             message = input("> ").strip()

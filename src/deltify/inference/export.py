@@ -1,6 +1,6 @@
-"""The same model under other libraries' names: flash-linear-attention's `kda`, transformers' native `kimi_linear`.
+"""Conversion between layouts: deltify's, flash-linear-attention's `kda`, and transformers' native `kimi_linear`.
 
-What a layout cannot express is refused by name, never dropped.
+A model that a layout cannot express is refused. Nothing is dropped silently.
 """
 
 import json
@@ -15,7 +15,8 @@ from ..model import DeltifyConfig, DeltifyForCausalLM
 from ..model.loading import check_shapes, checkpoint_shapes
 from ..training.checkpoint import save_model
 
-# (ours, theirs), in the order they are applied; a kimi_linear layer besides has one convolution for q, k and v
+# parts of tensor names in deltify and in the other layout, replaced in this order; a kimi_linear layer also has one
+# convolution for q, k and v together
 RENAMES = {
     "kda": [
         ("model.embed_tokens.", "model.embeddings."),
@@ -35,32 +36,35 @@ RENAMES = {
 LAYOUTS = ("deltify", *RENAMES)
 
 
-def export(source: str, layout: str, output: str | Path) -> None:
-    """Writes the model of a folder, in whichever of the layouts it is, as another folder in `layout`.
+def export(source: str | Path, layout: str, output: str | Path) -> None:
+    """Write a model in another layout.
 
     Args:
-        layout: "deltify", "kda" (flash-linear-attention's KDAForCausalLM) or "kimi_linear" (transformers' own).
+        source: Folder of the model, in any of the layouts.
+        layout: "deltify", "kda" (KDAForCausalLM of flash-linear-attention) or "kimi_linear" (of transformers).
+        output: Folder to write, which must be absent or empty.
 
     Raises:
-        ValueError: if the layout is unknown, or cannot express the model; names what it cannot.
-        FileExistsError: if the output folder has something in it.
+        ValueError: If the layout is unknown or cannot express the model. The message names what it cannot express.
+        FileExistsError: If the output is a file, or a folder that is not empty.
+        FileNotFoundError: If the source is not a folder of a model.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} is unknown; choose one of {list(LAYOUTS)}")
+        raise ValueError(f"Layout {layout!r} is unknown. Choose one of {list(LAYOUTS)}.")
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} is there already, and not an empty folder; name another")
+        raise FileExistsError(f"{output} exists and is not an empty folder. Name another one.")
     model, tokenizer = read_layout(source), AutoTokenizer.from_pretrained(source)
     if layout == "deltify":
         save_model(output, model, tokenizer)
         return
-    refuse(model, layout)
+    check_supported(model, layout)
     write = {"kda": write_kda, "kimi_linear": write_kimi_linear}[layout]
     write(model, tokenizer, output)
 
 
-def refuse(model: DeltifyForCausalLM, layout: str) -> None:
-    """Raises ValueError if the layout has no place for something in the model."""
+def check_supported(model: DeltifyForCausalLM, layout: str) -> None:
+    """Raise ValueError if the layout cannot express the model."""
     c = model.config
     gate_biases = [p for name, p in model.named_parameters() if name.endswith("g_proj.1.bias") and bool(p.any())]
     problems = {
@@ -71,11 +75,13 @@ def refuse(model: DeltifyForCausalLM, layout: str) -> None:
         "a bias of the output gate (g_proj.1.bias)": layout == "kimi_linear" and bool(gate_biases),
         "a bounded gate": layout == "kimi_linear" and c.gate_lower_bound is not None,
     }
-    if found := [what for what, there in problems.items() if there]:
-        raise ValueError(f"the layout {layout} has no place for {', '.join(found)}; this model stays in ours")
+    if found := [name for name, present in problems.items() if present]:
+        raise ValueError(f"Layout {layout} does not support {', '.join(found)}. Export with --layout deltify instead.")
 
 
 def renamed(tensors: dict[str, Tensor], pairs: list[tuple[str, str]]) -> dict[str, Tensor]:
+    """Return the tensors with parts of their names replaced."""
+
     def new_name(name: str) -> str:
         for old, new in pairs:
             name = name.replace(old, new)
@@ -85,7 +91,7 @@ def renamed(tensors: dict[str, Tensor], pairs: list[tuple[str, str]]) -> dict[st
 
 
 def weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The state dict without the head, where it is the embedding."""
+    """Return the state dict, without the head if it is tied to the embedding."""
     tied = model.config.tie_word_embeddings
     return {k: v.contiguous() for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
 
@@ -94,6 +100,7 @@ def weights(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a folder that flash-linear-attention can load."""
     c = model.config
     config = {
         "model_type": "kda",
@@ -117,19 +124,24 @@ SAME_IN_KDA = (
 )
 
 
-# what fla's KDAConfig has where config.json says nothing
+# defaults of flash-linear-attention's KDAConfig for fields that config.json lacks
 FLA_DEFAULTS = {"num_heads": 16, "head_dim": 128, "hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 32000}
 
 
 def read_kda(folder: Path, config: dict) -> DeltifyForCausalLM:
+    """Return the model in a folder of flash-linear-attention.
+
+    Raises:
+        ValueError: If the model has parts that deltify does not support, or tensors do not fit.
+    """
     config = FLA_DEFAULTS | config
     if (act := config.get("hidden_act", "swish")) not in ("swish", "silu"):
-        raise ValueError(f"{folder}: hidden_act={act!r} has no place in a deltify model; only 'swish' has")
-    unknown = {"attn": None, "allow_neg_eigval": False, "attnres_block_size": None, "expand_v": 1, "num_v_heads": None}
-    for name, allowed in unknown.items():
+        raise ValueError(f"{folder}: hidden_act={act!r} is not supported. Only 'swish' is.")
+    only = {"attn": None, "allow_neg_eigval": False, "attnres_block_size": None, "expand_v": 1, "num_v_heads": None}
+    for name, allowed in only.items():
         if config.get(name, allowed) not in (allowed, config["num_heads"] if name == "num_v_heads" else allowed):
-            raise ValueError(f"{folder}: {name}={config[name]!r} has no place in a deltify model; only {allowed!r} has")
-    shapes = checkpoint_shapes(str(folder), {}) or {}  # names damaged, missing and pickled files
+            raise ValueError(f"{folder}: {name}={config[name]!r} is not supported. Only {allowed!r} is.")
+    shapes = checkpoint_shapes(str(folder), {}) or {}  # raises for damaged, missing and pickled files
     if config.get("intermediate_size") is None:  # fla derives it from hidden_ratio
         config["intermediate_size"] = shapes["model.layers.0.mlp.up_proj.weight"][0]
     ours = DeltifyConfig(
@@ -149,6 +161,7 @@ def read_kda(folder: Path, config: dict) -> DeltifyForCausalLM:
 
 
 def write_kimi_linear(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a folder that transformers loads as kimi_linear."""
     c = model.config
     config = AutoConfig.for_model(
         "kimi_linear",
@@ -177,15 +190,20 @@ SAME_IN_KIMI = (
 
 
 def read_kimi_linear(folder: Path) -> DeltifyForCausalLM:
-    checkpoint_shapes(str(folder), {})  # names damaged, missing and pickled files
+    """Return the model in a kimi_linear folder of transformers.
+
+    Raises:
+        ValueError: If the model has parts that deltify does not support, or tensors do not fit.
+    """
+    checkpoint_shapes(str(folder), {})  # raises for damaged, missing and pickled files
     theirs, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{folder} lacks {', '.join(missing[:5])}; fetch it again")
+        raise ValueError(f"{folder} lacks {', '.join(missing[:5])}. Download it again.")
     if extra := sorted(info["unexpected_keys"]):
-        raise ValueError(f"{folder} has {', '.join(extra[:5])}, which its own layout has no place for")
+        raise ValueError(f"{folder} has {', '.join(extra[:5])}, which are not part of its layout.")
     t = theirs.config
     if set(t.layer_types) != {"linear_attention"} or set(t.mlp_layer_types) != {"dense"}:
-        raise ValueError(f"{folder} has latent attention or expert layers, which have no place in a deltify model")
+        raise ValueError(f"{folder} has latent attention or expert layers, which deltify does not support.")
     ours = DeltifyConfig(
         **{name: getattr(t, name) for name in SAME_IN_KIMI if name != "num_attention_heads"},
         num_attention_heads=t.linear_num_heads,
@@ -202,14 +220,19 @@ def read_kimi_linear(folder: Path) -> DeltifyForCausalLM:
     return filled(ours, tensors)
 
 
-# ---- reading any of them ---------------------------------------------------------------------------------------------
+# ---- reading any layout ----------------------------------------------------------------------------------------------
 
 
-def read_layout(source: str) -> DeltifyForCausalLM:
-    """The model of a folder in any of the layouts, as ours."""
+def read_layout(source: str | Path) -> DeltifyForCausalLM:
+    """Return the model in a folder of any layout.
+
+    Raises:
+        FileNotFoundError: If the folder has no config.json.
+        ValueError: If the layout is unknown, or the model is not supported.
+    """
     path = Path(source) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{source} is not a model folder: it has no config.json")
+        raise FileNotFoundError(f"{source} is not a model folder: it has no config.json.")
     config = json.loads(path.read_text())
     kind = config.get("model_type")
     if kind == "kda":
@@ -217,12 +240,16 @@ def read_layout(source: str) -> DeltifyForCausalLM:
     if kind == "kimi_linear":
         return read_kimi_linear(Path(source))
     if kind not in ("deltify", "arcee_kda"):
-        raise ValueError(f"{source} has model_type {kind!r}; readable are deltify, arcee_kda, kda and kimi_linear")
+        raise ValueError(f"{source} has model_type {kind!r}. Supported are deltify, arcee_kda, kda and kimi_linear.")
     return AutoModelForCausalLM.from_pretrained(source, dtype="auto")
 
 
 def filled(config: DeltifyConfig, tensors: dict[str, Tensor]) -> DeltifyForCausalLM:
-    """A model with exactly these tensors."""
+    """Return a model with exactly these tensors.
+
+    Raises:
+        ValueError: If a tensor is missing, left over or of another shape.
+    """
     model = DeltifyForCausalLM(config)
     if config.tie_word_embeddings:
         tensors = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}

@@ -1,19 +1,19 @@
-"""Text from a model, streamed."""
+"""Streamed generation, and reading of a text file into a state."""
 
 import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from ..utils.folders import model_folder
 from ..utils.tokens import token_ids
-from .states import load_state, read
+from .loading import load_model, load_tokenizer
+from .states import State
 
 
 @torch.no_grad()
 def generate(
-    path: str,
+    path: str | Path,
     prompt: str,
     *,
     max_new_tokens: int = 128,
@@ -23,29 +23,36 @@ def generate(
     chat: bool = False,
     device: str = "cpu",
     seed: int = 0,
-    state: str | None = None,
+    state: str | Path | None = None,
 ) -> str:
-    """Streams a continuation of `prompt` to the terminal, then tokens per second; returns the text.
+    """Stream a continuation of `prompt` to the terminal, print tokens per second, and return the text.
 
     Args:
-        path: model folder, run folder (its furthest stage), or hub id.
-        greedy: take the likeliest token instead of sampling.
-        chat: put the prompt through the tokenizer's chat template.
-        state: file of a text that the model has read, see `deltify.states`; the prompt follows it.
+        path: Folder of a model, folder of a run (its furthest stage), or hub id.
+        prompt: Text to continue.
+        max_new_tokens: Largest number of new tokens.
+        temperature: Softmax temperature of sampling.
+        top_p: Fraction of the probability mass to sample from.
+        greedy: Whether to take the likeliest token instead of sampling.
+        chat: Whether to apply the tokenizer's chat template to the prompt.
+        device: Device of the model.
+        seed: Random seed of sampling.
+        state: File of `State.save`. The prompt continues the text that was read into it.
+
+    Raises:
+        ValueError: If the prompt is empty, or the state is of another model.
     """
-    source = model_folder(path)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    found = prompt_ids(tokenizer, prompt, chat=chat, begins=state is None)
-    if not found:
-        raise ValueError("the prompt is empty; give at least one token")
-    ids = torch.tensor([found], device=device)
+    model, tokenizer = load_model(path, device=device), load_tokenizer(path)
+    prompt_tokens = prompt_ids(tokenizer, prompt, chat=chat, begins=state is None)
+    if not prompt_tokens:
+        raise ValueError("The prompt is empty. Give at least one token.")
+    ids = torch.tensor([prompt_tokens], device=device)
     torch.manual_seed(seed)
     sampling: dict[str, object] = (
         {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_p": top_p}
     )
     if state is not None:
-        sampling["past_key_values"] = load_state(state, model).cache(model)
+        sampling["past_key_values"] = State.load(state, model).cache(model)
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     started = time.perf_counter()
     out = model.generate(
@@ -53,14 +60,19 @@ def generate(
     )
     seconds, new = time.perf_counter() - started, out.shape[1] - ids.shape[1]
     print(f"[{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s, prompt of {ids.shape[1]} included]")
-    return tokenizer.decode(out[0], skip_special_tokens=True)
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool, begins: bool) -> list[int]:
-    """Token ids of a prompt that begins a document, or follows another text.
+    """Return the token ids of a prompt.
 
-    A chat template writes special tokens itself, and none are added to those. After another text, those that begin a
-    document are left out.
+    A chat template writes special tokens itself, so none are added to its text.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        prompt: Text of the prompt.
+        chat: Whether to apply the chat template.
+        begins: Whether the prompt begins a document. Otherwise the special tokens that begin one are left out.
     """
     if chat:
         messages = [{"role": "user", "content": prompt}]
@@ -70,14 +82,24 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool, b
     return token_ids(tokenizer, prompt, begins=begins)
 
 
-def read_file(path: str, text: str, output: str, *, device: str = "cpu") -> None:
-    """Reads a text file with a model and writes the state; prints how long that took and how large it is."""
-    source = model_folder(path)
+def read_file(path: str | Path, text: str | Path, output: str | Path, *, device: str = "cpu") -> None:
+    """Read a text file with a model, write the state, and print time and size.
+
+    Args:
+        path: Folder of a model, folder of a run (its furthest stage), or hub id.
+        text: Text file.
+        output: State file to write.
+        device: Device of the model.
+
+    Raises:
+        FileNotFoundError: If there is no such text or model.
+        ValueError: If the model has attention layers, whose cache grows with the text.
+    """
     if not Path(text).is_file():
-        raise FileNotFoundError(f"there is no text {text}")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device).eval()
-    ids = token_ids(AutoTokenizer.from_pretrained(source), Path(text).read_text(encoding="utf-8"))
+        raise FileNotFoundError(f"There is no text {text}.")
+    model = load_model(path, device=device)
+    ids = token_ids(load_tokenizer(path), Path(text).read_text(encoding="utf-8"))
     started = time.perf_counter()
-    read(model, ids).save(output)
+    State.from_text(model, ids).save(output)
     seconds, size = time.perf_counter() - started, Path(output).stat().st_size
     print(f"read {len(ids):,} tokens in {seconds:.1f} s, {len(ids) / seconds:,.0f} tokens/s; {output}: {size:,} bytes")

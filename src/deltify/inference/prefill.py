@@ -1,81 +1,95 @@
-"""Long texts, read in pieces: memory does not grow with the text, save for what attention layers keep of it.
+"""Prefill of long texts in pieces, so that memory grows only with the cache of attention layers.
 
-Legend: B rows, T tokens, D model width, W vocabulary.
+Legend: B batch, T tokens, D model width, W vocabulary.
 """
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..model import DeltifyConfig
 from ..model.modeling import DeltifyCache
 
-PIECE = {"cpu": 4096, "cuda": 16384}  # tokens of a row in one forward pass, at most
-FORWARD_TOKENS = 2**14  # of all rows in one forward pass
-MASK_BYTES = 2**28  # of an attention mask [B, piece, context], one byte each
-CACHE_BYTES = 2**31  # of the keys and values of all rows, on a CPU
-CACHE_SHARE = 0.25  # of a GPU's free memory
+# upper bounds of one forward pass and of the cache
+PREFILL_CHUNK = {"cpu": 4096, "cuda": 16384}  # tokens of one sequence in a forward pass
+FORWARD_TOKENS = 2**14  # tokens of all sequences in a forward pass
+MASK_BYTES = 2**28  # attention mask [B, piece, context] of one byte per entry
+CACHE_BYTES = 2**31  # keys and values of all sequences on a CPU
+CACHE_SHARE = 0.25  # keys and values of all sequences, as a fraction of a GPU's free memory
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache of the kind that the model needs."""
+    """Return an empty cache of the model's class."""
     kind = DeltifyCache if isinstance(model.config, DeltifyConfig) else DynamicCache
     return kind(config=model.config)
 
 
-def keeps_tokens(model: PreTrainedModel) -> bool:
-    """Whether some layer's cache grows with the text."""
+def has_growing_cache(model: PreTrainedModel) -> bool:
+    """Return whether the cache of some layer grows with the text."""
     return not isinstance(model.config, DeltifyConfig) or "full_attention" in (model.config.layer_types or ())
 
 
-def piece_length(model: PreTrainedModel, rows: int, context: int) -> int:
-    """Tokens of a row to read at a time, a multiple of 64, on the way to `context` tokens."""
-    tokens = min(PIECE.get(model.device.type, PIECE["cpu"]), FORWARD_TOKENS // rows)
-    if keeps_tokens(model):
-        tokens = min(tokens, MASK_BYTES // (rows * context))
+def piece_length(model: PreTrainedModel, batch_size: int, context: int) -> int:
+    """Return how many tokens of each sequence to read at a time: a multiple of 64.
+
+    Args:
+        model: Model that reads.
+        batch_size: Number of sequences.
+        context: Number of tokens of each sequence.
+    """
+    tokens = min(PREFILL_CHUNK.get(model.device.type, PREFILL_CHUNK["cpu"]), FORWARD_TOKENS // batch_size)
+    if has_growing_cache(model):
+        tokens = min(tokens, MASK_BYTES // (batch_size * context))
     return max(64, tokens // 64 * 64)
 
 
-def rows_at_once(model: PreTrainedModel, context: int, most: int = 128) -> int:
-    """Rows of `context` tokens whose keys and values have room, at most so many; at least one."""
-    if not keeps_tokens(model):
-        return most
-    room = CACHE_BYTES
+def max_batch_size(model: PreTrainedModel, context: int, max_rows: int = 128) -> int:
+    """Return how many sequences of `context` tokens fit into memory together: 1 to `max_rows`."""
+    if not has_growing_cache(model):
+        return max_rows
+    available = CACHE_BYTES
     if model.device.type == "cuda":
-        room = int(CACHE_SHARE * torch.cuda.mem_get_info(model.device)[0])
-    row = model.config.num_hidden_layers * context * key_value_bytes(model.config, model.dtype.itemsize)
-    return max(1, min(most, room // row))
+        available = int(CACHE_SHARE * torch.cuda.mem_get_info(model.device)[0])
+    of_one = model.config.num_hidden_layers * context * key_value_bytes(model.config, model.dtype.itemsize)
+    return max(1, min(max_rows, available // of_one))
 
 
-def key_value_bytes(config, number_bytes: int) -> int:
-    """Bytes that one attention layer keeps of one token."""
+def key_value_bytes(config: PreTrainedConfig, element_bytes: int) -> int:
+    """Return the bytes of one token's keys and values in one attention layer."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_key_value_heads * head_dim * number_bytes
+    return 2 * config.num_key_value_heads * head_dim * element_bytes
 
 
 @torch.no_grad()
 def read_pieces(model: PreTrainedModel, ids_BT: Tensor, cache: DynamicCache, piece: int) -> Iterator[Tensor]:
-    """Last hidden states [B, up to `piece`, D] of rows that go on from `cache`, piece by piece."""
+    """Yield the last hidden states [B, up to `piece`, D] of sequences that continue from `cache`."""
     for part in ids_BT.split(piece, dim=1):
         yield model.model(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state
 
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, ids_BT: Tensor, cache: DynamicCache, *, context: int | None = None) -> Tensor:
-    """Logits [B, W] after the last token. `context`: tokens of a row with those that the cache has seen."""
-    rows, tokens = ids_BT.shape
-    last = torch.empty(0)
-    for hidden in read_pieces(model, ids_BT, cache, piece_length(model, rows, context or tokens)):
-        last = hidden[:, -1]
-    return model.lm_head(last)
+    """Read sequences into `cache` and return the logits [B, W] after their last token.
+
+    Args:
+        model: Model that reads.
+        ids_BT: Token ids.
+        cache: Cache that the sequences continue from.
+        context: Number of tokens of each sequence, with those in the cache. Defaults to T, for an empty cache.
+    """
+    batch_size, tokens = ids_BT.shape
+    last_hidden_BD = torch.empty(0)
+    for hidden_BTD in read_pieces(model, ids_BT, cache, piece_length(model, batch_size, context or tokens)):
+        last_hidden_BD = hidden_BTD[:, -1]
+    return model.lm_head(last_hidden_BD)
 
 
 def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes of all tensors in a cache."""
+    """Return the bytes of all tensors in a cache."""
 
-    def size(value) -> int:
+    def size(value: object) -> int:
         if isinstance(value, Tensor):
             return value.numel() * value.element_size()
         if isinstance(value, dict):
@@ -86,8 +100,8 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """End-of-sequence tokens of the tokenizer and of the model's generation settings."""
+    """Return the end-of-sequence tokens of the tokenizer and of the model's generation settings."""
     settings = model.generation_config
-    ends = settings.eos_token_id if settings is not None else None
-    ends = ends if isinstance(ends, list) else [ends]
-    return {token for token in (tokenizer.eos_token_id, *ends) if token is not None}
+    eos = settings.eos_token_id if settings is not None else None
+    eos_token_ids = eos if isinstance(eos, list) else [eos]
+    return {token for token in (tokenizer.eos_token_id, *eos_token_ids) if token is not None}

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint: transformers' own server, with deltify's models made known to it."""
+"""An OpenAI-compatible endpoint: the server of transformers, with deltify's models registered."""
 
 from pathlib import Path
 
@@ -10,21 +10,25 @@ from ..model import ArceeKDAForCausalLM, DeltifyForCausalLM
 from ..utils.folders import model_folder
 
 
-def serve(path: str, *, host: str = "localhost", port: int = 8000, device: str = "auto") -> None:
-    """Answers /v1/chat/completions, /v1/completions and /v1/responses until the process is stopped.
+def serve(path: str | Path, *, host: str = "localhost", port: int = 8000, device: str = "auto") -> None:
+    """Serve /v1/chat/completions, /v1/completions and /v1/responses until the process is stopped.
 
     Args:
-        path: model folder, run folder (its furthest stage), or hub id; chat needs a tokenizer with a chat template.
+        path: Folder of a model, folder of a run (its furthest stage), or hub id. Chat needs a tokenizer with a chat
+            template.
+        host: Name or address to listen on.
+        port: Port to listen on.
+        device: Device of the model. "auto" may spread it over several GPUs.
 
     Raises:
-        ValueError: if the server's packages are not installed.
+        ValueError: If the server's packages are not installed.
     """
     if not is_serve_available():
-        raise ValueError("serving needs packages that are not installed; run: pip install 'deltify[serve]'")
+        raise ValueError("Serving needs packages that are not installed. Run: pip install 'deltify[serve]'")
     from transformers.cli.serve import Serve
 
-    # the server takes a model's class by its name from transformers itself, whatever the Auto classes know
+    # the server looks classes up in transformers by name, not through the Auto classes
     for model in (DeltifyForCausalLM, ArceeKDAForCausalLM):
         setattr(transformers, model.__name__, model)
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # /v1/models fails without it
-    Serve(model_folder(path), host=host, port=port, device=device)
+    Serve(model_folder(str(path)), host=host, port=port, device=device)

@@ -1,11 +1,13 @@
-"""What a model has read, as one small file: only a model whose state has constant size can do this.
+"""States of models that have read a text, as small files for later use.
 
-    state = read(model, book, tokenizer)             # once
+    state = State.from_text(model, book, tokenizer)  # once
     state.save("book.state")
-    state = load_state("book.state", model)          # any time later
+    state = State.load("book.state", model)          # any time later
     model.generate(question_ids, past_key_values=state.cache(model))
 
-Legend: T tokens, L layers.
+Only models whose layers are all KDA or sliding have such a state. Its size does not depend on the text's length.
+
+Legend: T tokens, H heads, K key width, V value width.
 """
 
 from collections.abc import Sequence
@@ -30,29 +32,102 @@ FORMAT = "deltify-state-4"
 
 @dataclass(frozen=True)
 class State:
-    """The state of every layer after some text, batch of one; holds no token of it.
+    """The state of every layer after some text, with batch size 1.
 
-    A KDA layer has "conv" [1, 3 * H * K, taps - 1] and "recurrent" [1, H, K, V] in float32; a sliding layer "keys" and
-    "values" [1, key/value heads, sinks + window - 1, K] and "seen" [1].
+    A KDA layer has "conv" [1, 3 * H * K, taps - 1] and "recurrent" [1, H, K, V] in float32. A sliding layer has "keys"
+    and "values" [1, key/value heads, sinks + window - 1, K] and "seen" [1].
+
+    Args:
+        layers: Tensors of each layer by name.
+        fingerprint: Fingerprint of the model that read the text.
+        tokens: Number of tokens read.
     """
 
     layers: list[dict[str, Tensor]]
-    fingerprint: str  # of the model that read
-    tokens: int  # read
+    fingerprint: str
+    tokens: int
+
+    @classmethod
+    @torch.no_grad()
+    def from_text(
+        cls,
+        model: PreTrainedModel,
+        text: str | Sequence[int] | Tensor,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        state: "State | None" = None,
+        piece: int = 4096,
+    ) -> "State":
+        """Return the state after reading a text. Memory does not depend on the text's length.
+
+        Args:
+            model: Model of deltify whose layers are all KDA or sliding.
+            text: A string, or token ids [T].
+            tokenizer: Tokenizer for a string. A string gets the tokens that begin a document, unless it continues from
+                `state`. It never gets the tokens that end one.
+            state: State to continue from. Defaults to the beginning of a document.
+            piece: Number of tokens in a forward pass.
+
+        Raises:
+            ValueError: If the text is empty, a string has no tokenizer, or the model has attention layers.
+        """
+        check_constant_state(model)
+        if isinstance(text, str):
+            if tokenizer is None:
+                raise ValueError("text is a string. Give the model's tokenizer too, or token ids instead.")
+            text = token_ids(tokenizer, text, begins=state is None)
+        ids_1T = torch.as_tensor(text, dtype=torch.long, device=model.device).view(1, -1)
+        if ids_1T.shape[1] == 0:
+            raise ValueError("There is nothing to read: the text has no tokens.")
+        cache = DeltifyCache(config=model.config) if state is None else state.cache(model)
+        for _ in read_pieces(model, ids_1T, cache, piece):
+            pass
+        tokens = ids_1T.shape[1] + (0 if state is None else state.tokens)
+        return cls([tensors_of(layer) for layer in cache.layers], fingerprint(model), tokens)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel) -> "State":
+        """Load a state that `save` wrote for the same model.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is not a state, is damaged, or belongs to another model.
+        """
+        check_constant_state(model)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"There is no state {path}. Make one with: deltify read MODEL TEXT -o {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a state, or is damaged ({error}).") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a state of format {FORMAT}, but {metadata.get('format')!r}.")
+        if metadata["fingerprint"] != (own := fingerprint(model)):
+            raise ValueError(
+                f"{path} was read by another model: its fingerprint is {metadata['fingerprint']}, this model's {own}. "
+                "Read the text again with this model."
+            )
+        layers: list[dict[str, Tensor]] = [{} for _ in range(model.config.num_hidden_layers)]
+        for name, tensor in tensors.items():
+            layer, tensor_name = name.split(".")
+            layers[int(layer)][tensor_name] = tensor
+        return cls(layers, metadata["fingerprint"], int(metadata["tokens"]))
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, whose size does not depend on how much was read."""
+        """Write a safetensors file, whose size does not depend on the number of tokens."""
         named = {f"{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.items()}
         tensors = {name: x.contiguous().cpu() for name, x in named.items()}
-        # a fixed width keeps the file's size the same for any number of tokens
-        note = {"format": FORMAT, "fingerprint": self.fingerprint, "tokens": f"{self.tokens:016d}"}
-        save_file(tensors, path, note)
+        # the width of the number is fixed, so that files have one size
+        metadata = {"format": FORMAT, "fingerprint": self.fingerprint, "tokens": f"{self.tokens:016d}"}
+        save_file(tensors, path, metadata)
 
     def cache(self, model: PreTrainedModel) -> DeltifyCache:
-        """A copy to go on from, for `generate` or `forward`; the state itself stays as it is.
+        """Return a cache for `generate` or `forward` to continue from. The state does not change.
 
-        The cache counts no tokens: `generate` then takes the whole prompt as new, and neither KDA nor sliding layers
-        need positions.
+        The cache counts no tokens, so that `generate` reads the whole prompt. Neither KDA nor sliding layers need
+        positions.
         """
         cache = DeltifyCache(config=model.config)
         for layer, tensors in zip(cache.layers, self.layers):
@@ -64,86 +139,19 @@ class State:
         return cache
 
 
-@torch.no_grad()
-def read(
-    model: PreTrainedModel,
-    text: str | Sequence[int] | Tensor,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    state: State | None = None,
-    piece: int = 4096,
-) -> State:
-    """The state after reading a text, from the start or on from `state`; memory does not depend on its length.
-
-    Args:
-        text: a string, for which `tokenizer` is needed, or token ids [T], which are read as they are. A string that
-            goes on from `state` gets none of the tokens that begin a document; no string gets one that ends it.
-        piece: tokens in a forward pass.
-
-    Raises:
-        ValueError: if there is nothing to read, or some layer keeps every token.
-    """
-    refuse_growing(model)
-    if isinstance(text, str):
-        if tokenizer is None:
-            raise ValueError("text is a string; give the model's tokenizer too, or token ids instead")
-        text = token_ids(tokenizer, text, begins=state is None)
-    row = torch.as_tensor(text, dtype=torch.long, device=model.device).view(1, -1)
-    if row.shape[1] == 0:
-        raise ValueError("there is nothing to read: the text has no tokens")
-    cache = DeltifyCache(config=model.config) if state is None else state.cache(model)
-    for _ in read_pieces(model, row, cache, piece):
-        pass
-    seen = row.shape[1] + (0 if state is None else state.tokens)
-    return State([tensors_of(layer) for layer in cache.layers], fingerprint(model), seen)
-
-
-def tensors_of(layer) -> dict[str, Tensor]:
-    """What a cache layer of constant size holds, by name."""
+def tensors_of(layer: object) -> dict[str, Tensor]:
+    """Return the tensors of a cache layer of constant size by name."""
     if isinstance(layer, SinkLayer):
         return layer.tensors()
     return {"conv": layer.conv_states[0], "recurrent": layer.recurrent_states[0]}
 
 
-def load_state(path: str | Path, model: PreTrainedModel) -> State:
-    """A state that `State.save` wrote.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is not a state, is damaged, or was read by another model.
-    """
-    refuse_growing(model)
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no state {path}; make one with: deltify read MODEL TEXT -o {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            note = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a state, or is damaged ({error})") from error
-    if note.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a state of format {FORMAT}, but {note.get('format')!r}")
-    if note["fingerprint"] != (mine := fingerprint(model)):
-        raise ValueError(
-            f"{path} was read by another model (fingerprint {note['fingerprint']}, this one has {mine}); read the text "
-            "again with this model"
-        )
-    layers: list[dict[str, Tensor]] = [{} for _ in range(model.config.num_hidden_layers)]
-    for name, tensor in tensors.items():
-        layer, part = name.split(".")
-        layers[int(layer)][part] = tensor
-    return State(layers, note["fingerprint"], int(note["tokens"]))
-
-
-def refuse_growing(model: PreTrainedModel) -> None:
-    kinds = getattr(model.config, "layer_types", None) or ()
+def check_constant_state(model: PreTrainedModel) -> None:
+    """Raise ValueError unless all layers of the model are KDA or sliding layers of deltify."""
     if not isinstance(model, DeltifyPreTrainedModel):
+        raise ValueError(f"{type(model).__name__} is no deltify model. Only models that deltify converted have states.")
+    kinds = model.config.layer_types or ()
+    if attention := [i for i, kind in enumerate(kinds) if kind == "full_attention"]:
         raise ValueError(
-            f"{type(model).__name__} is no deltify model; states are kept by models that deltify converted"
+            f"Layers {attention} are attention, which keeps every token. Only KDA and sliding layers have a state."
         )
-    if kept := [i for i, kind in enumerate(kinds) if kind == "full_attention"]:
-        raise ValueError(
-            f"layers {kept} are attention and keep every token; only KDA and sliding layers have a state to save"
-        )
-    if "linear_attention" not in kinds:
-        raise ValueError("no layer is KDA: without gates, nothing tells this model's states from another's")

@@ -34,3 +34,8 @@ def pick_precision(name: str, device: torch.device) -> str:
     else:
         fast = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
     return "bf16" if fast else "fp32"
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or the type of any other device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -5,10 +5,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from filelock import FileLock
 
@@ -121,7 +122,31 @@ def check_manifest(folder: Path, *, digests: bool = True) -> None:
             raise ValueError(f"the checksum of {name} is not the one that was written")
 
 
-def write_text(path: Path, text: str) -> None:
+@contextmanager
+def atomic_write(path: Path) -> Generator[TextIO]:
+    """Open a text file that replaces `path` when the block ends without an error."""
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text)
+    with unfinished.open("w", encoding="utf-8") as file:
+        yield file
     unfinished.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(text)
+
+
+def read_jsonl(path: Path, *, repair: bool = False) -> list[dict]:
+    """Return the lines of a JSON lines file, without a last line that was cut. An absent file has no lines.
+
+    Args:
+        path: File to read.
+        repair: Whether to remove a cut line from the file, so that lines can be appended.
+    """
+    if not path.is_file():
+        return []
+    whole, newline, cut = path.read_text(encoding="utf-8").rpartition("\n")
+    if cut and repair:
+        write_text(path, whole + newline)
+    return [json.loads(line) for line in (whole + newline).split("\n")[:-1]]

@@ -1,0 +1,96 @@
+"""Settings of an evaluation: one dataclass for each measure, and one for all of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.sources import PYTHON_DOCS
+
+
+@dataclass(frozen=True)
+class BenchmarkSpec:
+    """Benchmarks that run through lm-eval.
+
+    Args:
+        tasks: Names as in `benchmarks.run_benchmarks`, for example ("hellaswag", "mmlu@5").
+        limit: Number of items of each task. Defaults to all.
+        data: Folder with the tasks' data as JSON lines. Defaults to the Hugging Face hub.
+    """
+
+    tasks: tuple[str, ...]
+    limit: int | None = None
+    data: str | Path | None = None
+
+
+@dataclass(frozen=True)
+class NeedleSpec:
+    """Needles in haystacks, the niah tasks of RULER.
+
+    Args:
+        tasks: Names of `needles.TASKS`.
+        lengths: Numbers of tokens that prompt and answer take together.
+        samples: Number of samples of each task and length.
+        haystack: Source of the text that hides the needles.
+    """
+
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...] = (1024, 4096)
+    samples: int = 16
+    haystack: str = PYTHON_DOCS
+
+
+@dataclass(frozen=True)
+class PositionSpec:
+    """Perplexity and KL to the teacher by position in long documents.
+
+    Args:
+        source: Source of the documents, see `data.sources.documents`.
+        max_tokens: Number of tokens read of each document.
+        documents: Number of documents. The longest of the source's first `20 * documents` are taken.
+    """
+
+    source: str
+    max_tokens: int = 8192
+    documents: int = 4
+
+
+@dataclass(frozen=True)
+class DecodeSpec:
+    """Memory and time of decoding.
+
+    Args:
+        contexts: Numbers of tokens in the cache at which decoding is timed.
+    """
+
+    contexts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """What an evaluation measures, and where it runs. Measures that are None are left out.
+
+    Args:
+        teacher: Hub id, folder or GGUF file of the teacher. Defaults to the teacher of the runs.
+        heldout: Source of held-out text. Defaults to the held-out text of the first run.
+        benchmarks: Benchmarks to run.
+        needles: Needle tasks to run.
+        positions: Documents for perplexity and KL by position. Needs a teacher.
+        decode: Contexts at which decoding is measured.
+        controls: Whether to measure the teacher with a sliding window and the last student with a zeroed state, too.
+        stages: Whether to score every stage of a single run on held-out text. Otherwise only the last stage is scored,
+            under the name of the run.
+        samples: Whether to keep greedy continuations of a few prompts.
+        device: auto, cpu, cuda or mps.
+        dtype: float32, bfloat16, float16, or auto (float32 on a CPU, bfloat16 elsewhere).
+    """
+
+    teacher: str | None = None
+    heldout: str | None = None
+    benchmarks: BenchmarkSpec | None = None
+    needles: NeedleSpec | None = None
+    positions: PositionSpec | None = None
+    decode: DecodeSpec | None = None
+    controls: bool = True
+    stages: bool = True
+    samples: bool = True
+    device: str = "auto"
+    dtype: str = "auto"
