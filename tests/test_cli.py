@@ -16,7 +16,7 @@ from deltify.config import Stage, write_recipe
         (["distill", "absent.yaml"], "there is no recipe absent.yaml"),
         (["distill", "{recipe}", "--match.tokns", "5"], "did you mean match.tokens?"),
         (["distill", "{recipe}", "--match.tokens", "many"], "many"),
-        (["distill", "{recipe}", "--teacher.model", "gpt-nowhere"], "'gpt-nowhere' is neither a folder"),
+        (["distill", "{recipe}", "--teacher.model", "gpt-nowhere"], "'gpt-nowhere' is not a folder"),
         (["distill", "{recipe}", "--data.train", '{"absent.txt": 1}'], "no text at 'absent.txt'"),
         (["distill", "{recipe}", "--run.report_to", "paper"], "run.report_to='paper'"),
         (["distill", "{recipe}", "--student.init", "cold"], "init='cold'"),

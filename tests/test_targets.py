@@ -34,7 +34,7 @@ def test_a_run_continues_without_its_teacher_and_learns_the_same(tmp_path, monke
     folder = tmp_path / "targets"
     assert main(["capture", str(tmp_path / "recipe.yaml"), "-o", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "20 rows, 640 tokens" in said  # 16 sequences of match and 4 held-out ones
+    assert "20 sequences, 640 tokens" in said  # 16 sequences of match and 4 held-out ones
     distill(recipe)
     want = records(recipe.folder)
     stored = replace(recipe, name="stored", teacher=replace(recipe.teacher, cache=str(folder)))

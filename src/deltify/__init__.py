@@ -5,9 +5,9 @@ Importing it registers the model types `deltify` and `arcee_kda` with transforme
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .config import Recipe, load_recipe
+from .config import DataSpec, Recipe, RunSpec, Stage, StudentSpec, TeacherSpec, load_recipe
 from .conversion.student import convert
-from .conversion.teacher import load_teacher
+from .conversion.teacher import Teacher, load_teacher
 from .evaluation.report import report
 from .evaluation.runner import evaluate
 from .evaluation.settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec
@@ -25,6 +25,7 @@ __all__ = [
     "ArceeKDAConfig",
     "ArceeKDAForCausalLM",
     "BenchmarkSpec",
+    "DataSpec",
     "DecodeSpec",
     "DeltifyConfig",
     "DeltifyForCausalLM",
@@ -32,7 +33,12 @@ __all__ = [
     "NeedleSpec",
     "PositionSpec",
     "Recipe",
+    "RunSpec",
+    "Stage",
     "State",
+    "StudentSpec",
+    "Teacher",
+    "TeacherSpec",
     "convert",
     "distill",
     "evaluate",

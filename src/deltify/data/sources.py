@@ -275,12 +275,13 @@ def python_docs() -> Iterator[str]:
 def module_docstrings(module) -> Iterator[str]:
     """Yield the docstrings of a module, its classes and functions as one text, unless that is very short."""
     parts = [module.__doc__ or ""]
-    for name, item in sorted(vars(module).items()):
-        if getattr(item, "__module__", None) == module.__name__ and callable(item) and not name.startswith("_"):
-            parts.append(f"{name}: {item.__doc__}" if item.__doc__ else "")
-            for key, method in sorted(vars(item).items()) if isinstance(item, type) else ():
-                if callable(method) and not key.startswith("_") and method.__doc__:
-                    parts.append(f"{name}.{key}: {method.__doc__}")
+    with warnings.catch_warnings(action="ignore"):  # of what the standard library deprecates
+        for name, item in sorted(vars(module).items()):
+            if getattr(item, "__module__", None) == module.__name__ and callable(item) and not name.startswith("_"):
+                parts.append(f"{name}: {item.__doc__}" if item.__doc__ else "")
+                for key, method in sorted(vars(item).items()) if isinstance(item, type) else ():
+                    if callable(method) and not key.startswith("_") and method.__doc__:
+                        parts.append(f"{name}.{key}: {method.__doc__}")
     text = "\n\n".join(part.strip() for part in parts if part.strip())
     if len(text) > 200:
         yield text
