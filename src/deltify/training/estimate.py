@@ -1,6 +1,6 @@
 """Estimates of what a recipe needs, without loading anything: parameters, memory, hours, and files.
 
-The estimates count tensors. tests/test_plan.py compares them with measurements.
+The estimates count tensors. tests/training/test_plan.py compares them with measurements.
 
 Legend: B batch, T tokens, D model width, H heads, K head width, W vocabulary.
 """

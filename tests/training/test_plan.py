@@ -16,7 +16,7 @@ from deltify.config import Recipe, Stage
 from deltify.conversion.student import layer_kinds, model_class, student_config
 from deltify.training.estimate import count, plan, plan_stage, skeleton, skeletons
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 SMOLLM2 = {
     "vocab_size": 49152,
     "hidden_size": 576,

@@ -20,7 +20,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def run(processes: int, *arguments: object, **environment: str) -> str:
-    script = [str(Path(__file__).parent / "ranks.py"), *map(str, arguments)]
+    script = [str(Path(__file__).parents[1] / "ranks.py"), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, *(TORCHRUN if processes > 1 else ()), *script]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
