@@ -87,7 +87,9 @@ def recipe_fields() -> str:
 def add_distill(commands: argparse._SubParsersAction) -> None:
     distill = add_recipe_command(commands, "distill", "run a recipe: convert, align, match, extend")
     distill.add_argument("--resume", action="store_true", help="continue the run in the recipe's folder")
-    distill.add_argument("--smoke", action="store_true", help="two steps per stage of a tiny random model on the CPU")
+    distill.add_argument(
+        "--smoke", action="store_true", help="run two steps per stage with a tiny random model on the CPU"
+    )
     distill.add_argument("--max-minutes", type=float, help="stop training after this time; --resume continues")
 
 
@@ -172,18 +174,28 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--limit", type=int, help="number of items of each task (default: all)")
     evaluate.add_argument("--data", type=Path, help="folder with the tasks' data as JSON lines (default: the hub)")
     evaluate.add_argument("--needles", type=words, default=(), help="RULER tasks, comma-separated, or: all")
-    evaluate.add_argument("--lengths", type=numbers, default=(1024, 4096), help="needle lengths in tokens (1024,4096)")
-    evaluate.add_argument("--needle-samples", type=int, default=16, help="samples of each needle task and length (16)")
-    evaluate.add_argument("--haystack", default="python-docs", help="source of the text that hides the needles")
+    evaluate.add_argument(
+        "--lengths", type=numbers, default=(1024, 4096), help="lengths of needle texts in tokens (default: 1024,4096)"
+    )
+    evaluate.add_argument(
+        "--needle-samples", type=int, default=16, help="samples per needle task and length (default: 16)"
+    )
+    evaluate.add_argument(
+        "--haystack", default="python-docs", help="source of the text that hides the needles (default: python-docs)"
+    )
     evaluate.add_argument("--books", help="source of long documents for perplexity and KL by position")
-    evaluate.add_argument("--book-tokens", type=int, default=8192, help="tokens read of each document (8192)")
-    evaluate.add_argument("--book-count", type=int, default=4, help="number of documents (4)")
-    evaluate.add_argument("--contexts", type=numbers, default=(), help="tokens in the cache when decoding is timed")
-    evaluate.add_argument("--no-controls", action="store_true", help="leave out sliding windows and zeroed states")
+    evaluate.add_argument("--book-tokens", type=int, default=8192, help="tokens read of each document (default: 8192)")
+    evaluate.add_argument("--book-count", type=int, default=4, help="number of documents (default: 4)")
+    evaluate.add_argument("--contexts", type=numbers, default=(), help="time decoding after these numbers of tokens")
+    evaluate.add_argument(
+        "--no-controls", action="store_true", help="leave out the controls: sliding windows, zeroed states"
+    )
     evaluate.add_argument("--no-stages", action="store_true", help="score only the last stage, under the run's name")
     evaluate.add_argument("--no-samples", action="store_true", help="leave out greedy continuations of fixed prompts")
-    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    evaluate.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto (by device)")
+    evaluate.add_argument("--device", default="auto", help=DEVICE_HELP)
+    evaluate.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16, float16 or auto (default: auto, by device)"
+    )
 
 
 def run_evaluate(options: argparse.Namespace, _: list[str]) -> None:
@@ -304,7 +316,7 @@ def run_serve(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def add_sample(commands: argparse._SubParsersAction) -> None:
-    summary = "write a training text of a model's own samples"
+    summary = "let a model write text to train on"
     sample = commands.add_parser("sample", help=summary, description=summary)
     sample.add_argument("model", help=f"{MODEL_HELP}, GGUF file, or smollm2-135m-instruct")
     sample.add_argument("source", help="text to take prompts from: file, folder, python-docs or hf:NAME")

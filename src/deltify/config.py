@@ -42,7 +42,7 @@ class StudentSpec:
     Args:
         full_attention_layers: Layers that stay attention: none, all, a ratio like "3:1", a list of indices, or a
             pattern that repeats over the layers: K for KDA, F for full attention, S for a sliding window with sinks.
-        keep_rope: Whether full attention layers keep their rotary positions. Without, they have no positions (NoPE).
+        keep_rope: Whether full attention layers keep their rotary positions (RoPE). Otherwise they have none (NoPE).
         sliding_window: Number of tokens that sliding layers see, the current one included.
         sink_tokens: Number of first tokens of a document that sliding layers always see.
         init: Initialisation of gates and convolutions: calibrated, calibrated-constant, library or arcee. Or the folder
@@ -88,19 +88,19 @@ class Stage:
         tokens: Number of tokens to train on; 0 leaves the stage out.
         sequence_length: Tokens per sequence.
         batch_size: Sequences per optimizer step, over all processes.
-        micro_batch_size: Sequences in memory at a time; 0 for all of a process.
+        micro_batch_size: Sequences in memory at a time; 0 for all sequences of a process.
         lr_mixers: Peak learning rate of the layers that replace attention.
         lr_other: Peak learning rate of all other parameters; 0 freezes them. align does not use it.
         warmup_ratio: Fraction of the steps over which the learning rate rises.
         min_lr_ratio: Final learning rate as a fraction of the peak (cosine schedule).
-        ce_weight: Weight of cross-entropy in the loss. The divergence has the rest.
+        ce_weight: Weight of cross-entropy in the loss. The divergence has the remaining weight.
         hidden_state_weight: Weight of the hidden-state loss: 1 - cosine similarity with the teacher's hidden states,
             averaged over layers and tokens.
         divergence: Divergence between the two next-token distributions: forward (KL of the student from the teacher),
             reverse or jensen-shannon.
         temperature: Softmax temperature of teacher and student in the divergence.
-        optimizer: adamw; adamw8bit (bitsandbytes: moments of 2 bytes a parameter instead of 8); or muon, which uses
-            AdamW for embeddings, head and vectors (4 bytes a parameter). Sharded models need adamw.
+        optimizer: adamw; adamw8bit (bitsandbytes: moments of 2 bytes a parameter instead of 8); or muon (4
+            bytes a parameter), which uses AdamW for embeddings, head and vectors. Sharded models need adamw.
         weight_decay: Weight decay of matrices.
         max_grad_norm: Largest norm of the gradient; a larger one is scaled down.
         activation_checkpointing: Whether to recompute activations layer by layer, which saves memory.
@@ -140,11 +140,11 @@ class RunSpec:
         heldout_sequence_length: Tokens per validation sequence.
         eval_every: Validate every N steps.
         save_every_minutes: Save a checkpoint every N minutes.
-        save_every: Save a checkpoint every N steps; 0 for by time alone.
-        keep_checkpoints: Number of latest checkpoints to keep. The best one is kept besides.
+        save_every: Save a checkpoint every N steps; 0 to save by time only.
+        keep_checkpoints: Number of latest checkpoints to keep. The best one is kept, too.
         cuda_graphs: Whether to replay training steps as CUDA graphs on a GPU, where they can be captured.
-        data_parallel: How several processes hold weights, gradients and optimizer states: replicate, all of them in
-            each; shard, a piece in each (FSDP2); auto, shard what would fill more than half of a GPU.
+        data_parallel: How several processes hold weights, gradients and optimizer states. replicate: each process holds
+            all of them. shard: each holds a part (FSDP2). auto: sharded if they would fill more than half of a GPU.
         report_to: Tracker besides metrics.jsonl: trackio, wandb or tensorboard. A resumed run continues its tracker's
             run.
     """
