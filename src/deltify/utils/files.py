@@ -30,18 +30,18 @@ def create_once(folder: Path, make: Callable[[Path], None], check: Callable[[Pat
         check: Function that raises ValueError if a folder is incomplete. An existing folder that fails is created
             again. A new folder is checked before it gets its name.
     """
-    if (found := checked(folder, check)) is not None:
-        return found[0]
+    if (existing := checked(folder, check)) is not None:
+        return existing[0]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if (found := checked(folder, check)) is not None:
-            return found[0]
+        if (existing := checked(folder, check)) is not None:
+            return existing[0]
         unfinished = folder.with_name(folder.name + ".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         make(unfinished)
-        check(unfinished)
+        found = check(unfinished)
         replace_folder(unfinished, folder)
-        return check(folder)
+        return found
 
 
 def checked(folder: Path, check: Callable[[Path], T]) -> tuple[T] | None:
