@@ -50,6 +50,7 @@ class StudentSpec:
         calibration_tokens: Number of training tokens that the calibrated initialisation is fitted to.
         calibration_sequence_length: Tokens per sequence of the calibration text.
         long_memory_heads: Heads per KDA layer that the calibrated initialisation gives a half-life of 4,096 tokens.
+        gate_bias: Whether the output gate has a bias. Without it, the student runs in other runtimes.
     """
 
     full_attention_layers: str | list[int] = "none"
@@ -60,6 +61,7 @@ class StudentSpec:
     calibration_tokens: int = 8192
     calibration_sequence_length: int = 512
     long_memory_heads: int = 0
+    gate_bias: bool = False
 
 
 @dataclass(frozen=True)

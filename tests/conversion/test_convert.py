@@ -17,7 +17,9 @@ from deltify.conversion.calibration import (
     set_memory,
     with_long_half_lives,
 )
-from deltify.conversion.student import convert, layer_kinds, origins, repeat_heads
+from deltify.conversion.calibration import repeat_heads
+from deltify.conversion.folding import fold_biases, fold_gate
+from deltify.conversion.student import convert, layer_kinds, origins
 from deltify.conversion.teacher import family_of, load_teacher, random_teacher
 from deltify.data.batches import Batch
 from deltify.model import ArceeKDAConfig, DeltifyConfig
@@ -217,6 +219,7 @@ def test_only_degenerate_layers_get_a_line(teacher, rows):
 @pytest.mark.parametrize("dead", ["o", "v"])
 def test_a_layer_with_a_constant_output_is_initialised_to_it(dead, dtype, rows):
     teacher, lines = random_teacher("llama", num_hidden_layers=2, attention_bias=True), []
+    teacher.model.model.embed_tokens.weight += 0.1  # inputs share a direction, as in trained models
     silence(teacher, {dead: 0.0})
     getattr(teacher.model.model.layers[1].self_attn, f"{dead}_proj").bias.normal_()
     teacher.model.to(dtype)
@@ -268,7 +271,7 @@ def test_each_head_gets_the_memory_that_predicts_it_best(teacher):
     distance, silent = torch.full((heads,), 8.0), torch.zeros(256, heads, mixer.head_dim)
     for candidate in (CANDIDATES[0], CANDIDATES[-1]):
         with torch.no_grad():
-            fit_output_gate(mixer, x.flatten(0, 1), silent)
+            fit_output_gate(mixer, x.flatten(0, 1), silent, one)
             set_memory(mixer, [candidate] * heads, one, distance)
             wanted = mixer.inner(x).flatten(0, 1).unflatten(-1, (heads, -1))
             assert choose_memory(mixer, x, None, one, distance, wanted) == [candidate] * heads
@@ -279,27 +282,94 @@ def test_the_output_gate_follows_the_size_of_a_heads_output(teacher):
     mixer, x = student.model.layers[0].self_attn, torch.randn(400, student.config.hidden_size)
     heads, K = student.config.num_attention_heads, mixer.head_dim
     size = torch.sigmoid(x @ torch.randn(student.config.hidden_size, heads) / 8 - 1)
+    x, one = torch.cat([torch.ones(400, 1), x[:, 1:]], 1), torch.eye(student.config.hidden_size)[0]
+    outputs = size[..., None] * torch.nn.functional.normalize(torch.randn(400, heads, K), dim=-1)
     with torch.no_grad():
-        fit_output_gate(mixer, x, size[..., None] * torch.nn.functional.normalize(torch.randn(400, heads, K), dim=-1))
+        fit_output_gate(mixer, x, outputs, one)
         gate = torch.sigmoid(mixer.g_proj(x)).unflatten(-1, (heads, K)).mean(-1)
     for head in range(heads):
         assert torch.corrcoef(torch.stack([gate[:, head], size[:, head]]))[0, 1] > 0.95
+    largest = size.kthvalue(392, dim=0).values  # the gate is relative to it
+    torch.testing.assert_close(gate.mean(0), (size / largest).clamp(0.02, 0.95).mean(0), rtol=0.1, atol=0)
 
 
 def test_one_channel_of_each_heads_values_becomes_a_constant(teacher):
-    mixer = convert(teacher, init="library").model.layers[1].self_attn
+    student = convert(teacher, init="library")
+    mixer = student.model.layers[1].self_attn
     torch.manual_seed(0)
     x = torch.randn(500, mixer.q_proj.in_features) + 3 * torch.randn(mixer.q_proj.in_features)
     before = mixer.v_proj.weight.detach().clone()
     with torch.no_grad():
         sizes = mixer.v_proj(x).unflatten(-1, (-1, mixer.head_dim)).square().sum(-1).mean(0).sqrt()
-        add_constant(mixer, x, ridge(x, torch.ones_like(x[:, :1]), 1e-3)[:, 0])
+        one = ridge(x, torch.ones_like(x[:, :1]), 1e-3)[:, 0]
+        fit_output_gate(mixer, x, torch.randn(500, student.config.num_attention_heads, mixer.head_dim), one)
+        add_constant(mixer, x, one)
         changed = (mixer.v_proj.weight != before).any(1).unflatten(0, (-1, mixer.head_dim))
         v, gate = (y.unflatten(-1, (-1, mixer.head_dim)) for y in (mixer.v_proj(x), mixer.g_proj(x)))
     assert changed.sum(1).tolist() == [1] * len(changed)
     assert float(v[:, changed].std(0).max() / v[:, changed].mean()) < 0.1
     torch.testing.assert_close(v[:, changed].mean(0), 3 * sizes, rtol=0.02, atol=0)
-    assert torch.equal(gate[:, changed], torch.full_like(gate[:, changed], 4.0))
+    torch.testing.assert_close(gate[:, changed], torch.full_like(gate[:, changed], 4.0), rtol=0.2, atol=0)
+
+
+def test_folded_biases_act_like_biases(rows):
+    """A student without biases in KDA layers starts where one with them does."""
+    teacher = random_teacher("qwen2", num_hidden_layers=2)
+    teacher.model.model.embed_tokens.weight += 0.1  # inputs share a direction, as in trained models
+    for layer in teacher.model.model.layers:
+        for name in "qkv":
+            getattr(layer.self_attn, f"{name}_proj").bias.normal_(std=0.3)
+    lines = []
+    options = {"init": "calibrated", "calibration": rows}
+    folded = convert(teacher, **options, log=lines.append)
+    assert any("biases of q, k and v are folded" in line for line in lines)
+    assert not [name for name, _ in folded.named_parameters() if "self_attn" in name and name.endswith(".bias")]
+    assert convert(teacher, init="library").config.kda_bias  # without calibration text, they cannot be folded
+    biased = convert(teacher, **options, gate_bias=True)
+    assert biased.model.layers[0].self_attn.g_proj[1].bias is not None
+    with torch.no_grad():
+        teacher_logits = teacher.model(rows.input_ids).logits
+        losses = [kl(model(rows.input_ids).logits, teacher_logits) for model in (folded, biased)]
+        for layer in folded.model.layers:
+            layer.self_attn.g_proj[1].weight[:, -1] = 0
+        losses.append(kl(folded(rows.input_ids).logits, teacher_logits))
+    assert abs(losses[0] - losses[1]) < 0.05 * losses[1] < abs(losses[2] - losses[1])
+
+
+def test_biases_of_a_trained_student_are_folded(rows):
+    teacher = random_teacher("qwen2", num_hidden_layers=2)
+    teacher.model.model.embed_tokens.weight += 0.1  # inputs share a direction, as in trained models
+    student = convert(teacher, init="library", gate_bias=True).eval()
+    with torch.no_grad():
+        for layer in student.model.layers:
+            for name in "qkv":
+                getattr(layer.self_attn, f"{name}_proj").bias.normal_(std=0.3)
+            layer.self_attn.g_proj[1].bias.normal_()
+        want = student(rows.input_ids).logits
+        folded = fold_biases(student, rows)
+        assert torch.equal(student(rows.input_ids).logits, want)
+        cost = kl(folded(rows.input_ids).logits, want)
+        for layer in student.model.layers:
+            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                linear.bias.zero_()
+            layer.self_attn.g_proj[1].bias.zero_()
+        dropped = kl(student(rows.input_ids).logits, want)
+    assert not [name for name in folded.state_dict() if "self_attn" in name and name.endswith(".bias")]
+    assert cost < 0.03 * dropped
+
+
+def test_a_gate_of_lower_rank_is_folded_exactly():
+    torch.manual_seed(0)
+    x, bias = torch.randn(200, 16) + 2, torch.randn(12)
+    low, high = torch.randn(4, 16), torch.randn(12, 4) @ torch.diag(torch.tensor([1.0, 1, 1, 0]))
+    low_KD, high_CK, moved_C = fold_gate(low, high, bias, x)
+    assert low_KD.shape == (3, 16) and high_CK.shape == (12, 3)
+    torch.testing.assert_close(x @ low_KD.T @ high_CK.T + moved_C, x @ low.T @ high.T + bias, atol=1e-4, rtol=1e-4)
+
+
+def kl(student: torch.Tensor, teacher: torch.Tensor) -> float:
+    p, q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def test_ridge_finds_the_map():

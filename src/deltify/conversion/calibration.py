@@ -47,10 +47,11 @@ def calibrate(
     Each layer is fitted to the inputs and outputs of the teacher's layer. docs/explanation/calibration.md shows what
     each part contributes.
 
+    - Constants: a direction u is fitted with u . x near 1 for every input x of the layer. It replaces biases, which KDA
+      layers lack: of q, k and v (see `fold_biases`), of the output gate, and of beta.
     - Output gate: a linear prediction of the norm of each head's output, which `o_norm` removes.
     - Memory: each head gets the one of `CANDIDATES` that predicts the teacher head's output best. `long_memory_heads`
-      heads get a longer memory instead (see `with_long_half_lives`). `b_proj` has no bias, so beta is made constant by
-      the direction that all inputs share. `f_proj` starts at zero.
+      heads get a longer memory instead (see `with_long_half_lives`). `f_proj` starts at zero.
     - Convolutions pass one token, scaled down. The L2 norms of q and k and `o_norm` undo the scale.
     - `o_proj`: the ridge regression of the teacher's attention output on the input of the student's `o_proj`. It also
       restores the scale of each head that `o_norm` removes.
@@ -117,6 +118,8 @@ class Calibration:
             return
         mixer, x_BTD, rows = layer.self_attn, kwargs["hidden_states"].float(), self.num_choice_rows
         x_ND = gather(x_BTD, self.packing)
+        constant_direction_D = constant_direction(x_ND)
+        fold_biases(mixer, attention, constant_direction_D)
         target_ND = gather(output[0].float(), self.packing)
         is_zero = is_silent(target_ND)
         if mixer.o_proj.bias is not None:
@@ -128,9 +131,9 @@ class Calibration:
         # matter, so equal ones serve.
         equal_H = silent["queries"] | silent["keys"] | (is_constant & ~is_silent(target_ND))
 
-        fit_output_gate(mixer, x_ND, split_heads(gather(self.captured, self.packing), mixer.head_dim))
+        heads_NHK = split_heads(gather(self.captured, self.packing), mixer.head_dim)
+        fit_output_gate(mixer, x_ND, heads_NHK, constant_direction_D)
         teacher_heads_NHK = split_heads(gather(self.captured[:rows], self.choice_packing), mixer.head_dim)
-        constant_direction_D = ridge(x_ND, torch.ones_like(x_ND[:, :1]), DIRECTION_PENALTY)[:, 0]
         weigh_equally(mixer, equal_H, constant_direction_D)
         if self.constant:
             add_constant(mixer, x_ND, constant_direction_D)
@@ -206,6 +209,15 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
     return x.unflatten(-1, (-1, head_dim))
 
 
+def repeat_heads(x: Tensor, heads: int, head_dim: int) -> Tensor:
+    """Repeat the key/value heads of `x` [key/value heads * K, ...] for their query heads: [heads * K, ...].
+
+    Query head h gets key/value head h // (heads / key/value heads).
+    """
+    blocks = x.unflatten(0, (-1, head_dim))
+    return blocks.repeat_interleave(heads // blocks.shape[0], dim=0).flatten(0, 1)
+
+
 def mixer_output(mixer: DeltifyKDA, x_BTD: Tensor, packing: Packing | None) -> Tensor:
     """Return the input of the mixer's `o_proj`."""
     return mixer.inner(x_BTD if packing is None else packing.gather(x_BTD), None, packing)
@@ -260,17 +272,29 @@ def weigh_equally(mixer: DeltifyKDA, heads_H: Tensor, constant_direction_D: Tens
 # ---- the parts of a layer --------------------------------------------------------------------------------------------
 
 
-def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor) -> None:
+def fold_biases(mixer: DeltifyKDA, attention: nn.Module, constant_direction_D: Tensor) -> None:
+    """Add the teacher's biases of q, k and v to the weights of a KDA layer without biases: W + b u^T."""
+    for projection, source in zip(
+        (mixer.q_proj, mixer.k_proj, mixer.v_proj), (attention.q_proj, attention.k_proj, attention.v_proj)
+    ):
+        if source.bias is not None and projection.bias is None:
+            bias = repeat_heads(source.bias.float(), len(mixer.A_log), mixer.head_dim)
+            projection.weight += torch.outer(bias, constant_direction_D)
+
+
+def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor, constant_direction_D: Tensor) -> None:
     """Fit the output gate of each head to the norm of the head's output in the teacher.
 
     All channels of a head share one gate, whose logits come from a ridge regression on the layer's input. The gate
-    stays constant where `g_proj` has a lower rank than there are heads.
+    stays constant where `g_proj` has no more channels than there are heads.
     """
     low, high = mixer.g_proj
-    for parameter in (low.weight, high.weight, high.bias):
+    for parameter in mixer.g_proj.parameters():
         parameter.zero_()
+    if high.bias is None:
+        low.weight[-1] = constant_direction_D
     N, H, K = heads_NHK.shape
-    if len(low.weight) < H:
+    if len(low.weight) <= H:
         return
     norm_NH = heads_NHK.norm(dim=-1)
     largest_H = norm_NH.kthvalue(max(1, int(0.98 * N)), dim=0).values.clamp(min=1e-9)  # not an outlier
@@ -279,7 +303,17 @@ def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor) -> None:
     weight_DH = ridge(x_ND - mean_input_D, logits_NH - mean_logits_H, GATE_PENALTY)
     low.weight[:H] = weight_DH.t()
     high.weight[:, :H] = torch.eye(H, device=weight_DH.device).repeat_interleave(K, dim=0)
-    high.bias.copy_((mean_logits_H - mean_input_D @ weight_DH).repeat_interleave(K))
+    gate_bias(mixer).copy_((mean_logits_H - mean_input_D @ weight_DH).repeat_interleave(K))
+
+
+def gate_bias(mixer: DeltifyKDA) -> Tensor:
+    """Return the parameters that act as the bias of the output gate, [H * K], as a view.
+
+    They are the bias of `g_proj[1]`; or, if it has none, the weights of the last channel, which `fit_output_gate` makes
+    constant.
+    """
+    high = mixer.g_proj[1]
+    return high.weight[:, -1] if high.bias is None else high.bias
 
 
 def add_constant(mixer: DeltifyKDA, x_ND: Tensor, constant_direction_D: Tensor) -> None:
@@ -294,7 +328,7 @@ def add_constant(mixer: DeltifyKDA, x_ND: Tensor, constant_direction_D: Tensor) 
     channels_H = squares_HK.argmin(1) + first_channel_H
     mixer.v_proj.weight[channels_H] = CONSTANT * squares_HK.sum(1).sqrt()[:, None] * constant_direction_D
     mixer.g_proj[1].weight[channels_H] = 0
-    mixer.g_proj[1].bias[channels_H] = 4.0  # sigmoid(4) = 0.98
+    gate_bias(mixer)[channels_H] = 4.0  # sigmoid(4) = 0.98
 
 
 def choose_memory(
@@ -364,6 +398,11 @@ def set_memory(mixer: DeltifyKDA, memories: list[Memory], constant_direction_D: 
 
 
 # ---- least squares ---------------------------------------------------------------------------------------------------
+
+
+def constant_direction(x_ND: Tensor) -> Tensor:
+    """Return u [D] with u . x near 1 for every input x of a layer."""
+    return ridge(x_ND, torch.ones_like(x_ND[:, :1]), DIRECTION_PENALTY)[:, 0]
 
 
 def residual_sum_of_squares(features_NHK: Tensor, teacher_heads_NHK: Tensor) -> Tensor:

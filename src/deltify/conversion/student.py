@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from ..data.batches import Batch
 from ..model import ArceeKDAConfig, DeltifyConfig, DeltifyForCausalLM
 from ..model.generation import supported_settings
-from .calibration import calibrate
+from .calibration import calibrate, repeat_heads
 from .teacher import Teacher, freeze
 
 INITS = ("calibrated", "calibrated-constant", "library", "arcee")
@@ -54,6 +54,7 @@ def layer_kinds(spec: str | list[int], layers: int) -> list[str]:
     return [KIND_BY_LETTER[pattern[i % len(pattern)]] for i in range(layers)]
 
 
+O_NORM_EPS = 1e-5  # the only value that vLLM and SGLang support
 COPIED_CONFIG_FIELDS = (  # from the teacher's configuration, unchanged
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "hidden_act", "rms_norm_eps"),
@@ -62,7 +63,16 @@ COPIED_CONFIG_FIELDS = (  # from the teacher's configuration, unchanged
 )
 
 
-def student_config(teacher: Teacher, kinds: list[str], *, keep_rope: bool, window: int, sinks: int) -> DeltifyConfig:
+def student_config(
+    teacher: Teacher,
+    kinds: list[str],
+    *,
+    keep_rope: bool,
+    window: int,
+    sinks: int,
+    gate_bias: bool = False,
+    fold_biases: bool = True,
+) -> DeltifyConfig:
     """Return the student's configuration: the teacher's architecture, with layers of these kinds.
 
     Args:
@@ -71,6 +81,8 @@ def student_config(teacher: Teacher, kinds: list[str], *, keep_rope: bool, windo
         keep_rope: Whether full-attention layers keep the teacher's RoPE. Sliding layers always do.
         window: Number of tokens that sliding layers see.
         sinks: Number of first tokens that sliding layers always see.
+        gate_bias: Whether the output gate of KDA layers has a bias.
+        fold_biases: Whether KDA layers have no biases of q, k and v, even if the teacher has.
 
     Raises:
         ValueError: If a layer that stays full attention has a sliding window in the teacher.
@@ -83,10 +95,14 @@ def student_config(teacher: Teacher, kinds: list[str], *, keep_rope: bool, windo
             "tokens. A layer that stays full attention would ignore the window. Convert these layers to KDA; or, if no "
             "sequence is longer than the window, set sliding_window to null in the teacher's config.json"
         )
+    facts = teacher.family.facts(config)
     rotates = {"linear_attention": False, "full_attention": keep_rope, "sliding_attention": True}
     return ARCHITECTURES[teacher.family.student](
         **{name: getattr(config, name) for name in COPIED_CONFIG_FIELDS},
-        **teacher.family.facts(config),
+        **facts,
+        kda_bias=bool(facts["attention_bias"]) and not fold_biases,
+        gate_bias=gate_bias,
+        o_norm_eps=O_NORM_EPS,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         layer_types=kinds,
         use_rope=[rotates[kind] and rope[i] for i, kind in enumerate(kinds)],
@@ -155,15 +171,6 @@ def origin_of(name: str, config: DeltifyConfig) -> Origin:
     return next(origin for origin in KDA_ORIGINS if origin.pattern == parts[4])
 
 
-def repeat_heads(x: Tensor, heads: int, head_dim: int) -> Tensor:
-    """Repeat the key/value heads of `x` [key/value heads * K, ...] for their query heads: [heads * K, ...].
-
-    Query head h gets key/value head h // (heads / key/value heads).
-    """
-    blocks = x.unflatten(0, (-1, head_dim))
-    return blocks.repeat_interleave(heads // blocks.shape[0], dim=0).flatten(0, 1)
-
-
 def convert(
     teacher: Teacher,
     *,
@@ -174,6 +181,7 @@ def convert(
     init: str = "calibrated",
     calibration: Batch | None = None,
     long_memory_heads: int = 0,
+    gate_bias: bool = False,
     seed: int = 0,
     log: Callable[[str], None] = lambda line: None,
 ) -> DeltifyForCausalLM:
@@ -192,6 +200,9 @@ def convert(
         calibration: Sequences of text, a few thousand tokens. Calibrated initialisations need them.
         long_memory_heads: Number of heads of each KDA layer that get a long memory, see `with_long_half_lives`.
             Calibrated initialisations only.
+        gate_bias: Whether the output gate has a bias, as in AFM-4.5B-Base-KDA-Only and fla. Without it, the student runs
+            in other runtimes, see `export`. Calibrated initialisations then make one channel of the gate constant. They
+            fold the teacher's biases of q, k and v into the weights, too.
         seed: Random seed of the initialisation.
         log: Function that is called with a line for each group of tensors and with the summary of the calibration.
 
@@ -208,7 +219,9 @@ def convert(
             f"long_memory_heads={long_memory_heads}; a layer of this teacher has {heads} heads. Choose 0 to {heads}"
         )
     kinds = layer_kinds(full_attention_layers, teacher.config.num_hidden_layers)
-    config = student_config(teacher, kinds, keep_rope=keep_rope, window=sliding_window, sinks=sink_tokens)
+    is_calibrated = init.startswith("calibrated")
+    attention = {"keep_rope": keep_rope, "window": sliding_window, "sinks": sink_tokens}
+    config = student_config(teacher, kinds, **attention, gate_bias=gate_bias, fold_biases=is_calibrated)
     device = teacher.model.device
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -223,7 +236,9 @@ def convert(
         log(line)
     if config.qk_norm and mixers:
         log("the teacher's q_norm and k_norm are dropped in KDA layers, which use L2 normalisation instead")
-    if init.startswith("calibrated"):
+    if mixers and config.attention_bias and is_calibrated:
+        log("the teacher's biases of q, k and v are folded into the weights of KDA layers, which have no such biases")
+    if is_calibrated:
         constant = init == "calibrated-constant"
         calibrate(teacher, student, calibration, log, constant=constant, long_memory_heads=long_memory_heads)
     student.generation_config, dropped = supported_settings(teacher.model.generation_config)

@@ -289,6 +289,7 @@ def create_student(recipe: Recipe, teacher: Teacher, train: list[TokenFile]) -> 
         init=spec.init,
         calibration=mix.batch(0),
         long_memory_heads=spec.long_memory_heads,
+        gate_bias=spec.gate_bias,
         seed=recipe.seed,
         log=log,
     )
