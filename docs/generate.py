@@ -19,9 +19,9 @@ COPIED = {
 }
 API_INTRO = """# Python API
 
-After `import deltify`, the names on this page are attributes of `deltify`. They are the public interface, whose changes
-follow the rules in [Contributing](../project/contributing.md#versions-and-what-is-public). Everything else may change in
-any version.
+After `import deltify`, the names on this page are attributes of `deltify`. They are the public interface, whose
+changes follow the rules in [Contributing](../project/contributing.md#versions-and-what-is-public). Everything else may
+change in any version.
 """
 COMMAND_INTRO = """# Command line
 
@@ -31,9 +31,9 @@ RECIPE_INTRO = """# Recipe fields
 A recipe is a YAML file with the fields below. Each field is also a flag of the commands that take a recipe:
 `match.tokens` is `--match.tokens`. An unknown field is an error that names the nearest known one.
 
-With the [JSON Schema](recipe.schema.json) of recipes, an editor can check and complete them. `deltify schema` prints the
-schema. In VS Code with the YAML extension, save it as `recipe.schema.json` beside the recipe, and begin the recipe with
-this line:
+With the [JSON Schema](recipe.schema.json) of recipes, an editor can check and complete them. `deltify schema` prints
+the schema. In VS Code with the YAML extension, save it as `recipe.schema.json` beside the recipe, and begin the recipe
+with this line:
 
 ```yaml
 # yaml-language-server: $schema=recipe.schema.json
@@ -41,8 +41,8 @@ this line:
 RENAMED_INTRO = """
 ## Renamed fields
 
-Recipes written before version 0.1 have other names for some fields. deltify refuses an old name with an error that gives
-the new one.
+Recipes written before version 0.1 have other names for some fields. deltify refuses an old name with an error that
+gives the new one.
 
 | old | new |
 |---|---|"""
