@@ -46,7 +46,7 @@ class StudentSpec:
         sliding_window: Number of tokens that sliding layers see, the current one included.
         sink_tokens: Number of first tokens of a document that sliding layers always see.
         init: Initialisation of gates and convolutions: calibrated, calibrated-constant, library or arcee. Or the folder
-            of a student or run, to train that model on.
+            of a student or run whose weights the new run starts with.
         calibration_tokens: Number of training tokens that the calibrated initialisation is fitted to.
         calibration_sequence_length: Tokens per sequence of the calibration text.
         long_memory_heads: Heads per KDA layer that the calibrated initialisation gives a half-life of 4,096 tokens.

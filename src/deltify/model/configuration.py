@@ -100,7 +100,7 @@ class DeltifyConfig(PreTrainedConfig):
 
 
 class ArceeKDAConfig(DeltifyConfig):
-    """Configuration of a student of an Arcee model, as AFM-4.5B-Base-KDA-Only: ungated MLP with relu^2."""
+    """Configuration of a student of an Arcee model, such as AFM-4.5B: its MLP is ungated and has relu^2."""
 
     model_type = "arcee_kda"
 
