@@ -7,12 +7,18 @@ an attention layer.
 Legend: D model width, H heads, G key/value heads, K head width, R width of MLA's latent, F inner width of the MLP.
 """
 
+import json
+import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..model import DeltifyConfig, DeltifyForCausalLM
+from .loading import model_of_tensors, read_tensors, renamed
 
 # parts of tensor names in deltify and in this layout
 RENAMES = [
@@ -21,10 +27,14 @@ RENAMES = [
     (".g_proj.0.", ".g_a_proj."),
     (".g_proj.1.", ".g_b_proj."),
 ]
+# names of a dense MLP where transformers saves a model that it made itself
+TRANSFORMERS_RENAMES = [(f".mlp.{name}_proj.", f".block_sparse_moe.{name}_proj.") for name in ("gate", "up", "down")]
 SAME_IN_CONFIG = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim", "max_position_embeddings"),
     *("rms_norm_eps", "initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
+SHARD_BYTES = 5_000_000_000
+IDENTITY_LAYER = ("auto", "never")
 # the fields of mixture-of-experts models, for a model with dense MLPs. Most readers fail if one is missing.
 NO_EXPERTS = {
     "num_experts": 0,
@@ -41,6 +51,43 @@ NO_EXPERTS = {
 }
 
 
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_kimi_linear(
+    model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, identity_layer: str = "auto"
+) -> str:
+    """Write a folder in this layout, and return a line that describes it.
+
+    Args:
+        model: Model to write.
+        tokenizer: Tokenizer to write, with its chat template.
+        folder: Folder to write.
+        identity_layer: "auto" appends an identity layer to a model without attention layers, "never" does not.
+
+    Raises:
+        ValueError: If the layout cannot express the model. The message names what it cannot express.
+    """
+    if identity_layer not in IDENTITY_LAYER:
+        raise ValueError(f"identity_layer={identity_layer!r} is unknown. Choose one of {list(IDENTITY_LAYER)}.")
+    kinds = model.config.layer_types or []
+    added = identity_layer == "auto" and "full_attention" not in kinds
+    tensors = native_tensors(model, added)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(tensors, folder, max_shard_size=SHARD_BYTES)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(native_config(model, added), indent=2))
+    parts = [f"{kinds.count('linear_attention')} KDA layers"]
+    if kept := kinds.count("full_attention"):
+        parts.append(f"{kept} attention layers as MLA")
+    if kinds[:1] == ["full_attention"]:
+        parts.append(f"keys and values of layer 0 scaled by {layer_0_scale(model):.4f}, the effect of a norm's eps")
+    if added:
+        parts.append("an identity layer, since transformers, MLX-LM and llama.cpp need an attention layer")
+    return f"{folder}: {', '.join(parts)}"
+
+
 def refusals(model: DeltifyForCausalLM) -> list[str]:
     """Return the parts of a model that this layout cannot express."""
     c = model.config
@@ -48,6 +95,7 @@ def refusals(model: DeltifyForCausalLM) -> list[str]:
     kept = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
     biases = [name for name, x in model.state_dict().items() if name.endswith(".bias") and bool(x.any())]
     problems = {
+        "a model without KDA layers": "linear_attention" not in kinds,
         "sliding attention layers": "sliding_attention" in kinds,
         "RoPE in attention layers": any((c.use_rope or [])[i] for i in kept),
         "qk-norm in attention layers": c.qk_norm and bool(kept),
@@ -76,9 +124,7 @@ def native_tensors(model: DeltifyForCausalLM, identity_layer: bool) -> dict[str,
         raise ValueError(f"Layout kimi_linear does not support {', '.join(found)}. Export with --layout deltify.")
     c, sizes = model.config, latent_sizes(model.config)
     tensors = {}
-    for name, x in model.state_dict().items():
-        for old, new in RENAMES:
-            name = name.replace(old, new)
+    for name, x in renamed(model.state_dict(), RENAMES).items():
         if name.endswith(".A_log"):
             x = x.float().view(1, 1, -1, 1)
         if name.endswith(".dt_bias"):
@@ -130,6 +176,70 @@ def native_config(model: DeltifyForCausalLM, identity_layer: bool) -> dict:
         },
         "layer_types": kinds,
         "mlp_layer_types": ["dense"] * len(kinds),
+    }
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_kimi_linear(folder: Path) -> DeltifyForCausalLM:
+    """Return the model in a folder of this layout, written by deltify or saved by transformers.
+
+    An identity layer at the end is dropped. MLA layers become attention layers again.
+
+    Raises:
+        ValueError: If the model has parts that deltify does not support, or tensors do not fit.
+    """
+    config, tensors = json.loads((folder / "config.json").read_text()), read_tensors(folder)
+    linear = linear_config(config)
+    if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise ValueError(f"{folder}: hidden_act={act!r} is not supported. Only 'silu' is.")
+    if (bound := linear.get("gate_lower_bound")) is not None:
+        raise ValueError(f"{folder}: gate_lower_bound={bound} is not supported in this layout.")
+    if extra := sorted(name for name in tensors if ".experts." in name or name.endswith(".bias")):
+        raise ValueError(f"{folder} has {', '.join(extra[:5])}. Layers with experts or biases are not supported.")
+    kinds = ["linear_attention"] * config["num_hidden_layers"]
+    for i in linear["full_attn_layers"]:
+        kinds[i - 1] = "full_attention"
+    if kinds[-1] == "full_attention" and is_identity(tensors, len(kinds) - 1):
+        kinds.pop()
+        tensors = {name: x for name, x in tensors.items() if not name.startswith(f"model.layers.{len(kinds)}.")}
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight", torch.empty(0))
+    same = {name: config[name] for name in SAME_IN_CONFIG if name in config}
+    facts = {
+        "num_hidden_layers": len(kinds),
+        "layer_types": kinds,
+        "num_attention_heads": linear["num_heads"],
+        "head_dim": linear["head_dim"],
+        "conv_size": linear["short_conv_kernel_size"],
+        "max_position_embeddings": config.get("max_position_embeddings", config.get("model_max_length")),
+        "tie_word_embeddings": head is None or torch.equal(head, embedding),
+        "o_norm_eps": config.get("o_norm_eps", config["rms_norm_eps"]),
+    }
+    ours = DeltifyConfig(**(same | facts))
+    if "full_attention" in kinds:
+        sizes = LatentSizes(*(config[name] for name in LatentSizes._fields))
+        ours.num_key_value_heads = from_latent_(tensors, ours, sizes, folder)
+    tensors = {name: x.flatten() if name.endswith(".A_log") else x for name, x in tensors.items()}
+    tensors = renamed(tensors, [(new, old) for old, new in RENAMES + TRANSFORMERS_RENAMES])
+    with torch.device("meta"):
+        biases = [(name, x) for name, x in DeltifyForCausalLM(ours).state_dict().items() if name.endswith(".bias")]
+    tensors |= {name: torch.zeros(x.shape, dtype=embedding.dtype) for name, x in biases}
+    model = model_of_tensors(ours, tensors, str(folder))
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def linear_config(config: dict) -> dict:
+    """Return the facts about KDA layers in a config.json: Moonshot's entry, or the same of transformers' fields."""
+    if "linear_attn_config" in config:
+        return config["linear_attn_config"]
+    return {
+        "num_heads": config["linear_num_heads"],
+        "head_dim": config["linear_head_dim"],
+        "short_conv_kernel_size": config["linear_conv_kernel_dim"],
+        "full_attn_layers": [i for i, kind in enumerate(config["layer_types"], 1) if kind == "full_attention"],
     }
 
 
@@ -187,6 +297,67 @@ def to_latent(layer: dict[str, Tensor], head_dim: int, sizes: LatentSizes) -> di
     return {name: x.to(dtype) for name, x in tensors.items()}
 
 
+def layer_0_scale(model: DeltifyForCausalLM) -> float:
+    """Return the factor by which `to_latent` changes keys and values of layer 0, for the median token.
+
+    The first norm divides by (mean square + eps) ** 0.5, and the second one removes the eps. Inputs of later layers are
+    so large that this does not matter.
+    """
+    square = model.model.embed_tokens.weight.float().square().mean(-1).median().item()
+    return (1 + model.config.rms_norm_eps / square) ** 0.5
+
+
+def from_latent_(tensors: dict[str, Tensor], c: DeltifyConfig, sizes: LatentSizes, folder: Path) -> int:
+    """Replace MLA layers in `tensors` by grouped-query attention, and return its number of key/value heads.
+
+    Raises:
+        ValueError: If a layer is not one that `to_latent` returns.
+    """
+    R, nope, rope, v = sizes
+    H, K, D = c.num_attention_heads, c.head_dim or 0, c.hidden_size
+    layers = [i for i, kind in enumerate(c.layer_types or []) if kind == "full_attention"]
+    shapes = {name: x.shape for name, x in identity(c, sizes).items() if not name.startswith(("mlp.", "post_"))}
+    latent = {i: {name: tensors.pop(f"model.layers.{i}.{name}", torch.empty(0)) for name in shapes} for i in layers}
+    refused = [i for i, layer in latent.items() if any(layer[name].shape != shapes[name] for name in shapes)]
+    if not refused and R >= D and min(nope, v) >= K:
+        kv = {i: layer["self_attn.kv_b_proj.weight"].view(H, nope + v, R) for i, layer in latent.items()}
+        shared = math.gcd(*map(equal_heads, kv.values()))
+        for i, layer in latent.items():
+            norm, q, o = (layer[f"self_attn.{name}.weight"].float() for name in ("kv_a_layernorm", "q_proj", "o_proj"))
+            w_D = norm[:D] * (R / D) ** 0.5
+            q_HKD = q.view(H, -1, D)[:, :K] / ((nope + rope) / K) ** 0.5
+            grouped = {
+                "input_layernorm.weight": w_D,
+                "self_attn.q_proj.weight": torch.where(w_D == 0, 0.0, q_HKD / w_D).flatten(0, 1),
+                "self_attn.k_proj.weight": kv[i][::shared, :K, :D].flatten(0, 1),
+                "self_attn.v_proj.weight": kv[i][::shared, nope : nope + K, :D].flatten(0, 1),
+                "self_attn.o_proj.weight": o.view(D, H, v)[..., :K].flatten(1),
+            }
+            grouped = {name: x.to(layer["self_attn.q_proj.weight"].dtype) for name, x in grouped.items()}
+            tensors |= {f"model.layers.{i}.{name}": x for name, x in grouped.items()}
+            again = to_latent(grouped, K, sizes)
+            if not all(equal_up_to_rounding(again[name], layer[name]) for name in shapes):
+                refused.append(i)
+        if not refused:
+            return H // shared
+    names = ", ".join(str(i) for i in refused or layers)
+    raise ValueError(f"{folder}: layers {names} are latent attention that deltify does not support.")
+
+
+def equal_heads(x: Tensor) -> int:
+    """Return the largest number of neighbouring heads [H, ...] that are equal in each of their groups."""
+    sizes = [n for n in range(len(x), 0, -1) if len(x) % n == 0]
+    return next(n for n in sizes if torch.equal(x[::n].repeat_interleave(n, 0), x))
+
+
+def equal_up_to_rounding(a: Tensor, b: Tensor) -> bool:
+    """Return whether tensors are equal up to a few roundings of their dtype. Zeros must be zeros."""
+    return torch.allclose(a.float(), b.float(), rtol=8 * torch.finfo(b.dtype).eps, atol=0)
+
+
+# ---- identity layer --------------------------------------------------------------------------------------------------
+
+
 def identity(c: DeltifyConfig, sizes: LatentSizes) -> dict[str, Tensor]:
     """Return the tensors of a layer whose attention and MLP are zero."""
     H, D, F = c.num_attention_heads, c.hidden_size, c.intermediate_size
@@ -204,3 +375,9 @@ def identity(c: DeltifyConfig, sizes: LatentSizes) -> dict[str, Tensor]:
     tensors = {name: torch.ones(shape) for name, shape in ones.items()}
     tensors |= {name: torch.zeros(shape) for name, shape in zeros.items()}
     return {f"{name}.weight": x for name, x in tensors.items()}
+
+
+def is_identity(tensors: dict[str, Tensor], layer: int) -> bool:
+    """Return whether a layer's attention and MLP are zero."""
+    outputs = [tensors.get(f"model.layers.{layer}.{name}.weight") for name in ("self_attn.o_proj", "mlp.down_proj")]
+    return all(x is not None and not x.any() for x in outputs)
