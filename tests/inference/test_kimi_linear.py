@@ -203,7 +203,10 @@ def test_the_effect_of_eps_on_a_kept_first_layer_is_named(tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", "layers 1 are latent attention"),
+        (
+            "model.layers.1.self_attn.kv_a_proj_with_mqa.weight",
+            r"latent attention of model\.layers\.1 is not",
+        ),
         ("model.layers.0.block_sparse_moe.experts.0.w1.weight", "experts or biases"),
         ("model.layers.0.self_attn.g_b_proj.bias", "experts or biases"),
         ("model.layers.0.self_attn.q_norm.weight", r"q_norm\.weight is not expected"),

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..model import DeltifyConfig, DeltifyForCausalLM
+from ..model.loading import checkpoint_shapes
 from .loading import model_of_tensors, read_tensors, renamed
 
 # parts of tensor names in deltify and in this layout
@@ -190,14 +191,16 @@ def read_kimi_linear(folder: Path) -> DeltifyForCausalLM:
     Raises:
         ValueError: If the model has parts that deltify does not support, or tensors do not fit.
     """
-    config, tensors = json.loads((folder / "config.json").read_text()), read_tensors(folder)
+    config = json.loads((folder / "config.json").read_text())
     linear = linear_config(config)
     if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise ValueError(f"{folder}: hidden_act={act!r} is not supported. Only 'silu' is.")
     if (bound := linear.get("gate_lower_bound")) is not None:
         raise ValueError(f"{folder}: gate_lower_bound={bound} is not supported in this layout.")
-    if extra := sorted(name for name in tensors if ".experts." in name or name.endswith(".bias")):
+    names = checkpoint_shapes(str(folder), {}) or {}
+    if extra := sorted(name for name in names if ".experts." in name or name.endswith(".bias")):
         raise ValueError(f"{folder} has {', '.join(extra[:5])}. Layers with experts or biases are not supported.")
+    tensors = read_tensors(folder)
     kinds = ["linear_attention"] * config["num_hidden_layers"]
     for i in linear["full_attn_layers"]:
         kinds[i - 1] = "full_attention"
@@ -219,7 +222,7 @@ def read_kimi_linear(folder: Path) -> DeltifyForCausalLM:
     ours = DeltifyConfig(**(same | facts))
     if "full_attention" in kinds:
         sizes = LatentSizes(*(config[name] for name in LatentSizes._fields))
-        ours.num_key_value_heads = from_latent_(tensors, ours, sizes, folder)
+        restore_attention_(tensors, ours, sizes, folder)
     tensors = {name: x.flatten() if name.endswith(".A_log") else x for name, x in tensors.items()}
     tensors = renamed(tensors, [(new, old) for old, new in RENAMES + TRANSFORMERS_RENAMES])
     with torch.device("meta"):
@@ -307,41 +310,63 @@ def layer_0_scale(model: DeltifyForCausalLM) -> float:
     return (1 + model.config.rms_norm_eps / square) ** 0.5
 
 
-def from_latent_(tensors: dict[str, Tensor], c: DeltifyConfig, sizes: LatentSizes, folder: Path) -> int:
-    """Replace MLA layers in `tensors` by grouped-query attention, and return its number of key/value heads.
+def from_latent(layer: dict[str, Tensor], head_dim: int, shared: int, sizes: LatentSizes) -> dict[str, Tensor]:
+    """Return the inverse of `to_latent`.
+
+    Args:
+        layer: Tensors that `to_latent` returned.
+        head_dim: Width of a head.
+        shared: Number of query heads of a key/value head.
+        sizes: Sizes of the MLA layer.
+    """
+    dtype, (R, nope, rope, v), K = layer["self_attn.q_proj.weight"].dtype, sizes, head_dim
+    norm, q, kv, o = (
+        layer[f"self_attn.{name}.weight"].float() for name in ("kv_a_layernorm", "q_proj", "kv_b_proj", "o_proj")
+    )
+    D = len(o)
+    w_D = norm[:D] * (R / D) ** 0.5
+    q_HKD = q.view(-1, nope + rope, D)[:, :K] / ((nope + rope) / K) ** 0.5
+    kv_GXD = kv.view(-1, nope + v, R)[::shared, :, :D]
+    tensors = (
+        w_D,
+        torch.where(w_D == 0, 0.0, q_HKD / w_D).flatten(0, 1),
+        kv_GXD[:, :K].flatten(0, 1),
+        kv_GXD[:, nope : nope + K].flatten(0, 1),
+        o.view(D, -1, v)[..., :K].flatten(1),
+    )
+    return {name: x.to(dtype) for name, x in zip(GROUPED, tensors)}
+
+
+def restore_attention_(tensors: dict[str, Tensor], c: DeltifyConfig, sizes: LatentSizes, folder: Path) -> None:
+    """Replace MLA layers in `tensors` by attention layers, and set their number of key/value heads in `c`.
 
     Raises:
         ValueError: If a layer is not one that `to_latent` returns.
     """
-    R, nope, rope, v = sizes
-    H, K, D = c.num_attention_heads, c.head_dim or 0, c.hidden_size
-    layers = [i for i, kind in enumerate(c.layer_types or []) if kind == "full_attention"]
+    R, nope, _, v = sizes
+    H, K = c.num_attention_heads, c.head_dim or 0
     shapes = {name: x.shape for name, x in identity(c, sizes).items() if not name.startswith(("mlp.", "post_"))}
-    latent = {i: {name: tensors.pop(f"model.layers.{i}.{name}", torch.empty(0)) for name in shapes} for i in layers}
-    refused = [i for i, layer in latent.items() if any(layer[name].shape != shapes[name] for name in shapes)]
-    if not refused and R >= D and min(nope, v) >= K:
-        kv = {i: layer["self_attn.kv_b_proj.weight"].view(H, nope + v, R) for i, layer in latent.items()}
-        shared = math.gcd(*map(equal_heads, kv.values()))
-        for i, layer in latent.items():
-            norm, q, o = (layer[f"self_attn.{name}.weight"].float() for name in ("kv_a_layernorm", "q_proj", "o_proj"))
-            w_D = norm[:D] * (R / D) ** 0.5
-            q_HKD = q.view(H, -1, D)[:, :K] / ((nope + rope) / K) ** 0.5
-            grouped = {
-                "input_layernorm.weight": w_D,
-                "self_attn.q_proj.weight": torch.where(w_D == 0, 0.0, q_HKD / w_D).flatten(0, 1),
-                "self_attn.k_proj.weight": kv[i][::shared, :K, :D].flatten(0, 1),
-                "self_attn.v_proj.weight": kv[i][::shared, nope : nope + K, :D].flatten(0, 1),
-                "self_attn.o_proj.weight": o.view(D, H, v)[..., :K].flatten(1),
-            }
-            grouped = {name: x.to(layer["self_attn.q_proj.weight"].dtype) for name, x in grouped.items()}
-            tensors |= {f"model.layers.{i}.{name}": x for name, x in grouped.items()}
+    latent = {
+        f"model.layers.{i}.": {name: tensors.pop(f"model.layers.{i}.{name}", torch.empty(0)) for name in shapes}
+        for i, kind in enumerate(c.layer_types or [])
+        if kind == "full_attention"
+    }
+    refused = [prefix for prefix, layer in latent.items() if any(layer[name].shape != shapes[name] for name in shapes)]
+    if c.hidden_size > R or min(nope, v) < K:
+        refused = list(latent)
+    if not refused:
+        kv = [layer["self_attn.kv_b_proj.weight"].view(H, nope + v, R) for layer in latent.values()]
+        shared = math.gcd(*map(equal_heads, kv))
+        c.num_key_value_heads = H // shared
+        for prefix, layer in latent.items():
+            grouped = from_latent(layer, K, shared, sizes)
             again = to_latent(grouped, K, sizes)
             if not all(equal_up_to_rounding(again[name], layer[name]) for name in shapes):
-                refused.append(i)
-        if not refused:
-            return H // shared
-    names = ", ".join(str(i) for i in refused or layers)
-    raise ValueError(f"{folder}: layers {names} are latent attention that deltify does not support.")
+                refused.append(prefix)
+            tensors |= {prefix + name: x for name, x in grouped.items()}
+    if refused:
+        names = ", ".join(prefix.strip(".") for prefix in refused)
+        raise ValueError(f"{folder}: the latent attention of {names} is not supported. Only exported GQA layers are.")
 
 
 def equal_heads(x: Tensor) -> int:
