@@ -344,15 +344,23 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     summary = "write a model in another library's layout"
     export = commands.add_parser("export", help=summary, description=summary)
     export.add_argument("model", help="folder of a model or run")
-    export.add_argument("--layout", required=True, help="kda (flash-linear-attention), kimi_linear or deltify")
+    export.add_argument(
+        "--layout",
+        required=True,
+        help="kimi_linear (transformers, vLLM, MLX-LM), kda (flash-linear-attention) or deltify",
+    )
     export.add_argument("-o", "--output", required=True, help="folder to write")
+    identity = (
+        "whether kimi_linear models without attention layers get an identity layer: auto or never (default: auto)"
+    )
+    export.add_argument("--identity-layer", default="auto", help=identity)
 
 
 def run_export(options: argparse.Namespace, _: list[str]) -> None:
     from .inference.export import export
     from .utils.folders import model_folder
 
-    export(model_folder(options.model), options.layout, options.output)
+    print(export(model_folder(options.model), options.layout, options.output, options.identity_layer))
 
 
 def add_schema(commands: argparse._SubParsersAction) -> None:
