@@ -14,8 +14,8 @@ from deltify.training.checkpoint import save_model
 
 
 def saved(folder, architecture="llama", gate_bias=False, bounded=False, **options):
-    teacher = random_teacher(architecture, tie_word_embeddings=options.pop("tied", False))
-    student = convert(teacher, init="library", **options).eval()
+    teacher = random_teacher(architecture, tie_word_embeddings=options.pop("tied", False), rms_norm_eps=1e-5)
+    student = convert(teacher, init="library", gate_bias=gate_bias, **options).eval()
     if bounded:
         student.config.gate_lower_bound = -5.0
     if gate_bias:
