@@ -34,7 +34,7 @@ def test_site_builds_strictly(tmp_path, monkeypatch, caplog):
         config = load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path))
         build(config)  # raises Abort after a warning
     fields_page = (tmp_path / "reference/recipe/index.html").read_text()
-    assert all(name in fields_page for name in ("long_memory_heads", "activation_checkpointing", "eval_every"))
+    assert all(name in fields_page for name in ("retrieval_heads", "activation_checkpointing", "eval_every"))
     commands_page = (tmp_path / "reference/cli/index.html").read_text()
     assert all(f"deltify {name}" in commands_page for name in COMMANDS)
     python_page = (tmp_path / "reference/python/index.html").read_text()

@@ -7,17 +7,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from deltify.conversion.attention import HeadStatistics, far_copies, measure_attention
 from deltify.conversion.calibration import (
     CANDIDATES,
     add_constant,
-    attention_distances,
     choose_memory,
     fit_output_gate,
+    repeat_heads,
     ridge,
     set_memory,
-    with_long_half_lives,
+    set_retrieval,
 )
-from deltify.conversion.calibration import repeat_heads
 from deltify.conversion.folding import fold_biases, fold_gate
 from deltify.conversion.student import convert, layer_kinds, origins
 from deltify.conversion.teacher import family_of, load_teacher, random_teacher
@@ -85,7 +85,7 @@ def test_every_tensor_has_an_origin_and_all_parameters_are_counted(teacher):
 
 def test_attention_distances_are_those_of_the_weights(teacher, rows):
     row = Batch(rows.input_ids[:1], rows.position_ids[:1])
-    distances = attention_distances(teacher, row)
+    distances = [layer.distance_H for layer in measure_attention(teacher, row)]
     teacher.model.set_attn_implementation("eager")
     out = teacher.model(row.input_ids, position_ids=row.position_ids, output_attentions=True, use_cache=False)
     teacher.model.set_attn_implementation("sdpa")
@@ -137,24 +137,85 @@ def test_initialisations_do_what_their_names_promise(teacher, rows):
         convert(teacher, init="calibrated")
 
 
-def test_long_heads_are_those_that_remembered_longest_and_forget_half_in_4096_tokens(teacher, rows):
-    def half_lives(long_memory_heads):
-        student = convert(teacher, init="calibrated", calibration=rows, long_memory_heads=long_memory_heads)
-        mixers = [layer.self_attn for layer in student.model.layers]
-        decays = [
-            m.A_log.exp()[:, None] * torch.nn.functional.softplus(m.dt_bias.unflatten(0, (len(m.A_log), -1)))
-            for m in mixers
-        ]
-        return math.log(2) / torch.stack(decays).detach()[:, :, 0]  # [layers, H]
+def half_lives(student):
+    mixers = [layer.self_attn for layer in student.model.layers]
+    steps = [torch.nn.functional.softplus(m.dt_bias.unflatten(0, (len(m.A_log), -1))) for m in mixers]
+    decays = [m.A_log.exp()[:, None] * step for m, step in zip(mixers, steps)]
+    return math.log(2) / torch.stack(decays).detach()[:, :, 0]  # [layers, H]
 
-    without, one = half_lives(0), half_lives(1)
-    changed = (one - without).abs() > 1e-3 * without
-    assert changed.sum(1).tolist() == [1] * len(one)
-    assert torch.equal(changed.float().argmax(1), without.argmax(1))
-    torch.testing.assert_close(one[changed], torch.full((len(one),), 4096.0), rtol=1e-3, atol=0)
-    assert with_long_half_lives([(0.1, 3.0, 0)] * 2, torch.tensor([3000.0, 0.0]), 2) == [(0.1, 3.0, 0)] * 2
-    with pytest.raises(ValueError, match="long_memory_heads=9"):
-        convert(teacher, init="calibrated", calibration=rows, long_memory_heads=9)
+
+def test_far_copies_have_one_earlier_occurrence_in_their_document():
+    gap = list(range(100, 300))
+    ids = [1, 2, 3, 4, *gap, 1, 2, 3, 4, 9, 1, 2, 3, 4]
+    positions = list(range(len(ids)))
+    assert far_copies(ids, positions).t().tolist() == [[206, 3]]  # 2 3 4 is followed by 100 before, by 9 now
+    positions[204:] = range(len(ids) - 204)  # a document of its own
+    assert far_copies(ids, positions).shape == (2, 0)
+    assert far_copies([1, 2, 3, 4, *gap[:99], 1, 2, 3, 4], list(range(107))).shape == (2, 0)  # too near
+
+
+def test_heads_that_retrieve_get_a_memory_that_lasts_and_write_what_is_looked_at(teacher):
+    """A head that is made to attend to copies is found; the other heads start as without it."""
+    torch.manual_seed(0)
+    part = torch.randint(0, 200, (2, 180))
+    rows = Batch(torch.cat([part, part], 1), torch.arange(360).expand(2, -1))
+    statistics = measure_attention(teacher, rows)
+    at, source = far_copies(rows.input_ids[0].tolist(), list(range(360)))
+    assert (at - source + 1).unique().tolist() == [180]
+    scores = torch.stack([layer.retrieval_H for layer in statistics]).flatten()
+    plain = half_lives(convert(teacher, init="calibrated", calibration=rows))
+    student = convert(teacher, init="calibrated", calibration=rows, retrieval_heads=3, center="retrieval")
+    changed = half_lives(student).flatten() != plain.flatten()
+    assert set(changed.nonzero().flatten().tolist()) == set(scores.topk(3).indices.tolist())
+    torch.testing.assert_close(half_lives(student).flatten()[changed], torch.full((3,), 1e5), rtol=1e-3, atol=0)
+    for wrong in (-1, 999):
+        with pytest.raises(ValueError, match=f"retrieval_heads={wrong}"):
+            convert(teacher, init="calibrated", calibration=rows, retrieval_heads=wrong)
+    with pytest.raises(ValueError, match="center='keys'"):
+        convert(teacher, init="calibrated", calibration=rows, center="keys")
+
+
+def test_a_retrieving_head_writes_rarely_and_what_receives_attention(teacher):
+    mixer = convert(teacher, init="library").model.layers[0].self_attn
+    torch.manual_seed(0)
+    width = mixer.q_proj.in_features
+    x, one = torch.randn(500, width), torch.zeros(width)
+    one[0] = x[:, 0] = 1
+    heads = len(mixer.A_log)
+    received = (2 * x[:, 1:2] - 4).exp().expand(-1, heads)
+    statistics = HeadStatistics(torch.ones(heads), torch.eye(heads)[0], torch.full((heads,), 0.5), received)
+    with torch.no_grad():
+        set_retrieval(mixer, [0, 1], statistics, x, one)
+        beta = mixer.b_proj(x).sigmoid()
+    torch.testing.assert_close(beta[:, :2].mean(0), torch.full((2,), 0.03), rtol=0.01, atol=0)
+    assert torch.corrcoef(torch.stack([beta[:, 0].logit(), x[:, 1]]))[0, 1] > 0.9
+    torch.testing.assert_close(beta[:, 1], torch.full((500,), 0.03), rtol=0.01, atol=0)  # matches more than it copies
+
+
+def test_centred_queries_and_keys_have_no_mean(rows):
+    teacher = random_teacher("llama", num_hidden_layers=2)
+    teacher.model.model.embed_tokens.weight += 0.1  # inputs share a direction, as in trained models
+    means = {}
+    for center in ("none", "all"):
+        mixer = convert(teacher, init="calibrated", calibration=rows, center=center).model.layers[0].self_attn
+        with torch.no_grad():
+            x = teacher.model.model.layers[0].input_layernorm(teacher.model.model.embed_tokens(rows.input_ids))
+            means[center] = max(float(p(x).flatten(0, 1).mean(0).norm()) for p in (mixer.q_proj, mixer.k_proj))
+    assert means["all"] < 0.05 * means["none"]
+
+
+def test_measured_layers_are_those_that_retrieve_most(teacher, rows):
+    statistics = measure_attention(teacher, rows)
+    statistics[1].copy_H += 2
+    statistics[3].match_H += 1
+    assert layer_kinds("measured:2", 4, statistics) == ["linear_attention", "full_attention"] * 2
+    assert layer_kinds("measured:1", 4, statistics) == [
+        f"{kind}_attention" for kind in ("linear", "full", "linear", "linear")
+    ]
+    student = convert(teacher, init="library", full_attention_layers="measured:2", calibration=rows)
+    assert student.config.layer_types.count("full_attention") == 2
+    with pytest.raises(ValueError, match="needs calibration text"):
+        convert(teacher, init="library", full_attention_layers="measured:2")
 
 
 ZERO, KEPT = "attention output is zero", "o_proj keeps the teacher's weights"
@@ -196,7 +257,7 @@ def test_a_degenerate_layer_is_initialised_and_named_in_a_line(dead, exact, rows
         student = convert(teacher, init="calibrated", calibration=rows, log=lines.append)
     else:
         teacher.model.bfloat16()
-        options = {"init": "calibrated-constant", "long_memory_heads": 1}
+        options = {"init": "calibrated-constant", "retrieval_heads": 2}
         student = convert(teacher, **options, calibration=rows, log=lines.append)
     assert all(x.isfinite().all() and x.abs().max() < 100 for x in student.state_dict().values())
     (line,) = (line for line in lines if line.startswith("layer "))
@@ -250,15 +311,6 @@ def test_heads_without_queries_or_keys_take_a_mean_of_values(rows):
         equal = mine(x)[:, :32].unflatten(1, (2, 16)).detach()
         torch.testing.assert_close(equal, equal[:, :1, :1].expand_as(equal))
     torch.testing.assert_close(mixer.q_proj.weight[:32], mixer.k_proj.weight[:32])
-
-
-def test_heads_without_values_get_no_long_memory(rows):
-    teacher = random_teacher("llama", num_hidden_layers=2)
-    silence(teacher, {"v": (0.0, 1), "q": (0.0, 1)})  # equal weights have the largest mean distance
-    mixer = convert(teacher, init="calibrated", calibration=rows, long_memory_heads=2).model.layers[1].self_attn
-    half_lives = math.log(2) / torch.nn.functional.softplus(mixer.dt_bias.detach().unflatten(0, (4, 16)))[:, 0]
-    torch.testing.assert_close(half_lives[2:], torch.full((2,), 4096.0), rtol=1e-3, atol=0)
-    assert half_lives[:2].max() < 1
 
 
 def test_each_head_gets_the_memory_that_predicts_it_best(teacher):

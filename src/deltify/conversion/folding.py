@@ -46,13 +46,13 @@ def fold_layer(folded: DeltifyKDA, mixer: DeltifyKDA, args: tuple) -> None:
     for projection in (folded.q_proj, folded.k_proj, folded.v_proj):
         if projection.bias is not None:
             projection.weight += torch.outer(projection.bias.float(), u_D).to(projection.weight.dtype)
-            projection.bias = None
+            projection.register_parameter("bias", None)
     low, high = folded.g_proj
     if high.bias is not None:
         low_KD, high_CK, bias_C = fold_gate(low.weight.float(), high.weight.float(), high.bias.float(), x_ND)
         low.weight.copy_(torch.cat([low_KD, u_D[None]]))
         high.weight.copy_(torch.cat([high_CK, bias_C[:, None]], 1))
-        high.bias = None
+        high.register_parameter("bias", None)
 
 
 def fold_gate(low_KD: Tensor, high_CK: Tensor, bias_C: Tensor, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from ..config import CENTER
 from ..data.batches import Batch
 from ..model import ArceeKDAConfig, DeltifyConfig, DeltifyForCausalLM
 from ..model.generation import supported_settings
+from .attention import HeadStatistics, measure_attention
 from .calibration import calibrate, repeat_heads
 from .teacher import Teacher, freeze
 
@@ -27,18 +29,27 @@ ARCHITECTURES = {"deltify": DeltifyConfig, "arcee_kda": ArceeKDAConfig}
 KIND_BY_LETTER = {"K": "linear_attention", "F": "full_attention", "S": "sliding_attention"}
 
 
-def layer_kinds(spec: str | list[int], layers: int) -> list[str]:
+MEASURED = r"measured:(\d+)"
+
+
+def layer_kinds(spec: str | list[int], layers: int, statistics: list[HeadStatistics] | None = None) -> list[str]:
     """Return the kind of each layer.
 
     Args:
         spec: Layers that stay full attention: "none", "all", a ratio such as "3:1" (three KDA layers, then one that
-            stays) or a list of layer indices. Or a pattern that repeats over the layers, such as "KKKF" or "S": K for
-            KDA, F for full attention, S for attention to a sliding window with sinks.
+            stays), a list of layer indices, or "measured:N": the N layers whose heads retrieve most. Or a pattern that
+            repeats over the layers, such as "KKKF" or "S": K for KDA, F for full attention, S for attention to a
+            sliding window with sinks.
         layers: Number of layers.
+        statistics: What the teacher's heads attend to. Without it, "measured:N" means the last N layers, which suffices
+            for sizes.
 
     Raises:
         ValueError: If `spec` has another form, or lists a layer that does not exist.
     """
+    if isinstance(spec, str) and (measured := re.fullmatch(MEASURED, spec)) and 0 < int(measured[1]) <= layers:
+        retrieval = list(range(layers)) if statistics is None else [float(s.retrieval_H.sum()) for s in statistics]
+        spec = sorted(range(layers), key=retrieval.__getitem__)[-int(measured[1]) :]
     if isinstance(spec, list):
         if bad := [i for i in spec if not 0 <= i < layers]:
             raise ValueError(f"full_attention_layers names {bad}; the teacher has layers 0 to {layers - 1}")
@@ -48,8 +59,8 @@ def layer_kinds(spec: str | list[int], layers: int) -> list[str]:
         pattern = "K" * int(ratio[1]) + "F" * int(ratio[2])
     if not pattern or set(pattern) - KIND_BY_LETTER.keys():
         raise ValueError(
-            f"full_attention_layers={spec!r}; use none, all, a ratio like 3:1, a list of layers, or a pattern like "
-            "KKKF of K (KDA), F (full attention) and S (sliding window with sinks)"
+            f"full_attention_layers={spec!r}; use none, all, a ratio like 3:1, a list of layers, measured:N with N "
+            f"from 1 to {layers}, or a pattern like KKKF of K (KDA), F (full attention), S (sliding window with sinks)"
         )
     return [KIND_BY_LETTER[pattern[i % len(pattern)]] for i in range(layers)]
 
@@ -180,7 +191,8 @@ def convert(
     sink_tokens: int = 4,
     init: str = "calibrated",
     calibration: Batch | None = None,
-    long_memory_heads: int = 0,
+    retrieval_heads: int = 0,
+    center: str = "none",
     gate_bias: bool = False,
     seed: int = 0,
     log: Callable[[str], None] = lambda line: None,
@@ -189,7 +201,7 @@ def convert(
 
     Args:
         teacher: Teacher that is converted. It is not changed.
-        full_attention_layers: Layers that stay attention, see `layer_kinds`.
+        full_attention_layers: Layers that stay attention, see `layer_kinds`. "measured:N" needs calibration text.
         keep_rope: Whether full-attention layers keep rotary positions. Without them they have no positions (NoPE).
         sliding_window: Number of tokens that sliding layers see, see `DeltifyConfig`.
         sink_tokens: Number of first tokens that sliding layers always see.
@@ -198,11 +210,13 @@ def convert(
             `calibrate`. "calibrated-constant": the same, with one constant channel in each head's values, see
             `add_constant`.
         calibration: Sequences of text, a few thousand tokens. Calibrated initialisations need them.
-        long_memory_heads: Number of heads of each KDA layer that get a long memory, see `with_long_half_lives`.
-            Calibrated initialisations only.
-        gate_bias: Whether the output gate has a bias, as in AFM-4.5B-Base-KDA-Only and fla. Without it, the student runs
-            in other runtimes, see `export`. Calibrated initialisations then make one channel of the gate constant. They
-            fold the teacher's biases of q, k and v into the weights, too.
+        retrieval_heads: Number of heads of the whole model that start with a memory that lasts: those that retrieve
+            most in the teacher. Calibrated initialisations only.
+        center: Heads whose queries and keys are centred, see `center_projections`: "none", "retrieval" (those heads) or
+            "all". Calibrated initialisations only.
+        gate_bias: Whether the output gate has a bias, as in AFM-4.5B-Base-KDA-Only and fla. Without it, other runtimes
+            can run the student, see `export`. Calibrated initialisations then make one channel of the gate constant.
+            They fold the teacher's biases of q, k and v into the weights, too.
         seed: Random seed of the initialisation.
         log: Function that is called with a line for each group of tensors and with the summary of the calibration.
 
@@ -213,12 +227,22 @@ def convert(
         raise ValueError(f"init={init!r}; choose one of {list(INITS)}")
     if init.startswith("calibrated") and calibration is None:
         raise ValueError(f"init={init!r} needs calibration text. Give it, or choose init='library'")
-    heads = teacher.config.num_attention_heads
-    if not 0 <= long_memory_heads <= heads:
+    if center not in CENTER:
+        raise ValueError(f"center={center!r}; choose one of {list(CENTER)}")
+    layers, heads = teacher.config.num_hidden_layers, teacher.config.num_attention_heads
+    if not 0 <= retrieval_heads <= layers * heads:
         raise ValueError(
-            f"long_memory_heads={long_memory_heads}; a layer of this teacher has {heads} heads. Choose 0 to {heads}"
+            f"retrieval_heads={retrieval_heads}; this teacher has {layers * heads} heads. Choose 0 to that number"
         )
-    kinds = layer_kinds(full_attention_layers, teacher.config.num_hidden_layers)
+    is_measured = isinstance(full_attention_layers, str) and re.fullmatch(MEASURED, full_attention_layers)
+    if is_measured and calibration is None:
+        raise ValueError(f"full_attention_layers={full_attention_layers!r} needs calibration text. Give it")
+    statistics = None
+    if is_measured or init.startswith("calibrated"):
+        statistics = measure_attention(teacher, calibration.to(teacher.model.device))
+    kinds = layer_kinds(full_attention_layers, layers, statistics)
+    if is_measured:
+        log(f"attention layers, which retrieve most: {[i for i, kind in enumerate(kinds) if kind == 'full_attention']}")
     is_calibrated = init.startswith("calibrated")
     attention = {"keep_rope": keep_rope, "window": sliding_window, "sinks": sink_tokens}
     config = student_config(teacher, kinds, **attention, gate_bias=gate_bias, fold_biases=is_calibrated)
@@ -240,7 +264,8 @@ def convert(
         log("the teacher's biases of q, k and v are folded into the weights of KDA layers, which have no such biases")
     if is_calibrated:
         constant = init == "calibrated-constant"
-        calibrate(teacher, student, calibration, log, constant=constant, long_memory_heads=long_memory_heads)
+        start = {"constant": constant, "retrieval_heads": retrieval_heads, "center": center}
+        calibrate(teacher, student, calibration, statistics, log, **start)
     student.generation_config, dropped = supported_settings(teacher.model.generation_config)
     if dropped:
         log(f"the teacher's generation settings {', '.join(dropped)} are dropped: a student does not support them")

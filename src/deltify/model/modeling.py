@@ -109,8 +109,8 @@ class DeltifyPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         """Load as transformers does, but refuse missing and unexpected tensors and other shapes.
 
-        The names of the tensors decide which layers are KDA and whether these have biases, so the configuration need not
-        say it.
+        The names of the tensors decide which layers are KDA and whether these have biases. The configuration need not
+        name them.
         """
         source = pretrained_model_name_or_path
         shapes = None if source is None else checkpoint_shapes(str(source), kwargs)
