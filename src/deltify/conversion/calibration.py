@@ -298,8 +298,8 @@ def gate_bias(mixer: DeltifyKDA) -> Tensor:
     They are the bias of `g_proj[1]`; or, if it has none, the weights of the last channel, which `fit_output_gate` makes
     constant.
     """
-    high: nn.Linear = mixer.g_proj[1]
-    return high.weight[:, -1] if high.bias is None else high.bias
+    bias = mixer.g_proj[1].bias
+    return mixer.g_proj[1].weight[:, -1] if bias is None else bias
 
 
 def add_constant(mixer: DeltifyKDA, x_ND: Tensor, constant_direction_D: Tensor) -> None:
