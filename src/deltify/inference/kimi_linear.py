@@ -266,6 +266,9 @@ def linear_config(config: dict) -> dict:
 GROUPED = ("input_layernorm.weight", *(f"self_attn.{name}_proj.weight" for name in "qkvo"))
 
 
+LATENT_SCALE = 32.0  # MLA's norm removes it, and its eps, which differs between runtimes, has no effect
+
+
 class LatentSizes(NamedTuple):
     """Sizes of MLA layers, with their names in config.json."""
 
@@ -306,7 +309,7 @@ def to_latent(layer: dict[str, Tensor], head_dim: int, sizes: LatentSizes) -> di
     tensors = {
         "input_layernorm.weight": torch.ones_like(w_D),
         "self_attn.q_proj.weight": q.view(-1, D),
-        "self_attn.kv_a_proj_with_mqa.weight": torch.eye(R + rope, D, device=q.device),
+        "self_attn.kv_a_proj_with_mqa.weight": LATENT_SCALE * torch.eye(R + rope, D, device=q.device),
         "self_attn.kv_a_layernorm.weight": norm,
         "self_attn.kv_b_proj.weight": kv.view(-1, R),
         "self_attn.o_proj.weight": o.view(D, -1),
