@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from deltify import convert
 from deltify.conversion.teacher import random_teacher
-from deltify.inference.export import export, read_layout
+from deltify.inference.export import export, read_layout, write_kda
 from deltify.training.checkpoint import save_model
 
 
@@ -44,6 +44,17 @@ def test_flash_linear_attentions_names_and_back(tmp_path, tied):
     ids = torch.randint(0, 250, (2, 30))
     with torch.no_grad():
         assert torch.equal(again(ids).logits, ours(ids).logits)
+
+
+def test_flash_linear_attention_gets_a_bias_of_zeros_if_there_is_none(tmp_path):
+    teacher = random_teacher("llama")
+    student = convert(teacher, init="library").eval()
+    for layer in student.model.layers:
+        layer.self_attn.g_proj[1].bias = None
+    write_kda(student, teacher.tokenizer, tmp_path)
+    ids = torch.randint(0, 250, (2, 30))
+    with torch.no_grad():
+        assert torch.equal(read_layout(tmp_path)(ids).logits, student(ids).logits)
 
 
 @pytest.mark.parametrize(
