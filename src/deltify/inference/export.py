@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from ..model import DeltifyConfig, DeltifyForCausalLM
 from ..model.loading import checkpoint_shapes
 from ..training.checkpoint import save_model
-from .kimi_linear import read_kimi_linear, write_kimi_linear
+from .kimi_linear import o_norm_eps, read_kimi_linear, write_kimi_linear
 from .loading import model_of_tensors, read_tensors, renamed
 
 LAYOUTS = ("deltify", "kda", "kimi_linear")
@@ -86,7 +86,7 @@ def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, fol
         "model_type": "kda",
         "architectures": ["KDAForCausalLM"],
         "num_heads": c.num_attention_heads,
-        "norm_eps": c.rms_norm_eps,
+        "norm_eps": o_norm_eps(model),
         "hidden_act": "swish",
         "safe_gate": c.gate_lower_bound is not None,
         "lower_bound": c.gate_lower_bound,
@@ -102,7 +102,10 @@ def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, fol
 
 
 # defaults of flash-linear-attention's KDAConfig for fields that config.json lacks
-FLA_DEFAULTS = {"num_heads": 16, "head_dim": 128, "hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 32000}
+FLA_DEFAULTS = {
+    **{"num_heads": 16, "head_dim": 128, "hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 32000},
+    "norm_eps": 1e-6,
+}
 
 
 def read_kda(folder: Path, config: dict) -> DeltifyForCausalLM:
@@ -123,7 +126,7 @@ def read_kda(folder: Path, config: dict) -> DeltifyForCausalLM:
         config["intermediate_size"] = shapes["model.layers.0.mlp.up_proj.weight"][0]
     ours = DeltifyConfig(
         num_attention_heads=config["num_heads"],
-        rms_norm_eps=config.get("norm_eps", 1e-6),
+        **dict.fromkeys(("rms_norm_eps", "o_norm_eps"), config["norm_eps"]),
         hidden_act="silu",
         gate_lower_bound=config.get("lower_bound") if config.get("safe_gate") else None,
         **{name: config[name] for name in SAME_IN_KDA if name in config},
