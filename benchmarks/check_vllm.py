@@ -40,6 +40,9 @@ ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # looking for GPUs must not start CUDA, since vLLM forks
+    "VLLM_HOST_IP": "127.0.0.1",  # this and the next line: for machines without a network
+    "GLOO_SOCKET_IFNAME": "lo",
 }
 
 
