@@ -55,7 +55,7 @@ def test_flash_linear_attentions_names_and_back(tmp_path, tied):
         ({"full_attention_layers": "3:1"}, "kda", "attention layers"),
         ({"full_attention_layers": "KS"}, "kimi_linear", "sliding attention layers"),
         ({"bounded": True}, "kimi_linear", "a bounded gate"),
-        ({}, "gguf", "Layout 'gguf' is unknown"),
+        ({}, "onnx", "Layout 'onnx' is unknown"),
     ],
 )
 def test_what_a_layout_cannot_say_is_refused_by_name(tmp_path, options, layout, message):
