@@ -347,20 +347,21 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     export.add_argument(
         "--layout",
         required=True,
-        help="kimi_linear (transformers, vLLM, MLX-LM), kda (flash-linear-attention) or deltify",
+        help="kimi_linear (transformers, vLLM, MLX-LM), gguf (llama.cpp), kda (flash-linear-attention) or deltify",
     )
-    export.add_argument("-o", "--output", required=True, help="folder to write")
+    export.add_argument("-o", "--output", required=True, help="folder to write; for gguf also a file, NAME.gguf")
     identity = (
         "whether kimi_linear models without attention layers get an identity layer: auto or never (default: auto)"
     )
     export.add_argument("--identity-layer", default="auto", help=identity)
+    export.add_argument("--dtype", help="type of the weights for gguf: f32, f16, bf16 or q8_0 (default: f16)")
 
 
 def run_export(options: argparse.Namespace, _: list[str]) -> None:
     from .inference.export import export
     from .utils.folders import model_folder
 
-    print(export(model_folder(options.model), options.layout, options.output, options.identity_layer))
+    print(export(model_folder(options.model), options.layout, options.output, options.identity_layer, options.dtype))
 
 
 def add_schema(commands: argparse._SubParsersAction) -> None:
