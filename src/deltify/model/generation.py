@@ -35,7 +35,7 @@ class DeltifyGenerationMixin(GenerationMixin):
             )
         super()._validate_generation_mode(generation_mode, *args, **kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs):
         if generation_config.is_assistant:
             raise ValueError(
                 f"assistant_model is a {type(self).__name__}, which cannot draft: it is stateful, and the states of "
@@ -58,10 +58,11 @@ class DeltifyGenerationMixin(GenerationMixin):
                     f"{name} is a {type(given).__name__}, which this model cannot continue from. Give a "
                     "DeltifyCache(config=model.config), or leave it out"
                 )
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         for name in CACHE_NAMES:
             if type(model_kwargs.get(name)) is DynamicCache:
                 model_kwargs[name] = DeltifyCache(config=self.config)
+        return result
 
 
 def supported_settings(settings: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
