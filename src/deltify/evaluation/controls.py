@@ -95,7 +95,7 @@ class ForgetfulKDA(nn.Module):
             return self.mixer(hidden_states, None, self.split_documents(hidden_states, packing))
         batch, tokens = hidden_states.shape[:2]
         mask_BT = torch.ones(batch * tokens, dtype=torch.bool, device=hidden_states.device)
-        if packing is not None:
+        if packing is not None and packing.index is not None:
             mask_BT = torch.zeros_like(mask_BT).index_fill(0, packing.index, True)
         mask_BT, outputs = mask_BT.view(batch, tokens), []
         first_zeroing = -cache.seen_tokens % self.chunk

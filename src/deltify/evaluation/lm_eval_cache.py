@@ -81,9 +81,10 @@ class CachedLM(LM):
     def start(self) -> None:
         """Read the file, and rewrite it with the answers that are needed now."""
         self.started = True
-        for task in self.tasks.values():
+        for name, task in self.tasks.items():
             for instance in task.instances:
-                self.documents.setdefault((instance.task_name, instance.doc_id), []).append(instance)
+                assert instance.doc_id is not None  # lm-eval sets it when it builds requests
+                self.documents.setdefault((name, instance.doc_id), []).append(instance)
         for document, instances in self.documents.items():
             kind = instances[0].request_type
             if any(instance.repeats != 1 or instance.request_type != kind for instance in instances):

@@ -137,7 +137,7 @@ def shard(model: nn.Module, layers: nn.ModuleList, root: nn.Module) -> None:
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (world_size(),))
     for layer in layers:
-        fully_shard(layer.self_attn, mesh=mesh)
+        fully_shard(layer.get_submodule("self_attn"), mesh=mesh)
         fully_shard(layer, mesh=mesh)
     fully_shard(root, mesh=mesh)
 
