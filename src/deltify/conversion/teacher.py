@@ -13,11 +13,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.quantizers.auto import AutoQuantizationConfig
 
+from ..model.causal_lm import CausalLM
 from ..model.loading import Tensors, check_shapes, checkpoint_tensors, plain_shapes, renamings, with_prefix
 from ..utils.files import MANIFEST, check_manifest, create_once, digest, write_manifest
 from .gguf_files import parts_of, unpack
@@ -79,7 +79,7 @@ REFUSALS = {"olmo2": "it normalises after attention and MLP instead of before, a
 class Teacher:
     """A frozen model, its tokenizer and its family."""
 
-    model: PreTrainedModel
+    model: CausalLM
     tokenizer: PreTrainedTokenizerBase
     family: Family
 
@@ -130,7 +130,7 @@ def load_teacher(
     return Teacher(freeze(model.to(device)), tokenizer, family)
 
 
-def load_plain(source: str, folder: str, config: PreTrainedConfig, tensors: Tensors, **options) -> PreTrainedModel:
+def load_plain(source: str, folder: str, config: PreTrainedConfig, tensors: Tensors, **options) -> CausalLM:
     """Return a model whose files have exactly the tensors that it needs.
 
     The tensors decide whether head and embeddings are tied, not the configuration.
@@ -155,7 +155,7 @@ def load_plain(source: str, folder: str, config: PreTrainedConfig, tensors: Tens
     return model
 
 
-def load_dequantized(source: str, folder: str, config: PreTrainedConfig, *, dtype: torch.dtype, **options):
+def load_dequantized(source: str, folder: str, config: PreTrainedConfig, *, dtype: torch.dtype, **options) -> CausalLM:
     """Return a model that was saved quantized, dequantized by transformers.
 
     Raises:
@@ -198,7 +198,7 @@ def expected_shapes(config: PreTrainedConfig, trust_remote_code: bool = False) -
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def freeze(model: PreTrainedModel) -> PreTrainedModel:
+def freeze(model: CausalLM) -> CausalLM:
     """Return the model in evaluation mode, without gradients."""
     return model.eval().requires_grad_(False)
 

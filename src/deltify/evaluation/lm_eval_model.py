@@ -121,6 +121,7 @@ class ConstantStateLM(WholeLM):
 
     def __init__(self, model: DeltifyForCausalLM, **options):
         super().__init__(model, backend="causal", **options)
+        self.student = model
         self.batch_tokens = BATCH_TOKENS.get(model.device.type, 65536)
         self.tokens_read = self.tokens_whole = 0
 
@@ -210,7 +211,7 @@ class ConstantStateLM(WholeLM):
         todo = [(batch, None) for batch in self.batches([(0, node) for node in roots])][::-1]
         while todo:
             batch, above = todo.pop()
-            cache = None if above is None else fork(above, [row for row, _ in batch], self.model.config)
+            cache = None if above is None else fork(above, [row for row, _ in batch], self.student.config)
             nodes = [node for _, node in batch]
             hidden_PD, rows, cache = self.read_batch(nodes, cache)
             yield nodes, cache, hidden_PD, rows
@@ -258,12 +259,14 @@ class ConstantStateLM(WholeLM):
         ids, mask = torch.from_numpy(ids_RT).to(self.device), None
         if not real_RT.all():
             mask = torch.from_numpy(real_RT.astype(np.int64)).to(self.device)
-        cache = DeltifyCache(config=self.model.config) if cache is None else cache
+        cache = DeltifyCache(config=self.student.config) if cache is None else cache
         hidden = []
         for start in range(0, width, self.batch_tokens):  # more than one piece only if a single sequence is long
             piece = slice(start, start + self.batch_tokens)
             part = None if mask is None else mask[:, piece]
-            out = self.model.model(input_ids=ids[:, piece], attention_mask=part, past_key_values=cache, use_cache=True)
+            out = self.student.model(
+                input_ids=ids[:, piece], attention_mask=part, past_key_values=cache, use_cache=True
+            )
             in_piece = flat_positions[(position_in_row >= start) & (position_in_row < start + self.batch_tokens)]
             row, position = torch.from_numpy(in_piece // width), torch.from_numpy(in_piece % width - start)
             hidden.append(out.last_hidden_state[row.to(self.device), position.to(self.device)])
@@ -276,7 +279,7 @@ class ConstantStateLM(WholeLM):
         chosen = torch.from_numpy(np.stack([rows[order], tokens[order]])).to(self.device)
         logprobs, likeliest = [], []
         for start in range(0, len(hidden_PD), MAX_PREDICTIONS):
-            logits_PW = self.model.lm_head(hidden_PD[start : start + MAX_PREDICTIONS])
+            logits_PW = self.student.lm_head(hidden_PD[start : start + MAX_PREDICTIONS])
             logits_PW = logits_PW.to(torch.promote_types(logits_PW.dtype, torch.float32))
             low, high = np.searchsorted(rows[order], [start, start + MAX_PREDICTIONS])
             row, token = chosen[0, low:high] - start, chosen[1, low:high]
@@ -337,7 +340,7 @@ class ConstantStateLM(WholeLM):
                 max_length=1 + new,
                 stop=stop,
                 attention_mask=torch.ones_like(last),
-                past_key_values=fork(cache, [row for row, _ in ended], self.model.config),
+                past_key_values=fork(cache, [row for row, _ in ended], self.student.config),
                 **options,
             )
             for (_, ids), tokens in zip(ended, out[:, 1:].tolist()):

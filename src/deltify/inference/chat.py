@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from ..model.causal_lm import CausalLM
 from ..model.modeling import DeltifyCache
 from .loading import load_model, load_tokenizer
 
@@ -16,7 +17,7 @@ class Conversation:
         ValueError: If the tokenizer has no chat template.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, model: CausalLM, tokenizer: PreTrainedTokenizerBase):
         if not tokenizer.chat_template:
             raise ValueError(
                 "The tokenizer has no chat template. For models that only continue text, use deltify generate."

@@ -3,14 +3,15 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from ..model.causal_lm import CausalLM
 from ..utils.folders import model_folder
 
 
 def load_model(
     source: str | Path, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"
-) -> PreTrainedModel:
+) -> CausalLM:
     """Load a causal language model, ready to run.
 
     Args:

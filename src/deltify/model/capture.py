@@ -53,7 +53,7 @@ def captured_logits(
         return None
     if not all(type(layer) is LinearAttentionLayer and layer.has_previous_state[0] for layer in cache.layers):
         return None
-    if torch.compiler.is_compiling() or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+    if torch.compiler.is_compiling() or len(set(vars(model).get("hf_device_map", {}).values())) > 1:
         return None
     if not all(map(writable, states(cache))):
         return None

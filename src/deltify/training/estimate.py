@@ -5,18 +5,18 @@ The estimates count tensors. tests/training/test_plan.py compares them with meas
 Legend: B batch, T tokens, D model width, H heads, K head width, W vocabulary.
 """
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..config import STAGES, Recipe, Stage, check
 from ..conversion.student import layer_kinds, model_class, student_config
 from ..conversion.teacher import EMBEDDED, Teacher, embedded_gguf, family_of, freeze, locate, random_teacher
+from ..model import DeltifyForCausalLM
 from ..utils.console import console
 from . import distributed
 from .losses import CHUNK_BYTES
@@ -81,7 +81,7 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
     return plans
 
 
-def print_models(recipe: Recipe, teacher: Teacher, student: nn.Module) -> None:
+def print_models(recipe: Recipe, teacher: Teacher, student: DeltifyForCausalLM) -> None:
     """Print the numbers of parameters and of KDA layers."""
     mixers = sum(p.numel() for layer in student.model.layers if layer.linear for p in layer.self_attn.parameters())
     kinds = [layer.kind for layer in student.model.layers]
@@ -106,7 +106,7 @@ def print_table(plans: list[StagePlan], gpu: str, gpus: int, sharded: bool) -> N
     console.print(table)
 
 
-def skeletons(recipe: Recipe) -> tuple[Teacher, nn.Module]:
+def skeletons(recipe: Recipe) -> tuple[Teacher, DeltifyForCausalLM]:
     """Return teacher and student without weights."""
     spec = recipe.student
     teacher = skeleton(read_config(recipe))
@@ -140,7 +140,7 @@ def plan_stage(
     name: str,
     stage: Stage,
     teacher: Teacher,
-    student: nn.Module,
+    student: DeltifyForCausalLM,
     gpu: str,
     gpus: int,
     sharded: bool = False,
@@ -175,7 +175,7 @@ def plan_stage(
     return StagePlan(name, stage, sizes, max(seconds, HOST_SECONDS * layers if eager else 0.0))
 
 
-def product_flops(name: str, stage: Stage, teacher: Teacher, student: nn.Module) -> int:
+def product_flops(name: str, stage: Stage, teacher: Teacher, student: DeltifyForCausalLM) -> int:
     """Return the FLOPs per token of the products with weights, of both models, recomputation included."""
     groups = choose_trained(student, stage, name)
     if name == "align":  # the teacher's layers and the student's mixers
@@ -192,7 +192,7 @@ def multiplied(model: nn.Module) -> list[nn.Parameter]:
     return [p for part in (model.model.layers, model.lm_head) for p in part.parameters()]
 
 
-def attention_flops(student: nn.Module, length: int, name: str) -> float:
+def attention_flops(student: DeltifyForCausalLM, length: int, name: str) -> float:
     """Return the FLOPs per token of attention scores and weighted sums, in sequences of `length` tokens.
 
     They are scaled by ATTENTION_FACTOR. The teacher's attention computes masked positions too. The student's full
@@ -209,7 +209,7 @@ def moment_bytes(stage: Stage, trained: int, adamw_params: int) -> int:
     return {"adamw": 8 * trained, "adamw8bit": 2 * trained, "muon": 4 * (trained + adamw_params)}[stage.optimizer]
 
 
-def activation_bytes(name: str, stage: Stage, student: nn.Module) -> int:
+def activation_bytes(name: str, stage: Stage, student: DeltifyForCausalLM) -> int:
     """Return the bytes that a token keeps for the backward pass, in all layers that are alive at once."""
     config = student.config
     D, inner = config.hidden_size, config.num_attention_heads * config.head_dim
@@ -221,7 +221,7 @@ def activation_bytes(name: str, stage: Stage, student: nn.Module) -> int:
     return 4 * D * len(layers) + max(layers) if stage.activation_checkpointing else sum(layers)
 
 
-def workspace_bytes(student: nn.Module, tokens: int) -> int:
+def workspace_bytes(student: DeltifyForCausalLM, tokens: int) -> int:
     """Return the temporary bytes of the operator's backward pass."""
     K = student.config.head_dim
     per_token_head = 2 * 3 * K + 2 * 2 * 64 + 2 * 2 * K * K // 64 + 2 * 4 * 64 + 4 * K + 2 * K
@@ -234,7 +234,7 @@ def loss_bytes(W: int, D: int, tokens: int) -> int:
     return rows * W * (4 + 4 + 2) + 4 * W * D + 12 * tokens * D
 
 
-def files(recipe: Recipe, student: nn.Module, plans: list[StagePlan]) -> dict[str, str]:
+def files(recipe: Recipe, student: DeltifyForCausalLM, plans: list[StagePlan]) -> dict[str, str]:
     """Return the files that a run writes, with a description of their size."""
     model = 4 * count(student)
     width = 2 if student.config.vocab_size <= 2**16 else 4
@@ -257,6 +257,6 @@ def gib(size: int) -> str:
 
 def count(model: nn.Module) -> int:
     """Return the number of parameters. Tied ones count once."""
-    with contextlib.suppress(AttributeError):
+    if isinstance(model, PreTrainedModel):
         model.tie_weights()
     return sum(p.numel() for p in model.parameters())
