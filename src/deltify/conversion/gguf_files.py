@@ -282,7 +282,7 @@ class GgufModel:
         return tensors
 
 
-def distinct(value: object) -> object:
+def distinct(value: Any) -> Any:
     """Return the one value of a list of equal values, which some files have with an entry per layer; else `value`."""
     return value[0] if isinstance(value, list) and value and value.count(value[0]) == len(value) else value
 

@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -309,7 +310,7 @@ class ConstantStateLM(WholeLM):
         Raises:
             ValueError: If the new tokens leave no space for a prompt.
         """
-        options = dict(normalize_gen_kwargs(requests[0].arguments[1], self.max_gen_toks))
+        options: dict[str, Any] = dict(normalize_gen_kwargs(requests[0].arguments[1], self.max_gen_toks))
         end_of_text = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         stop = handle_stop_sequences(options.pop("until"), end_of_text)
         new = options.pop("max_gen_toks")

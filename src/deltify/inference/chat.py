@@ -43,7 +43,7 @@ class Conversation:
             sampling: Options of `generate`.
         """
         self.messages.append({"role": "user", "content": message})
-        text = self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
+        text = str(self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True))
         if not text.startswith(self.text):  # the template rewrote earlier turns, which are read again
             messages = self.messages
             self.clear()

@@ -164,6 +164,7 @@ def sliding_step(
     The result is that of `sliding_attention`. The cache must hold at least one token.
     """
     window, sinks, seen = cache.window, cache.sinks, cache.seen
+    assert seen is not None
     sink_k, past_k, sink_v, past_v = cache.parts()
     is_new = (torch.arange(sinks, device=seen.device) == seen[:, None])[:, :, None, None]
     sink_k, sink_v = torch.where(is_new, k_BGK[:, None], sink_k), torch.where(is_new, v_BGK[:, None], sink_v)

@@ -198,7 +198,9 @@ def attention_flops(student: DeltifyForCausalLM, length: int, name: str) -> floa
     They are scaled by ATTENTION_FACTOR. The teacher's attention computes masked positions too. The student's full
     attention skips them and needs three passes, so each layer counts 1.5 times as much.
     """
-    config = student.config  # layers and heads have the number and width of the teacher's
+    config = student.config
+    assert config.head_dim is not None  # the configuration fills it in
+    # layers and heads of the teacher have the same number and width
     layer = ATTENTION_FACTOR * 4 * length * config.num_attention_heads * config.head_dim
     kept = sum(layer.kind == "full_attention" for layer in student.model.layers) if name != "align" else 0
     return layer * (config.num_hidden_layers + 1.5 * kept)
@@ -212,6 +214,7 @@ def moment_bytes(stage: Stage, trained: int, adamw_params: int) -> int:
 def activation_bytes(name: str, stage: Stage, student: DeltifyForCausalLM) -> int:
     """Return the bytes that a token keeps for the backward pass, in all layers that are alive at once."""
     config = student.config
+    assert config.head_dim is not None
     D, inner = config.hidden_size, config.num_attention_heads * config.head_dim
     mlp = 2 * (4 if config.mlp_gated else 3) * config.intermediate_size
     mixers = [(21 if layer.linear else 12) * inner for layer in student.model.layers]
@@ -224,6 +227,7 @@ def activation_bytes(name: str, stage: Stage, student: DeltifyForCausalLM) -> in
 def workspace_bytes(student: DeltifyForCausalLM, tokens: int) -> int:
     """Return the temporary bytes of the operator's backward pass."""
     K = student.config.head_dim
+    assert K is not None
     per_token_head = 2 * 3 * K + 2 * 2 * 64 + 2 * 2 * K * K // 64 + 2 * 4 * 64 + 4 * K + 2 * K
     return min(BACKWARD_TOKEN_HEADS, tokens * student.config.num_attention_heads) * per_token_head
 

@@ -28,7 +28,7 @@ def choose_trained(student: DeltifyForCausalLM, stage: Stage, name: str) -> dict
     """
     mixers: list[nn.Parameter] = []
     for layer in student.model.layers:
-        nope = layer.kind == "full_attention" and not student.config.use_rope[layer.self_attn.layer_idx]
+        nope = layer.kind == "full_attention" and not layer.self_attn.use_rope
         if layer.linear or nope:
             mixers += layer.self_attn.parameters()
     known = {id(p) for p in mixers}
