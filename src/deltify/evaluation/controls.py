@@ -9,12 +9,12 @@ from itertools import chain, pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from ..conversion.student import sliding_control
 from ..conversion.teacher import Teacher
 from ..inference.prefill import key_value_bytes
 from ..model import DeltifyForCausalLM
+from ..model.cache import DeltifyCache
 from ..model.mixers import Packing
 
 
@@ -90,7 +90,9 @@ class ForgetfulKDA(nn.Module):
         super().__init__()
         self.mixer, self.chunk, self.layer_idx = mixer, chunk, int(mixer.layer_idx)
 
-    def forward(self, hidden_states: Tensor, cache: Cache | None = None, packing: Packing | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, cache: DeltifyCache | None = None, packing: Packing | None = None
+    ) -> Tensor:
         """Return the output [B, T, D] for hidden states [B, T, D], as `DeltifyKDA.forward` does."""
         if cache is None:
             return self.mixer(hidden_states, None, self.split_documents(hidden_states, packing))

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, hash_args
-from lm_eval.api.task import Task
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import handle_non_serializable, hash_string
 
@@ -145,7 +145,7 @@ class CachedLM(LM):
             line |= {name: [answer[i] for answer in answers] for i, name in enumerate(("loglikelihoods", "greedy"))}
         else:
             line["texts" if kind == "generate_until" else "loglikelihoods"] = answers
-        if task.OUTPUT_TYPE == "multiple_choice":
+        if isinstance(task, ConfigurableTask) and task.OUTPUT_TYPE == "multiple_choice":
             choices = task.doc_to_choice(doc)
             gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
             line["gold"] = choices.index(gold) if isinstance(gold, str) and gold in choices else gold
@@ -165,6 +165,7 @@ def score_document(task: Task, doc: dict, instances: list[Instance], answers: li
     for ensemble in task._filters:
         ensemble.apply(answered)
         results = task.process_results(doc, [instance.filtered_resps[ensemble.name] for instance in answered])
+        assert results is not None
         scores |= {metric_name(metric, ensemble.name): value for metric, value in results.items()}
     return scores
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import LinearAttentionLayer
 
 from ..model import DeltifyConfig
-from ..model.cache import write_states
+from ..model.cache import states_of, write_states
 from ..model.modeling import DeltifyCache, DeltifyForCausalLM
 from ..utils.tokens import open_ended
 from .prefix_tree import Node, prefix_tree, walk
@@ -366,7 +367,9 @@ class ConstantStateLM(WholeLM):
 def fork(cache: DeltifyCache, rows: list[int], config: DeltifyConfig) -> DeltifyCache:
     """Return a cache with copies of some sequences' states. It counts no tokens, which KDA layers do not need."""
     copy = DeltifyCache(config=config)
-    index = torch.tensor(rows, device=cache.layers[0].recurrent_states[0].device)
+    index = torch.tensor(rows, device=states_of(cache.layers[0])[1].device)
     for old, new in zip(cache.layers, copy.layers):
-        write_states(new, old.conv_states[0][index], old.recurrent_states[0][index])
+        assert isinstance(new, LinearAttentionLayer)
+        conv_state, state = states_of(old)
+        write_states(new, conv_state[index], state[index])
     return copy

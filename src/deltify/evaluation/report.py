@@ -85,7 +85,7 @@ def report(run: str | Path) -> list[Path]:
     environment = Environment(
         loader=PackageLoader("deltify.evaluation"), autoescape=escape, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"data_url": data_url, "flat": lambda text: " ".join(text.split())}
+    environment.filters |= {"data_url": data_url, "flat": flat}
     for template, path in pages.items():
         path.write_text(environment.get_template(template).render(**facts), encoding="utf-8")
     console.print(f"\nreport: {', '.join(str(path) for path in pages.values())}", highlight=False, soft_wrap=True)
@@ -372,6 +372,11 @@ def card_metadata(run: Path, results: dict) -> str:
     if entries:
         head["model-index"] = [{"name": run.name, "results": entries}]
     return yaml.safe_dump(head, sort_keys=False)
+
+
+def flat(text: str) -> str:
+    """Return a text as one line."""
+    return " ".join(text.split())
 
 
 def data_url(picture: Path) -> str:

@@ -93,7 +93,7 @@ def sample(
     prompts = itertools.chain([first], prompts)
     while batch_prompts := list(itertools.islice(prompts, batch)):
         sequences = list(continuations(loaded, torch.tensor(batch_prompts), length, temperature, eos_token_ids))
-        texts = (tokenizer.decode(ids, skip_special_tokens=True).rstrip(CUT_CHARACTER) for ids in sequences)
+        texts = (str(tokenizer.decode(ids, skip_special_tokens=True)).rstrip(CUT_CHARACTER) for ids in sequences)
         with output.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps({"text": text}) + "\n" for text in texts)
         written, tokens = written + len(sequences), tokens + sum(map(len, sequences))

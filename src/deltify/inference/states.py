@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import LinearAttentionLayer
 
-from ..model.cache import write_states
+from ..model.cache import states_of, write_states
 from ..model.modeling import DeltifyCache, DeltifyPreTrainedModel
 from ..model.sliding import SinkLayer
 from ..utils.fingerprint import fingerprint
@@ -135,6 +136,7 @@ class State:
             if isinstance(layer, SinkLayer):
                 layer.put(x["keys"].to(model.dtype), x["values"].to(model.dtype), x["seen"])
             else:
+                assert isinstance(layer, LinearAttentionLayer)
                 write_states(layer, x["conv"].to(model.dtype), x["recurrent"])
         return cache
 
@@ -143,7 +145,8 @@ def tensors_of(layer: object) -> dict[str, Tensor]:
     """Return the tensors of a cache layer of constant size by name."""
     if isinstance(layer, SinkLayer):
         return layer.tensors()
-    return {"conv": layer.conv_states[0], "recurrent": layer.recurrent_states[0]}
+    conv_state, state = states_of(layer)
+    return {"conv": conv_state, "recurrent": state}
 
 
 def check_constant_state(model: PreTrainedModel) -> None:

@@ -3,8 +3,10 @@
 import copy
 
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
+from transformers.generation import GenerationMode
 
 from .cache import DeltifyCache, held
+from .configuration import DeltifyConfig
 
 CACHE_NAMES = ("past_key_values", "cache")  # before transformers 5.24, and since
 # generation settings that need another cache, a cache that can be rolled back, or code for other models
@@ -20,13 +22,15 @@ UNSUPPORTED = (
 class DeltifyGenerationMixin(GenerationMixin):
     """transformers' generation with a `DeltifyCache`. Settings that need another cache are refused."""
 
+    config: DeltifyConfig
+
     def init_continuous_batching(self, *args, **kwargs):
         raise ValueError(
             f"continuous batching pages keys and values, but a {type(self).__name__} has states instead. Call generate "
             "with a batch of sequences"
         )
 
-    def _validate_generation_mode(self, generation_mode, *args, **kwargs):
+    def _validate_generation_mode(self, generation_mode: GenerationMode, *args, **kwargs):
         if generation_mode in ("assisted_generation", "contrastive_search"):
             raise ValueError(
                 f"{generation_mode.value!s} discards tokens, but {type(self).__name__} is stateful: the states of its "

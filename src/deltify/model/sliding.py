@@ -45,6 +45,7 @@ class Slots:
 
     def put(self, past_DPGK: Tensor, x_NGK: Tensor) -> Tensor:
         """Return cached windows and new tokens in their slots, [M, G, K]."""
+        assert self.past is not None and self.place is not None
         slots = x_NGK.new_empty(len(self.position), *x_NGK.shape[1:])
         slots = slots.index_copy(0, self.past.flatten(), past_DPGK.flatten(0, 1).to(slots.dtype))
         return slots.index_copy(0, self.place, x_NGK)

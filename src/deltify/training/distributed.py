@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
+from ..model import DeltifyForCausalLM
 from .signals import Stopped
 
 BUCKET = 2**26  # gradient elements that are averaged at a time
@@ -142,12 +144,12 @@ def shard(model: nn.Module, layers: nn.ModuleList, root: nn.Module) -> None:
     fully_shard(root, mesh=mesh)
 
 
-def shard_student(student: nn.Module) -> None:
+def shard_student(student: DeltifyForCausalLM) -> None:
     """Shard a student, and let `run_with_full_weights` gather it."""
     shard(student, student.model.layers, student)
     register_fsdp_forward_method(student, "run_with_full_weights")
 
 
-def shard_teacher(teacher: nn.Module) -> None:
+def shard_teacher(teacher: PreTrainedModel) -> None:
     """Shard a teacher's layers, norm and embeddings. A head that is not tied to them stays whole."""
     shard(teacher, teacher.model.layers, teacher.model)

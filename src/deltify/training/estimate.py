@@ -187,7 +187,7 @@ def product_flops(name: str, stage: Stage, teacher: Teacher, student: DeltifyFor
     return 2 * (sum(p.numel() for p in multiplied(teacher.model)) + passes * forward + weight_gradients)
 
 
-def multiplied(model: nn.Module) -> list[nn.Parameter]:
+def multiplied(model: PreTrainedModel) -> list[nn.Parameter]:
     """Return the weights of layers and head, which hidden states are multiplied with."""
     return [p for part in (model.model.layers, model.lm_head) for p in part.parameters()]
 

@@ -61,7 +61,7 @@ def make_optimizers(
     Raises:
         ValueError: If `adamw8bit` lacks bitsandbytes, or a sharded student has another optimizer than `adamw`.
     """
-    embedding_ids = {id(student.get_input_embeddings().weight), id(student.get_output_embeddings().weight)}
+    embedding_ids = {id(student.model.embed_tokens.weight), id(student.lm_head.weight)}
     muon_groups, adamw_groups = [], []
     for group, parameters in choose_trained(student, stage, name).items():
         matrices = [p for p in parameters if p.dim() == 2 and (stage.optimizer != "muon" or id(p) in embedding_ids)]
