@@ -119,7 +119,9 @@ def load_teacher(
             f"{source!r} is not a folder, and could not be read from the hub: {str(error).splitlines()[0]}"
         ) from error
     family = family_of(config)
-    tokenizer = fit_tokenizer(AutoTokenizer.from_pretrained(folder, **options), config, source)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    assert tokenizer is not None
+    tokenizer = fit_tokenizer(tokenizer, config, source)
     tensors = checkpoint_tensors(folder, {"revision": revision})
     if tensors is None:
         raise ValueError(f"{source} has no safetensors weights. Convert them to safetensors, or give a GGUF file")
@@ -127,7 +129,8 @@ def load_teacher(
         model = load_plain(source, folder, config, tensors, dtype=dtype, **options)
     else:
         model = load_dequantized(source, folder, config, dtype=dtype, **options)
-    return Teacher(freeze(model.to(device)), tokenizer, family)
+    model.to(device)  # pyrefly: ignore[bad-argument-type]  # transformers' decorator hides the method's type
+    return Teacher(freeze(model), tokenizer, family)
 
 
 def load_plain(source: str, folder: str, config: PreTrainedConfig, tensors: Tensors, **options) -> CausalLM:

@@ -242,6 +242,7 @@ def uses_library(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 def library_ids(rules: Rules) -> Encode:
     """Return a function that encodes texts as the tokenizer does, without the cost of masks and offsets."""
+    assert rules.json is not None
     backend = Tokenizer.from_str(rules.json)
     backend.no_truncation()
     backend.no_padding()

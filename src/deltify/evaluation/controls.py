@@ -9,24 +9,32 @@ from itertools import chain, pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..conversion.student import sliding_control
 from ..conversion.teacher import Teacher
 from ..inference.prefill import key_value_bytes
-from ..model import DeltifyForCausalLM
+from ..model import DeltifyForCausalLM, DeltifyKDA
 from ..model.cache import DeltifyCache
 from ..model.mixers import Packing
 
 
 def make_controls(
-    teacher: Teacher, student: DeltifyForCausalLM, *, window: int = 64, sinks: int = 4, chunk: int = 64
+    teacher: Teacher, student: PreTrainedModel, *, window: int = 64, sinks: int = 4, chunk: int = 64
 ) -> dict[str, DeltifyForCausalLM]:
     """Return the controls of a student by name. They share weights with teacher and student.
 
     - The untrained teacher with a sliding window of `window` tokens and `sinks` first tokens (StreamingLLM).
     - The same with a window whose cache takes as many bytes as the student's states.
     - The student with its states zeroed every `chunk` tokens.
+
+    Raises:
+        ValueError: If the student is no model of deltify.
     """
+    if not isinstance(student, DeltifyForCausalLM):
+        raise ValueError(
+            f"A {type(student).__name__} has no states to compare controls with. Leave the controls out: --no-controls"
+        )
     equal = equal_window(teacher, student, sinks)
     return {
         f"teacher, window {window}": sliding_control(teacher, window=window, sinks=sinks),
@@ -86,9 +94,9 @@ class ForgetfulKDA(nn.Module):
     together, padding included.
     """
 
-    def __init__(self, mixer: nn.Module, chunk: int):
+    def __init__(self, mixer: DeltifyKDA, chunk: int):
         super().__init__()
-        self.mixer, self.chunk, self.layer_idx = mixer, chunk, int(mixer.layer_idx)
+        self.mixer, self.chunk, self.layer_idx = mixer, chunk, mixer.layer_idx
 
     def forward(
         self, hidden_states: Tensor, cache: DeltifyCache | None = None, packing: Packing | None = None

@@ -51,7 +51,7 @@ class CachedLM(LM):
         self.missing: dict[Document, int] = {}  # number of answers that a document lacks
         self.waiting: dict[str, list[Document]] = {}  # documents that need the answer with this key
         self.started = False
-        lm.set_cache_hook(self)
+        lm.set_cache_hook(self)  # pyrefly: ignore[bad-argument-type]  # lm-eval only calls its add_partial
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         return self.answer("loglikelihood", requests)

@@ -65,13 +65,14 @@ def lm_for(
             the configuration.
     """
     device = model.device.type
-    constant = isinstance(model, DeltifyForCausalLM) and set(model.config.layer_types) == {"linear_attention"}
+    constant = isinstance(model, DeltifyForCausalLM) and set(model.config.layer_types or ()) == {"linear_attention"}
     tokenizer = open_ended(tokenizer)
     with quiet():
         if fast and constant:
             fitting = max(1, min(512, STATE_BYTES.get(device, 2**31) // recurrent_state_bytes(model)))
             return ConstantStateLM(model, tokenizer=tokenizer, batch_size=batch_size or fitting, max_length=max_length)
         batch_size = batch_size or WHOLE_BATCH_SIZE.get(device, 64)
+        # pyrefly: ignore[bad-argument-type]  # lm-eval lists two classes of tokenizers instead of their base class
         return WholeLM(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
 
 
@@ -102,6 +103,7 @@ class WholeLM(HFLM):
 
     def tok_batch_encode(self, strings: list[str], *args, **options) -> tuple[Tensor, Tensor]:
         if not self.tok_encode(""):
+            # pyrefly: ignore[bad-argument-type]  # lm-eval declares Iterator[list[str]] for the token ids
             prefix = self.tok_decode([self.prefix_token_id], skip_special_tokens=False)
             strings = [string or prefix for string in strings]
         return super().tok_batch_encode(strings, *args, **options)
@@ -135,7 +137,7 @@ class ConstantStateLM(WholeLM):
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
             for nodes, _, hidden_PD, rows in self.read_tree(roots):
-                if hidden_PD is None:
+                if hidden_PD is None or rows is None:
                     continue
                 tokens = np.concatenate([part for node in nodes for _, part, _ in node.targets])
                 answer = np.concatenate([np.full(len(part), a) for node in nodes for _, part, a in node.targets])
@@ -210,7 +212,8 @@ class ConstantStateLM(WholeLM):
             For each batch: the nodes, the cache after them, the hidden states [P, D] at all positions that predict
             (None if none does), and for every predicted token, in the order of the nodes' targets, its index in P.
         """
-        todo = [(batch, None) for batch in self.batches([(0, node) for node in roots])][::-1]
+        todo: list[tuple[list[tuple[int, Node]], DeltifyCache | None]] = []
+        todo += [(batch, None) for batch in self.batches([(0, node) for node in roots])][::-1]
         while todo:
             batch, above = todo.pop()
             cache = None if above is None else fork(above, [row for row, _ in batch], self.student.config)
@@ -312,6 +315,7 @@ class ConstantStateLM(WholeLM):
             ValueError: If the new tokens leave no space for a prompt.
         """
         options: dict[str, Any] = dict(normalize_gen_kwargs(requests[0].arguments[1], self.max_gen_toks))
+        # pyrefly: ignore[bad-argument-type]
         end_of_text = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         stop = handle_stop_sequences(options.pop("until"), end_of_text)
         new = options.pop("max_gen_toks")

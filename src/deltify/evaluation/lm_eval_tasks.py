@@ -259,9 +259,11 @@ def rotated_config(config: dict) -> dict:
     def dataset(**_):
         splits = load()
         test = splits["test"]
-        made = {"test": test.from_list([doc for item, row in enumerate(test) for doc in orders(item, row)])}
+        made = {"test": test.from_list([doc for item, row in enumerate(test.to_list()) for doc in orders(item, row)])}
         if config["num_fewshot"]:
-            made["examples"] = test.from_list([next(orders(item, row)) for item, row in enumerate(splits[examples])])
+            made["examples"] = test.from_list(
+                [next(orders(item, row)) for item, row in enumerate(splits[examples].to_list())]
+            )
         return made
 
     def prompt(doc) -> str:

@@ -23,7 +23,7 @@ class Table:
 
     title: str
     columns: Sequence[str]
-    rows: list[Sequence[str]]
+    rows: Sequence[Sequence[str]]
     note: str = ""
 
     def rich(self) -> RichTable:
@@ -236,8 +236,8 @@ def benchmark_table(rows: list[dict]) -> Table:
             row = by_cell.get((model, *task))
             error = "" if row is None or row["stderr"] is None else f" ± {percent(row['stderr'])}"
             cells.append("-" if row is None else f"{percent(row['value'])}{error}")
-            ratios.append(interval(row and row.get("ratio")))
-            above.append(interval(row and row.get("ratio_above_chance")))
+            ratios.append(interval(row.get("ratio") if row else None))
+            above.append(interval(row.get("ratio_above_chance") if row else None))
         lines.append(tuple(cells))
         if model != "teacher" and any(cell != "-" for cell in ratios[1:]):
             lines += [tuple(ratios), tuple(above)]

@@ -6,8 +6,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from ..model.causal_lm import CausalLM
-from ..model.modeling import DeltifyCache
 from .loading import load_model, load_tokenizer
+from .prefill import new_cache
 
 
 class Conversation:
@@ -30,7 +30,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.text = ""  # all messages as the template writes them
         self.ids = torch.empty(1, 0, dtype=torch.long)
-        self.cache = DeltifyCache(config=self.model.config)
+        self.cache = new_cache(self.model)
 
     @torch.no_grad()
     def say(self, message: str, *, max_new_tokens: int = 512, streamer: TextStreamer | None = None, **sampling) -> str:

@@ -182,9 +182,9 @@ class DeltifyCache(DynamicCache):
             if isinstance(layer, LinearAttentionLayer):
                 for states in (layer.conv_states, layer.recurrent_states):
                     states[0] = None if states[0] is None else keep(states[0], change(states[0]))
-            elif isinstance(layer, CacheLayerMixin) and held(layer):
-                layer.keys, layer.values = change(layer.keys), change(layer.values)
-                if isinstance(layer, SinkLayer):
+            elif isinstance(layer, CacheLayerMixin) and (keys_and_values := held(layer)):
+                layer.keys, layer.values = map(change, keys_and_values)
+                if isinstance(layer, SinkLayer) and layer.seen is not None:
                     layer.seen = change(layer.seen)
 
     def crop(self, *args, **kwargs) -> None:

@@ -37,6 +37,8 @@ class DeltifyGenerationMixin(GenerationMixin):
                 "KDA and sliding layers cannot be rolled back. Leave out assistant_model, use_mtp, penalty_alpha, "
                 "prompt_lookup_num_tokens and assistant_early_exit"
             )
+        # transformers declares `self` as a whole model, which a mixin is not
+        # pyrefly: ignore[bad-argument-type]
         super()._validate_generation_mode(generation_mode, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs):
@@ -62,6 +64,7 @@ class DeltifyGenerationMixin(GenerationMixin):
                     f"{name} is a {type(given).__name__}, which this model cannot continue from. Give a "
                     "DeltifyCache(config=model.config), or leave it out"
                 )
+        # pyrefly: ignore[bad-argument-type]
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         for name in CACHE_NAMES:
             if type(model_kwargs.get(name)) is DynamicCache:

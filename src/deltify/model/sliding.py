@@ -10,6 +10,7 @@ S sinks, M slots, R blocks of C queries, each of which sees J = C + W - 1 keys.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,8 @@ class Slots:
 
     def to(self, device: torch.device) -> "Slots":
         """accelerate calls this where a model is spread over devices."""
-        return Slots(**{name: None if x is None else x.to(device) for name, x in vars(self).items()})
+        moved: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in vars(self).items()}
+        return Slots(**moved)
 
     def put(self, past_DPGK: Tensor, x_NGK: Tensor) -> Tensor:
         """Return cached windows and new tokens in their slots, [M, G, K]."""

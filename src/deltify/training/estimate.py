@@ -15,7 +15,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from ..config import STAGES, Recipe, Stage, check
 from ..conversion.student import layer_kinds, model_class, student_config
-from ..conversion.teacher import EMBEDDED, Teacher, embedded_gguf, family_of, freeze, locate, random_teacher
+from ..conversion.teacher import (
+    EMBEDDED,
+    Teacher,
+    byte_tokenizer,
+    embedded_gguf,
+    family_of,
+    freeze,
+    locate,
+    random_teacher,
+)
 from ..model import DeltifyForCausalLM
 from ..utils.console import console
 from . import distributed
@@ -118,10 +127,10 @@ def skeletons(recipe: Recipe) -> tuple[Teacher, DeltifyForCausalLM]:
 
 
 def skeleton(config: PreTrainedConfig) -> Teacher:
-    """Return a teacher without weights and tokenizer."""
+    """Return a teacher without weights, whose tokenizer is that of bytes."""
     family = family_of(config)
     with torch.device("meta"):
-        return Teacher(freeze(AutoModelForCausalLM.from_config(config)), None, family)
+        return Teacher(freeze(AutoModelForCausalLM.from_config(config)), byte_tokenizer(), family)
 
 
 def read_config(recipe: Recipe) -> PreTrainedConfig:
