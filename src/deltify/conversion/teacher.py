@@ -89,7 +89,7 @@ class Teacher:
 
 
 def load_teacher(
-    source: str,
+    source: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -109,6 +109,7 @@ def load_teacher(
         ValueError: If the family is not supported, or a file is damaged or does not fit.
         FileNotFoundError: If the path does not exist.
     """
+    source = str(source)
     folder, options = locate(source), {"trust_remote_code": trust_remote_code, "revision": revision}
     try:
         config = AutoConfig.from_pretrained(folder, **options)

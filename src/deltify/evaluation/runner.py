@@ -154,7 +154,7 @@ class Evaluation:
 
     def needles(self, spec: NeedleSpec) -> None:
         """Run needle tasks on every model."""
-        maker, rows = NeedleMaker(self.tokenizer, spec.haystack), []
+        maker, rows = NeedleMaker(self.tokenizer, str(spec.haystack)), []
         for name, model in self.models.items():
             rows += ask_needles(
                 model,
@@ -173,7 +173,7 @@ class Evaluation:
         if self.teacher is None:
             return
         others = {name: model for name, model in self.models.items() if name != "teacher"}
-        texts = longest_documents(spec.source, spec.documents, self.tokenizer)
+        texts = longest_documents(str(spec.source), spec.documents, self.tokenizer)
         rows = by_position(others, self.teacher.model, texts, max_tokens=spec.max_tokens, log=log)
         self.results.add(positions=rows)
 
@@ -208,7 +208,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def open_reference(
-    source: str | None, recipes: list[Recipe], device: torch.device, dtype: torch.dtype
+    source: str | Path | None, recipes: list[Recipe], device: torch.device, dtype: torch.dtype
 ) -> Teacher | None:
     """Open the named teacher, or the one that all runs share.
 
