@@ -11,7 +11,7 @@ import time
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,7 +260,7 @@ def run_lengths(flags: np.ndarray, before: int) -> np.ndarray:
 
 
 @contextmanager
-def tokenize_bar(name: str, max_tokens: int | None) -> Iterator[Callable[[int, int, float | None], None]]:
+def tokenize_bar(name: str, max_tokens: int | None) -> Generator[Callable[[int, int, float | None], None]]:
     """Show megabytes of text, speed and, where the total is known, the time left. Silent without a terminal."""
     shown = "tokenize {task.description}  {task.fields[size]:,.0f} MB, {task.fields[speed]:,.1f} MB/s"
     columns = (TextColumn(shown, markup=False), BarColumn(), TimeRemainingColumn())

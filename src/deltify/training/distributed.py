@@ -10,7 +10,7 @@ shard the models. Then make the optimizer from the shards.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -49,7 +49,7 @@ def world_size() -> int:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[torch.device]:
+def process_group(device: torch.device) -> Generator[torch.device]:
     """Join the process group if torchrun started this process, and yield the process's own device."""
     if "RANK" not in os.environ or dist.is_initialized():
         yield device
