@@ -1,4 +1,4 @@
-"""Conversion between layouts: deltify's, flash-linear-attention's `kda`, and transformers' native `kimi_linear`.
+"""Conversion between layouts: deltify's, flash-linear-attention's `kda`, and Moonshot's `kimi_linear`.
 
 A model that a layout cannot express is refused. Nothing is dropped silently.
 """
@@ -7,42 +7,28 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..model import DeltifyConfig, DeltifyForCausalLM
-from ..model.loading import check_shapes, checkpoint_shapes
+from ..model.loading import checkpoint_shapes
 from ..training.checkpoint import save_model
+from .kimi_linear import read_kimi_linear, write_kimi_linear
+from .loading import model_of_tensors, read_tensors, renamed
 
-# parts of tensor names in deltify and in the other layout, replaced in this order; a kimi_linear layer also has one
-# convolution for q, k and v together
-RENAMES = {
-    "kda": [
-        ("model.embed_tokens.", "model.embeddings."),
-        (".self_attn.", ".attn."),
-        (".input_layernorm.", ".attn_norm."),
-        (".post_attention_layernorm.", ".mlp_norm."),
-    ],
-    "kimi_linear": [
-        (".f_proj.0.", ".forget_gate.f_a_proj."),
-        (".f_proj.1.", ".forget_gate.f_b_proj."),
-        (".g_proj.0.", ".g_a_proj."),
-        (".g_proj.1.", ".g_b_proj."),
-        (".self_attn.A_log", ".self_attn.forget_gate.A_log"),
-        (".self_attn.dt_bias", ".self_attn.forget_gate.dt_bias"),
-    ],
-}
-LAYOUTS = ("deltify", *RENAMES)
+LAYOUTS = ("deltify", "kda", "kimi_linear")
 
 
-def export(source: str | Path, layout: str, output: str | Path) -> None:
-    """Write a model in another layout.
+def export(source: str | Path, layout: str, output: str | Path, identity_layer: str = "auto") -> str:
+    """Write a model in another layout, and return a line that describes what was written.
 
     Args:
         source: Folder of the model, in any of the layouts.
-        layout: "deltify", "kda" (KDAForCausalLM of flash-linear-attention) or "kimi_linear" (of transformers).
+        layout: "deltify", "kda" (KDAForCausalLM of flash-linear-attention) or "kimi_linear" (Moonshot's, which
+            transformers, vLLM, MLX-LM and llama.cpp's converter read).
         output: Folder to write, which must be absent or empty.
+        identity_layer: For kimi_linear: "auto" appends an identity layer to a model without attention layers, "never"
+            does not.
 
     Raises:
         ValueError: If the layout is unknown or cannot express the model. The message names what it cannot express.
@@ -51,57 +37,52 @@ def export(source: str | Path, layout: str, output: str | Path) -> None:
     """
     if layout not in LAYOUTS:
         raise ValueError(f"Layout {layout!r} is unknown. Choose one of {list(LAYOUTS)}.")
+    if identity_layer != "auto" and layout != "kimi_linear":
+        raise ValueError(f"Layout {layout} has no identity layer. Use --identity-layer with --layout kimi_linear.")
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder. Name another one.")
     model, tokenizer = read_layout(source), AutoTokenizer.from_pretrained(source)
-    if layout == "deltify":
+    if layout == "kimi_linear":
+        return write_kimi_linear(model, tokenizer, output, identity_layer)
+    if layout == "kda":
+        write_kda(model, tokenizer, output)
+    else:
         save_model(output, model, tokenizer)
-        return
-    check_supported(model, layout)
-    write = {"kda": write_kda, "kimi_linear": write_kimi_linear}[layout]
-    write(model, tokenizer, output)
-
-
-def check_supported(model: DeltifyForCausalLM, layout: str) -> None:
-    """Raise ValueError if the layout cannot express the model."""
-    c = model.config
-    gate_biases = [p for name, p in model.named_parameters() if name.endswith("g_proj.1.bias") and bool(p.any())]
-    problems = {
-        "attention layers": set(c.layer_types or ()) != {"linear_attention"},
-        "an MLP without a gate": not c.mlp_gated,
-        f"the activation {c.hidden_act}": c.hidden_act not in ("silu", "swish"),
-        "biases of q, k, v, o or the MLP": c.attention_bias or c.attention_out_bias or c.mlp_bias,
-        "a bias of the output gate (g_proj.1.bias)": layout == "kimi_linear" and bool(gate_biases),
-        "a bounded gate": layout == "kimi_linear" and c.gate_lower_bound is not None,
-    }
-    if found := [name for name, present in problems.items() if present]:
-        raise ValueError(f"Layout {layout} does not support {', '.join(found)}. Export with --layout deltify instead.")
-
-
-def renamed(tensors: dict[str, Tensor], pairs: list[tuple[str, str]]) -> dict[str, Tensor]:
-    """Return the tensors with parts of their names replaced."""
-
-    def new_name(name: str) -> str:
-        for old, new in pairs:
-            name = name.replace(old, new)
-        return name
-
-    return {new_name(name): tensor for name, tensor in tensors.items()}
-
-
-def weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the state dict, without the head if it is tied to the embedding."""
-    tied = model.config.tie_word_embeddings
-    return {k: v.contiguous() for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
+    return f"{output}: {len(model.model.layers)} layers in layout {layout}"
 
 
 # ---- flash-linear-attention ------------------------------------------------------------------------------------------
 
 
+# parts of tensor names in deltify and in this layout
+RENAMES = [
+    ("model.embed_tokens.", "model.embeddings."),
+    (".self_attn.", ".attn."),
+    (".input_layernorm.", ".attn_norm."),
+    (".post_attention_layernorm.", ".mlp_norm."),
+]
+SAME_IN_KDA = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim", "conv_size"),
+    *("max_position_embeddings", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"),
+)
+
+
 def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a folder that flash-linear-attention can load."""
+    """Write a folder that flash-linear-attention can load.
+
+    Raises:
+        ValueError: If the layout cannot express the model. The message names what it cannot express.
+    """
     c = model.config
+    problems = {
+        "attention layers": set(c.layer_types or ()) != {"linear_attention"},
+        "an MLP without a gate": not c.mlp_gated,
+        f"the activation {c.hidden_act}": c.hidden_act not in ("silu", "swish"),
+        "biases of q, k, v, o or the MLP": c.kda_bias or c.attention_out_bias or c.mlp_bias,
+    }
+    if found := [name for name, present in problems.items() if present]:
+        raise ValueError(f"Layout kda does not support {', '.join(found)}. Export with --layout deltify.")
     config = {
         "model_type": "kda",
         "architectures": ["KDAForCausalLM"],
@@ -112,16 +93,16 @@ def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, fol
         "lower_bound": c.gate_lower_bound,
         **{name: getattr(c, name) for name in SAME_IN_KDA},
     }
+    tensors = {name: x.contiguous() for name, x in renamed(model.state_dict(), RENAMES).items()}
+    for i in range(c.num_hidden_layers):  # fla's output gate always has a bias
+        zeros = torch.zeros(c.num_attention_heads * c.head_dim, dtype=model.dtype)
+        tensors.setdefault(f"model.layers.{i}.attn.g_proj.1.bias", zeros)
+    if c.tie_word_embeddings:
+        del tensors["lm_head.weight"]
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(renamed(weights(model), RENAMES["kda"]), folder / "model.safetensors", {"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     tokenizer.save_pretrained(folder)
-
-
-SAME_IN_KDA = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim", "conv_size"),
-    *("max_position_embeddings", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"),
-)
 
 
 # defaults of flash-linear-attention's KDAConfig for fields that config.json lacks
@@ -148,76 +129,12 @@ def read_kda(folder: Path, config: dict) -> DeltifyForCausalLM:
         num_attention_heads=config["num_heads"],
         rms_norm_eps=config.get("norm_eps", 1e-6),
         hidden_act="silu",
+        gate_bias=True,
         gate_lower_bound=config.get("lower_bound") if config.get("safe_gate") else None,
         **{name: config[name] for name in SAME_IN_KDA if name in config},
     )
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    return filled(ours, renamed(tensors, [(new, old) for old, new in RENAMES["kda"]]))
-
-
-# ---- transformers' kimi_linear ---------------------------------------------------------------------------------------
-
-
-def write_kimi_linear(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a folder that transformers loads as kimi_linear."""
-    c = model.config
-    config = AutoConfig.for_model(
-        "kimi_linear",
-        **{name: getattr(c, name) for name in SAME_IN_KIMI},
-        linear_num_heads=c.num_attention_heads,
-        linear_head_dim=c.head_dim,
-        linear_conv_kernel_dim=c.conv_size,
-        layer_types=["linear_attention"] * c.num_hidden_layers,
-        mlp_layer_types=["dense"] * c.num_hidden_layers,
-    )
-    theirs = AutoModelForCausalLM.from_config(config).to(model.dtype)
-    tensors = {name: x for name, x in model.state_dict().items() if not name.endswith("g_proj.1.bias")}
-    for i in range(c.num_hidden_layers):
-        mixer = f"model.layers.{i}.self_attn."
-        tensors[f"{mixer}conv1d.weight"] = torch.cat([tensors.pop(f"{mixer}{n}_conv1d.weight") for n in "qkv"])
-        tensors[f"{mixer}A_log"] = tensors[f"{mixer}A_log"].view(1, 1, -1, 1)
-    theirs.load_state_dict(renamed(tensors, RENAMES["kimi_linear"]), strict=True)
-    theirs.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-SAME_IN_KIMI = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
-    *("rms_norm_eps", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"),
-)
-
-
-def read_kimi_linear(folder: Path) -> DeltifyForCausalLM:
-    """Return the model in a kimi_linear folder of transformers.
-
-    Raises:
-        ValueError: If the model has parts that deltify does not support, or tensors do not fit.
-    """
-    checkpoint_shapes(str(folder), {})  # raises for damaged, missing and pickled files
-    theirs, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{folder} lacks {', '.join(missing[:5])}. Download it again.")
-    if extra := sorted(info["unexpected_keys"]):
-        raise ValueError(f"{folder} has {', '.join(extra[:5])}, which are not part of its layout.")
-    t = theirs.config
-    if set(t.layer_types) != {"linear_attention"} or set(t.mlp_layer_types) != {"dense"}:
-        raise ValueError(f"{folder} has latent attention or expert layers, which deltify does not support.")
-    ours = DeltifyConfig(
-        **{name: getattr(t, name) for name in SAME_IN_KIMI if name != "num_attention_heads"},
-        num_attention_heads=t.linear_num_heads,
-        head_dim=t.linear_head_dim,
-        conv_size=t.linear_conv_kernel_dim,
-    )
-    tensors = renamed(theirs.state_dict(), [(new, old) for old, new in RENAMES["kimi_linear"]])
-    for i in range(t.num_hidden_layers):
-        mixer = f"model.layers.{i}.self_attn."
-        for name, part in zip("qkv", tensors.pop(f"{mixer}conv1d.weight").chunk(3)):
-            tensors[f"{mixer}{name}_conv1d.weight"] = part
-        tensors[f"{mixer}A_log"] = tensors[f"{mixer}A_log"].flatten()
-        tensors[f"{mixer}g_proj.1.bias"] = torch.zeros(t.linear_num_heads * t.linear_head_dim)
-    return filled(ours, tensors)
+    tensors = renamed(read_tensors(folder), [(new, old) for old, new in RENAMES])
+    return model_of_tensors(ours, tensors, str(folder))
 
 
 # ---- reading any layout ----------------------------------------------------------------------------------------------
@@ -242,18 +159,3 @@ def read_layout(source: str | Path) -> DeltifyForCausalLM:
     if kind not in ("deltify", "arcee_kda"):
         raise ValueError(f"{source} has model_type {kind!r}. Supported are deltify, arcee_kda, kda and kimi_linear.")
     return AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-
-
-def filled(config: DeltifyConfig, tensors: dict[str, Tensor]) -> DeltifyForCausalLM:
-    """Return a model with exactly these tensors.
-
-    Raises:
-        ValueError: If a tensor is missing, left over or of another shape.
-    """
-    model = DeltifyForCausalLM(config)
-    if config.tie_word_embeddings:
-        tensors = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
-    shapes = [{name: tuple(x.shape) for name, x in group.items()} for group in (tensors, model.state_dict())]
-    check_shapes(shapes[0], shapes[1], tied=set())
-    model.load_state_dict(tensors, strict=True)
-    return model.eval()
