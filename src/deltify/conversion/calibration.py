@@ -298,8 +298,9 @@ def gate_bias(mixer: DeltifyKDA) -> Tensor:
     They are the bias of `g_proj[1]`; or, if it has none, the weights of the last channel, which `fit_output_gate` makes
     constant.
     """
-    bias = mixer.g_proj[1].bias
-    return mixer.g_proj[1].weight[:, -1] if bias is None else bias
+    high = mixer.g_proj.get_submodule("1")
+    assert isinstance(high, nn.Linear)
+    return high.weight[:, -1] if high.bias is None else high.bias
 
 
 def add_constant(mixer: DeltifyKDA, x_ND: Tensor, constant_direction_D: Tensor) -> None:
