@@ -120,8 +120,15 @@ def skeletons(recipe: Recipe) -> tuple[Teacher, DeltifyForCausalLM]:
     spec = recipe.student
     teacher = skeleton(read_config(recipe))
     kinds = layer_kinds(spec.full_attention_layers, teacher.config.num_hidden_layers)
-    sizes = {"keep_rope": spec.keep_rope, "window": spec.sliding_window, "sinks": spec.sink_tokens}
-    config = student_config(teacher, kinds, **sizes)
+    config = student_config(
+        teacher,
+        kinds,
+        keep_rope=spec.keep_rope,
+        window=spec.sliding_window,
+        sinks=spec.sink_tokens,
+        gate_bias=spec.gate_bias,
+        fold_biases=spec.init.startswith("calibrated"),
+    )
     with torch.device("meta"):
         return teacher, model_class(config)(config)
 
