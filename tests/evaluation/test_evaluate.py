@@ -11,10 +11,12 @@ from helpers import tiny_recipe
 from deltify import distill, evaluate, report
 from deltify.cli import main
 from deltify.config import Stage
+from deltify.conversion.teacher import random_teacher
 from deltify.evaluation.benchmarks import main_metric, run_benchmarks
 from deltify.evaluation.plots import draw_training
 from deltify.evaluation.report import verdict
 from deltify.evaluation.settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec
+from deltify.training.checkpoint import save_model
 from deltify.training.metrics import read_stages
 from deltify.utils.files import atomic_write, read_jsonl, write_text
 
@@ -70,6 +72,25 @@ def test_a_run_is_measured_by_everything_and_reported(run, data, tmp_path, capsy
     assert "| random chance | 25.0 |" in text and "(needles.png)" in text
     assert "model-index" in card and "linear_attention" not in card and (run / "match" / "README.md").is_file()
     assert "Needles found" in capsys.readouterr().out
+
+
+def test_every_source_can_be_a_path(run, tmp_path):
+    teacher = random_teacher("llama")
+    save_model(tmp_path / "teacher", teacher.model, teacher.tokenizer)
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on a mat. " * 1000)
+    spec = EvaluationSpec(
+        teacher=tmp_path / "teacher",
+        heldout=text,
+        needles=NeedleSpec(("niah_single_1",), lengths=(512,), samples=1, haystack=text),
+        positions=PositionSpec(text, max_tokens=100, documents=1),
+        controls=False,
+        stages=False,
+        samples=False,
+    )
+    results = json.loads(evaluate(run, spec, output=tmp_path / "results").read_text())
+    assert {row["model"] for row in results["positions"]} == {"teacher", run.name}
+    assert len(results["scores"]) == 4 and len(results["needles"]) == 2
 
 
 def test_several_models_need_a_place_and_one_teacher(run, tmp_path):

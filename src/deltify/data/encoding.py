@@ -24,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -242,6 +242,7 @@ def uses_library(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 def library_ids(rules: Rules) -> Encode:
     """Return a function that encodes texts as the tokenizer does, without the cost of masks and offsets."""
+    assert rules.json is not None
     backend = Tokenizer.from_str(rules.json)
     backend.no_truncation()
     backend.no_padding()
@@ -303,9 +304,10 @@ class Processes:
             process.kill()
         self.threads.shutdown()
         for process in self.all:
+            requests, answers = pipes(process)
             with contextlib.suppress(OSError):
-                process.stdin.close()
-            process.stdout.close()
+                requests.close()
+            answers.close()
             process.wait()
         self.rules.close()
 
@@ -325,9 +327,10 @@ class Processes:
         """
         request, process = pickle.dumps((piece, wanted), 5), self.idle.get()
         try:
-            process.stdin.write(request)
-            process.stdin.flush()
-            return pickle.load(process.stdout)
+            requests, answers = pipes(process)
+            requests.write(request)
+            requests.flush()
+            return pickle.load(answers)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             raise RuntimeError(
                 f"a worker process for tokenization ended with status {process.wait()}. If memory ran out, run this "
@@ -335,6 +338,12 @@ class Processes:
             ) from error
         finally:
             self.idle.put(process)
+
+
+def pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    """Return standard input and output of a worker."""
+    assert process.stdin is not None and process.stdout is not None
+    return process.stdin, process.stdout
 
 
 def serve(rules_file: int) -> None:

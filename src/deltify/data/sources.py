@@ -294,7 +294,7 @@ def hub_documents(source: str) -> Iterator[str]:
     except ImportError:
         raise ValueError(f"{source!r} needs the package datasets. Run: pip install datasets") from None
 
-    name, config, split = ([*source.split(":")[1:], None, None])[:3]
+    name, config, split = [*source.split(":")[1:], "", ""][:3]
     for number, row in enumerate(load_dataset(name, config or None, split=split or "train", streaming=True), 1):
         if not isinstance(row.get("text"), str):
             raise ValueError(f"{source}, row {number}: the column 'text' has no string; its columns are {list(row)}")

@@ -11,7 +11,7 @@ import time
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,7 +260,7 @@ def run_lengths(flags: np.ndarray, before: int) -> np.ndarray:
 
 
 @contextmanager
-def tokenize_bar(name: str, max_tokens: int | None) -> Iterator[Callable[[int, int, float | None], None]]:
+def tokenize_bar(name: str, max_tokens: int | None) -> Generator[Callable[[int, int, float | None], None]]:
     """Show megabytes of text, speed and, where the total is known, the time left. Silent without a terminal."""
     shown = "tokenize {task.description}  {task.fields[size]:,.0f} MB, {task.fields[speed]:,.1f} MB/s"
     columns = (TextColumn(shown, markup=False), BarColumn(), TimeRemainingColumn())
@@ -273,8 +273,8 @@ def tokenize_bar(name: str, max_tokens: int | None) -> Iterator[Callable[[int, i
             size += more
             parts = [part for part in (done, tokens / max_tokens if max_tokens else None) if part is not None]
             speed = size / 1e6 / (time.perf_counter() - started)
-            known = {"total": 1.0, "completed": min(1.0, max(parts))} if parts else {}
-            bar.update(task, size=size / 1e6, speed=speed, **known)
+            total, completed = (1.0, min(1.0, max(parts))) if parts else (None, None)
+            bar.update(task, total=total, completed=completed, size=size / 1e6, speed=speed)
 
         yield show
 
@@ -363,14 +363,22 @@ def open_data(
     train, held = [], []
     for source in spec.train:
         origin = origin_of(source)
-        name, limits = short_name(origin["source"]), {"max_tokens": spec.max_tokens, "origin": origin}
+        name = short_name(origin["source"])
         if spec.heldout is None and not scattered_over(source):
-            limits |= {"heldout_tokens": heldout_budget, "heldout_sequence_length": heldout_sequence_length}
-            pair = tokenize_split(pieces(source), tokenizer, folder / f"{name}-split{heldout_budget}", **limits)
+            pair = tokenize_split(
+                pieces(source),
+                tokenizer,
+                folder / f"{name}-split{heldout_budget}",
+                max_tokens=spec.max_tokens,
+                heldout_tokens=heldout_budget,
+                heldout_sequence_length=heldout_sequence_length,
+                origin=origin,
+            )
             train.append(pair[0])
             held.append(pair[1])
         else:
-            train.append(tokenize(pieces(source), tokenizer, folder / f"{name}-all", **limits))
+            whole = folder / f"{name}-all"
+            train.append(tokenize(pieces(source), tokenizer, whole, max_tokens=spec.max_tokens, origin=origin))
     if spec.heldout is None and not held:
         raise ValueError(
             f"none of the sources {', '.join(spec.train)} can provide validation text. Set data.heldout to a "

@@ -176,6 +176,7 @@ def draw_heat_map(
     notes += ". -: not measured" if has_gaps else ""
     title = f"Values found, %: {', '.join(tasks)}\n{values} value{'s' * (counts != {1})} per cell{notes}"
     figure.suptitle(title, fontsize=10)
+    assert image is not None  # there are rows, so there is a model
     figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, format=lambda value, _: f"{100 * value:.0f}%")
     return save(figure, stem)
 

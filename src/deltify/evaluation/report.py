@@ -23,7 +23,7 @@ class Table:
 
     title: str
     columns: Sequence[str]
-    rows: list[Sequence[str]]
+    rows: Sequence[Sequence[str]]
     note: str = ""
 
     def rich(self) -> RichTable:
@@ -85,7 +85,7 @@ def report(run: str | Path) -> list[Path]:
     environment = Environment(
         loader=PackageLoader("deltify.evaluation"), autoescape=escape, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"data_url": data_url, "flat": lambda text: " ".join(text.split())}
+    environment.filters |= {"data_url": data_url, "flat": flat}
     for template, path in pages.items():
         path.write_text(environment.get_template(template).render(**facts), encoding="utf-8")
     console.print(f"\nreport: {', '.join(str(path) for path in pages.values())}", highlight=False, soft_wrap=True)
@@ -236,8 +236,8 @@ def benchmark_table(rows: list[dict]) -> Table:
             row = by_cell.get((model, *task))
             error = "" if row is None or row["stderr"] is None else f" ± {percent(row['stderr'])}"
             cells.append("-" if row is None else f"{percent(row['value'])}{error}")
-            ratios.append(interval(row and row.get("ratio")))
-            above.append(interval(row and row.get("ratio_above_chance")))
+            ratios.append(interval(row.get("ratio") if row else None))
+            above.append(interval(row.get("ratio_above_chance") if row else None))
         lines.append(tuple(cells))
         if model != "teacher" and any(cell != "-" for cell in ratios[1:]):
             lines += [tuple(ratios), tuple(above)]
@@ -372,6 +372,11 @@ def card_metadata(run: Path, results: dict) -> str:
     if entries:
         head["model-index"] = [{"name": run.name, "results": entries}]
     return yaml.safe_dump(head, sort_keys=False)
+
+
+def flat(text: str) -> str:
+    """Return a text as one line."""
+    return " ".join(text.split())
 
 
 def data_url(picture: Path) -> str:

@@ -35,7 +35,7 @@ class NeedleSpec:
     tasks: tuple[str, ...]
     lengths: tuple[int, ...] = (1024, 4096)
     samples: int = 16
-    haystack: str = PYTHON_DOCS
+    haystack: str | Path = PYTHON_DOCS
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class PositionSpec:
         documents: Number of documents. The longest of the source's first `20 * documents` are taken.
     """
 
-    source: str
+    source: str | Path
     max_tokens: int = 8192
     documents: int = 4
 
@@ -83,8 +83,8 @@ class EvaluationSpec:
         dtype: float32, bfloat16, float16, or auto (float32 on a CPU, bfloat16 elsewhere).
     """
 
-    teacher: str | None = None
-    heldout: str | None = None
+    teacher: str | Path | None = None
+    heldout: str | Path | None = None
     benchmarks: BenchmarkSpec | None = None
     needles: NeedleSpec | None = None
     positions: PositionSpec | None = None

@@ -305,8 +305,8 @@ def load_starting_student(folder: str, layers: str | list[int], teacher: Teacher
     student = load_student(Path(folder), next(teacher.model.parameters()).device)
     kinds = layer_kinds(layers, student.config.num_hidden_layers)
     if str(layers).startswith("measured:"):
-        kinds = list(student.config.layer_types)  # the student's own choice
-    if not isinstance(student, DeltifyForCausalLM) or list(student.config.layer_types) != kinds:
+        kinds = list(student.config.layer_types or ())  # the student's own choice
+    if not isinstance(student, DeltifyForCausalLM) or list(student.config.layer_types or ()) != kinds:
         raise ValueError(
             f"student.init={folder} has the layers {student.config.layer_types}, but full_attention_layers={layers!r} "
             f"means {kinds}. Make both the same"

@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
@@ -266,7 +266,7 @@ def unshare_weights(student: DeltifyForCausalLM, teacher_parameters: dict[str, n
 
 
 @contextmanager
-def explain_out_of_memory(name: str, stage: Stage, sharded: bool = False) -> Iterator[None]:
+def explain_out_of_memory(name: str, stage: Stage, sharded: bool = False) -> Generator[None]:
     """Replace torch.OutOfMemoryError by an error that names the settings of the stage to change.
 
     Raises:
