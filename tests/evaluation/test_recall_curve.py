@@ -65,7 +65,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def probes(tokenizer):
     make = NeedleMaker(tokenizer, answer_tokens=16)
-    needles = [needle_probe(make("niah_single_2", 1024, index), tokenizer) for index in range(3)]
+    needles = [needle_probe(make("niah_single_1", 1024, index), tokenizer) for index in range(3)]
     return needles + text_probes(TEXTS, {1500: 2, 3000: 1}, tokenizer)
 
 
@@ -103,7 +103,7 @@ def test_only_equal_tokens_at_equal_places_count():
 
 
 def test_documents_have_the_length_and_facts_of_other_kinds(tokenizer, probes):
-    assert [len(p.ids) for p in probes] == [1024 - 16 + 8] * 3 + [1500, 1500, 3000]
+    assert [len(p.ids) for p in probes] == [1024 - 16 + 8] * 3 + [1500, 1500, 3000]  # a space and seven digits
     for probe in probes:
         assert np.array_equal(probe.ids[probe.answers], probe.ids[probe.sources]) and (probe.distances > 0).all()
         assert (np.diff(probe.answers) > 0).all()
@@ -156,6 +156,7 @@ def test_buckets_are_doublings_with_errors_over_documents():
 
 @pytest.mark.parametrize("kind", ["teacher", "K", "KF", "KS"])
 def test_pieces_equal_whole_documents(kind, probes):
+    probes = probes[2:4]
     teacher = random_teacher("llama", max_position_embeddings=4096, initializer_range=0.2)
     model = teacher.model if kind == "teacher" else convert(teacher, full_attention_layers=kind, init="library").eval()
     wanted = []
@@ -166,7 +167,7 @@ def test_pieces_equal_whole_documents(kind, probes):
         right = log_p[places].argmax(-1) == labels
         wanted.append(torch.stack([log_p[places, labels], right.float()]).numpy())
     wanted = recall_buckets([probe.distances for probe in probes], wanted)
-    for piece in (64, 193, None):
+    for piece in (193, None):
         buckets = recall_curve(model, probes, piece=piece)
         assert [(b.distance, b.tokens, b.documents, b.right) for b in buckets] == [
             (b.distance, b.tokens, b.documents, b.right) for b in wanted
@@ -183,15 +184,15 @@ def test_pieces_equal_whole_documents(kind, probes):
 
 def test_a_run_has_the_curve_at_each_validation(tmp_path, capsys):
     recipe = tiny_recipe(tmp_path)
-    recipe = replace(recipe, run=replace(recipe.run, heldout_tokens=8192, heldout_sequence_length=64))
+    recipe = replace(recipe, run=replace(recipe.run, heldout_tokens=4096, heldout_sequence_length=64))
     run = distill(recipe)
     lines = records(run)
     validated = [line for line in lines if "heldout_kl" in line]
     assert len(validated) == 5 and [line for line in lines if "recall" in line] == validated
     teacher = random_teacher("llama")
-    _, heldout = open_data(recipe.data, recipe.teacher.model, teacher.tokenizer, 8192, 64)
-    probes = heldout_probes(heldout, 32, 8192, teacher.tokenizer)
-    assert 1 < len(probes) <= 4 and {len(probe.ids) for probe in probes} == {512}
+    _, heldout = open_data(recipe.data, recipe.teacher.model, teacher.tokenizer, 4096, 64)
+    probes = heldout_probes(heldout, 32, 4096, teacher.tokenizer)
+    assert [len(probe.ids) for probe in probes] == [512, 512]
     for line, stage in ((validated[0], "converted"), (validated[2], "align"), (validated[-1], "match")):
         assert line["stage"] == stage
         buckets = recall_curve(AutoModelForCausalLM.from_pretrained(run / stage, dtype=torch.float32), probes)
@@ -231,7 +232,7 @@ def test_scores_on_file_are_reused(tmp_path, tokenizer, probes, monkeypatch):
     assert len(read) == len(probes) == len(path.read_text().splitlines()) and len(lines) == 2
     path.write_text(path.read_text()[:-40])  # a cut line is measured again
     assert measure_recall(student, probes, path, name="student") == rows and len(read) == len(probes) + 1
-    for task in ("niah_single_2", "facts"):
+    for task in ("niah_single_1", "facts"):
         wanted = recall_curve(student, [probe for probe in probes if probe.task == task])
         assert [(row["distance"], row["log_prob"]) for row in rows if row["task"] == task] == [
             (bucket.distance, pytest.approx(bucket.log_prob)) for bucket in wanted
@@ -243,9 +244,10 @@ def test_scores_on_file_are_reused(tmp_path, tokenizer, probes, monkeypatch):
     assert json.loads(path.read_text().splitlines()[0])["model"] == "student"
 
 
-def test_the_documents_of_an_evaluation(tokenizer, monkeypatch):
+def test_the_documents_of_an_evaluation(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHORTEST", 1024)  # a byte is a token
-    made = recall_probes(tokenizer, RecallSpec(max_tokens=3000, samples=2))
+    (tmp_path / "rain.txt").write_text(TEXTS[0])
+    made = recall_probes(tokenizer, RecallSpec(max_tokens=3000, samples=2, haystack=str(tmp_path / "rain.txt")))
     found = {(probe.task, len(probe.ids)) for probe in made}
     needles = [1024 - 16 + 8, 2048 - 16 + 8, 3000 - 16 + 8]
     wanted = {("facts", length) for length in (1024, 2048, 3000)}
