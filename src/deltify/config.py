@@ -67,8 +67,8 @@ class DataSpec:
     """Training and validation text.
 
     Args:
-        train: Sources and their weights. A source is a file, a folder, python-docs, recall or recall:SOURCE
-            (synthetic text that trains memory), or `hf:NAME[:CONFIG][:SPLIT]`.
+        train: Sources and their weights. A source is a file, a folder, python-docs, recall, recall:SOURCE or
+            sparse-recall:SOURCE (synthetic text that trains memory), or `hf:NAME[:CONFIG][:SPLIT]`.
         heldout: Source of validation text. Defaults to one document in twenty of the training sources.
         folder: Folder for tokenized text, which is written at the first use.
         max_tokens: Largest number of training tokens of each source. Defaults to all.

@@ -145,8 +145,12 @@ def encode(piece: Piece | Exception, ids_of: Encode, rules: Rules, wanted: tuple
     if isinstance(piece, Exception):
         return Encoded(error=piece)
     documents, error = [], None
+
+    def sizes_of(texts: list[str]) -> list[int]:
+        return [len(ids) - rules.added for ids in ids_of(texts)]
+
     try:
-        for document in cleaned(piece.make(*piece.args)):
+        for document in cleaned(piece.texts(sizes_of)):
             documents.append(document)
     except Exception as raised:
         error = raised
@@ -162,6 +166,11 @@ def encode(piece: Piece | Exception, ids_of: Encode, rules: Rules, wanted: tuple
             ids.clear()
         elif rules.end is not None and ids[-1] != rules.end:
             ids.append(rules.end)
+    if piece.lengths:
+        cut = [len(ids) - max((n for n in piece.lengths if n <= len(ids)), default=0) for ids in lists]
+        for ids, number in zip(lists, cut):
+            del ids[rules.before : rules.before + number]
+        own = own - cut
     sizes = np.array([len(ids) for ids in lists], np.int64)
     lengths = np.zeros(len(documents), np.int64)
     lengths[order] = sizes

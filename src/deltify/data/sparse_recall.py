@@ -13,8 +13,9 @@ from itertools import accumulate, count
 from .recall import FACTS, name
 
 SPARSE_RECALL = "sparse-recall"
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)  # tokens of a document, each for training sequences of up to as many
 TOKENS_PER_FACT = 350  # mean; in a document half to twice as many
-MOST_FACTS = 8  # of a document: a head with keys of width 64 holds 64 tokens, and a value has about seven
+MOST_FACTS = 16  # of a document: a value has about seven tokens, and two heads with keys of width 64 hold 128
 ASKED_EARLIER = 0.25  # fraction of the facts that are asked for before the end
 NEAREST = 512  # characters, about 128 tokens: smallest distance of a question that comes before the end
 
@@ -82,8 +83,8 @@ def sparse_documents(
 ) -> Iterator[SparseDocument]:
     """Yield documents of `length` tokens, made from consecutive sentences.
 
-    A document may have more tokens, but fewer more than its first sentence. That one comes before all facts, so a
-    document can be cut at its beginning. Sentences at the end that do not fill a document are left out.
+    A document may be longer by less than its first sentence, which comes before all facts. So it can be cut to its
+    length at its beginning. Sentences at the end that do not fill a document are left out.
 
     Args:
         sentences: Text of the documents.

@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerBase
 from ..config import DataSpec
 from ..utils.console import console, log
 from ..utils.files import create_once, digest
-from . import recall
+from . import recall, sparse_recall
 from .encoding import encode_all
-from .sources import BUILT_IN, REPAIRED, Piece, pieces, scattered_over, text_files
+from .sources import BUILT_IN, REPAIRED, Piece, pieces, recall_over, text_files
 
 HELDOUT_TOKENS = 2**16  # smallest number reserved per source, so that most recipes can share its token files
 # One document in 20 is held out. After this many without one (probability 5e-23) the source repeats itself.
@@ -42,6 +42,7 @@ class TokenFile:
     tokens: np.ndarray  # [total] uint16 or uint32
     bounds: np.ndarray  # [documents + 1] int64
     digest: str = ""  # differs when the tokens or bounds do
+    lengths: tuple[int, ...] = ()  # number of tokens that documents may have, if each is to fill a sequence
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -308,7 +309,7 @@ def open_tokens(folder: Path) -> TokenFile:
     if meta["digest"] != checksum:
         raise ValueError(f"{folder} is damaged: its checksum differs from the one in meta.json")
     tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
-    return TokenFile(tokens, np.load(folder / "bounds.npy"), checksum)
+    return TokenFile(tokens, np.load(folder / "bounds.npy"), checksum, tuple(meta.get("lengths", ())))
 
 
 def digest_of(folder: Path) -> str:
@@ -342,7 +343,7 @@ def open_data(
 ) -> tuple[list[TokenFile], list[TokenFile]]:
     """Return the training sources and the held-out texts as token files, made at the first use.
 
-    Nothing is reserved from `recall:SOURCE`, which reuses the text of SOURCE.
+    Nothing is reserved from `recall:SOURCE` and `sparse-recall:SOURCE`, which reuse the text of SOURCE.
 
     Args:
         spec: Sources, validation text and folder.
@@ -364,7 +365,7 @@ def open_data(
     for source in spec.train:
         origin = origin_of(source)
         name, limits = short_name(origin["source"]), {"max_tokens": spec.max_tokens, "origin": origin}
-        if spec.heldout is None and not scattered_over(source):
+        if spec.heldout is None and not recall_over(source):
             limits |= {"heldout_tokens": heldout_budget, "heldout_sequence_length": heldout_sequence_length}
             pair = tokenize_split(pieces(source), tokenizer, folder / f"{name}-split{heldout_budget}", **limits)
             train.append(pair[0])
@@ -384,7 +385,7 @@ def open_data(
 
 
 def origin_of(source: str) -> dict:
-    """Return the entries of meta.json that identify a source: `source` and `files`.
+    """Return the entries of meta.json that describe a source: `source`, `files` and, for sparse recall, `lengths`.
 
     `source` is the source's name or absolute path. `files` is a hash of the names, sizes and modification times of its
     files. It is empty for text that is not in files, and None for files that no longer exist.
@@ -393,10 +394,12 @@ def origin_of(source: str) -> dict:
         return {"source": source, "files": digest(Path(recall.__file__))[:16]}
     if source in BUILT_IN or source.startswith("hf:"):
         return {"source": source, "files": ""}
-    if inner := scattered_over(source):
-        parts = [origin_of(part) for part in (recall.RECALL, inner)]
-        files = None if parts[1]["files"] is None else f"{parts[0]['files']} {parts[1]['files']}"
-        return {"source": f"{recall.RECALL}:{parts[1]['source']}", "files": files}
+    if inner := recall_over(source):
+        kind, origin = source.partition(":")[0], origin_of(inner)
+        modules = [recall] if kind == recall.RECALL else [recall, sparse_recall]
+        parts = [*(digest(Path(module.__file__))[:16] for module in modules), origin["files"]]
+        about = {"source": f"{kind}:{origin['source']}", "files": None if None in parts else " ".join(parts)}
+        return about if kind == recall.RECALL else about | {"lengths": sparse_recall.LENGTHS}
     path = Path(source).expanduser().resolve()
     if not path.exists():
         return {"source": str(path), "files": None}
