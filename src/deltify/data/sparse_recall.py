@@ -153,4 +153,5 @@ def draw_fact(rng: random.Random, who: str, kind: tuple[Callable, Sequence[str],
     pair = [rng.choice(statements), rng.choice(questions)]
     starts = [len(template.partition("{what}")[0].format(who=who)) for template in pair]
     texts = [template.format(who=who, what=what) for template in pair]
-    return Fact(*texts, *(slice(start, start + len(what)) for start in starts))
+    stated, answered = (slice(start, start + len(what)) for start in starts)
+    return Fact(texts[0], texts[1], stated, answered)

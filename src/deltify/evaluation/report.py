@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 from ..config import STAGES
 from ..utils.console import console
 from ..utils.files import write_text
-from .plots import draw_by_length, draw_by_position, draw_decode_cost, draw_heat_map, draw_training, short
+from .plots import draw_by_length, draw_by_position, draw_decode_cost, draw_heat_map, draw_recall, draw_training, short
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,9 @@ def make_sections(run: Path, results: dict) -> list[Section]:
         pictures = [draw_by_length(results["needles"], run / "needles", trained=trained)[0]]
         pictures += [draw_heat_map(results["needle_rows"], run / "needles-by-depth", trained=trained)[0]]
         sections.append(Section("Needles in haystacks", NEEDLES, [needle_table(results["needles"])], pictures))
+    if "recall" in results:
+        pictures = [draw_recall(results["recall"], run / "recall", trained=trained)[0]]
+        sections.append(Section("Recall by distance", RECALL, [recall_table(results["recall"])], pictures))
     if "positions" in results:
         pictures = [draw_by_position(results["positions"], run / "positions", trained=trained)[0]]
         sections.append(Section("Curves by position", POSITIONS, [position_table(results["positions"])], pictures))
@@ -176,6 +179,11 @@ BENCHMARKS = (
 NEEDLES = (
     "Tasks of RULER with the score of lm-eval: the percentage of the requested values that the answer contains. The "
     "length of a sample includes prompt and answer."
+)
+RECALL = (
+    "Answers repeat a fact of sparse recall text (facts) or the digits of a needle. Each document is read once: after "
+    "each prediction, the model gets the right token. Certain answers score 0. A distance is the number of tokens from "
+    "the repeated token to the answer token."
 )
 POSITIONS = (
     "Every document is read from its beginning. A model with a short memory gets worse with the distance from the "
@@ -288,6 +296,20 @@ def needle_table(summary: list[dict]) -> Table:
     items = sorted({row["items"] for row in summary})
     number = " to ".join(str(n) for n in dict.fromkeys((items[0], items[-1])))
     return Table(f"Needles found, % ({number} samples per cell)", ("task: model", *map(short, lengths)), rows)
+
+
+def recall_table(rows: list[dict]) -> Table:
+    """Return the table of the recall curve, with a row for each task and model and a column for each distance."""
+    distances = sorted({row["distance"] for row in rows})
+    cells = {(row["task"], row["model"], row["distance"]): row for row in rows}
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        for model in dict.fromkeys(row["model"] for row in rows if row["task"] == task):
+            found = [cells.get((task, model, distance)) for distance in distances]
+            shown = ["-" if r is None else f"{r['log_prob']:.2f} ({percent(r['right'], 0)})" for r in found]
+            lines.append((f"{task}: {model}", *shown))
+    columns = ("task: model", *(f"from {short(distance)}" for distance in distances))
+    return Table("Mean log-probability of answer tokens in nats (right, %), by distance in tokens", columns, lines)
 
 
 def position_table(rows: list[dict]) -> Table:

@@ -33,8 +33,9 @@ from .decode_cost import decode_cost
 from .heldout import heldout_scores
 from .needles import NeedleMaker, ask_needles, summarise
 from .positions import by_position
+from .recall_curve import measure_recall, recall_probes
 from .results_file import Results
-from .settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec
+from .settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec, RecallSpec
 
 PROMPTS = ("The capital of France is", "To open a file in Python, you", "Once upon a time, there was a")
 PROMPT_TOKENS = 32  # tokens of a greedy continuation
@@ -82,6 +83,8 @@ def evaluate(
         evaluation.benchmarks(spec.benchmarks)
     if spec.needles:
         evaluation.needles(spec.needles)
+    if spec.recall:
+        evaluation.recall(spec.recall)
     if spec.positions:
         evaluation.positions(spec.positions)
     if spec.decode:
@@ -167,6 +170,13 @@ class Evaluation:
                 log=log,
             )
             self.results.add(needles=summarise(rows), needle_rows=rows)
+
+    def recall(self, spec: RecallSpec) -> None:
+        """Measure the recall curve of every model."""
+        probes, rows = recall_probes(self.tokenizer, spec), []
+        for name, model in self.models.items():
+            rows += measure_recall(model, probes, self.folder / "recall.jsonl", name=name, log=log)
+            self.results.add(recall=rows)
 
     def positions(self, spec: PositionSpec) -> None:
         """Measure perplexity and KL by position. Without a teacher this does nothing."""
