@@ -231,7 +231,6 @@ def read_kimi_linear(folder: Path) -> DeltifyForCausalLM:
         "max_position_embeddings": config.get("max_position_embeddings", config.get("model_max_length")),
         "tie_word_embeddings": head is None or torch.equal(head, embedding),
         "rms_norm_eps": config["rms_norm_eps"],
-        "o_norm_eps": config["rms_norm_eps"],
     }
     ours = DeltifyConfig(**(same | facts))
     if "full_attention" in kinds:
@@ -239,9 +238,6 @@ def read_kimi_linear(folder: Path) -> DeltifyForCausalLM:
         restore_attention_(tensors, ours, sizes, folder)
     tensors = {name: x.flatten() if name.endswith(".A_log") else x for name, x in tensors.items()}
     tensors = renamed(tensors, [(new, old) for old, new in RENAMES + TRANSFORMERS_RENAMES])
-    with torch.device("meta"):
-        biases = [(name, x) for name, x in DeltifyForCausalLM(ours).state_dict().items() if name.endswith(".bias")]
-    tensors |= {name: torch.zeros(x.shape, dtype=embedding.dtype) for name, x in biases}
     model = model_of_tensors(ours, tensors, str(folder))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
