@@ -216,7 +216,8 @@ def test_a_large_model_is_written_and_read_in_shards(tmp_path, monkeypatch):
 def test_the_effect_of_eps_on_a_kept_first_layer_is_named(tmp_path):
     """MLA's second norm removes the eps of the first one, and embeddings are small."""
     ours = random_student("AK", initializer_range=0.01)
-    assert "keys and values of layer 0 scaled by 1.0" in write_kimi_linear(ours, byte_tokenizer(), tmp_path)
+    line = write_kimi_linear(ours, byte_tokenizer(), tmp_path)
+    assert "1 KDA layers, 1 attention layers as MLA, keys and values of layer 0 scaled by 1.0" in line
 
 
 @pytest.mark.parametrize(
