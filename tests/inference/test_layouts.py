@@ -64,7 +64,7 @@ def test_flash_linear_attention_gets_a_bias_of_zeros_if_there_is_none(tmp_path):
         ({"full_attention_layers": "3:1"}, "kda", "attention layers"),
         ({"full_attention_layers": "KS"}, "kimi_linear", "sliding attention layers"),
         ({"bounded": True}, "kimi_linear", "a bounded gate"),
-        ({}, "gguf", "Layout 'gguf' is unknown"),
+        ({}, "onnx", "Layout 'onnx' is unknown"),
     ],
 )
 def test_what_a_layout_cannot_say_is_refused_by_name(tmp_path, options, layout, message):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -185,7 +185,7 @@ class GgufModel:
 
     def rope(self, own: dict, head_dim: int) -> dict:
         """Return the rotary parameters, from keys and from the tensor of factors that Llama 3.1 and later have."""
-        rope: dict[str, object] = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)}
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)}
         kind, factor = own.get("rope.scaling.type", "none"), own.get("rope.scaling.factor", 1.0)
         if kind in ("linear", "yarn"):
             rope |= {"rope_type": kind, "factor": factor}
@@ -282,7 +282,7 @@ class GgufModel:
         return tensors
 
 
-def distinct(value: object) -> object:
+def distinct(value: Any) -> Any:
     """Return the one value of a list of equal values, which some files have with an entry per layer; else `value`."""
     return value[0] if isinstance(value, list) and value and value.count(value[0]) == len(value) else value
 
@@ -357,6 +357,26 @@ def split_text(backend: Tokenizer, split: Split) -> None:
         backend.normalizer = normalizers.NFC()
     if split.whole_words:
         backend.model.ignore_merges = True
+
+
+def name_split(state: dict) -> str | None:
+    """Return the key of SPLITS that describes how a tokenizer.json splits text, or None if none does."""
+    for name, split in SPLITS.items():
+        known = Tokenizer(models.BPE())
+        split_text(known, split)
+        if name != "default" and steps_before_merging(json.loads(known.to_str())) == steps_before_merging(state):
+            return name
+    return None
+
+
+def steps_before_merging(state: dict) -> tuple:
+    """Return the parts of a tokenizer.json that determine which bytes can be merged."""
+    first = state["pre_tokenizer"] or {"type": "Sequence", "pretokenizers": []}
+    steps = first["pretokenizers"] if first["type"] == "Sequence" else [first]
+    steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]  # not of ids
+    model = state["model"]
+    marks = [model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix")]
+    return model["type"], model.get("ignore_merges"), marks, state["normalizer"], steps
 
 
 # ---- write -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Conversion between layouts: deltify's, flash-linear-attention's `kda`, and Moonshot's `kimi_linear`.
+"""Conversion between layouts: deltify's, flash-linear-attention's `kda`, Moonshot's `kimi_linear`, and to GGUF.
 
 A model that a layout cannot express is refused. Nothing is dropped silently.
 """
@@ -6,29 +6,32 @@ A model that a layout cannot express is refused. Nothing is dropped silently.
 import json
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..model import DeltifyConfig, DeltifyForCausalLM
 from ..model.loading import checkpoint_shapes
 from ..training.checkpoint import save_model
+from .gguf_export import DEFAULT_DTYPE, write_gguf
 from .kimi_linear import o_norm_eps, read_kimi_linear, write_kimi_linear
 from .loading import model_of_tensors, read_tensors, renamed
 
-LAYOUTS = ("deltify", "kda", "kimi_linear")
+LAYOUTS = ("deltify", "kda", "kimi_linear", "gguf")
 
 
-def export(source: str | Path, layout: str, output: str | Path, identity_layer: str = "auto") -> str:
+def export(
+    source: str | Path, layout: str, output: str | Path, identity_layer: str = "auto", dtype: str | None = None
+) -> str:
     """Write a model in another layout, and return a line that describes what was written.
 
     Args:
         source: Folder of the model, in any of the layouts.
         layout: "deltify", "kda" (KDAForCausalLM of flash-linear-attention) or "kimi_linear" (Moonshot's, which
-            transformers, vLLM, MLX-LM and llama.cpp's converter read).
-        output: Folder to write, which must be absent or empty.
+            transformers, vLLM, MLX-LM and llama.cpp's converter read) or "gguf" (llama.cpp's).
+        output: Folder to write, which must be absent or empty. For gguf also a file, NAME.gguf.
         identity_layer: For kimi_linear: "auto" appends an identity layer to a model without attention layers, "never"
             does not.
+        dtype: For gguf: "f32", "f16", "bf16" or "q8_0". Defaults to "f16".
 
     Raises:
         ValueError: If the layout is unknown or cannot express the model. The message names what it cannot express.
@@ -39,12 +42,18 @@ def export(source: str | Path, layout: str, output: str | Path, identity_layer: 
         raise ValueError(f"Layout {layout!r} is unknown. Choose one of {list(LAYOUTS)}.")
     if identity_layer != "auto" and layout != "kimi_linear":
         raise ValueError(f"Layout {layout} has no identity layer. Use --identity-layer with --layout kimi_linear.")
+    if dtype is not None and layout != "gguf":
+        raise ValueError(f"Layout {layout} keeps the model's dtype. Use --dtype with --layout gguf.")
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder. Name another one.")
     model, tokenizer = read_layout(source), AutoTokenizer.from_pretrained(source)
     if layout == "kimi_linear":
         return write_kimi_linear(model, tokenizer, output, identity_layer)
+    if layout == "gguf":
+        dtype = dtype or DEFAULT_DTYPE
+        file = output if output.suffix == ".gguf" else output / f"{output.name}-{dtype}.gguf"
+        return write_gguf(model, tokenizer, file, dtype)
     if layout == "kda":
         write_kda(model, tokenizer, output)
     else:
@@ -79,7 +88,7 @@ def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, fol
         "attention layers": set(c.layer_types or ()) != {"linear_attention"},
         "an MLP without a gate": not c.mlp_gated,
         f"the activation {c.hidden_act}": c.hidden_act not in ("silu", "swish"),
-        "biases of q, k, v, o or the MLP": c.kda_bias or c.attention_out_bias or c.mlp_bias,
+        "biases of q, k, v, o or the MLP": c.attention_bias or c.attention_out_bias or c.mlp_bias,
     }
     if found := [name for name, present in problems.items() if present]:
         raise ValueError(f"Layout kda does not support {', '.join(found)}. Export with --layout deltify.")
@@ -94,11 +103,10 @@ def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, fol
         **{name: getattr(c, name) for name in SAME_IN_KDA},
     }
     tensors = {name: x.contiguous() for name, x in renamed(model.state_dict(), RENAMES).items()}
-    for i in range(c.num_hidden_layers):  # fla's output gate always has a bias
-        zeros = torch.zeros(c.num_attention_heads * c.head_dim, dtype=model.dtype)
-        tensors.setdefault(f"model.layers.{i}.attn.g_proj.1.bias", zeros)
     if c.tie_word_embeddings:
         del tensors["lm_head.weight"]
+    for name in [name for name in tensors if name.endswith(".g_proj.1.weight")]:  # fla's output gate always has a bias
+        tensors.setdefault(name.replace("weight", "bias"), tensors[name].new_zeros(len(tensors[name])))
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1))
