@@ -105,7 +105,7 @@ def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, fol
     tensors = {name: x.contiguous() for name, x in renamed(model.state_dict(), RENAMES).items()}
     if c.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    for name in [name for name in tensors if name.endswith(".g_proj.1.weight")]:  # its layer always has this bias
+    for name in [name for name in tensors if name.endswith(".g_proj.1.weight")]:  # fla's output gate always has a bias
         tensors.setdefault(name.replace("weight", "bias"), tensors[name].new_zeros(len(tensors[name])))
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -136,16 +136,16 @@ def read_kda(folder: Path, config: dict) -> DeltifyForCausalLM:
     shapes = checkpoint_shapes(str(folder), {}) or {}  # raises for damaged, missing and pickled files
     if config.get("intermediate_size") is None:  # fla derives it from hidden_ratio
         config["intermediate_size"] = shapes["model.layers.0.mlp.up_proj.weight"][0]
-    facts = {name: config[name] for name in SAME_IN_KDA if name in config} | {
-        "num_attention_heads": config["num_heads"],
-        "rms_norm_eps": config["norm_eps"],
-        "o_norm_eps": config["norm_eps"],
-        "hidden_act": "silu",
-        "gate_bias": True,
-        "gate_lower_bound": config.get("lower_bound") if config.get("safe_gate") else None,
-    }
+    ours = DeltifyConfig(
+        num_attention_heads=config["num_heads"],
+        rms_norm_eps=config["norm_eps"],
+        hidden_act="silu",
+        gate_bias=True,
+        gate_lower_bound=config.get("lower_bound") if config.get("safe_gate") else None,
+        **{name: config[name] for name in SAME_IN_KDA if name in config},
+    )
     tensors = renamed(read_tensors(folder), [(new, old) for old, new in RENAMES])
-    return model_of_tensors(DeltifyConfig(**facts), tensors, str(folder))
+    return model_of_tensors(ours, tensors, str(folder))
 
 
 # ---- reading any layout ----------------------------------------------------------------------------------------------

@@ -80,15 +80,11 @@ def write_kimi_linear(
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(native_config(model, added), indent=2))
     parts = [f"{kinds.count('linear_attention')} KDA layers"]
-    eps = o_norm_eps(model)
-    if not math.isclose(eps, model.config.rms_norm_eps, rel_tol=1e-3):
-        parts.append(f"rms_norm_eps {eps:g} instead of {model.config.rms_norm_eps:g}, as in o_norm")
-    if not math.isclose(eps, 1e-5, rel_tol=1e-3):
-        parts.append("not for vLLM and SGLang, whose o_norm has eps 1e-05")
     if kept := kinds.count("full_attention"):
         parts.append(f"{kept} attention layers as MLA")
-    if kinds[:1] == ["full_attention"]:
-        parts.append(f"keys and values of layer 0 scaled by {layer_0_scale(model):.4f}, the effect of a norm's eps")
+    parts += deviations(model)
+    if not math.isclose(o_norm_eps(model), 1e-5, rel_tol=1e-3):
+        parts.append("not for vLLM and SGLang, whose o_norm has eps 1e-05")
     if added:
         parts.append("an identity layer, since transformers, MLX-LM and llama.cpp need an attention layer")
     return f"{folder}: {', '.join(parts)}"
@@ -184,6 +180,17 @@ def native_config(model: DeltifyForCausalLM, identity_layer: bool) -> dict:
     }
 
 
+def deviations(model: DeltifyForCausalLM) -> list[str]:
+    """Return what an exported model computes differently."""
+    eps, own = o_norm_eps(model), model.config.rms_norm_eps
+    found = []
+    if not math.isclose(eps, own, rel_tol=1e-3):
+        found.append(f"rms_norm_eps {eps:g} instead of {own:g}, as in o_norm")
+    if (model.config.layer_types or [])[:1] == ["full_attention"]:
+        found.append(f"keys and values of layer 0 scaled by {layer_0_scale(model):.4f}, the effect of a norm's eps")
+    return found
+
+
 def o_norm_eps(model: DeltifyForCausalLM) -> float:
     """Return the eps of o_norm, which other libraries use in all norms.
 
@@ -231,7 +238,6 @@ def read_kimi_linear(folder: Path) -> DeltifyForCausalLM:
         "max_position_embeddings": config.get("max_position_embeddings", config.get("model_max_length")),
         "tie_word_embeddings": head is None or torch.equal(head, embedding),
         "rms_norm_eps": config["rms_norm_eps"],
-        "o_norm_eps": config["rms_norm_eps"],
     }
     ours = DeltifyConfig(**(same | facts))
     if "full_attention" in kinds:
