@@ -1,4 +1,4 @@
-"""mkdocs hook: write the reference pages from the code, and serve files from outside docs/."""
+"""mkdocs hook: write the reference pages from the code, and add pages from outside docs/."""
 
 import argparse
 import ast
@@ -16,24 +16,24 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = {
     "project/changelog.md": "CHANGELOG.md",
     "project/contributing.md": "CONTRIBUTING.md",
-    "assets/needles.png": "results/smollm2-135m/needles.png",
-    "assets/positions.png": "results/smollm2-135m/positions.png",
 }
 API_INTRO = """# Python API
 
-`import deltify` gives the names on this page. They are the public interface: they change only as
-[Contributing](../project/contributing.md) says. Everything else may change in any version.
+After `import deltify`, the names on this page are attributes of `deltify`. They are the public interface, whose
+changes follow the rules in [Contributing](../project/contributing.md#versions-and-what-is-public). Everything else may
+change in any version.
 """
 COMMAND_INTRO = """# Command line
 
-`deltify --version` prints the version, `deltify COMMAND --help` a command's options."""
+`deltify --version` prints the version. `deltify COMMAND --help` prints the options of a command."""
 RECIPE_INTRO = """# Recipe fields
 
-A recipe is a YAML file with the fields below. Each is also a flag: `match.tokens` is `--match.tokens`. An unknown field
-is an error that names the nearest known one.
+A recipe is a YAML file with the fields below. Each field is also a flag of the commands that take a recipe:
+`match.tokens` is `--match.tokens`. An unknown field is an error that names the nearest known one.
 
-Editors check and complete recipes by their [JSON Schema](recipe.schema.json), which `deltify schema` prints. In VS Code
-with the YAML extension, save it beside the recipe and begin the recipe with this line:
+With the [JSON Schema](recipe.schema.json) of recipes, an editor can check and complete them. `deltify schema` prints
+the schema. In VS Code with the YAML extension, save it as `recipe.schema.json` beside the recipe, and begin the recipe
+with this line:
 
 ```yaml
 # yaml-language-server: $schema=recipe.schema.json
@@ -41,7 +41,8 @@ with the YAML extension, save it beside the recipe and begin the recipe with thi
 RENAMED_INTRO = """
 ## Renamed fields
 
-Recipes written before version 0.1 use other names. deltify refuses them with the new name.
+Recipes written before version 0.1 have other names for some fields. deltify refuses an old name with an error that
+gives the new one.
 
 | old | new |
 |---|---|"""
@@ -63,7 +64,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def cell(text: object) -> str:
-    return str(text).replace("|", "\\|").replace("[", "\\[").replace("\n", " ")
+    return str(text).replace("|", "\\|").replace("\n", " ")
 
 
 def command_line() -> str:

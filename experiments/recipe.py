@@ -39,7 +39,7 @@ OURS, HYBRID, ARCEE, RADLADS = "smollm2-135m-kda", "smollm2-135m-hybrid", "basel
 # variants: recipe, fraction of the tokens in each stage, overrides
 MATCH_ALL, WITH_ALIGN, WITH_EXTEND = {"match": 1.0}, {"align": 0.125, "match": 0.875}, {"match": 0.875, "extend": 0.125}
 # overrides that variants of our recipe start from; those named "default" or "hybrid" start from the second, a later one
-BASE: dict[str, object] = {"match.batch_size": 8, "match.lr_other": 1e-4, "student.long_memory_heads": 0}
+BASE: dict[str, object] = {"match.batch_size": 8, "match.lr_other": 1e-4}
 BETTER = BASE | {"match.batch_size": 2, "match.lr_other": 3e-4}
 MUON: dict[str, object] = {"match.optimizer": "muon"}
 DOUBLE: dict[str, object] = {"match.lr_mixers": 2e-3, "match.lr_other": 6e-4}
@@ -91,8 +91,7 @@ VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "default-start-library": (OURS, WITH_ALIGN, {"student.init": "library"}),
     "default-constant": (OURS, WITH_ALIGN, {"student.init": "calibrated-constant"}),
     "default-recall-quarter": (OURS, WITH_ALIGN, {}),
-    "default-recall-quarter-long-head": (OURS, WITH_ALIGN, {"student.long_memory_heads": 1}),
-    "default-recall-quarter-two-long-heads": (OURS, WITH_ALIGN, {"student.long_memory_heads": 2}),
+    "default-recall-quarter-gate-bias": (OURS, WITH_ALIGN, {"student.gate_bias": True}),
     "default-muon-double-recall-quarter": (OURS, WITH_ALIGN, MUON | DOUBLE),
     "default-recall-quarter-batch-4": (OURS, WITH_ALIGN, {"match.batch_size": 4}),
     "default-recall-quarter-batch-4-calibration-2048": (

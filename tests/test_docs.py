@@ -34,7 +34,7 @@ def test_site_builds_strictly(tmp_path, monkeypatch, caplog):
         config = load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path))
         build(config)  # raises Abort after a warning
     fields_page = (tmp_path / "reference/recipe/index.html").read_text()
-    assert all(name in fields_page for name in ("long_memory_heads", "activation_checkpointing", "eval_every"))
+    assert all(name in fields_page for name in ("retrieval_heads", "activation_checkpointing", "eval_every"))
     commands_page = (tmp_path / "reference/cli/index.html").read_text()
     assert all(f"deltify {name}" in commands_page for name in COMMANDS)
     python_page = (tmp_path / "reference/python/index.html").read_text()
@@ -76,10 +76,17 @@ def is_field(name: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.name)
-def test_links_of_root_pages_lead_somewhere(page):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_of_the_repository(page):
+    """Check links as GitHub follows them, where no page is generated."""
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["needles.png", "positions.png"])
+def test_figures_of_the_results_page_are_those_of_the_report(name):
+    source, copy = ROOT / "results/smollm2-135m" / name, ROOT / "docs/assets" / name
+    assert copy.read_bytes() == source.read_bytes(), f"cp {source} {copy}"
 
 
 def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):

@@ -170,10 +170,10 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("-o", "--output", type=Path, help="folder for the results (default: the run's own)")
     evaluate.add_argument("--teacher", help="hub id, folder or GGUF file of the teacher (default: the runs' teacher)")
     evaluate.add_argument("--heldout", help="source of held-out text (default: that of the first run)")
-    evaluate.add_argument("--tasks", type=words, default=(), help="lm-eval tasks, comma-separated, or: default")
+    evaluate.add_argument("--tasks", type=words, default=(), help="lm-eval tasks, comma-separated, or the word default")
     evaluate.add_argument("--limit", type=int, help="number of items of each task (default: all)")
     evaluate.add_argument("--data", type=Path, help="folder with the tasks' data as JSON lines (default: the hub)")
-    evaluate.add_argument("--needles", type=words, default=(), help="RULER tasks, comma-separated, or: all")
+    evaluate.add_argument("--needles", type=words, default=(), help="RULER tasks, comma-separated, or the word all")
     evaluate.add_argument(
         "--lengths", type=numbers, default=(1024, 4096), help="lengths of needle texts in tokens (default: 1024,4096)"
     )
@@ -184,9 +184,13 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "--haystack", default="python-docs", help="source of the text that hides the needles (default: python-docs)"
     )
     evaluate.add_argument("--books", help="source of long documents for perplexity and KL by position")
-    evaluate.add_argument("--book-tokens", type=int, default=8192, help="tokens read of each document (default: 8192)")
+    evaluate.add_argument(
+        "--book-tokens", type=int, default=8192, help="number of tokens to read from each document (default: 8192)"
+    )
     evaluate.add_argument("--book-count", type=int, default=4, help="number of documents (default: 4)")
-    evaluate.add_argument("--contexts", type=numbers, default=(), help="time decoding after these numbers of tokens")
+    evaluate.add_argument(
+        "--contexts", type=numbers, default=(), help="numbers of tokens after which decoding is timed, comma-separated"
+    )
     evaluate.add_argument(
         "--no-controls", action="store_true", help="leave out the controls: sliding windows, zeroed states"
     )
@@ -322,7 +326,7 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sample.add_argument("source", help="text to take prompts from: file, folder, python-docs or hf:NAME")
     sample.add_argument("-o", "--output", type=Path, required=True, help="JSON lines file to write, for data.train")
     sample.add_argument("--count", type=int, default=1024, help="number of documents (default: 1024)")
-    sample.add_argument("--prompt-tokens", type=int, default=32, help="tokens of each prompt (default: 32)")
+    sample.add_argument("--prompt-tokens", type=int, default=32, help="number of tokens of each prompt (default: 32)")
     sample.add_argument("--length", type=int, default=512, help="largest number of tokens per document (default: 512)")
     sample.add_argument("--batch", type=int, default=64, help="documents generated at a time (default: 64)")
     sample.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: 1.0)")

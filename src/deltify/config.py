@@ -40,16 +40,20 @@ class StudentSpec:
     """The model to convert the teacher to.
 
     Args:
-        full_attention_layers: Layers that stay attention: none, all, a ratio like "3:1", a list of indices, or a
-            pattern that repeats over the layers: K for KDA, F for full attention, S for a sliding window with sinks.
+        full_attention_layers: Layers that stay attention: none, all, a ratio like "3:1", a list of indices,
+            "measured:N" for the N layers that retrieve most, or a pattern that repeats over the layers: K for KDA, F
+            for full attention, S for a sliding window with sinks.
         keep_rope: Whether full attention layers keep their rotary positions (RoPE). Otherwise they have none (NoPE).
         sliding_window: Number of tokens that sliding layers see, the current one included.
         sink_tokens: Number of first tokens of a document that sliding layers always see.
         init: Initialisation of gates and convolutions: calibrated, calibrated-constant, library or arcee. Or the folder
-            of a student or run, to train that model on.
+            of a student or run whose weights the new run starts with.
         calibration_tokens: Number of training tokens that the calibrated initialisation is fitted to.
         calibration_sequence_length: Tokens per sequence of the calibration text.
-        long_memory_heads: Heads per KDA layer that the calibrated initialisation gives a half-life of 4,096 tokens.
+        retrieval_heads: Heads of the whole model that the calibrated initialisation gives a memory that lasts: those
+            that retrieve most in the teacher.
+        center: Heads whose queries and keys the calibrated initialisation centres: none, retrieval (those heads), all.
+        gate_bias: Whether the output gate has a bias. Without it, the student runs in other runtimes.
     """
 
     full_attention_layers: str | list[int] = "none"
@@ -59,7 +63,9 @@ class StudentSpec:
     init: str = "calibrated"
     calibration_tokens: int = 8192
     calibration_sequence_length: int = 512
-    long_memory_heads: int = 0
+    retrieval_heads: int = 0
+    center: str = "none"
+    gate_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,8 @@ class RunSpec:
 RENAMED = {
     "teacher.targets": "teacher.cache",
     "student.start": "student.init",
-    "student.long_heads": "student.long_memory_heads",
+    "student.long_heads": "student.retrieval_heads",
+    "student.long_memory_heads": "student.retrieval_heads",
     "student.calibration_length": "student.calibration_sequence_length",
     **{
         f"{stage}.{old}": f"{stage}.{new}"
@@ -290,6 +297,7 @@ def reject_unknown(content: dict, where: str, cls: type = Recipe, prefix: str = 
             reject_unknown(value, where, known[key], f"{prefix}{key}.")
 
 
+CENTER = ("none", "retrieval", "all")
 AT_LEAST_0 = (lambda x: x >= 0, "must be at least 0")
 AT_LEAST_1 = (lambda x: x >= 1, "must be at least 1")
 AT_LEAST_2 = (lambda x: x >= 2, "must be at least 2")
@@ -303,7 +311,8 @@ def one_of(choices: tuple[str, ...]) -> tuple[Callable[[object], bool], str]:
 
 # Rules of single fields, by dotted name; those of stages by the field's name.
 RULES = {
-    "student.long_memory_heads": AT_LEAST_0,
+    "student.retrieval_heads": AT_LEAST_0,
+    "student.center": one_of(CENTER),
     "data.train": (lambda x: x and all(weight > 0 for weight in x.values()), "must name sources with positive weights"),
     "run.precision": one_of(PRECISIONS),
     "run.data_parallel": one_of(DATA_PARALLEL),

@@ -62,6 +62,25 @@ def test_transformers_own_model_gives_our_log_probabilities_and_tokens(tmp_path,
     assert torch.equal(theirs.generate(ids[:, :20], **options), ours.generate(ids[:, :20], **options))
 
 
+def test_o_norm_keeps_its_eps(tmp_path):
+    """Short convolutions as small as calibrated ones give outputs whose mean square is far below eps."""
+    pytest.importorskip("transformers.models.kimi_linear", reason="transformers before 5.23 has no kimi_linear")
+    ours = random_student("KK", rms_norm_eps=1e-6, o_norm_eps=1e-5, initializer_range=0.3)
+    with torch.no_grad():
+        for layer in ours.model.layers:
+            for conv in "qkv":
+                getattr(layer.self_attn, f"{conv}_conv1d").weight.mul_(1e-3)
+    assert "rms_norm_eps 1e-05 instead of 1e-06" in write_kimi_linear(ours, byte_tokenizer(), tmp_path)
+    ids, theirs = torch.randint(0, 256, (1, 70)), AutoModelForCausalLM.from_pretrained(tmp_path)
+    want = log_probabilities(ours, ids)
+    assert torch.allclose(log_probabilities(theirs, ids), want, atol=1e-3)
+    assert torch.allclose(log_probabilities(read_kimi_linear(tmp_path), ids), want, atol=1e-3)
+    for layer in ours.model.layers:
+        layer.self_attn.o_norm.eps = 1e-6
+    assert (log_probabilities(ours, ids) - want).abs().max() > 0.1
+    assert "not for vLLM" in write_kimi_linear(ours, byte_tokenizer(), tmp_path / "old")
+
+
 def cached_mlx_log_probabilities(folder, ids):
     """Return log-probabilities of MLX-LM for one sequence: a prefill and single steps with its cache."""
     mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
@@ -197,7 +216,8 @@ def test_a_large_model_is_written_and_read_in_shards(tmp_path, monkeypatch):
 def test_the_effect_of_eps_on_a_kept_first_layer_is_named(tmp_path):
     """MLA's second norm removes the eps of the first one, and embeddings are small."""
     ours = random_student("AK", initializer_range=0.01)
-    assert "keys and values of layer 0 scaled by 1.0" in write_kimi_linear(ours, byte_tokenizer(), tmp_path)
+    line = write_kimi_linear(ours, byte_tokenizer(), tmp_path)
+    assert "1 KDA layers, 1 attention layers as MLA, keys and values of layer 0 scaled by 1.0" in line
 
 
 @pytest.mark.parametrize(

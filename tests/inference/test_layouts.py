@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM
 
 from deltify import convert
 from deltify.conversion.teacher import random_teacher
-from deltify.inference.export import export, read_layout
+from deltify.inference.export import export, read_layout, write_kda
 from deltify.training.checkpoint import save_model
 
 
 def saved(folder, architecture="llama", gate_bias=False, bounded=False, **options):
-    teacher = random_teacher(architecture, tie_word_embeddings=options.pop("tied", False))
-    student = convert(teacher, init="library", **options).eval()
+    teacher = random_teacher(architecture, tie_word_embeddings=options.pop("tied", False), rms_norm_eps=1e-5)
+    student = convert(teacher, init="library", gate_bias=gate_bias, **options).eval()
     if bounded:
         student.config.gate_lower_bound = -5.0
     if gate_bias:
@@ -44,6 +44,15 @@ def test_flash_linear_attentions_names_and_back(tmp_path, tied):
     ids = torch.randint(0, 250, (2, 30))
     with torch.no_grad():
         assert torch.equal(again(ids).logits, ours(ids).logits)
+
+
+def test_flash_linear_attention_gets_a_bias_of_zeros_if_there_is_none(tmp_path):
+    teacher = random_teacher("llama", rms_norm_eps=1e-5)
+    student = convert(teacher, init="library").eval()
+    write_kda(student, teacher.tokenizer, tmp_path)
+    ids = torch.randint(0, 250, (2, 30))
+    with torch.no_grad():
+        assert torch.equal(read_layout(tmp_path)(ids).logits, student(ids).logits)
 
 
 @pytest.mark.parametrize(

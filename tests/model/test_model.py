@@ -1,5 +1,7 @@
 """The model: equal to its teacher without converted layers, and to itself for any division of a sequence."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -158,6 +160,31 @@ def test_saved_folder_loads_with_the_auto_class_and_keeps_gates_in_float32(model
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     mixer = half.model.layers[0].self_attn
     assert mixer.A_log.dtype == mixer.dt_bias.dtype == torch.float32 and mixer.q_proj.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("biases", [{}, {"gate_bias": True}, {"kda_bias": True}, {"gate_bias": True, "kda_bias": True}])
+def test_tensors_decide_whether_kda_layers_have_biases(biases, ids, tmp_path):
+    model = DeltifyForCausalLM(DeltifyConfig(**TINY, layer_types=HYBRID, **biases)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["gate_bias"], config["kda_bias"]  # as in folders of deltify before 0.1
+    path.write_text(json.dumps(config))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (again.config.gate_bias, again.config.kda_bias) == (model.config.gate_bias, model.config.kda_bias)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+
+
+def test_the_norm_of_heads_has_an_epsilon_of_its_own():
+    assert DeltifyConfig(**TINY, rms_norm_eps=1e-6).o_norm_eps == 1e-6
+    student = convert(random_teacher("qwen3", rms_norm_eps=1e-6), init="library")
+    layer = student.model.layers[0]
+    assert layer.input_layernorm.eps == 1e-6 and layer.self_attn.o_norm.eps == 1e-5
 
 
 def test_activation_checkpointing_gives_equal_gradients(model, ids):

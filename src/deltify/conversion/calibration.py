@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch
 from ..model import DeltifyForCausalLM, DeltifyKDA
 from ..model.mixers import Packing, find_packing, inverse_softplus
+from .attention import HeadStatistics, best_retrieval_heads
 from .teacher import Teacher
 
 # Memories that a head may start with: beta of every token, half-life as a fraction of the mean distance that the head
@@ -24,7 +25,10 @@ CANDIDATES = (
     *((0.5, 0.03, 1), (0.3, 0.1, 1), (0.2, 0.3, 1)),
 )
 Memory = tuple[float, float, int]  # beta, half-life as a fraction of the mean distance, lag in tokens
-LONG_BETA, LONG_HALF_LIFE = 0.1, 4096.0  # of heads with a long memory; docs/log/recall.md
+RETRIEVAL_HALF_LIFE = 1e5  # tokens, of heads that retrieve; docs/log/recall.md
+# Such heads write rarely, or tokens in between overwrite what they keep. Beta has this mean over the tokens, and its
+# logit is this multiple of the logarithm of the attention that a token receives.
+MEAN_WRITE, WRITE_SLOPE, WRITE_PENALTY = 0.03, 2.0, 1e-2
 CHOICE_TOKENS = 2048  # number of tokens on which the candidates are compared
 CONV_TAP = 0.03  # SiLU is nearly linear here; 0.3 and 0.1 give a worse initialisation, 0.01 no better one
 CONSTANT = 3.0  # size of the constant channel of a head's values, relative to the norm of all its channels
@@ -37,37 +41,43 @@ def calibrate(
     teacher: Teacher,
     student: DeltifyForCausalLM,
     batch: Batch,
+    statistics: list[HeadStatistics],
     log: Callable[[str], None],
     *,
     constant: bool = False,
-    long_memory_heads: int = 0,
+    retrieval_heads: int = 0,
+    center: str = "none",
 ) -> None:
     """Initialise every KDA layer of the student so that it resembles the attention layer it replaces.
 
     Each layer is fitted to the inputs and outputs of the teacher's layer. docs/explanation/calibration.md shows what
     each part contributes.
 
+    - Constants: a direction u is fitted with u . x near 1 for every input x of the layer. It replaces biases, which KDA
+      layers lack: of q, k and v (see `fold_biases`), of the output gate, and of beta.
     - Output gate: a linear prediction of the norm of each head's output, which `o_norm` removes.
-    - Memory: each head gets the one of `CANDIDATES` that predicts the teacher head's output best. `long_memory_heads`
-      heads get a longer memory instead (see `with_long_half_lives`). `b_proj` has no bias, so beta is made constant by
-      the direction that all inputs share. `f_proj` starts at zero.
+    - Centring: queries and keys lose their means, see `center_projections`.
+    - Memory: each head gets the one of `CANDIDATES` that predicts the teacher head's output best. The heads that
+      retrieve get a memory that lasts instead, see `set_retrieval`. `f_proj` starts at zero.
     - Convolutions pass one token, scaled down. The L2 norms of q and k and `o_norm` undo the scale.
     - `o_proj`: the ridge regression of the teacher's attention output on the input of the student's `o_proj`. It also
       restores the scale of each head that `o_norm` removes.
 
     Degenerate layers are initialised too, and named in a log line. Heads whose queries or keys are zero get constant
-    ones, and so do all heads of a layer whose output is the same for every token. Heads whose values are zero get no
-    long memory. Where the student's `o_proj` has no input to fit, it keeps the teacher's weights.
+    ones, and so do all heads of a layer whose output is the same for every token. Where the student's `o_proj` has no
+    input to fit, it keeps the teacher's weights.
 
     Args:
         teacher: Frozen teacher.
         student: Student whose KDA layers are initialised in place.
         batch: Sequences of calibration text.
+        statistics: What the teacher's heads attend to in `batch`, see `measure_attention`.
         log: Function that is called with each line of the summary.
         constant: Whether one channel of each head's values is made constant, see `add_constant`.
-        long_memory_heads: Number of heads of each layer that get a long memory.
+        retrieval_heads: Number of heads of the whole model that start with a memory that lasts.
+        center: Heads whose queries and keys are centred: "none", "retrieval" (those heads) or "all".
     """
-    calibration = Calibration(teacher, student, batch, constant, long_memory_heads)
+    calibration = Calibration(teacher, student, batch, statistics, constant, retrieval_heads, center)
     calibration.run()
     for line in calibration.summary():
         log(line)
@@ -77,16 +87,24 @@ class Calibration:
     """One pass of the teacher over calibration text; hooks on its attention layers fit the student's KDA layers."""
 
     def __init__(
-        self, teacher: Teacher, student: DeltifyForCausalLM, batch: Batch, constant: bool, long_memory_heads: int
+        self,
+        teacher: Teacher,
+        student: DeltifyForCausalLM,
+        batch: Batch,
+        statistics: list[HeadStatistics],
+        constant: bool,
+        retrieval_heads: int,
+        center: str,
     ):
         self.teacher, self.student, self.batch = teacher, student, batch.to(student.device)
-        self.constant, self.long_memory_heads = constant, long_memory_heads
+        self.statistics, self.constant, self.center = statistics, constant, center
+        linear = [i for i, layer in enumerate(student.model.layers) if layer.linear]
+        self.retrieval_heads = best_retrieval_heads(statistics, linear, retrieval_heads)
         positions_BT = self.batch.position_ids
         tokens = positions_BT.shape[1]
         self.num_choice_rows = max(1, CHOICE_TOKENS // tokens)
         self.packing = find_packing(None, positions_BT, tokens, cached=False)
         self.choice_packing = find_packing(None, positions_BT[: self.num_choice_rows], tokens, cached=False)
-        self.distances = attention_distances(teacher, self.batch)
         self.captured = torch.empty(0)  # heads' outputs [B, T, H * K] in the teacher layer that runs
         self.explained: list[str] = []  # for each KDA layer, the fraction of variance that its o_proj explains
         self.silence: dict[int, list[str]] = {}  # for each KDA layer, see `describe_silence`
@@ -117,6 +135,8 @@ class Calibration:
             return
         mixer, x_BTD, rows = layer.self_attn, kwargs["hidden_states"].float(), self.num_choice_rows
         x_ND = gather(x_BTD, self.packing)
+        constant_direction_D = constant_direction(x_ND)
+        fold_biases(mixer, attention, constant_direction_D)
         target_ND = gather(output[0].float(), self.packing)
         is_zero = is_silent(target_ND)
         if mixer.o_proj.bias is not None:
@@ -128,16 +148,20 @@ class Calibration:
         # matter, so equal ones serve.
         equal_H = silent["queries"] | silent["keys"] | (is_constant & ~is_silent(target_ND))
 
-        fit_output_gate(mixer, x_ND, split_heads(gather(self.captured, self.packing), mixer.head_dim))
+        centred = {"none": [], "retrieval": self.retrieval_heads.get(index, []), "all": range(len(mixer.A_log))}
+        center_projections(mixer, x_ND, list(centred[self.center]), constant_direction_D)
+        heads_NHK = split_heads(gather(self.captured, self.packing), mixer.head_dim)
+        fit_output_gate(mixer, x_ND, heads_NHK, constant_direction_D)
         teacher_heads_NHK = split_heads(gather(self.captured[:rows], self.choice_packing), mixer.head_dim)
-        constant_direction_D = ridge(x_ND, torch.ones_like(x_ND[:, :1]), DIRECTION_PENALTY)[:, 0]
         weigh_equally(mixer, equal_H, constant_direction_D)
         if self.constant:
             add_constant(mixer, x_ND, constant_direction_D)
-        distance_H = self.distances[index].masked_fill(silent["values"], 0)
+        distance_H = self.statistics[index].distance_H.masked_fill(silent["values"], 0)
         choice_inputs = (x_BTD[:rows], self.choice_packing, constant_direction_D, distance_H, teacher_heads_NHK)
-        choice = choose_memory(mixer, *choice_inputs, self.long_memory_heads)
-        self.chosen.update(memory for memory in choice if memory in CANDIDATES)
+        heads = self.retrieval_heads.get(index, [])
+        choice = choose_memory(mixer, *choice_inputs)
+        self.chosen.update(memory for head, memory in enumerate(choice) if head not in heads)
+        set_retrieval(mixer, heads, self.statistics[index], x_ND, constant_direction_D)
 
         features = mixer_output(mixer, x_BTD, self.packing).flatten(0, 1)
         can_fit = not is_silent(features)
@@ -155,45 +179,10 @@ class Calibration:
         for (beta, fraction, lag), count in self.chosen.most_common(5):
             lagging = ", lagging one token" if lag else ""
             lines.append(f"{count} heads: beta {beta}, half-life {fraction} of the mean distance{lagging}")
-        if self.long_memory_heads:
-            lines.append(
-                f"heads of each layer with a half-life of {LONG_HALF_LIFE:,.0f} tokens: {self.long_memory_heads}"
-            )
+        if self.retrieval_heads:
+            named = ", ".join(f"{layer}: {sorted(heads)}" for layer, heads in sorted(self.retrieval_heads.items()))
+            lines.append(f"heads that retrieve, with a half-life of {RETRIEVAL_HALF_LIFE:,.0f} tokens: {named}")
         return lines
-
-
-@torch.no_grad()
-def attention_distances(teacher: Teacher, batch: Batch) -> list[Tensor]:
-    """Return for each layer the mean distance [H] in tokens that each head of the teacher looks back.
-
-    The first token of a document is not counted: it is an attention sink.
-    """
-    sums: dict[int, Tensor] = {}
-
-    def measure(layer: int, positions_T: Tensor, weights_HTT: Tensor) -> None:
-        tokens = len(positions_T)
-        place = torch.arange(tokens, device=weights_HTT.device)
-        distance = (place[:, None] - place).clamp_(min=0)
-        weights = weights_HTT.float() * (positions_T > 0)
-        sums[layer] = sums.get(layer, 0) + torch.stack([(weights * distance).sum((1, 2)), weights.sum((1, 2))])
-
-    attention = teacher.config._attn_implementation
-    teacher.model.set_attn_implementation("eager")  # the only one that returns attention weights
-    try:
-        # one sequence at a time: the weights of all heads take H * T * T numbers
-        for ids, positions in zip(batch.input_ids.split(1), batch.position_ids.split(1)):
-
-            def hook(module, args, output, positions=positions):
-                measure(module.layer_idx, positions[0], output[1][0])
-                return output[0], None  # so that the weights of only one layer are in memory
-
-            handles = [layer.self_attn.register_forward_hook(hook) for layer in teacher.model.model.layers]
-            teacher.model.model(input_ids=ids, position_ids=positions, use_cache=False)
-            for handle in handles:
-                handle.remove()
-    finally:
-        teacher.model.set_attn_implementation(attention)
-    return [total / mass.clamp(min=1e-6) for _, (total, mass) in sorted(sums.items())]
 
 
 def gather(x_BTD: Tensor, packing: Packing | None) -> Tensor:
@@ -204,6 +193,15 @@ def gather(x_BTD: Tensor, packing: Packing | None) -> Tensor:
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """Return x [..., H * K] as [..., H, K]."""
     return x.unflatten(-1, (-1, head_dim))
+
+
+def repeat_heads(x: Tensor, heads: int, head_dim: int) -> Tensor:
+    """Repeat the key/value heads of `x` [key/value heads * K, ...] for their query heads: [heads * K, ...].
+
+    Query head h gets key/value head h // (heads / key/value heads).
+    """
+    blocks = x.unflatten(0, (-1, head_dim))
+    return blocks.repeat_interleave(heads // blocks.shape[0], dim=0).flatten(0, 1)
 
 
 def mixer_output(mixer: DeltifyKDA, x_BTD: Tensor, packing: Packing | None) -> Tensor:
@@ -260,17 +258,29 @@ def weigh_equally(mixer: DeltifyKDA, heads_H: Tensor, constant_direction_D: Tens
 # ---- the parts of a layer --------------------------------------------------------------------------------------------
 
 
-def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor) -> None:
+def fold_biases(mixer: DeltifyKDA, attention: nn.Module, constant_direction_D: Tensor) -> None:
+    """Add the teacher's biases of q, k and v to the weights of a KDA layer without biases: W + b u^T."""
+    for projection, source in zip(
+        (mixer.q_proj, mixer.k_proj, mixer.v_proj), (attention.q_proj, attention.k_proj, attention.v_proj)
+    ):
+        if source.bias is not None and projection.bias is None:
+            bias = repeat_heads(source.bias.float(), len(mixer.A_log), mixer.head_dim)
+            projection.weight += torch.outer(bias, constant_direction_D)
+
+
+def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor, constant_direction_D: Tensor) -> None:
     """Fit the output gate of each head to the norm of the head's output in the teacher.
 
     All channels of a head share one gate, whose logits come from a ridge regression on the layer's input. The gate
-    stays constant where `g_proj` has a lower rank than there are heads.
+    stays constant where `g_proj` has no more channels than there are heads.
     """
     low, high = mixer.g_proj
-    for parameter in (low.weight, high.weight, high.bias):
+    for parameter in mixer.g_proj.parameters():
         parameter.zero_()
+    if high.bias is None:
+        low.weight[-1] = constant_direction_D
     N, H, K = heads_NHK.shape
-    if len(low.weight) < H:
+    if len(low.weight) <= H:
         return
     norm_NH = heads_NHK.norm(dim=-1)
     largest_H = norm_NH.kthvalue(max(1, int(0.98 * N)), dim=0).values.clamp(min=1e-9)  # not an outlier
@@ -279,7 +289,18 @@ def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor) -> None:
     weight_DH = ridge(x_ND - mean_input_D, logits_NH - mean_logits_H, GATE_PENALTY)
     low.weight[:H] = weight_DH.t()
     high.weight[:, :H] = torch.eye(H, device=weight_DH.device).repeat_interleave(K, dim=0)
-    high.bias.copy_((mean_logits_H - mean_input_D @ weight_DH).repeat_interleave(K))
+    gate_bias(mixer).copy_((mean_logits_H - mean_input_D @ weight_DH).repeat_interleave(K))
+
+
+def gate_bias(mixer: DeltifyKDA) -> Tensor:
+    """Return the parameters that act as the bias of the output gate, [H * K], as a view.
+
+    They are the bias of `g_proj[1]`; or, if it has none, the weights of the last channel, which `fit_output_gate` makes
+    constant.
+    """
+    high = mixer.g_proj.get_submodule("1")
+    assert isinstance(high, nn.Linear)
+    return high.weight[:, -1] if high.bias is None else high.bias
 
 
 def add_constant(mixer: DeltifyKDA, x_ND: Tensor, constant_direction_D: Tensor) -> None:
@@ -294,7 +315,7 @@ def add_constant(mixer: DeltifyKDA, x_ND: Tensor, constant_direction_D: Tensor) 
     channels_H = squares_HK.argmin(1) + first_channel_H
     mixer.v_proj.weight[channels_H] = CONSTANT * squares_HK.sum(1).sqrt()[:, None] * constant_direction_D
     mixer.g_proj[1].weight[channels_H] = 0
-    mixer.g_proj[1].bias[channels_H] = 4.0  # sigmoid(4) = 0.98
+    gate_bias(mixer)[channels_H] = 4.0  # sigmoid(4) = 0.98
 
 
 def choose_memory(
@@ -304,7 +325,6 @@ def choose_memory(
     constant_direction_D: Tensor,
     distance_H: Tensor,
     teacher_heads_NHK: Tensor,
-    long_memory_heads: int = 0,
 ) -> list[Memory]:
     """Give each head the memory that predicts the teacher's head best, and return the memories.
 
@@ -318,7 +338,6 @@ def choose_memory(
         constant_direction_D: Vector whose product with every input is about 1.
         distance_H: Mean distance in tokens that each head looks back.
         teacher_heads_NHK: Outputs of the teacher's heads for the same inputs.
-        long_memory_heads: Number of heads that get a long memory instead.
     """
     residuals = []
     for candidate in CANDIDATES:
@@ -326,25 +345,8 @@ def choose_memory(
         features_NHK = split_heads(mixer_output(mixer, x_BTD, packing).flatten(0, 1), mixer.head_dim)
         residuals.append(residual_sum_of_squares(features_NHK.float(), teacher_heads_NHK))
     best = [CANDIDATES[index] for index in torch.stack(residuals).argmin(0).tolist()]
-    best = with_long_half_lives(best, distance_H, long_memory_heads)
     set_memory(mixer, best, constant_direction_D, distance_H)
     return best
-
-
-def with_long_half_lives(memories: list[Memory], distance_H: Tensor, heads: int) -> list[Memory]:
-    """Return the memories, with a half-life of LONG_HALF_LIFE tokens for the `heads` heads that remember longest.
-
-    Heads that already remember longer, or nothing at all, keep their memory.
-
-    Gradients decay with the state. A head that forgets half within 100 tokens therefore cannot learn to remember for
-    1,000.
-    """
-    memories, distances = list(memories), distance_H.tolist()
-    half_lives = [fraction * distance for (_, fraction, _), distance in zip(memories, distances)]
-    for head in sorted(range(len(memories)), key=half_lives.__getitem__, reverse=True)[:heads]:
-        if 0 < half_lives[head] < LONG_HALF_LIFE:
-            memories[head] = (LONG_BETA, LONG_HALF_LIFE / distances[head], 0)
-    return memories
 
 
 def set_memory(mixer: DeltifyKDA, memories: list[Memory], constant_direction_D: Tensor, distance_H: Tensor) -> None:
@@ -363,7 +365,57 @@ def set_memory(mixer: DeltifyKDA, memories: list[Memory], constant_direction_D: 
         conv.weight.copy_(weight.repeat_interleave(mixer.head_dim, dim=0)[:, None])
 
 
+def center_projections(mixer: DeltifyKDA, x_ND: Tensor, heads: list[int], constant_direction_D: Tensor) -> None:
+    """Subtract from queries and keys of some heads their means over the tokens.
+
+    Softmax ignores a constant in all keys. The delta rule does not: normalised keys that share a direction are nearly
+    parallel, so that each token overwrites what the others wrote.
+    """
+    for projection in (mixer.q_proj, mixer.k_proj):
+        for head in heads:
+            channels = slice(head * mixer.head_dim, (head + 1) * mixer.head_dim)
+            mean = x_ND.mean(0) @ projection.weight[channels].t()
+            projection.weight[channels] -= torch.outer(mean, constant_direction_D)
+
+
+def set_retrieval(
+    mixer: DeltifyKDA, heads: list[int], statistics: HeadStatistics, x_ND: Tensor, constant_direction_D: Tensor
+) -> None:
+    """Give some heads a memory that lasts, and make them write the tokens that receive attention from afar.
+
+    Heads that attend to the match more than to what follows it write all tokens alike. What they need is not what
+    receives most attention.
+    """
+    half_life = torch.tensor(math.log(2) / RETRIEVAL_HALF_LIFE, device=x_ND.device)
+    mean_D = x_ND.mean(0)
+    for head in heads:
+        channels = slice(head * mixer.head_dim, (head + 1) * mixer.head_dim)
+        mixer.dt_bias[channels] = inverse_softplus(half_life)  # A_log is 0
+        for conv in (mixer.k_conv1d, mixer.v_conv1d):
+            conv.weight[channels] = mixer.q_conv1d.weight[channels]  # no lag
+        weight_D = torch.zeros_like(mean_D)
+        if statistics.copy_H[head] > statistics.match_H[head]:
+            received_N1 = (statistics.received_NH[:, head, None] + 1e-3).log()
+            weight_D = WRITE_SLOPE * ridge(x_ND - mean_D, received_N1 - received_N1.mean(), WRITE_PENALTY)[:, 0]
+        logit_N = x_ND @ weight_D
+        mixer.b_proj.weight[head] = weight_D + shift_to_mean(logit_N, MEAN_WRITE) * constant_direction_D
+
+
+def shift_to_mean(logit_N: Tensor, mean: float) -> float:
+    """Return the constant c for which sigmoid(logit + c) has this mean."""
+    low, high = -30.0 - float(logit_N.max()), 30.0 - float(logit_N.min())
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if float((logit_N + middle).sigmoid().mean()) > mean else (middle, high)
+    return middle
+
+
 # ---- least squares ---------------------------------------------------------------------------------------------------
+
+
+def constant_direction(x_ND: Tensor) -> Tensor:
+    """Return u [D] with u . x near 1 for every input x of a layer."""
+    return ridge(x_ND, torch.ones_like(x_ND[:, :1]), DIRECTION_PENALTY)[:, 0]
 
 
 def residual_sum_of_squares(features_NHK: Tensor, teacher_heads_NHK: Tensor) -> Tensor:

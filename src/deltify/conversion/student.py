@@ -8,13 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from ..config import CENTER
 from ..data.batches import Batch
 from ..model import ArceeKDAConfig, DeltifyConfig, DeltifyForCausalLM
 from ..model.generation import supported_settings
-from .calibration import calibrate
+from .attention import HeadStatistics, measure_attention
+from .calibration import calibrate, repeat_heads
 from .teacher import Teacher, freeze
 
 INITS = ("calibrated", "calibrated-constant", "library", "arcee")
@@ -27,18 +29,27 @@ ARCHITECTURES = {"deltify": DeltifyConfig, "arcee_kda": ArceeKDAConfig}
 KIND_BY_LETTER = {"K": "linear_attention", "F": "full_attention", "S": "sliding_attention"}
 
 
-def layer_kinds(spec: str | list[int], layers: int) -> list[str]:
+MEASURED = r"measured:(\d+)"
+
+
+def layer_kinds(spec: str | list[int], layers: int, statistics: list[HeadStatistics] | None = None) -> list[str]:
     """Return the kind of each layer.
 
     Args:
         spec: Layers that stay full attention: "none", "all", a ratio such as "3:1" (three KDA layers, then one that
-            stays) or a list of layer indices. Or a pattern that repeats over the layers, such as "KKKF" or "S": K for
-            KDA, F for full attention, S for attention to a sliding window with sinks.
+            stays), a list of layer indices, or "measured:N": the N layers whose heads retrieve most. Or a pattern that
+            repeats over the layers, such as "KKKF" or "S": K for KDA, F for full attention, S for attention to a
+            sliding window with sinks.
         layers: Number of layers.
+        statistics: What the teacher's heads attend to. Without it, "measured:N" means the last N layers, which suffices
+            for sizes.
 
     Raises:
         ValueError: If `spec` has another form, or lists a layer that does not exist.
     """
+    if isinstance(spec, str) and (measured := re.fullmatch(MEASURED, spec)) and 0 < int(measured[1]) <= layers:
+        retrieval = list(range(layers)) if statistics is None else [float(s.retrieval_H.sum()) for s in statistics]
+        spec = sorted(range(layers), key=retrieval.__getitem__)[-int(measured[1]) :]
     if isinstance(spec, list):
         if bad := [i for i in spec if not 0 <= i < layers]:
             raise ValueError(f"full_attention_layers names {bad}; the teacher has layers 0 to {layers - 1}")
@@ -48,12 +59,13 @@ def layer_kinds(spec: str | list[int], layers: int) -> list[str]:
         pattern = "K" * int(ratio[1]) + "F" * int(ratio[2])
     if not pattern or set(pattern) - KIND_BY_LETTER.keys():
         raise ValueError(
-            f"full_attention_layers={spec!r}; use none, all, a ratio like 3:1, a list of layers, or a pattern like "
-            "KKKF of K (KDA), F (full attention) and S (sliding window with sinks)"
+            f"full_attention_layers={spec!r}; use none, all, a ratio like 3:1, a list of layers, measured:N with N "
+            f"from 1 to {layers}, or a pattern like KKKF of K (KDA), F (full attention), S (sliding window with sinks)"
         )
     return [KIND_BY_LETTER[pattern[i % len(pattern)]] for i in range(layers)]
 
 
+O_NORM_EPS = 1e-5  # the only value that vLLM and SGLang support
 COPIED_CONFIG_FIELDS = (  # from the teacher's configuration, unchanged
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "hidden_act", "rms_norm_eps"),
@@ -62,7 +74,16 @@ COPIED_CONFIG_FIELDS = (  # from the teacher's configuration, unchanged
 )
 
 
-def student_config(teacher: Teacher, kinds: list[str], *, keep_rope: bool, window: int, sinks: int) -> DeltifyConfig:
+def student_config(
+    teacher: Teacher,
+    kinds: list[str],
+    *,
+    keep_rope: bool,
+    window: int,
+    sinks: int,
+    gate_bias: bool = False,
+    fold_biases: bool = True,
+) -> DeltifyConfig:
     """Return the student's configuration: the teacher's architecture, with layers of these kinds.
 
     Args:
@@ -71,6 +92,8 @@ def student_config(teacher: Teacher, kinds: list[str], *, keep_rope: bool, windo
         keep_rope: Whether full-attention layers keep the teacher's RoPE. Sliding layers always do.
         window: Number of tokens that sliding layers see.
         sinks: Number of first tokens that sliding layers always see.
+        gate_bias: Whether the output gate of KDA layers has a bias.
+        fold_biases: Whether KDA layers have no biases of q, k and v, even if the teacher has.
 
     Raises:
         ValueError: If a layer that stays full attention has a sliding window in the teacher.
@@ -83,10 +106,14 @@ def student_config(teacher: Teacher, kinds: list[str], *, keep_rope: bool, windo
             "tokens. A layer that stays full attention would ignore the window. Convert these layers to KDA; or, if no "
             "sequence is longer than the window, set sliding_window to null in the teacher's config.json"
         )
+    facts = teacher.family.facts(config)
     rotates = {"linear_attention": False, "full_attention": keep_rope, "sliding_attention": True}
     return ARCHITECTURES[teacher.family.student](
         **{name: getattr(config, name) for name in COPIED_CONFIG_FIELDS},
-        **teacher.family.facts(config),
+        **facts,
+        kda_bias=bool(facts["attention_bias"]) and not fold_biases,
+        gate_bias=gate_bias,
+        o_norm_eps=O_NORM_EPS,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         layer_types=kinds,
         use_rope=[rotates[kind] and rope[i] for i, kind in enumerate(kinds)],
@@ -155,15 +182,6 @@ def origin_of(name: str, config: DeltifyConfig) -> Origin:
     return next(origin for origin in KDA_ORIGINS if origin.pattern == parts[4])
 
 
-def repeat_heads(x: Tensor, heads: int, head_dim: int) -> Tensor:
-    """Repeat the key/value heads of `x` [key/value heads * K, ...] for their query heads: [heads * K, ...].
-
-    Query head h gets key/value head h // (heads / key/value heads).
-    """
-    blocks = x.unflatten(0, (-1, head_dim))
-    return blocks.repeat_interleave(heads // blocks.shape[0], dim=0).flatten(0, 1)
-
-
 def convert(
     teacher: Teacher,
     *,
@@ -173,7 +191,9 @@ def convert(
     sink_tokens: int = 4,
     init: str = "calibrated",
     calibration: Batch | None = None,
-    long_memory_heads: int = 0,
+    retrieval_heads: int = 0,
+    center: str = "none",
+    gate_bias: bool = False,
     seed: int = 0,
     log: Callable[[str], None] = lambda line: None,
 ) -> DeltifyForCausalLM:
@@ -181,7 +201,7 @@ def convert(
 
     Args:
         teacher: Teacher that is converted. It is not changed.
-        full_attention_layers: Layers that stay attention, see `layer_kinds`.
+        full_attention_layers: Layers that stay attention, see `layer_kinds`. "measured:N" needs calibration text.
         keep_rope: Whether full-attention layers keep rotary positions. Without them they have no positions (NoPE).
         sliding_window: Number of tokens that sliding layers see, see `DeltifyConfig`.
         sink_tokens: Number of first tokens that sliding layers always see.
@@ -190,8 +210,13 @@ def convert(
             `calibrate`. "calibrated-constant": the same, with one constant channel in each head's values, see
             `add_constant`.
         calibration: Sequences of text, a few thousand tokens. Calibrated initialisations need them.
-        long_memory_heads: Number of heads of each KDA layer that get a long memory, see `with_long_half_lives`.
-            Calibrated initialisations only.
+        retrieval_heads: Number of heads of the whole model that start with a memory that lasts: those that retrieve
+            most in the teacher. Calibrated initialisations only.
+        center: Heads whose queries and keys are centred, see `center_projections`: "none", "retrieval" (those heads) or
+            "all". Calibrated initialisations only.
+        gate_bias: Whether the output gate has a bias, as in AFM-4.5B-Base-KDA-Only and fla. Without it, other runtimes
+            can run the student, see `export`. Calibrated initialisations then make one channel of the gate constant.
+            They fold the teacher's biases of q, k and v into the weights, too.
         seed: Random seed of the initialisation.
         log: Function that is called with a line for each group of tensors and with the summary of the calibration.
 
@@ -202,13 +227,25 @@ def convert(
         raise ValueError(f"init={init!r}; choose one of {list(INITS)}")
     if init.startswith("calibrated") and calibration is None:
         raise ValueError(f"init={init!r} needs calibration text. Give it, or choose init='library'")
-    heads = teacher.config.num_attention_heads
-    if not 0 <= long_memory_heads <= heads:
+    if center not in CENTER:
+        raise ValueError(f"center={center!r}; choose one of {list(CENTER)}")
+    layers, heads = teacher.config.num_hidden_layers, teacher.config.num_attention_heads
+    if not 0 <= retrieval_heads <= layers * heads:
         raise ValueError(
-            f"long_memory_heads={long_memory_heads}; a layer of this teacher has {heads} heads. Choose 0 to {heads}"
+            f"retrieval_heads={retrieval_heads}; this teacher has {layers * heads} heads. Choose 0 to that number"
         )
-    kinds = layer_kinds(full_attention_layers, teacher.config.num_hidden_layers)
-    config = student_config(teacher, kinds, keep_rope=keep_rope, window=sliding_window, sinks=sink_tokens)
+    is_measured = isinstance(full_attention_layers, str) and re.fullmatch(MEASURED, full_attention_layers)
+    if is_measured and calibration is None:
+        raise ValueError(f"full_attention_layers={full_attention_layers!r} needs calibration text. Give it")
+    statistics = None
+    if is_measured or init.startswith("calibrated"):
+        statistics = measure_attention(teacher, calibration.to(teacher.model.device))
+    kinds = layer_kinds(full_attention_layers, layers, statistics)
+    if is_measured:
+        log(f"attention layers, which retrieve most: {[i for i, kind in enumerate(kinds) if kind == 'full_attention']}")
+    is_calibrated = init.startswith("calibrated")
+    attention = {"keep_rope": keep_rope, "window": sliding_window, "sinks": sink_tokens}
+    config = student_config(teacher, kinds, **attention, gate_bias=gate_bias, fold_biases=is_calibrated)
     device = teacher.model.device
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -223,9 +260,12 @@ def convert(
         log(line)
     if config.qk_norm and mixers:
         log("the teacher's q_norm and k_norm are dropped in KDA layers, which use L2 normalisation instead")
-    if init.startswith("calibrated"):
+    if mixers and config.attention_bias and is_calibrated:
+        log("the teacher's biases of q, k and v are folded into the weights of KDA layers, which have no such biases")
+    if is_calibrated:
         constant = init == "calibrated-constant"
-        calibrate(teacher, student, calibration, log, constant=constant, long_memory_heads=long_memory_heads)
+        start = {"constant": constant, "retrieval_heads": retrieval_heads, "center": center}
+        calibrate(teacher, student, calibration, statistics, log, **start)
     student.generation_config, dropped = supported_settings(teacher.model.generation_config)
     if dropped:
         log(f"the teacher's generation settings {', '.join(dropped)} are dropped: a student does not support them")

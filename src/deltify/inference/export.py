@@ -6,6 +6,7 @@ A model that a layout cannot express is refused. Nothing is dropped silently.
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -13,7 +14,7 @@ from ..model import DeltifyConfig, DeltifyForCausalLM
 from ..model.loading import checkpoint_shapes
 from ..training.checkpoint import save_model
 from .gguf_export import DEFAULT_DTYPE, write_gguf
-from .kimi_linear import read_kimi_linear, write_kimi_linear
+from .kimi_linear import o_norm_eps, read_kimi_linear, write_kimi_linear
 from .loading import model_of_tensors, read_tensors, renamed
 
 LAYOUTS = ("deltify", "kda", "kimi_linear", "gguf")
@@ -88,7 +89,7 @@ def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, fol
         "attention layers": set(c.layer_types or ()) != {"linear_attention"},
         "an MLP without a gate": not c.mlp_gated,
         f"the activation {c.hidden_act}": c.hidden_act not in ("silu", "swish"),
-        "biases of q, k, v, o or the MLP": c.attention_bias or c.attention_out_bias or c.mlp_bias,
+        "biases of q, k, v, o or the MLP": c.kda_bias or c.attention_out_bias or c.mlp_bias,
     }
     if found := [name for name, present in problems.items() if present]:
         raise ValueError(f"Layout kda does not support {', '.join(found)}. Export with --layout deltify.")
@@ -96,13 +97,16 @@ def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, fol
         "model_type": "kda",
         "architectures": ["KDAForCausalLM"],
         "num_heads": c.num_attention_heads,
-        "norm_eps": c.rms_norm_eps,
+        "norm_eps": o_norm_eps(model),
         "hidden_act": "swish",
         "safe_gate": c.gate_lower_bound is not None,
         "lower_bound": c.gate_lower_bound,
         **{name: getattr(c, name) for name in SAME_IN_KDA},
     }
     tensors = {name: x.contiguous() for name, x in renamed(model.state_dict(), RENAMES).items()}
+    for i in range(c.num_hidden_layers):  # fla's output gate always has a bias
+        zeros = torch.zeros(c.num_attention_heads * c.head_dim, dtype=model.dtype)
+        tensors.setdefault(f"model.layers.{i}.attn.g_proj.1.bias", zeros)
     if c.tie_word_embeddings:
         del tensors["lm_head.weight"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +116,10 @@ def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, fol
 
 
 # defaults of flash-linear-attention's KDAConfig for fields that config.json lacks
-FLA_DEFAULTS = {"num_heads": 16, "head_dim": 128, "hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 32000}
+FLA_DEFAULTS = {
+    **{"num_heads": 16, "head_dim": 128, "hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 32000},
+    "norm_eps": 1e-6,
+}
 
 
 def read_kda(folder: Path, config: dict) -> DeltifyForCausalLM:
@@ -133,8 +140,9 @@ def read_kda(folder: Path, config: dict) -> DeltifyForCausalLM:
         config["intermediate_size"] = shapes["model.layers.0.mlp.up_proj.weight"][0]
     ours = DeltifyConfig(
         num_attention_heads=config["num_heads"],
-        rms_norm_eps=config.get("norm_eps", 1e-6),
+        rms_norm_eps=config["norm_eps"],
         hidden_act="silu",
+        gate_bias=True,
         gate_lower_bound=config.get("lower_bound") if config.get("safe_gate") else None,
         **{name: config[name] for name in SAME_IN_KDA if name in config},
     )

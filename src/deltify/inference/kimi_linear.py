@@ -32,7 +32,7 @@ RENAMES = [
 TRANSFORMERS_RENAMES = [(f".mlp.{name}_proj.", f".block_sparse_moe.{name}_proj.") for name in ("gate", "up", "down")]
 SAME_IN_CONFIG = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim", "max_position_embeddings"),
-    *("rms_norm_eps", "initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 SHARD_BYTES = 5_000_000_000
 IDENTITY_LAYER = ("auto", "never")
@@ -82,8 +82,9 @@ def write_kimi_linear(
     parts = [f"{kinds.count('linear_attention')} KDA layers"]
     if kept := kinds.count("full_attention"):
         parts.append(f"{kept} attention layers as MLA")
-    if kinds[:1] == ["full_attention"]:
-        parts.append(f"keys and values of layer 0 scaled by {layer_0_scale(model):.4f}, the effect of a norm's eps")
+    parts += deviations(model)
+    if not math.isclose(o_norm_eps(model), 1e-5, rel_tol=1e-3):
+        parts.append("not for vLLM and SGLang, whose o_norm has eps 1e-05")
     if added:
         parts.append("an identity layer, since transformers, MLX-LM and llama.cpp need an attention layer")
     return f"{folder}: {', '.join(parts)}"
@@ -150,7 +151,6 @@ def native_config(model: DeltifyForCausalLM, identity_layer: bool) -> dict:
     c = model.config
     kinds = list(c.layer_types or []) + ["full_attention"] * identity_layer
     kda = [i for i, kind in enumerate(kinds, 1) if kind == "linear_attention"]  # layers are counted from 1
-    eps = {layer.self_attn.o_norm.eps for layer in model.model.layers if layer.linear}
     return {
         "architectures": ["KimiLinearForCausalLM"],
         "model_type": "kimi_linear",
@@ -160,7 +160,7 @@ def native_config(model: DeltifyForCausalLM, identity_layer: bool) -> dict:
         "num_key_value_heads": c.num_attention_heads,
         "model_max_length": c.max_position_embeddings,
         "hidden_act": "silu",
-        "o_norm_eps": eps.pop() if eps else c.rms_norm_eps,  # for our reader. Other runtimes take one of their own.
+        "rms_norm_eps": o_norm_eps(model),
         "rope_theta": 10000.0,  # without effect, but MLX-LM needs it
         "tie_word_embeddings": False,
         **latent_sizes(c)._asdict(),
@@ -178,6 +178,26 @@ def native_config(model: DeltifyForCausalLM, identity_layer: bool) -> dict:
         "layer_types": kinds,
         "mlp_layer_types": ["dense"] * len(kinds),
     }
+
+
+def deviations(model: DeltifyForCausalLM) -> list[str]:
+    """Return what an exported model computes differently."""
+    eps, own = o_norm_eps(model), model.config.rms_norm_eps
+    found = []
+    if not math.isclose(eps, own, rel_tol=1e-3):
+        found.append(f"rms_norm_eps {eps:g} instead of {own:g}, as in o_norm")
+    if (model.config.layer_types or [])[:1] == ["full_attention"]:
+        found.append(f"keys and values of layer 0 scaled by {layer_0_scale(model):.4f}, the effect of a norm's eps")
+    return found
+
+
+def o_norm_eps(model: DeltifyForCausalLM) -> float:
+    """Return the eps of o_norm, which other libraries use in all norms.
+
+    Calibrated KDA layers have outputs with a mean square far below it, which makes o_norm a division by its root. The
+    inputs of the other norms have a far larger mean square.
+    """
+    return next(layer.self_attn.o_norm.eps for layer in model.model.layers if layer.linear)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -217,7 +237,7 @@ def read_kimi_linear(folder: Path) -> DeltifyForCausalLM:
         "conv_size": linear["short_conv_kernel_size"],
         "max_position_embeddings": config.get("max_position_embeddings", config.get("model_max_length")),
         "tie_word_embeddings": head is None or torch.equal(head, embedding),
-        "o_norm_eps": config.get("o_norm_eps", config["rms_norm_eps"]),
+        "rms_norm_eps": config["rms_norm_eps"],
     }
     ours = DeltifyConfig(**(same | facts))
     if "full_attention" in kinds:
@@ -225,9 +245,6 @@ def read_kimi_linear(folder: Path) -> DeltifyForCausalLM:
         restore_attention_(tensors, ours, sizes, folder)
     tensors = {name: x.flatten() if name.endswith(".A_log") else x for name, x in tensors.items()}
     tensors = renamed(tensors, [(new, old) for old, new in RENAMES + TRANSFORMERS_RENAMES])
-    with torch.device("meta"):
-        biases = [(name, x) for name, x in DeltifyForCausalLM(ours).state_dict().items() if name.endswith(".bias")]
-    tensors |= {name: torch.zeros(x.shape, dtype=embedding.dtype) for name, x in biases}
     model = model_of_tensors(ours, tensors, str(folder))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -250,6 +267,9 @@ def linear_config(config: dict) -> dict:
 
 # tensors of an attention layer that differ between grouped-query attention and MLA
 GROUPED = ("input_layernorm.weight", *(f"self_attn.{name}_proj.weight" for name in "qkvo"))
+
+
+LATENT_SCALE = 32.0  # MLA's norm removes it, and its eps, which differs between runtimes, has no effect
 
 
 class LatentSizes(NamedTuple):
@@ -292,7 +312,7 @@ def to_latent(layer: dict[str, Tensor], head_dim: int, sizes: LatentSizes) -> di
     tensors = {
         "input_layernorm.weight": torch.ones_like(w_D),
         "self_attn.q_proj.weight": q.view(-1, D),
-        "self_attn.kv_a_proj_with_mqa.weight": torch.eye(R + rope, D, device=q.device),
+        "self_attn.kv_a_proj_with_mqa.weight": LATENT_SCALE * torch.eye(R + rope, D, device=q.device),
         "self_attn.kv_a_layernorm.weight": norm,
         "self_attn.kv_b_proj.weight": kv.view(-1, R),
         "self_attn.o_proj.weight": o.view(D, -1),

@@ -17,8 +17,10 @@ class DeltifyConfig(PreTrainedConfig):
         num_attention_heads: Number of heads of KDA layers, and of query heads of attention layers.
         num_key_value_heads: Number of key/value heads of attention layers. KDA layers have one per head.
         mlp_gated: Whether the MLP is down(act(gate(x)) * up(x)) instead of down(act(up(x))).
-        attention_bias: Whether q, k and v projections have biases, in all layers.
+        attention_bias: Whether q, k and v projections of attention layers have biases.
         attention_out_bias: Whether output projections have biases, in all layers.
+        kda_bias: Whether q, k and v projections of KDA layers have biases. Other runtimes support none.
+        gate_bias: Whether the output gate of KDA layers has a bias. Other runtimes support none.
         qk_norm: Whether attention layers normalise q and k of each head by RMSNorm. KDA layers use L2 norms instead.
         layer_types: Kind of each layer: "linear_attention" (KDA), "full_attention" or "sliding_attention" (the last
             tokens and a document's first ones, its sinks). Defaults to KDA in all layers.
@@ -27,6 +29,7 @@ class DeltifyConfig(PreTrainedConfig):
         sink_tokens: Number of tokens at a document's start that sliding layers always see.
         conv_size: Number of taps of the short convolutions.
         gate_lower_bound: Lower bound of the log-decay, in [-5, 0), for the bounded gate. None for the softplus gate.
+        o_norm_eps: Epsilon of the norm of the heads' outputs in KDA layers. Defaults to `rms_norm_eps`.
     """
 
     model_type = "deltify"
@@ -44,6 +47,8 @@ class DeltifyConfig(PreTrainedConfig):
     mlp_bias: bool = False
     attention_bias: bool = False
     attention_out_bias: bool = False
+    kda_bias: bool = False
+    gate_bias: bool = False
     attention_dropout: float = 0.0
     qk_norm: bool = False
     layer_types: list[str] | None = None
@@ -55,6 +60,7 @@ class DeltifyConfig(PreTrainedConfig):
     conv_size: int = 4
     gate_lower_bound: float | None = None
     rms_norm_eps: float = 1e-5
+    o_norm_eps: float | None = None
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -67,6 +73,8 @@ class DeltifyConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.o_norm_eps is None:
+            self.o_norm_eps = self.rms_norm_eps
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
         if self.use_rope is None:
@@ -92,7 +100,7 @@ class DeltifyConfig(PreTrainedConfig):
 
 
 class ArceeKDAConfig(DeltifyConfig):
-    """Configuration of a student of an Arcee model, as AFM-4.5B-Base-KDA-Only: ungated MLP with relu^2."""
+    """Configuration of a student of an Arcee model, such as AFM-4.5B: its MLP is ungated and has relu^2."""
 
     model_type = "arcee_kda"
 
@@ -105,6 +113,7 @@ class ArceeKDAConfig(DeltifyConfig):
     head_dim: int | None = 128
     hidden_act: str = "relu2"
     mlp_gated: bool = False
+    gate_bias: bool = True
     max_position_embeddings: int = 65536
     bos_token_id: int | None = 128000
     eos_token_id: int | list[int] | None = 128001

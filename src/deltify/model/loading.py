@@ -109,6 +109,14 @@ def layer_types_of(shapes: dict[str, tuple[int, ...]], layers: int, listed: Sequ
     return ["linear_attention" if is_linear else kind for is_linear, kind in zip(linear, attention)]
 
 
+def kda_biases(shapes: dict[str, tuple[int, ...]]) -> tuple[bool, bool]:
+    """Return whether any KDA layer has biases of q, k and v, and whether any has a bias of the output gate."""
+    mixers = {name.removesuffix("A_log") for name in shapes if name.endswith(".A_log")}
+    return any(f"{mixer}q_proj.bias" in shapes for mixer in mixers), any(
+        f"{mixer}g_proj.1.bias" in shapes for mixer in mixers
+    )
+
+
 def check_shapes(
     stored: dict[str, tuple[int, ...]],
     expected: dict[str, tuple[int, ...]],

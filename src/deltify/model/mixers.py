@@ -200,16 +200,16 @@ class DeltifyKDA(nn.Module):
         width, heads, head = config.hidden_size, config.num_attention_heads, config.head_dim
         self.layer_idx, self.head_dim, self.lower_bound = layer_idx, head, config.gate_lower_bound
         inner = heads * head
-        self.q_proj = nn.Linear(width, inner, bias=config.attention_bias)
-        self.k_proj = nn.Linear(width, inner, bias=config.attention_bias)
-        self.v_proj = nn.Linear(width, inner, bias=config.attention_bias)
+        self.q_proj = nn.Linear(width, inner, bias=config.kda_bias)
+        self.k_proj = nn.Linear(width, inner, bias=config.kda_bias)
+        self.v_proj = nn.Linear(width, inner, bias=config.kda_bias)
         self.q_conv1d, self.k_conv1d, self.v_conv1d = (DeltifyTaps(inner, config.conv_size) for _ in range(3))
         self.f_proj = nn.Sequential(nn.Linear(width, head, bias=False), nn.Linear(head, inner, bias=False))
         self.b_proj = nn.Linear(width, heads, bias=False)
-        self.g_proj = nn.Sequential(nn.Linear(width, head, bias=False), nn.Linear(head, inner, bias=True))
+        self.g_proj = nn.Sequential(nn.Linear(width, head, bias=False), nn.Linear(head, inner, bias=config.gate_bias))
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(inner, dtype=torch.float32))
-        self.o_norm = DeltifyGatedRMSNorm(head, config.rms_norm_eps)
+        self.o_norm = DeltifyGatedRMSNorm(head, config.o_norm_eps)
         self.o_proj = nn.Linear(inner, width, bias=config.attention_out_bias)
 
     @property

@@ -22,7 +22,7 @@ from .capture import captured_logits
 from .configuration import ArceeKDAConfig, DeltifyConfig
 from .documents import BOUNDS, check_positions, positions_of
 from .generation import DeltifyGenerationMixin
-from .loading import HUB_OPTIONS, check_shapes, checkpoint_shapes, layer_types_of, renamings, with_prefix
+from .loading import HUB_OPTIONS, check_shapes, checkpoint_shapes, kda_biases, layer_types_of, renamings, with_prefix
 from .mixers import (
     DeltifyAttention,
     DeltifyKDA,
@@ -109,7 +109,8 @@ class DeltifyPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         """Load as transformers does, but refuse missing and unexpected tensors and other shapes.
 
-        The names of the tensors decide which layers are KDA, so the configuration need not list them.
+        The names of the tensors decide which layers are KDA and whether these have biases. The configuration need not
+        name them.
         """
         source = pretrained_model_name_or_path
         shapes = None if source is None else checkpoint_shapes(str(source), kwargs)
@@ -125,6 +126,7 @@ class DeltifyPreTrainedModel(PreTrainedModel):
         if "lm_head.weight" in shapes:  # the head is not tied, whatever the configuration says
             config.tie_word_embeddings = False
         config.layer_types = layer_types_of(shapes, config.num_hidden_layers, config.layer_types or ())
+        config.kda_bias, config.gate_bias = kda_biases(shapes)
         with torch.device("meta"):
             model = cls(config)
         expected = with_prefix({name: tuple(x.shape) for name, x in model.state_dict().items()})

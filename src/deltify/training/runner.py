@@ -288,7 +288,9 @@ def create_student(recipe: Recipe, teacher: Teacher, train: list[TokenFile]) -> 
         sink_tokens=spec.sink_tokens,
         init=spec.init,
         calibration=mix.batch(0),
-        long_memory_heads=spec.long_memory_heads,
+        retrieval_heads=spec.retrieval_heads,
+        center=spec.center,
+        gate_bias=spec.gate_bias,
         seed=recipe.seed,
         log=log,
     )
@@ -302,6 +304,8 @@ def load_starting_student(folder: str, layers: str | list[int], teacher: Teacher
     """
     student = load_student(Path(folder), next(teacher.model.parameters()).device)
     kinds = layer_kinds(layers, student.config.num_hidden_layers)
+    if str(layers).startswith("measured:"):
+        kinds = list(student.config.layer_types)  # the student's own choice
     if not isinstance(student, DeltifyForCausalLM) or list(student.config.layer_types) != kinds:
         raise ValueError(
             f"student.init={folder} has the layers {student.config.layer_types}, but full_attention_layers={layers!r} "

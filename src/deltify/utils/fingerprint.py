@@ -17,7 +17,7 @@ PIECE = 2**25  # elements that one thread hashes at a time
 # fields of a configuration that affect what a model computes from its weights
 FIELDS = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
-    *("hidden_act", "mlp_gated", "qk_norm", "rms_norm_eps", "conv_size", "gate_lower_bound"),
+    *("hidden_act", "mlp_gated", "qk_norm", "rms_norm_eps", "o_norm_eps", "conv_size", "gate_lower_bound"),
     *("rope_parameters", "use_rope", "no_rope_layers", "sliding_window", "sink_tokens", "layer_types"),
 )
 
