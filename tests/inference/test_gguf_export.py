@@ -140,6 +140,22 @@ def test_smaller_types_change_little(tmp_path, kinds, dtype, most_kl):
         assert (want[n - 1].exp() * (want[n - 1] - got)).sum() < most_kl
 
 
+def test_the_one_eps_of_llama_cpp_is_that_of_o_norm(tmp_path):
+    tokenizer = small_tokenizer()
+    model = random_student(len(tokenizer), "KK", rms_norm_eps=1e-6, o_norm_eps=1e-5)
+    with torch.no_grad():
+        for layer in model.model.layers:  # outputs so small that eps counts
+            layer.self_attn.v_proj.weight.mul_(1e-2)
+    line = write_gguf(model, tokenizer, tmp_path / "model.gguf", "f32")
+    assert "rms_norm_eps 1e-05 instead of 1e-06, as in o_norm" in line
+    ids = torch.randint(0, len(tokenizer), (70,)).tolist()
+    got, want = Llama(tmp_path / "model.gguf").log_probabilities(ids, len(tokenizer)), our_log_probabilities(model, ids)
+    assert torch.allclose(got, want[-1], atol=5e-3)
+    for layer in model.model.layers:
+        layer.self_attn.o_norm.eps = 1e-6
+    assert (got - our_log_probabilities(model, ids)[-1]).abs().max() > 0.1
+
+
 @pytest.mark.parametrize(
     "facts, message",
     [
