@@ -115,7 +115,7 @@ def test_documents_have_the_length_and_facts_of_other_kinds(tokenizer, probes):
     kinds = [template for _, *ways in HELDOUT_FACTS.values() for template in ways[0]]
     text = tokenizer.decode(probes[-1].ids)
     assert any(all(part in text for part in kind.replace("{who}", "{what}").split("{what}")) for kind in kinds)
-    assert text_probes(["Too short."], {1500: 2}, tokenizer) == []
+    assert text_probes(["Too short.", ""], {1500: 2}, tokenizer) == text_probes([], {1500: 2}, tokenizer) == []
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
