@@ -60,7 +60,7 @@ def export(
         return write(model, tokenizer, layout, output, identity_layer, dtype)
     model, cost = fold_with_cost(model, tokenizer, fold_gate_bias)
     line = write(model, tokenizer, layout, output, identity_layer, dtype)
-    return f"{line}, biases of KDA layers folded: KL {cost:.4f} nats per token from the model with biases"
+    return f"{line}, biases of KDA layers folded: KL {cost:.2g} nats per token from the model with biases"
 
 
 def write(
