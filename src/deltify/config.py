@@ -41,8 +41,8 @@ class StudentSpec:
 
     Args:
         full_attention_layers: Layers that stay attention: none, all, a ratio like "3:1", a list of indices,
-            "measured:N" for the N layers that retrieve most, or a pattern that repeats over the layers: K for KDA, F
-            for full attention, S for a sliding window with sinks.
+            "measured:N" for the N layers that attend most to an earlier occurrence of the current tokens, or a pattern
+            that repeats over the layers: K for KDA, F for full attention, S for a sliding window with sinks.
         keep_rope: Whether full attention layers keep their rotary positions (RoPE). Otherwise they have none (NoPE).
         sliding_window: Number of tokens that sliding layers see, the current one included.
         sink_tokens: Number of first tokens of a document that sliding layers always see.
@@ -50,9 +50,10 @@ class StudentSpec:
             of a student or run whose weights the new run starts with.
         calibration_tokens: Number of training tokens that the calibrated initialisation is fitted to.
         calibration_sequence_length: Tokens per sequence of the calibration text.
-        retrieval_heads: Heads of the whole model that the calibrated initialisation gives a memory that lasts: those
-            that retrieve most in the teacher.
-        center: Heads whose queries and keys the calibrated initialisation centres: none, retrieval (those heads), all.
+        retrieval_heads: Number of heads that the calibrated initialisation gives a long memory: the heads of all layers
+            that attend most to an earlier occurrence of the current tokens in the teacher.
+        center: Heads whose queries and keys lose their means in the calibrated initialisation: none, retrieval (those
+            of retrieval_heads) or all.
         gate_bias: Whether the output gate has a bias. Without it, the student runs in other runtimes.
     """
 
