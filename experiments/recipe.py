@@ -47,6 +47,12 @@ LONG: dict[str, object] = {
     "match.sequence_length": 8192,
     "match.batch_size": 1,
 }  # as many tokens a step as 4 rows of 2,048
+ALIGN_2048: dict[str, object] = {
+    "align.sequence_length": 2048,
+    "align.batch_size": 8,
+    "student.calibration_sequence_length": 2048,
+}
+RETRIEVAL: dict[str, object] = {"student.retrieval_heads": 20, "student.center": "retrieval"}
 VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "base": (OURS, WITH_ALIGN, {}),
     "default": (OURS, WITH_ALIGN, {}),
@@ -93,6 +99,10 @@ VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "default-recall-quarter": (OURS, WITH_ALIGN, {}),
     "default-recall-quarter-gate-bias": (OURS, WITH_ALIGN, {"student.gate_bias": True}),
     "default-muon-double-recall-quarter": (OURS, WITH_ALIGN, MUON | DOUBLE),
+    "default-sparse-quarter": (OURS, WITH_ALIGN, ALIGN_2048),
+    "default-sparse-quarter-center": (OURS, WITH_ALIGN, ALIGN_2048 | {"student.center": "all"}),
+    "default-sparse-quarter-retrieval": (OURS, WITH_ALIGN, ALIGN_2048 | RETRIEVAL),
+    "default-sparse-quarter-center-retrieval": (OURS, WITH_ALIGN, ALIGN_2048 | RETRIEVAL | {"student.center": "all"}),
     "default-recall-quarter-batch-4": (OURS, WITH_ALIGN, {"match.batch_size": 4}),
     "default-recall-quarter-batch-4-calibration-2048": (
         OURS,
@@ -107,8 +117,8 @@ VARIANTS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "arcee-recall-quarter-batch-4": (ARCEE, WITH_EXTEND, {"match.batch_size": 4, "extend.batch_size": 4}),
 }
 
-# fraction of synthetic recall text, by a part of the variant's name
-RECALL = {"recall-quarter": 0.25, "recall-half": 0.5}
+# kind and fraction of synthetic recall text, by a part of the variant's name
+RECALL = {"recall-quarter": ("recall", 0.25), "recall-half": ("recall", 0.5), "sparse-quarter": ("sparse-recall", 0.25)}
 
 
 def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
@@ -122,9 +132,9 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
         for stage in STAGES
     }
     weights = dict(zip(options.train, options.weights or [1.0] * len(options.train)))
-    for part, share in RECALL.items():
+    for part, (source, share) in RECALL.items():
         if part in name:
-            weights = with_recall(weights, share)
+            weights = with_recall(weights, source, share)
     data = dataclasses.replace(
         recipe.data, train=weights, heldout=options.heldout, folder=options.data, max_tokens=None
     )
@@ -134,11 +144,11 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     return dataclasses.replace(recipe, name=folder, output=options.out, seed=options.seed, data=data, run=run, **stages)
 
 
-def with_recall(weights: dict[str, float], share: float) -> dict[str, float]:
+def with_recall(weights: dict[str, float], source: str, share: float) -> dict[str, float]:
     """Return the weights of texts, scaled to 1 - `share`, and `share` for recall text within the first text."""
     total = sum(weights.values())
     scaled = {text: weight * (1 - share) / total for text, weight in weights.items()}
-    return scaled | {f"recall:{next(iter(weights))}": share}
+    return scaled | {f"{source}:{next(iter(weights))}": share}
 
 
 def windows(recipe: Recipe, tokenizer) -> list[torch.Tensor]:

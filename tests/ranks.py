@@ -45,7 +45,7 @@ def steps(name: str, how: str, out: Path) -> None:
     mix = MixedBatches([TokenFile(tokens, bounds, "")], [1.0], stage.sequence_length, stage.batch_size, 0)
     metrics = SimpleNamespace(truncate=lambda *_: None, write=lambda **_: None)
     stopper, cpu = SimpleNamespace(signal=0), torch.device("cpu")
-    context = RunContext(recipe, cpu, "fp32", [], {name: mix}, [], metrics, stopper)
+    context = RunContext(recipe, cpu, "fp32", [], {name: mix}, [], [], metrics, stopper)
     with distributed.process_group(cpu):
         sharded = how == "shard"
         live = LiveTeacher(teacher)

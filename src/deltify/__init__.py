@@ -10,7 +10,7 @@ from .conversion.student import convert
 from .conversion.teacher import Teacher, load_teacher
 from .evaluation.report import report
 from .evaluation.runner import evaluate
-from .evaluation.settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec
+from .evaluation.settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec, RecallSpec
 from .inference.states import State
 from .model import ArceeKDAConfig, ArceeKDAForCausalLM, DeltifyConfig, DeltifyForCausalLM
 from .ops import kda, kda_step
@@ -32,6 +32,7 @@ __all__ = [
     "EvaluationSpec",
     "NeedleSpec",
     "PositionSpec",
+    "RecallSpec",
     "Recipe",
     "RunSpec",
     "Stage",

@@ -164,7 +164,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="measure a run's stages, or any models, beside their teacher",
-        description="Score models on held-out text. Options add benchmarks, needles, curves by position and decoding.",
+        description="Score models on held-out text. Options add benchmarks, needles, recall, curves and decoding.",
     )
     evaluate.add_argument("sources", nargs="+", metavar="MODEL", help="folder of a run or model, or hub id")
     evaluate.add_argument("-o", "--output", type=Path, help="folder for the results (default: the run's own)")
@@ -181,7 +181,19 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "--needle-samples", type=int, default=16, help="samples per needle task and length (default: 16)"
     )
     evaluate.add_argument(
-        "--haystack", default="python-docs", help="source of the text that hides the needles (default: python-docs)"
+        "--haystack", default="python-docs", help="source of the text around needles and facts (default: python-docs)"
+    )
+    evaluate.add_argument(
+        "--recall", action="store_true", help="measure the recall curve: log-probability of repeated tokens by distance"
+    )
+    evaluate.add_argument(
+        "--recall-tokens",
+        type=int,
+        default=16384,
+        help="tokens of the longest documents of the recall curve, up to 65536 (default: 16384)",
+    )
+    evaluate.add_argument(
+        "--recall-samples", type=int, default=8, help="documents per kind and length of the recall curve (default: 8)"
     )
     evaluate.add_argument("--books", help="source of long documents for perplexity and KL by position")
     evaluate.add_argument(
@@ -206,7 +218,7 @@ def run_evaluate(options: argparse.Namespace, _: list[str]) -> None:
     from .evaluation.benchmarks import TASKS
     from .evaluation.needles import TASKS as NEEDLES
     from .evaluation.runner import evaluate
-    from .evaluation.settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec
+    from .evaluation.settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec, RecallSpec
 
     o = options
     tasks = TASKS if o.tasks == ("default",) else o.tasks
@@ -216,6 +228,7 @@ def run_evaluate(options: argparse.Namespace, _: list[str]) -> None:
         heldout=o.heldout,
         benchmarks=BenchmarkSpec(tasks, o.limit, o.data) if tasks else None,
         needles=NeedleSpec(needles, o.lengths, o.needle_samples, o.haystack) if needles else None,
+        recall=RecallSpec(o.recall_tokens, o.recall_samples, o.haystack) if o.recall else None,
         positions=PositionSpec(o.books, o.book_tokens, o.book_count) if o.books else None,
         decode=DecodeSpec(o.contexts) if o.contexts else None,
         controls=not o.no_controls,

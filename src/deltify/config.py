@@ -73,8 +73,8 @@ class DataSpec:
     """Training and validation text.
 
     Args:
-        train: Sources and their weights. A source is a file, a folder, python-docs, recall or recall:SOURCE
-            (synthetic text that trains memory), or `hf:NAME[:CONFIG][:SPLIT]`.
+        train: Sources and their weights. A source is a file, a folder, python-docs, recall, recall:SOURCE or
+            sparse-recall:SOURCE (synthetic text that trains memory), or `hf:NAME[:CONFIG][:SPLIT]`.
         heldout: Source of validation text. Defaults to one document in twenty of the training sources.
         folder: Folder for tokenized text, which is written at the first use.
         max_tokens: Largest number of training tokens of each source. Defaults to all.
@@ -293,8 +293,8 @@ def reject_unknown(content: dict, where: str, cls: type = Recipe, prefix: str = 
             near = difflib.get_close_matches(str(key), names, n=1)
             hint = f"did you mean {names[near[0]]}?" if near else f"known are: {', '.join(known)}"
             raise ValueError(f"{where}: unknown field {prefix}{key}; {hint}")
-        if isinstance(value, dict) and is_dataclass(known[key]):
-            reject_unknown(value, where, known[key], f"{prefix}{key}.")
+        if isinstance(value, dict) and isinstance(kind := known[key], type) and is_dataclass(kind):
+            reject_unknown(value, where, kind, f"{prefix}{key}.")
 
 
 CENTER = ("none", "retrieval", "all")
@@ -382,8 +382,12 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 def smoke(recipe: Recipe) -> Recipe:
     """Return the recipe with two tiny steps a stage and a random teacher of the same architecture."""
-    tiny = {"tokens": 2 * 2 * 32, "sequence_length": 32, "batch_size": 2, "micro_batch_size": 0}
-    stages = {name: replace(recipe.stage(name), **tiny) for name in STAGES if recipe.stage(name).tokens}
+
+    def tiny(stage: Stage) -> Stage:
+        if not stage.tokens:
+            return stage
+        return replace(stage, tokens=2 * 2 * 32, sequence_length=32, batch_size=2, micro_batch_size=0)
+
     return replace(
         recipe,
         name=f"{recipe.name}-smoke",
@@ -393,5 +397,7 @@ def smoke(recipe: Recipe) -> Recipe:
         run=replace(
             recipe.run, device="cpu", precision="fp32", heldout_tokens=64, heldout_sequence_length=32, eval_every=1
         ),
-        **stages,
+        align=tiny(recipe.align),
+        match=tiny(recipe.match),
+        extend=tiny(recipe.extend),
     )

@@ -109,7 +109,7 @@ def test_bitsandbytes_weights_are_dequantized(bits, tmp_path):
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=how, device_map="cpu")
     small.save_pretrained(tmp_path / "small")
     plain.tokenizer.save_pretrained(tmp_path / "small")
-    teacher = load_teacher(str(tmp_path / "small"))
+    teacher = load_teacher(tmp_path / "small")
     far = {8: 0.02, 4: 0.2}[bits]
     for name, want in plain.model.state_dict().items():
         got = teacher.model.state_dict()[name]

@@ -11,10 +11,12 @@ from helpers import tiny_recipe
 from deltify import distill, evaluate, report
 from deltify.cli import main
 from deltify.config import Stage
+from deltify.conversion.teacher import random_teacher
 from deltify.evaluation.benchmarks import main_metric, run_benchmarks
 from deltify.evaluation.plots import draw_training
 from deltify.evaluation.report import verdict
-from deltify.evaluation.settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec
+from deltify.evaluation.settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec, RecallSpec
+from deltify.training.checkpoint import save_model
 from deltify.training.metrics import read_stages
 from deltify.utils.files import atomic_write, read_jsonl, write_text
 
@@ -43,10 +45,12 @@ def data(tmp_path_factory):
     return folder
 
 
-def test_a_run_is_measured_by_everything_and_reported(run, data, tmp_path, capsys):
+def test_a_run_is_measured_by_everything_and_reported(run, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["deltify.evaluation.recall_curve"], "SHORTEST", 1024)  # a byte is a token
     spec = EvaluationSpec(
         benchmarks=BenchmarkSpec(("arc_easy",), limit=4, data=data),
         needles=NeedleSpec(("niah_single_1",), lengths=(512,), samples=1),
+        recall=RecallSpec(max_tokens=1024, samples=1),
         positions=PositionSpec("python-docs", max_tokens=150, documents=1),
         decode=DecodeSpec((64,)),
     )
@@ -55,7 +59,7 @@ def test_a_run_is_measured_by_everything_and_reported(run, data, tmp_path, capsy
     assert stages == ["teacher", "unigram model", "bigram model", "converted", "align", "match"]
     assert results["scores"][0]["kl"] == 0 and results["scores"][-1]["tokens"] == 512 + 256
     models = ["teacher", "teacher, window 64", "teacher, window 38 (the states' bytes)", "match, state zeroed every 64"]
-    for part in ("benchmarks", "needles", "positions"):
+    for part in ("benchmarks", "needles", "recall", "positions"):
         assert list(dict.fromkeys(row["model"] for row in results[part])) == [*models, "match"], part
     accuracy = {row["model"]: row for row in results["benchmarks"] if row["metric"] == "acc"}
     assert accuracy["match"]["main"] and accuracy["match"]["items"] == 4 and accuracy["match"]["chance"] == 0.25
@@ -66,10 +70,29 @@ def test_a_run_is_measured_by_everything_and_reported(run, data, tmp_path, capsy
     html, text, card = (path.read_text() for path in pages)
     assert [path.name for path in pages] == ["report.html", "report.md", "README.md"]
     assert "http" not in html.split("</style>")[1].split("How to reproduce")[0]  # nothing to fetch
-    assert html.count("data:image/png;base64,") == 5 and "arc_easy, acc (4)" in html
+    assert html.count("data:image/png;base64,") == 6 and "arc_easy, acc (4)" in html
     assert "| random chance | 25.0 |" in text and "(needles.png)" in text
     assert "model-index" in card and "linear_attention" not in card and (run / "match" / "README.md").is_file()
     assert "Needles found" in capsys.readouterr().out
+
+
+def test_every_source_can_be_a_path(run, tmp_path):
+    teacher = random_teacher("llama")
+    save_model(tmp_path / "teacher", teacher.model, teacher.tokenizer)
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on a mat. " * 1000)
+    spec = EvaluationSpec(
+        teacher=tmp_path / "teacher",
+        heldout=text,
+        needles=NeedleSpec(("niah_single_1",), lengths=(512,), samples=1, haystack=text),
+        positions=PositionSpec(text, max_tokens=100, documents=1),
+        controls=False,
+        stages=False,
+        samples=False,
+    )
+    results = json.loads(evaluate(run, spec, output=tmp_path / "results").read_text())
+    assert {row["model"] for row in results["positions"]} == {"teacher", run.name}
+    assert len(results["scores"]) == 4 and len(results["needles"]) == 2
 
 
 def test_several_models_need_a_place_and_one_teacher(run, tmp_path):
@@ -142,6 +165,7 @@ def test_a_model_that_fails_half_way_keeps_what_was_measured(run, data, monkeypa
         (["{run}", "--needles", "niah_singel_1"], "niah_single_1"),
         (["{run}", "--books", "absent.txt"], "no text at 'absent.txt'"),
         (["{run}", "--dtype", "int3"], "--dtype"),
+        (["{run}", "--recall", "--recall-tokens", "100"], "choose 512 to 65,536"),
     ],
 )
 def test_bad_measures_are_named(run, arguments, message, capsys):

@@ -154,6 +154,8 @@ def hidden(model: nn.Module, ids: torch.Tensor, **kw) -> torch.Tensor:
 
 def test_controls_are_models_beside_the_student(teacher, student):
     models = make_controls(teacher, student, window=16, chunk=32)
+    with pytest.raises(ValueError, match="--no-controls"):
+        make_controls(teacher, teacher.model)
     window = equal_window(teacher, student)
     names = ["teacher, window 16", f"teacher, window {window} (the states' bytes)", "student, state zeroed every 32"]
     assert list(models) == names

@@ -52,6 +52,17 @@ def test_the_template_alone_writes_special_tokens(template_begins, end):
         assert ids.count(start) == template_begins == (ids[0] == start) and ids.count(stop) == messages
 
 
+def test_a_teacher_can_be_talked_to_as_well():
+    teacher = random_teacher("llama")
+    teacher.tokenizer.chat_template = TEMPLATE
+    conversation, greedy = Conversation(teacher.model, teacher.tokenizer), {"do_sample": False, "max_new_tokens": 5}
+    for message in ("Hello", "And then?"):
+        conversation.say(message, **greedy)
+    prompt = conversation.ids[:, :-5]
+    whole = teacher.model.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)
+    assert torch.equal(conversation.ids, whole)
+
+
 def test_in_the_terminal(tmp_path, monkeypatch, capsys):
     teacher = random_teacher("llama")
     teacher.tokenizer.chat_template = TEMPLATE

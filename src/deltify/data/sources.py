@@ -19,24 +19,34 @@ from itertools import count
 from pathlib import Path
 from typing import IO
 
-from .recall import COUNT, RECALL, recall_documents, scattered_documents, scattered_outlines
+from .recall import COUNT, RECALL, SENTENCE_END, recall_documents, scattered_documents, scattered_outlines
+from .sparse_recall import LENGTHS, SPARSE_RECALL, sparse_documents
 
 PYTHON_DOCS = "python-docs"
 BUILT_IN = (PYTHON_DOCS, RECALL)
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+CHARACTERS_PER_TOKEN = 4  # approximate, for text that no tokenizer takes part in
 PIECE = 2**19  # approximate size in characters or bytes; a tokenizer takes a tenth of a second for it
 REPAIRED = "halves of surrogate pairs are not characters and are read as U+FFFD"
 BYTE_ORDER_MARK = "\ufeff"
+SizesOf = Callable[[list[str]], list[int]]
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a source. `make(*args)` yields pairs of a place and the text found there."""
+    """A part of a source. `texts` yields pairs of a place and the text found there."""
 
     make: Callable[..., Iterable[tuple[str, str]]]  # a module's function, so that another process can import it
     args: tuple
     done: float | None = None  # fraction of the source read up to the end of this piece, if the total is known
+    # If given, `make` also gets a function that counts tokens. Each document is cut at its beginning to the greatest of
+    # these numbers of tokens that it has. Shorter documents are left out.
+    lengths: tuple[int, ...] = ()
+
+    def texts(self, sizes_of: SizesOf) -> Iterable[tuple[str, str]]:
+        """Return pairs of place and text. `sizes_of` counts the tokens of each of some texts."""
+        return self.make(*self.args, sizes_of) if self.lengths else self.make(*self.args)
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,8 @@ def documents(source: str) -> Iterator[str]:
             `python-docs`: the manual topics and standard library docstrings of this Python, 1.7 MB.
             `recall`: synthetic documents that ask for facts stated earlier, see recall.py.
             `recall:SOURCE`: such facts scattered over the training documents of another source.
+            `sparse-recall:SOURCE`: documents that fill a training sequence with the sentences of another source and
+            ask for few facts, see sparse_recall.py. Without a tokenizer, lengths are approximate.
             `hf:NAME[:CONFIG][:SPLIT]`: a dataset of the Hugging Face hub, streamed.
 
     A byte-order mark at the beginning of a text is dropped. Halves of surrogate pairs, which a cut emoji leaves in
@@ -71,7 +83,10 @@ def documents_so_far(source: str) -> Iterator[tuple[str, float | None]]:
     """Yield the documents of a source, each with the fraction of the source read so far, if the total is known."""
     warned, number = False, count(1)
     for piece in pieces(source):
-        texts = piece.make(*piece.args) if isinstance(piece, Piece) else [(f"{source}, document {next(number)}", piece)]
+        if isinstance(piece, Piece):
+            texts = piece.texts(lambda texts: [len(text) // CHARACTERS_PER_TOKEN for text in texts])
+        else:
+            texts = [(f"{source}, document {next(number)}", piece)]
         for document in cleaned(texts):
             if document.repaired and not warned:
                 warned = True
@@ -107,8 +122,8 @@ def pieces(source: str) -> Iterator[str | Piece]:
     elif source == RECALL:
         for first in range(0, COUNT, 100):
             yield Piece(recall_texts, (first, first + 100), min(1.0, (first + 100) / COUNT))
-    elif inner := scattered_over(source):
-        yield from scattered_pieces(inner)
+    elif inner := recall_over(source):
+        yield from (scattered_pieces if source.startswith(RECALL) else sparse_pieces)(inner)
     elif source.startswith("hf:"):
         yield from hub_documents(source)
     else:
@@ -149,9 +164,41 @@ def scattered_texts(source: str, outlines: list[tuple[int, list[str]]]) -> Itera
         yield f"{RECALL}:{source}, document {number + 1}", text
 
 
-def scattered_over(source: str) -> str | None:
-    """Return the SOURCE of `recall:SOURCE`, or None for another source."""
-    return source.removeprefix(f"{RECALL}:") if source.startswith(f"{RECALL}:") else None
+def sparse_pieces(source: str) -> Iterator[Piece]:
+    """Yield the pieces of `sparse-recall:SOURCE`: sentences, of which documents of every length are made."""
+    sentences, size, numbers, done = [], 0, count(1), None
+    for text, done in documents_so_far(source):
+        if held_out(text):
+            continue
+        for sentence in filter(None, SENTENCE_END.split(text)):
+            sentences.append(sentence)
+            size += len(sentence)
+            if size > PIECE:
+                yield Piece(sparse_texts, (source, next(numbers), sentences), done, LENGTHS)
+                sentences, size = [], 0
+    if sentences:
+        yield Piece(sparse_texts, (source, next(numbers), sentences), done, LENGTHS)
+
+
+def sparse_texts(source: str, piece: int, sentences: list[str], sizes_of: SizesOf) -> Iterator[tuple[str, str]]:
+    """Yield place and text of documents of `sparse-recall:SOURCE`."""
+    known: dict[str, int] = {}
+
+    def added(texts: list[str]) -> list[int]:  # after another sentence; each text is counted once for all lengths
+        new = [text for text in texts if text not in known]
+        end, *sizes = sizes_of([".", *(f".{text}" for text in new)])
+        known.update(zip(new, (size - end for size in sizes)))
+        return [known[text] for text in texts]
+
+    for length in LENGTHS:
+        for document in sparse_documents(sentences, length, added, f"{piece}:{sentences[0]}"):
+            yield f"{SPARSE_RECALL}:{source}, part {piece}", document.text
+
+
+def recall_over(source: str) -> str | None:
+    """Return the SOURCE of `recall:SOURCE` or `sparse-recall:SOURCE`, or None for another source."""
+    kind, _, inner = source.partition(":")
+    return inner if kind in (RECALL, SPARSE_RECALL) and inner else None
 
 
 def text_files(source: str) -> list[Path]:
@@ -165,7 +212,7 @@ def text_files(source: str) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(
             f"there is no text at {source!r}. Give a file ({known}), a folder, {PYTHON_DOCS!r}, {RECALL!r}, "
-            f"{RECALL}:SOURCE or hf:NAME"
+            f"{RECALL}:SOURCE, {SPARSE_RECALL}:SOURCE or hf:NAME"
         )
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in files if file.name.endswith(TEXT_SUFFIXES) and file.is_file()]
@@ -294,7 +341,7 @@ def hub_documents(source: str) -> Iterator[str]:
     except ImportError:
         raise ValueError(f"{source!r} needs the package datasets. Run: pip install datasets") from None
 
-    name, config, split = ([*source.split(":")[1:], None, None])[:3]
+    name, config, split = [*source.split(":")[1:], "", ""][:3]
     for number, row in enumerate(load_dataset(name, config or None, split=split or "train", streaming=True), 1):
         if not isinstance(row.get("text"), str):
             raise ValueError(f"{source}, row {number}: the column 'text' has no string; its columns are {list(row)}")

@@ -11,7 +11,7 @@ import time
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerBase
 from ..config import DataSpec
 from ..utils.console import console, log
 from ..utils.files import create_once, digest
-from . import recall
+from . import recall, sparse_recall
 from .encoding import encode_all
-from .sources import BUILT_IN, REPAIRED, Piece, pieces, scattered_over, text_files
+from .sources import BUILT_IN, REPAIRED, Piece, pieces, recall_over, text_files
 
 HELDOUT_TOKENS = 2**16  # smallest number reserved per source, so that most recipes can share its token files
 # One document in 20 is held out. After this many without one (probability 5e-23) the source repeats itself.
@@ -42,6 +42,7 @@ class TokenFile:
     tokens: np.ndarray  # [total] uint16 or uint32
     bounds: np.ndarray  # [documents + 1] int64
     digest: str = ""  # differs when the tokens or bounds do
+    lengths: tuple[int, ...] = ()  # number of tokens that documents may have, if each is to fill a sequence
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -260,7 +261,7 @@ def run_lengths(flags: np.ndarray, before: int) -> np.ndarray:
 
 
 @contextmanager
-def tokenize_bar(name: str, max_tokens: int | None) -> Iterator[Callable[[int, int, float | None], None]]:
+def tokenize_bar(name: str, max_tokens: int | None) -> Generator[Callable[[int, int, float | None], None]]:
     """Show megabytes of text, speed and, where the total is known, the time left. Silent without a terminal."""
     shown = "tokenize {task.description}  {task.fields[size]:,.0f} MB, {task.fields[speed]:,.1f} MB/s"
     columns = (TextColumn(shown, markup=False), BarColumn(), TimeRemainingColumn())
@@ -273,8 +274,8 @@ def tokenize_bar(name: str, max_tokens: int | None) -> Iterator[Callable[[int, i
             size += more
             parts = [part for part in (done, tokens / max_tokens if max_tokens else None) if part is not None]
             speed = size / 1e6 / (time.perf_counter() - started)
-            known = {"total": 1.0, "completed": min(1.0, max(parts))} if parts else {}
-            bar.update(task, size=size / 1e6, speed=speed, **known)
+            total, completed = (1.0, min(1.0, max(parts))) if parts else (None, None)
+            bar.update(task, total=total, completed=completed, size=size / 1e6, speed=speed)
 
         yield show
 
@@ -308,7 +309,7 @@ def open_tokens(folder: Path) -> TokenFile:
     if meta["digest"] != checksum:
         raise ValueError(f"{folder} is damaged: its checksum differs from the one in meta.json")
     tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
-    return TokenFile(tokens, np.load(folder / "bounds.npy"), checksum)
+    return TokenFile(tokens, np.load(folder / "bounds.npy"), checksum, tuple(meta.get("lengths", ())))
 
 
 def digest_of(folder: Path) -> str:
@@ -342,7 +343,7 @@ def open_data(
 ) -> tuple[list[TokenFile], list[TokenFile]]:
     """Return the training sources and the held-out texts as token files, made at the first use.
 
-    Nothing is reserved from `recall:SOURCE`, which reuses the text of SOURCE.
+    Nothing is reserved from `recall:SOURCE` and `sparse-recall:SOURCE`, which reuse the text of SOURCE.
 
     Args:
         spec: Sources, validation text and folder.
@@ -363,14 +364,22 @@ def open_data(
     train, held = [], []
     for source in spec.train:
         origin = origin_of(source)
-        name, limits = short_name(origin["source"]), {"max_tokens": spec.max_tokens, "origin": origin}
-        if spec.heldout is None and not scattered_over(source):
-            limits |= {"heldout_tokens": heldout_budget, "heldout_sequence_length": heldout_sequence_length}
-            pair = tokenize_split(pieces(source), tokenizer, folder / f"{name}-split{heldout_budget}", **limits)
+        name = short_name(origin["source"])
+        if spec.heldout is None and not recall_over(source):
+            pair = tokenize_split(
+                pieces(source),
+                tokenizer,
+                folder / f"{name}-split{heldout_budget}",
+                max_tokens=spec.max_tokens,
+                heldout_tokens=heldout_budget,
+                heldout_sequence_length=heldout_sequence_length,
+                origin=origin,
+            )
             train.append(pair[0])
             held.append(pair[1])
         else:
-            train.append(tokenize(pieces(source), tokenizer, folder / f"{name}-all", **limits))
+            whole = folder / f"{name}-all"
+            train.append(tokenize(pieces(source), tokenizer, whole, max_tokens=spec.max_tokens, origin=origin))
     if spec.heldout is None and not held:
         raise ValueError(
             f"none of the sources {', '.join(spec.train)} can provide validation text. Set data.heldout to a "
@@ -384,7 +393,7 @@ def open_data(
 
 
 def origin_of(source: str) -> dict:
-    """Return the entries of meta.json that identify a source: `source` and `files`.
+    """Return the entries of meta.json that describe a source: `source`, `files` and, for sparse recall, `lengths`.
 
     `source` is the source's name or absolute path. `files` is a hash of the names, sizes and modification times of its
     files. It is empty for text that is not in files, and None for files that no longer exist.
@@ -393,10 +402,12 @@ def origin_of(source: str) -> dict:
         return {"source": source, "files": digest(Path(recall.__file__))[:16]}
     if source in BUILT_IN or source.startswith("hf:"):
         return {"source": source, "files": ""}
-    if inner := scattered_over(source):
-        parts = [origin_of(part) for part in (recall.RECALL, inner)]
-        files = None if parts[1]["files"] is None else f"{parts[0]['files']} {parts[1]['files']}"
-        return {"source": f"{recall.RECALL}:{parts[1]['source']}", "files": files}
+    if inner := recall_over(source):
+        kind, origin = source.partition(":")[0], origin_of(inner)
+        modules = [recall] if kind == recall.RECALL else [recall, sparse_recall]
+        parts = [*(digest(Path(module.__file__))[:16] for module in modules), origin["files"]]
+        about = {"source": f"{kind}:{origin['source']}", "files": None if None in parts else " ".join(parts)}
+        return about if kind == recall.RECALL else about | {"lengths": sparse_recall.LENGTHS}
     path = Path(source).expanduser().resolve()
     if not path.exists():
         return {"source": str(path), "files": None}

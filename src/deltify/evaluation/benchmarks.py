@@ -162,8 +162,8 @@ def chance(item: dict) -> float | None:
 
 def mean_chance(items: list[dict]) -> float | None:
     """Return the mean accuracy of random answers, or None where an item has no choice."""
-    chances = [chance(item) for item in items]
-    return float(np.mean(chances)) if chances and None not in chances else None
+    chances = [known for item in items if (known := chance(item)) is not None]
+    return float(np.mean(chances)) if chances and len(chances) == len(items) else None
 
 
 def letter_bias(items: list[dict]) -> list[dict]:

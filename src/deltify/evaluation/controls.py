@@ -9,24 +9,32 @@ from itertools import chain, pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers import PreTrainedModel
 
 from ..conversion.student import sliding_control
 from ..conversion.teacher import Teacher
 from ..inference.prefill import key_value_bytes
-from ..model import DeltifyForCausalLM
+from ..model import DeltifyForCausalLM, DeltifyKDA
+from ..model.cache import DeltifyCache
 from ..model.mixers import Packing
 
 
 def make_controls(
-    teacher: Teacher, student: DeltifyForCausalLM, *, window: int = 64, sinks: int = 4, chunk: int = 64
+    teacher: Teacher, student: PreTrainedModel, *, window: int = 64, sinks: int = 4, chunk: int = 64
 ) -> dict[str, DeltifyForCausalLM]:
     """Return the controls of a student by name. They share weights with teacher and student.
 
     - The untrained teacher with a sliding window of `window` tokens and `sinks` first tokens (StreamingLLM).
     - The same with a window whose cache takes as many bytes as the student's states.
     - The student with its states zeroed every `chunk` tokens.
+
+    Raises:
+        ValueError: If the student is no model of deltify.
     """
+    if not isinstance(student, DeltifyForCausalLM):
+        raise ValueError(
+            f"A {type(student).__name__} has no states to compare controls with. Leave the controls out: --no-controls"
+        )
     equal = equal_window(teacher, student, sinks)
     return {
         f"teacher, window {window}": sliding_control(teacher, window=window, sinks=sinks),
@@ -44,6 +52,7 @@ def layer_state_bytes(student: DeltifyForCausalLM, element_bytes: int = 2) -> in
         element_bytes: Bytes of an element of the convolution state.
     """
     config = student.config
+    assert config.head_dim is not None  # the configuration fills it in
     inner = config.num_attention_heads * config.head_dim
     return 4 * inner * config.head_dim + element_bytes * 3 * inner * (config.conv_size - 1)
 
@@ -85,17 +94,19 @@ class ForgetfulKDA(nn.Module):
     together, padding included.
     """
 
-    def __init__(self, mixer: nn.Module, chunk: int):
+    def __init__(self, mixer: DeltifyKDA, chunk: int):
         super().__init__()
-        self.mixer, self.chunk, self.layer_idx = mixer, chunk, int(mixer.layer_idx)
+        self.mixer, self.chunk, self.layer_idx = mixer, chunk, mixer.layer_idx
 
-    def forward(self, hidden_states: Tensor, cache: Cache | None = None, packing: Packing | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, cache: DeltifyCache | None = None, packing: Packing | None = None
+    ) -> Tensor:
         """Return the output [B, T, D] for hidden states [B, T, D], as `DeltifyKDA.forward` does."""
         if cache is None:
             return self.mixer(hidden_states, None, self.split_documents(hidden_states, packing))
         batch, tokens = hidden_states.shape[:2]
         mask_BT = torch.ones(batch * tokens, dtype=torch.bool, device=hidden_states.device)
-        if packing is not None:
+        if packing is not None and packing.index is not None:
             mask_BT = torch.zeros_like(mask_BT).index_fill(0, packing.index, True)
         mask_BT, outputs = mask_BT.view(batch, tokens), []
         first_zeroing = -cache.seen_tokens % self.chunk

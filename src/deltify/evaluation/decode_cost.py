@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -18,7 +18,7 @@ WARM_UP_TOKENS = 4  # tokens decoded before each measurement
 
 @torch.no_grad()
 def decode_cost(
-    models: dict[str, PreTrainedModel],
+    models: Mapping[str, PreTrainedModel],
     contexts: Sequence[int],
     *,
     ids: Sequence[int] | Tensor | None = None,

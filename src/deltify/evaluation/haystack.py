@@ -204,7 +204,9 @@ def lay_out(
         parts[:1] = [haystack.words[begin % len(haystack.words)].lstrip(" "), (begin + 1, until)]
     else:
         parts[0] = parts[0].lstrip(" ")
-    parts[-1] = parts[-1].rstrip("\n") + "\n"
+    ending = parts[-1]
+    assert isinstance(ending, str)  # the last word, or a needle after it
+    parts[-1] = ending.rstrip("\n") + "\n"
     return parts
 
 

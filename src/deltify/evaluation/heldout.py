@@ -45,7 +45,7 @@ def heldout_scores(
     teacher: Teacher,
     runs: Mapping[str, Recipe],
     models: Mapping[str, PreTrainedModel],
-    heldout: str | None = None,
+    heldout: str | Path | None = None,
 ) -> dict:
     """Return the entries of results.json on held-out text: its size, and scores of teacher, n-grams and models.
 
@@ -55,7 +55,7 @@ def heldout_scores(
         heldout: Source of the text. Defaults to that of the first run.
     """
     recipe = next(iter(runs.values()))
-    data = recipe.data if heldout is None else replace(recipe.data, heldout=heldout)
+    data = recipe.data if heldout is None else replace(recipe.data, heldout=str(heldout))
     tokens, length = recipe.run.heldout_tokens, recipe.run.heldout_sequence_length
     train, held = open_data(data, recipe.teacher.model, teacher.tokenizer, tokens, length)
     batches = heldout_batches(held, length, BATCH_SEQUENCES, tokens)

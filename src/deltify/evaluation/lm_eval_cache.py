@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, hash_args
-from lm_eval.api.task import Task
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import handle_non_serializable, hash_string
 
@@ -51,7 +51,7 @@ class CachedLM(LM):
         self.missing: dict[Document, int] = {}  # number of answers that a document lacks
         self.waiting: dict[str, list[Document]] = {}  # documents that need the answer with this key
         self.started = False
-        lm.set_cache_hook(self)
+        lm.set_cache_hook(self)  # pyrefly: ignore[bad-argument-type]  # lm-eval only calls its add_partial
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         return self.answer("loglikelihood", requests)
@@ -81,9 +81,10 @@ class CachedLM(LM):
     def start(self) -> None:
         """Read the file, and rewrite it with the answers that are needed now."""
         self.started = True
-        for task in self.tasks.values():
+        for name, task in self.tasks.items():
             for instance in task.instances:
-                self.documents.setdefault((instance.task_name, instance.doc_id), []).append(instance)
+                assert instance.doc_id is not None  # lm-eval sets it when it builds requests
+                self.documents.setdefault((name, instance.doc_id), []).append(instance)
         for document, instances in self.documents.items():
             kind = instances[0].request_type
             if any(instance.repeats != 1 or instance.request_type != kind for instance in instances):
@@ -144,7 +145,7 @@ class CachedLM(LM):
             line |= {name: [answer[i] for answer in answers] for i, name in enumerate(("loglikelihoods", "greedy"))}
         else:
             line["texts" if kind == "generate_until" else "loglikelihoods"] = answers
-        if task.OUTPUT_TYPE == "multiple_choice":
+        if isinstance(task, ConfigurableTask) and task.OUTPUT_TYPE == "multiple_choice":
             choices = task.doc_to_choice(doc)
             gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
             line["gold"] = choices.index(gold) if isinstance(gold, str) and gold in choices else gold
@@ -164,6 +165,7 @@ def score_document(task: Task, doc: dict, instances: list[Instance], answers: li
     for ensemble in task._filters:
         ensemble.apply(answered)
         results = task.process_results(doc, [instance.filtered_resps[ensemble.name] for instance in answered])
+        assert results is not None
         scores |= {metric_name(metric, ensemble.name): value for metric, value in results.items()}
     return scores
 

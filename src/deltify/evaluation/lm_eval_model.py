@@ -12,15 +12,17 @@ import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import LinearAttentionLayer
 
 from ..model import DeltifyConfig
-from ..model.cache import write_states
+from ..model.cache import states_of, write_states
 from ..model.modeling import DeltifyCache, DeltifyForCausalLM
 from ..utils.tokens import open_ended
 from .prefix_tree import Node, prefix_tree, walk
@@ -63,13 +65,14 @@ def lm_for(
             the configuration.
     """
     device = model.device.type
-    constant = isinstance(model, DeltifyForCausalLM) and set(model.config.layer_types) == {"linear_attention"}
+    constant = isinstance(model, DeltifyForCausalLM) and set(model.config.layer_types or ()) == {"linear_attention"}
     tokenizer = open_ended(tokenizer)
     with quiet():
         if fast and constant:
             fitting = max(1, min(512, STATE_BYTES.get(device, 2**31) // recurrent_state_bytes(model)))
             return ConstantStateLM(model, tokenizer=tokenizer, batch_size=batch_size or fitting, max_length=max_length)
         batch_size = batch_size or WHOLE_BATCH_SIZE.get(device, 64)
+        # pyrefly: ignore[bad-argument-type]  # lm-eval lists two classes of tokenizers instead of their base class
         return WholeLM(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
 
 
@@ -100,6 +103,7 @@ class WholeLM(HFLM):
 
     def tok_batch_encode(self, strings: list[str], *args, **options) -> tuple[Tensor, Tensor]:
         if not self.tok_encode(""):
+            # pyrefly: ignore[bad-argument-type]  # lm-eval declares Iterator[list[str]] for the token ids
             prefix = self.tok_decode([self.prefix_token_id], skip_special_tokens=False)
             strings = [string or prefix for string in strings]
         return super().tok_batch_encode(strings, *args, **options)
@@ -121,6 +125,7 @@ class ConstantStateLM(WholeLM):
 
     def __init__(self, model: DeltifyForCausalLM, **options):
         super().__init__(model, backend="causal", **options)
+        self.student = model
         self.batch_tokens = BATCH_TOKENS.get(model.device.type, 65536)
         self.tokens_read = self.tokens_whole = 0
 
@@ -132,7 +137,7 @@ class ConstantStateLM(WholeLM):
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
             for nodes, _, hidden_PD, rows in self.read_tree(roots):
-                if hidden_PD is None:
+                if hidden_PD is None or rows is None:
                     continue
                 tokens = np.concatenate([part for node in nodes for _, part, _ in node.targets])
                 answer = np.concatenate([np.full(len(part), a) for node in nodes for _, part, a in node.targets])
@@ -207,10 +212,11 @@ class ConstantStateLM(WholeLM):
             For each batch: the nodes, the cache after them, the hidden states [P, D] at all positions that predict
             (None if none does), and for every predicted token, in the order of the nodes' targets, its index in P.
         """
-        todo = [(batch, None) for batch in self.batches([(0, node) for node in roots])][::-1]
+        todo: list[tuple[list[tuple[int, Node]], DeltifyCache | None]] = []
+        todo += [(batch, None) for batch in self.batches([(0, node) for node in roots])][::-1]
         while todo:
             batch, above = todo.pop()
-            cache = None if above is None else fork(above, [row for row, _ in batch], self.model.config)
+            cache = None if above is None else fork(above, [row for row, _ in batch], self.student.config)
             nodes = [node for _, node in batch]
             hidden_PD, rows, cache = self.read_batch(nodes, cache)
             yield nodes, cache, hidden_PD, rows
@@ -258,12 +264,14 @@ class ConstantStateLM(WholeLM):
         ids, mask = torch.from_numpy(ids_RT).to(self.device), None
         if not real_RT.all():
             mask = torch.from_numpy(real_RT.astype(np.int64)).to(self.device)
-        cache = DeltifyCache(config=self.model.config) if cache is None else cache
+        cache = DeltifyCache(config=self.student.config) if cache is None else cache
         hidden = []
         for start in range(0, width, self.batch_tokens):  # more than one piece only if a single sequence is long
             piece = slice(start, start + self.batch_tokens)
             part = None if mask is None else mask[:, piece]
-            out = self.model.model(input_ids=ids[:, piece], attention_mask=part, past_key_values=cache, use_cache=True)
+            out = self.student.model(
+                input_ids=ids[:, piece], attention_mask=part, past_key_values=cache, use_cache=True
+            )
             in_piece = flat_positions[(position_in_row >= start) & (position_in_row < start + self.batch_tokens)]
             row, position = torch.from_numpy(in_piece // width), torch.from_numpy(in_piece % width - start)
             hidden.append(out.last_hidden_state[row.to(self.device), position.to(self.device)])
@@ -276,7 +284,7 @@ class ConstantStateLM(WholeLM):
         chosen = torch.from_numpy(np.stack([rows[order], tokens[order]])).to(self.device)
         logprobs, likeliest = [], []
         for start in range(0, len(hidden_PD), MAX_PREDICTIONS):
-            logits_PW = self.model.lm_head(hidden_PD[start : start + MAX_PREDICTIONS])
+            logits_PW = self.student.lm_head(hidden_PD[start : start + MAX_PREDICTIONS])
             logits_PW = logits_PW.to(torch.promote_types(logits_PW.dtype, torch.float32))
             low, high = np.searchsorted(rows[order], [start, start + MAX_PREDICTIONS])
             row, token = chosen[0, low:high] - start, chosen[1, low:high]
@@ -306,7 +314,8 @@ class ConstantStateLM(WholeLM):
         Raises:
             ValueError: If the new tokens leave no space for a prompt.
         """
-        options = dict(normalize_gen_kwargs(requests[0].arguments[1], self.max_gen_toks))
+        options: dict[str, Any] = dict(normalize_gen_kwargs(requests[0].arguments[1], self.max_gen_toks))
+        # pyrefly: ignore[bad-argument-type]
         end_of_text = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         stop = handle_stop_sequences(options.pop("until"), end_of_text)
         new = options.pop("max_gen_toks")
@@ -337,7 +346,7 @@ class ConstantStateLM(WholeLM):
                 max_length=1 + new,
                 stop=stop,
                 attention_mask=torch.ones_like(last),
-                past_key_values=fork(cache, [row for row, _ in ended], self.model.config),
+                past_key_values=fork(cache, [row for row, _ in ended], self.student.config),
                 **options,
             )
             for (_, ids), tokens in zip(ended, out[:, 1:].tolist()):
@@ -362,7 +371,9 @@ class ConstantStateLM(WholeLM):
 def fork(cache: DeltifyCache, rows: list[int], config: DeltifyConfig) -> DeltifyCache:
     """Return a cache with copies of some sequences' states. It counts no tokens, which KDA layers do not need."""
     copy = DeltifyCache(config=config)
-    index = torch.tensor(rows, device=cache.layers[0].recurrent_states[0].device)
+    index = torch.tensor(rows, device=states_of(cache.layers[0])[1].device)
     for old, new in zip(cache.layers, copy.layers):
-        write_states(new, old.conv_states[0][index], old.recurrent_states[0][index])
+        assert isinstance(new, LinearAttentionLayer)
+        conv_state, state = states_of(old)
+        write_states(new, conv_state[index], state[index])
     return copy

@@ -12,8 +12,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
 
 ROTATED = {"mmlu_rotated": "mmlu", "arc_challenge_rotated": "arc_challenge", "arc_easy_rotated": "arc_easy"}
 LETTERS = "ABCDEFGH"
@@ -36,14 +41,14 @@ class Benchmark:
 
     Args:
         name: Name with @SHOTS, if given.
-        tasks: Tasks by name (lm_eval.api.task.Task).
-        groups: Groups by name (lm_eval.api.group.Group): the benchmark, if it is one, and those inside it.
+        tasks: Tasks by name.
+        groups: Groups by name: the benchmark, if it is one, and those inside it.
         samples: Documents of each task. None stands for all.
     """
 
     name: str
-    tasks: dict[str, object]
-    groups: dict[str, object]
+    tasks: dict[str, "Task"]
+    groups: dict[str, "Group"]
     samples: dict[str, range] | None
 
     @property
@@ -254,9 +259,11 @@ def rotated_config(config: dict) -> dict:
     def dataset(**_):
         splits = load()
         test = splits["test"]
-        made = {"test": test.from_list([doc for item, row in enumerate(test) for doc in orders(item, row)])}
+        made = {"test": test.from_list([doc for item, row in enumerate(test.to_list()) for doc in orders(item, row)])}
         if config["num_fewshot"]:
-            made["examples"] = test.from_list([next(orders(item, row)) for item, row in enumerate(splits[examples])])
+            made["examples"] = test.from_list(
+                [next(orders(item, row)) for item, row in enumerate(splits[examples].to_list())]
+            )
         return made
 
     def prompt(doc) -> str:

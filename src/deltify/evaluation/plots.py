@@ -1,4 +1,4 @@
-"""Figures of training, needles, positions and decoding, each as PNG and SVG with all models side by side."""
+"""Figures of training, needles, recall, positions and decoding, each as PNG and SVG with all models side by side."""
 
 import textwrap
 from collections.abc import Sequence
@@ -95,12 +95,17 @@ def ordered(rows: list[dict], field: str) -> list:
 
 
 def draw_training(run: Path, results: dict) -> list[Path]:
-    """Draw held-out KL and training loss over tokens from a run's metrics.jsonl, with a colour for each stage."""
+    """Draw held-out KL and training loss over tokens from a run's metrics.jsonl, with a colour for each stage.
+
+    A third panel has the recall curve, if the run measured it.
+    """
     from matplotlib.ticker import EngFormatter
 
-    figure, ((left, right),) = open_figure(1, 2, 11, 4)
+    stages = list(read_stages(run))
+    recalls = [record for _, records in stages for record in records if "recall" in record]
+    figure, ((left, right, *more),) = open_figure(1, 2 + bool(recalls), 11 + 5 * bool(recalls), 4)
     last = None
-    for color, (stage, records) in zip(("gray", *COLORS), read_stages(run)):
+    for color, (stage, records) in zip(("gray", *COLORS), stages):
         validated = [(r["tokens"], r["heldout_kl"]) for r in records if "heldout_kl" in r]
         if not validated:
             continue
@@ -117,14 +122,29 @@ def draw_training(run: Path, results: dict) -> list[Path]:
         left.set_title(text, fontsize=9)
     left.set_ylabel("KL to teacher on held-out text, nats per token")
     right.set_ylabel("training loss")
+    for axis in more:
+        draw_recall_over_tokens(axis, recalls)
     for axis in (left, right):
-        axis.set_xlabel("training tokens")
         axis.set_ylim(bottom=0)
+    for axis in (left, right, *more):
+        axis.set_xlabel("training tokens")
         axis.xaxis.set_major_formatter(EngFormatter())
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle(f"Training of {run.name}, a student of {results['teacher']}", fontsize=10)
     return save(figure, run / "curves")
+
+
+def draw_recall_over_tokens(axis: "Axes", records: list[dict]) -> None:
+    """Draw the recall curve of each validation over tokens, with a line for each distance."""
+    tokens = [record["tokens"] for record in records]
+    axis.plot(tokens, [record["recall"] for record in records], "k-", label="mean of distances", linewidth=2)
+    keys = [key for key in records[-1] if key.startswith("recall_logprob_")]
+    for number, key in enumerate(keys):
+        color = COLORS[number % len(COLORS)]
+        label = f"from {short(int(key.removeprefix('recall_logprob_')))} tokens"
+        axis.plot(tokens, [record[key] for record in records], color=color, label=label, linewidth=1)
+    axis.set_ylabel("log-probability of answer tokens, nats")
 
 
 # ---- needles ---------------------------------------------------------------------------------------------------------
@@ -176,6 +196,7 @@ def draw_heat_map(
     notes += ". -: not measured" if has_gaps else ""
     title = f"Values found, %: {', '.join(tasks)}\n{values} value{'s' * (counts != {1})} per cell{notes}"
     figure.suptitle(title, fontsize=10)
+    assert image is not None  # there are rows, so there is a model
     figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, format=lambda value, _: f"{100 * value:.0f}%")
     return save(figure, stem)
 
@@ -242,7 +263,35 @@ def draw_by_length(summary: list[dict], stem: str | Path, *, trained: int | None
     return save(figure, stem)
 
 
-# ---- positions and decoding ------------------------------------------------------------------------------------------
+# ---- recall, positions and decoding ----------------------------------------------------------------------------------
+
+
+def draw_recall(rows: list[dict], stem: str | Path, *, trained: int | None = None) -> list[Path]:
+    """Draw the recall curve, with a panel for each task and a line for each model.
+
+    Args:
+        rows: Rows of `recall_curve.measure_recall`.
+        stem: Path of the figure without its suffix.
+        trained: Training length in tokens, which a dotted line marks.
+    """
+    if not rows:
+        raise ValueError("There are no rows of the recall curve to draw.")
+    tasks, models = ordered(rows, "task"), ordered(rows, "model")
+    looks, distances = style(models), sorted(set(ordered(rows, "distance")))
+    figure, (axes,) = open_figure(1, len(tasks), max(3.4 * len(tasks), 6), 4.2)
+    for axis, task in zip(axes, tasks):
+        for model in models:
+            line = [row for row in rows if (row["task"], row["model"]) == (task, model)]
+            x, y = ([row[field] for row in line] for field in ("distance", "log_prob"))
+            bars = [row["log_prob_stderr"] or 0.0 for row in line]
+            axis.errorbar(x, y, bars, label=model, capsize=2, elinewidth=0.8, **looks[model])
+        token_axis(axis, distances, "smallest distance, tokens")
+        mark_trained(axis, trained)
+        axis.set_title(task, fontsize=9)
+    axes[0].set_ylabel("log-probability of answer tokens, nats")
+    title = "Recall by distance. Points: means from one tick to the next, bars: ± one standard error"
+    finish(figure, axes[0], title, trained)
+    return save(figure, stem)
 
 
 def draw_by_position(rows: list[dict], stem: str | Path, *, trained: int | None = None) -> list[Path]:

@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 from ..config import STAGES
 from ..utils.console import console
 from ..utils.files import write_text
-from .plots import draw_by_length, draw_by_position, draw_decode_cost, draw_heat_map, draw_training, short
+from .plots import draw_by_length, draw_by_position, draw_decode_cost, draw_heat_map, draw_recall, draw_training, short
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Table:
 
     title: str
     columns: Sequence[str]
-    rows: list[Sequence[str]]
+    rows: Sequence[Sequence[str]]
     note: str = ""
 
     def rich(self) -> RichTable:
@@ -85,7 +85,7 @@ def report(run: str | Path) -> list[Path]:
     environment = Environment(
         loader=PackageLoader("deltify.evaluation"), autoescape=escape, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"data_url": data_url, "flat": lambda text: " ".join(text.split())}
+    environment.filters |= {"data_url": data_url, "flat": flat}
     for template, path in pages.items():
         path.write_text(environment.get_template(template).render(**facts), encoding="utf-8")
     console.print(f"\nreport: {', '.join(str(path) for path in pages.values())}", highlight=False, soft_wrap=True)
@@ -157,6 +157,9 @@ def make_sections(run: Path, results: dict) -> list[Section]:
         pictures = [draw_by_length(results["needles"], run / "needles", trained=trained)[0]]
         pictures += [draw_heat_map(results["needle_rows"], run / "needles-by-depth", trained=trained)[0]]
         sections.append(Section("Needles in haystacks", NEEDLES, [needle_table(results["needles"])], pictures))
+    if "recall" in results:
+        pictures = [draw_recall(results["recall"], run / "recall", trained=trained)[0]]
+        sections.append(Section("Recall by distance", RECALL, [recall_table(results["recall"])], pictures))
     if "positions" in results:
         pictures = [draw_by_position(results["positions"], run / "positions", trained=trained)[0]]
         sections.append(Section("Curves by position", POSITIONS, [position_table(results["positions"])], pictures))
@@ -176,6 +179,11 @@ BENCHMARKS = (
 NEEDLES = (
     "Tasks of RULER with the score of lm-eval: the percentage of the requested values that the answer contains. The "
     "length of a sample includes prompt and answer."
+)
+RECALL = (
+    "Answers repeat a fact of sparse recall text (facts) or the digits of a needle. Each document is read once: after "
+    "each prediction, the model gets the right token. Certain answers score 0. A distance is the number of tokens from "
+    "the repeated token to the answer token."
 )
 POSITIONS = (
     "Every document is read from its beginning. A model with a short memory gets worse with the distance from the "
@@ -236,8 +244,8 @@ def benchmark_table(rows: list[dict]) -> Table:
             row = by_cell.get((model, *task))
             error = "" if row is None or row["stderr"] is None else f" ± {percent(row['stderr'])}"
             cells.append("-" if row is None else f"{percent(row['value'])}{error}")
-            ratios.append(interval(row and row.get("ratio")))
-            above.append(interval(row and row.get("ratio_above_chance")))
+            ratios.append(interval(row.get("ratio") if row else None))
+            above.append(interval(row.get("ratio_above_chance") if row else None))
         lines.append(tuple(cells))
         if model != "teacher" and any(cell != "-" for cell in ratios[1:]):
             lines += [tuple(ratios), tuple(above)]
@@ -288,6 +296,20 @@ def needle_table(summary: list[dict]) -> Table:
     items = sorted({row["items"] for row in summary})
     number = " to ".join(str(n) for n in dict.fromkeys((items[0], items[-1])))
     return Table(f"Needles found, % ({number} samples per cell)", ("task: model", *map(short, lengths)), rows)
+
+
+def recall_table(rows: list[dict]) -> Table:
+    """Return the table of the recall curve, with a row for each task and model and a column for each distance."""
+    distances = sorted({row["distance"] for row in rows})
+    cells = {(row["task"], row["model"], row["distance"]): row for row in rows}
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        for model in dict.fromkeys(row["model"] for row in rows if row["task"] == task):
+            found = [cells.get((task, model, distance)) for distance in distances]
+            shown = ["-" if r is None else f"{r['log_prob']:.2f} ({percent(r['right'], 0)})" for r in found]
+            lines.append((f"{task}: {model}", *shown))
+    columns = ("task: model", *(f"from {short(distance)}" for distance in distances))
+    return Table("Mean log-probability of answer tokens in nats (right, %), by distance in tokens", columns, lines)
 
 
 def position_table(rows: list[dict]) -> Table:
@@ -372,6 +394,11 @@ def card_metadata(run: Path, results: dict) -> str:
     if entries:
         head["model-index"] = [{"name": run.name, "results": entries}]
     return yaml.safe_dump(head, sort_keys=False)
+
+
+def flat(text: str) -> str:
+    """Return a text as one line."""
+    return " ".join(text.split())
 
 
 def data_url(picture: Path) -> str:

@@ -19,6 +19,7 @@ from ..conversion.teacher import Teacher, load_teacher
 from ..data.sources import documents
 from ..data.token_files import file_name
 from ..inference.loading import load_model, load_tokenizer
+from ..model.causal_lm import CausalLM
 from ..training.run_folder import check_weights
 from ..training.teachers import open_teacher
 from ..utils.console import log
@@ -32,8 +33,9 @@ from .decode_cost import decode_cost
 from .heldout import heldout_scores
 from .needles import NeedleMaker, ask_needles, summarise
 from .positions import by_position
+from .recall_curve import measure_recall, recall_probes
 from .results_file import Results
-from .settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec
+from .settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec, RecallSpec
 
 PROMPTS = ("The capital of France is", "To open a file in Python, you", "Once upon a time, there was a")
 PROMPT_TOKENS = 32  # tokens of a greedy continuation
@@ -81,6 +83,8 @@ def evaluate(
         evaluation.benchmarks(spec.benchmarks)
     if spec.needles:
         evaluation.needles(spec.needles)
+    if spec.recall:
+        evaluation.recall(spec.recall)
     if spec.positions:
         evaluation.positions(spec.positions)
     if spec.decode:
@@ -108,7 +112,7 @@ class Evaluation:
         self.students = {name: model for name, (model, is_final) in opened.items() if is_final}
         self.tokenizer = self.teacher.tokenizer if self.teacher else load_tokenizer(sources[0])
         self.models: dict[str, PreTrainedModel] = {}  # teacher, controls and students, in this order
-        self.teacher_and_students: dict[str, PreTrainedModel] = {}
+        self.teacher_and_students: dict[str, CausalLM] = {}
 
     def heldout(self) -> None:
         """Score every model on the held-out text of the first run. Without a run there is none."""
@@ -153,7 +157,7 @@ class Evaluation:
 
     def needles(self, spec: NeedleSpec) -> None:
         """Run needle tasks on every model."""
-        maker, rows = NeedleMaker(self.tokenizer, spec.haystack), []
+        maker, rows = NeedleMaker(self.tokenizer, str(spec.haystack)), []
         for name, model in self.models.items():
             rows += ask_needles(
                 model,
@@ -167,12 +171,19 @@ class Evaluation:
             )
             self.results.add(needles=summarise(rows), needle_rows=rows)
 
+    def recall(self, spec: RecallSpec) -> None:
+        """Measure the recall curve of every model."""
+        probes, rows = recall_probes(self.tokenizer, spec), []
+        for name, model in self.models.items():
+            rows += measure_recall(model, probes, self.folder / "recall.jsonl", name=name, log=log)
+            self.results.add(recall=rows)
+
     def positions(self, spec: PositionSpec) -> None:
         """Measure perplexity and KL by position. Without a teacher this does nothing."""
         if self.teacher is None:
             return
         others = {name: model for name, model in self.models.items() if name != "teacher"}
-        texts = longest_documents(spec.source, spec.documents, self.tokenizer)
+        texts = longest_documents(str(spec.source), spec.documents, self.tokenizer)
         rows = by_position(others, self.teacher.model, texts, max_tokens=spec.max_tokens, log=log)
         self.results.add(positions=rows)
 
@@ -207,7 +218,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def open_reference(
-    source: str | None, recipes: list[Recipe], device: torch.device, dtype: torch.dtype
+    source: str | Path | None, recipes: list[Recipe], device: torch.device, dtype: torch.dtype
 ) -> Teacher | None:
     """Open the named teacher, or the one that all runs share.
 
@@ -235,7 +246,7 @@ def open_models(
     dtype: torch.dtype,
     *,
     all_stages: bool,
-) -> dict[str, tuple[PreTrainedModel, bool]]:
+) -> dict[str, tuple[CausalLM, bool]]:
     """Open the students: by name, each model and whether it is a final one.
 
     A run's last stage is final, and so is a model that is no run.
@@ -246,7 +257,7 @@ def open_models(
     Raises:
         ValueError: If two models would have one name.
     """
-    opened: dict[str, tuple[PreTrainedModel, bool]] = {}
+    opened: dict[str, tuple[CausalLM, bool]] = {}
     for source in sources:
         folders = {Path(source).name: model_folder(source)}
         if source in runs and all_stages:
@@ -266,7 +277,7 @@ def longest_documents(source: str, count: int, tokenizer: PreTrainedTokenizerBas
 
 
 @torch.no_grad()
-def greedy_samples(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[str]:
+def greedy_samples(tokenizer: PreTrainedTokenizerBase, model: CausalLM) -> list[str]:
     """Return greedy continuations of a few fixed prompts."""
     texts = []
     for prompt in PROMPTS:

@@ -35,7 +35,7 @@ class NeedleSpec:
     tasks: tuple[str, ...]
     lengths: tuple[int, ...] = (1024, 4096)
     samples: int = 16
-    haystack: str = PYTHON_DOCS
+    haystack: str | Path = PYTHON_DOCS
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,33 @@ class PositionSpec:
         documents: Number of documents. The longest of the source's first `20 * documents` are taken.
     """
 
-    source: str
+    source: str | Path
     max_tokens: int = 8192
     documents: int = 4
+
+
+@dataclass(frozen=True)
+class RecallSpec:
+    """The recall curve: log-probability of tokens that repeat earlier ones, by their distance.
+
+    Args:
+        max_tokens: Number of tokens of the longest documents, 512 to 65,536.
+        samples: Number of documents of each kind and length. Lengths are 512, its doublings, and `max_tokens`.
+        haystack: Source of the text that hides needles and facts.
+
+    Raises:
+        ValueError: If `max_tokens` or `samples` is out of range.
+    """
+
+    max_tokens: int = 16384
+    samples: int = 8
+    haystack: str = PYTHON_DOCS
+
+    def __post_init__(self):
+        if not 512 <= self.max_tokens <= 65_536:
+            raise ValueError(f"Recall with documents of {self.max_tokens:,} tokens: choose 512 to 65,536.")
+        if self.samples < 1:
+            raise ValueError(f"Recall with {self.samples} samples: choose at least 1.")
 
 
 @dataclass(frozen=True)
@@ -73,6 +97,7 @@ class EvaluationSpec:
         heldout: Source of held-out text. Defaults to the held-out text of the first run.
         benchmarks: Benchmarks to run.
         needles: Needle tasks to run.
+        recall: Documents of the recall curve.
         positions: Documents for perplexity and KL by position. Needs a teacher.
         decode: Contexts at which decoding is measured.
         controls: Whether to measure the teacher with a sliding window and the last student with a zeroed state, too.
@@ -83,10 +108,11 @@ class EvaluationSpec:
         dtype: float32, bfloat16, float16, or auto (float32 on a CPU, bfloat16 elsewhere).
     """
 
-    teacher: str | None = None
-    heldout: str | None = None
+    teacher: str | Path | None = None
+    heldout: str | Path | None = None
     benchmarks: BenchmarkSpec | None = None
     needles: NeedleSpec | None = None
+    recall: RecallSpec | None = None
     positions: PositionSpec | None = None
     decode: DecodeSpec | None = None
     controls: bool = True

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from ..model.modeling import DeltifyCache
+from ..model.causal_lm import CausalLM
 from .loading import load_model, load_tokenizer
+from .prefill import new_cache
 
 
 class Conversation:
@@ -16,7 +17,7 @@ class Conversation:
         ValueError: If the tokenizer has no chat template.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, model: CausalLM, tokenizer: PreTrainedTokenizerBase):
         if not tokenizer.chat_template:
             raise ValueError(
                 "The tokenizer has no chat template. For models that only continue text, use deltify generate."
@@ -29,7 +30,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.text = ""  # all messages as the template writes them
         self.ids = torch.empty(1, 0, dtype=torch.long)
-        self.cache = DeltifyCache(config=self.model.config)
+        self.cache = new_cache(self.model)
 
     @torch.no_grad()
     def say(self, message: str, *, max_new_tokens: int = 512, streamer: TextStreamer | None = None, **sampling) -> str:
@@ -42,7 +43,7 @@ class Conversation:
             sampling: Options of `generate`.
         """
         self.messages.append({"role": "user", "content": message})
-        text = self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
+        text = str(self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True))
         if not text.startswith(self.text):  # the template rewrote earlier turns, which are read again
             messages = self.messages
             self.clear()

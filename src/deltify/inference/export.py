@@ -6,7 +6,6 @@ A model that a layout cannot express is refused. Nothing is dropped silently.
 import json
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -89,7 +88,7 @@ def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, fol
         "attention layers": set(c.layer_types or ()) != {"linear_attention"},
         "an MLP without a gate": not c.mlp_gated,
         f"the activation {c.hidden_act}": c.hidden_act not in ("silu", "swish"),
-        "biases of q, k, v, o or the MLP": c.kda_bias or c.attention_out_bias or c.mlp_bias,
+        "biases of q, k, v, o or the MLP": c.attention_bias or c.attention_out_bias or c.mlp_bias,
     }
     if found := [name for name, present in problems.items() if present]:
         raise ValueError(f"Layout kda does not support {', '.join(found)}. Export with --layout deltify.")
@@ -104,11 +103,10 @@ def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, fol
         **{name: getattr(c, name) for name in SAME_IN_KDA},
     }
     tensors = {name: x.contiguous() for name, x in renamed(model.state_dict(), RENAMES).items()}
-    for i in range(c.num_hidden_layers):  # fla's output gate always has a bias
-        zeros = torch.zeros(c.num_attention_heads * c.head_dim, dtype=model.dtype)
-        tensors.setdefault(f"model.layers.{i}.attn.g_proj.1.bias", zeros)
     if c.tie_word_embeddings:
         del tensors["lm_head.weight"]
+    for name in [name for name in tensors if name.endswith(".g_proj.1.weight")]:  # fla's output gate always has a bias
+        tensors.setdefault(name.replace("weight", "bias"), tensors[name].new_zeros(len(tensors[name])))
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1))

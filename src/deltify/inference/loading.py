@@ -5,16 +5,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..model import DeltifyConfig, DeltifyForCausalLM
+from ..model.causal_lm import CausalLM
 from ..model.loading import check_shapes, checkpoint_shapes
 from ..utils.folders import model_folder
 
 
 def load_model(
     source: str | Path, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"
-) -> PreTrainedModel:
+) -> CausalLM:
     """Load a causal language model, ready to run.
 
     Args:

@@ -22,8 +22,8 @@ CACHE_SHARE = 0.25  # keys and values of all sequences, as a fraction of a GPU's
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
     """Return an empty cache of the model's class."""
-    kind = DeltifyCache if isinstance(model.config, DeltifyConfig) else DynamicCache
-    return kind(config=model.config)
+    config = model.config
+    return DeltifyCache(config=config) if isinstance(config, DeltifyConfig) else DynamicCache(config=config)
 
 
 def has_growing_cache(model: PreTrainedModel) -> bool:

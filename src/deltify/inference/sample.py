@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from ..conversion.teacher import locate
 from ..data.sources import documents, held_out
+from ..model.causal_lm import CausalLM
 from ..utils.console import log
 from ..utils.devices import pick_device
 from ..utils.folders import model_folder
@@ -92,7 +93,7 @@ def sample(
     prompts = itertools.chain([first], prompts)
     while batch_prompts := list(itertools.islice(prompts, batch)):
         sequences = list(continuations(loaded, torch.tensor(batch_prompts), length, temperature, eos_token_ids))
-        texts = (tokenizer.decode(ids, skip_special_tokens=True).rstrip(CUT_CHARACTER) for ids in sequences)
+        texts = (str(tokenizer.decode(ids, skip_special_tokens=True)).rstrip(CUT_CHARACTER) for ids in sequences)
         with output.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps({"text": text}) + "\n" for text in texts)
         written, tokens = written + len(sequences), tokens + sum(map(len, sequences))
@@ -124,7 +125,7 @@ def beginnings(source: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> 
 
 
 def continuations(
-    model: PreTrainedModel, prompts_BP: Tensor, length: int, temperature: float, eos_token_ids: set[int]
+    model: CausalLM, prompts_BP: Tensor, length: int, temperature: float, eos_token_ids: set[int]
 ) -> Iterator[list[int]]:
     """Yield the tokens of each sequence with its prompt, up to an end-of-sequence token or `length`."""
     prompts_BP, P = prompts_BP.to(model.device), prompts_BP.shape[1]

@@ -19,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import LinearAttentionLayer
 
-from ..model.cache import write_states
+from ..model import DeltifyConfig
+from ..model.cache import states_of, write_states
 from ..model.modeling import DeltifyCache, DeltifyPreTrainedModel
 from ..model.sliding import SinkLayer
 from ..utils.fingerprint import fingerprint
@@ -71,7 +73,7 @@ class State:
         Raises:
             ValueError: If the text is empty, a string has no tokenizer, or the model has attention layers.
         """
-        check_constant_state(model)
+        config = constant_state_config(model)
         if isinstance(text, str):
             if tokenizer is None:
                 raise ValueError("text is a string. Give the model's tokenizer too, or token ids instead.")
@@ -79,7 +81,7 @@ class State:
         ids_1T = torch.as_tensor(text, dtype=torch.long, device=model.device).view(1, -1)
         if ids_1T.shape[1] == 0:
             raise ValueError("There is nothing to read: the text has no tokens.")
-        cache = DeltifyCache(config=model.config) if state is None else state.cache(model)
+        cache = DeltifyCache(config=config) if state is None else state.cache(model)
         for _ in read_pieces(model, ids_1T, cache, piece):
             pass
         tokens = ids_1T.shape[1] + (0 if state is None else state.tokens)
@@ -93,7 +95,7 @@ class State:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is not a state, is damaged, or belongs to another model.
         """
-        check_constant_state(model)
+        config = constant_state_config(model)
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no state {path}. Make one with: deltify read MODEL TEXT -o {path}")
         try:
@@ -109,7 +111,7 @@ class State:
                 f"{path} was read by another model: its fingerprint is {metadata['fingerprint']}, this model's {own}. "
                 "Read the text again with this model."
             )
-        layers: list[dict[str, Tensor]] = [{} for _ in range(model.config.num_hidden_layers)]
+        layers: list[dict[str, Tensor]] = [{} for _ in range(config.num_hidden_layers)]
         for name, tensor in tensors.items():
             layer, tensor_name = name.split(".")
             layers[int(layer)][tensor_name] = tensor
@@ -129,12 +131,13 @@ class State:
         The cache counts no tokens, so that `generate` reads the whole prompt. Neither KDA nor sliding layers need
         positions.
         """
-        cache = DeltifyCache(config=model.config)
+        cache = DeltifyCache(config=constant_state_config(model))
         for layer, tensors in zip(cache.layers, self.layers):
             x = {name: tensor.to(model.device) for name, tensor in tensors.items()}
             if isinstance(layer, SinkLayer):
                 layer.put(x["keys"].to(model.dtype), x["values"].to(model.dtype), x["seen"])
             else:
+                assert isinstance(layer, LinearAttentionLayer)
                 write_states(layer, x["conv"].to(model.dtype), x["recurrent"])
         return cache
 
@@ -143,11 +146,16 @@ def tensors_of(layer: object) -> dict[str, Tensor]:
     """Return the tensors of a cache layer of constant size by name."""
     if isinstance(layer, SinkLayer):
         return layer.tensors()
-    return {"conv": layer.conv_states[0], "recurrent": layer.recurrent_states[0]}
+    conv_state, state = states_of(layer)
+    return {"conv": conv_state, "recurrent": state}
 
 
-def check_constant_state(model: PreTrainedModel) -> None:
-    """Raise ValueError unless all layers of the model are KDA or sliding layers of deltify."""
+def constant_state_config(model: PreTrainedModel) -> DeltifyConfig:
+    """Return the configuration of a model whose layers are all KDA or sliding.
+
+    Raises:
+        ValueError: If the model has other layers, or is no model of deltify.
+    """
     if not isinstance(model, DeltifyPreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no deltify model. Only models that deltify converted have states.")
     kinds = model.config.layer_types or ()
@@ -155,3 +163,4 @@ def check_constant_state(model: PreTrainedModel) -> None:
         raise ValueError(
             f"Layers {attention} are attention, which keeps every token. Only KDA and sliding layers have a state."
         )
+    return model.config

@@ -23,9 +23,9 @@ def writable(buffer: Tensor) -> bool:
     return not buffer.requires_grad and (torch.is_inference_mode_enabled() or not buffer.is_inference())
 
 
-def keep(buffer: Tensor, new: Tensor) -> Tensor:
+def keep(buffer: Tensor | None, new: Tensor) -> Tensor:
     """Return the buffer with the values of `new`, or a copy of `new` if the buffer cannot be written in place."""
-    if buffer.shape == new.shape and writable(buffer) and not new.requires_grad:
+    if buffer is not None and buffer.shape == new.shape and writable(buffer) and not new.requires_grad:
         return buffer.copy_(new)
     return new.clone(memory_format=torch.contiguous_format)
 
@@ -44,9 +44,17 @@ def read_states(layer: LinearAttentionLayer) -> tuple[Tensor | None, Tensor | No
     if not layer.has_previous_state[0]:
         return None, None
     for states in (layer.conv_states, layer.recurrent_states):
-        if states[0].is_inference() and not torch.is_inference_mode_enabled():
-            states[0] = states[0].clone()  # autograd cannot save it, and a step cannot write it
+        if (x := states[0]) is not None and x.is_inference() and not torch.is_inference_mode_enabled():
+            states[0] = x.clone()  # autograd cannot save it, and a step cannot write it
     return layer.conv_states[0], layer.recurrent_states[0]
+
+
+def states_of(layer: object) -> tuple[Tensor, Tensor]:
+    """Return the convolution and recurrent state of a KDA layer after its first token, as they are stored."""
+    assert isinstance(layer, LinearAttentionLayer)
+    conv_state, state = layer.conv_states[0], layer.recurrent_states[0]
+    assert conv_state is not None and state is not None
+    return conv_state, state
 
 
 class SinkLayer(CacheLayerMixin):
@@ -95,8 +103,11 @@ class SinkLayer(CacheLayerMixin):
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return keys of the sinks [B, S, G, K] and of the window [B, W - 1, G, K], then the values of both."""
+        assert self.keys is not None and self.values is not None
         sizes = [self.sinks, self.window - 1]
-        return (*self.keys.transpose(1, 2).split(sizes, 1), *self.values.transpose(1, 2).split(sizes, 1))
+        sink_keys, keys = self.keys.transpose(1, 2).split(sizes, 1)
+        sink_values, values = self.values.transpose(1, 2).split(sizes, 1)
+        return sink_keys, keys, sink_values, values
 
     def get_seq_length(self) -> int:
         return self.cumulative_length
@@ -151,7 +162,8 @@ class DeltifyCache(DynamicCache):
                 layer.has_previous_state[0] = False  # keep the buffers for the next pass
             elif isinstance(layer, SinkLayer):
                 layer.reset()
-            else:  # transformers before 5.23 fills keys and values with zeros instead of dropping them
+            elif isinstance(layer, CacheLayerMixin):
+                # transformers before 5.23 fills keys and values with zeros instead of dropping them
                 layer.keys = layer.values = None
                 layer.is_initialized = False
 
@@ -170,9 +182,9 @@ class DeltifyCache(DynamicCache):
             if isinstance(layer, LinearAttentionLayer):
                 for states in (layer.conv_states, layer.recurrent_states):
                     states[0] = None if states[0] is None else keep(states[0], change(states[0]))
-            elif held(layer):
-                layer.keys, layer.values = change(layer.keys), change(layer.values)
-                if isinstance(layer, SinkLayer):
+            elif isinstance(layer, CacheLayerMixin) and (keys_and_values := held(layer)):
+                layer.keys, layer.values = map(change, keys_and_values)
+                if isinstance(layer, SinkLayer) and layer.seen is not None:
                     layer.seen = change(layer.seen)
 
     def crop(self, *args, **kwargs) -> None:

@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
-from .cache import writable
+from .cache import DeltifyCache, states_of, writable
 from .mixers import DeltifyKDA, fuse_weights_
 
 
 class CapturedStep:
     """The captured graph of one decoding step of a model of KDA layers, on the states of one cache."""
 
-    def __init__(self, model: PreTrainedModel, cache: Cache, rows: int):
+    def __init__(self, model: PreTrainedModel, cache: DeltifyCache, rows: int):
         for module in model.modules():
             if isinstance(module, DeltifyKDA):
                 fuse_weights_(module.projections)
@@ -30,7 +30,7 @@ class CapturedStep:
             self.logits = model.lm_head(hidden)
         cache.seen_tokens = seen  # capturing does not run the step
 
-    def __call__(self, ids_B1: Tensor, cache: Cache) -> Tensor:
+    def __call__(self, ids_B1: Tensor, cache: DeltifyCache) -> Tensor:
         """Return logits [B, 1, vocabulary] of one more token, which the cache then contains."""
         self.ids.copy_(ids_B1)
         self.graph.replay()
@@ -49,11 +49,13 @@ def captured_logits(
 
     The first token decoded with a cache runs eagerly, which initialises all libraries. The second one is captured.
     """
-    if ids is None or cache is None or ids.shape[1] != 1 or not ids.is_cuda or torch.is_grad_enabled():
+    if not isinstance(cache, DeltifyCache):  # others do not count the tokens that a replay adds
+        return None
+    if ids is None or ids.shape[1] != 1 or not ids.is_cuda or torch.is_grad_enabled():
         return None
     if not all(type(layer) is LinearAttentionLayer and layer.has_previous_state[0] for layer in cache.layers):
         return None
-    if torch.compiler.is_compiling() or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+    if torch.compiler.is_compiling() or len(set(vars(model).get("hf_device_map", {}).values())) > 1:
         return None
     if not all(map(writable, states(cache))):
         return None
@@ -70,7 +72,7 @@ def captured_logits(
 
 def states(cache: Cache) -> list[Tensor]:
     """Return the convolution and recurrent states of all layers."""
-    return [x for layer in cache.layers for x in (layer.conv_states[0], layer.recurrent_states[0])]
+    return [x for layer in cache.layers for x in states_of(layer)]
 
 
 def addresses(cache: Cache) -> list[int]:

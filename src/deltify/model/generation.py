@@ -3,8 +3,10 @@
 import copy
 
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
+from transformers.generation import GenerationMode
 
 from .cache import DeltifyCache, held
+from .configuration import DeltifyConfig
 
 CACHE_NAMES = ("past_key_values", "cache")  # before transformers 5.24, and since
 # generation settings that need another cache, a cache that can be rolled back, or code for other models
@@ -20,22 +22,26 @@ UNSUPPORTED = (
 class DeltifyGenerationMixin(GenerationMixin):
     """transformers' generation with a `DeltifyCache`. Settings that need another cache are refused."""
 
+    config: DeltifyConfig
+
     def init_continuous_batching(self, *args, **kwargs):
         raise ValueError(
             f"continuous batching pages keys and values, but a {type(self).__name__} has states instead. Call generate "
             "with a batch of sequences"
         )
 
-    def _validate_generation_mode(self, generation_mode, *args, **kwargs):
+    def _validate_generation_mode(self, generation_mode: GenerationMode, *args, **kwargs):
         if generation_mode in ("assisted_generation", "contrastive_search"):
             raise ValueError(
                 f"{generation_mode.value!s} discards tokens, but {type(self).__name__} is stateful: the states of its "
                 "KDA and sliding layers cannot be rolled back. Leave out assistant_model, use_mtp, penalty_alpha, "
                 "prompt_lookup_num_tokens and assistant_early_exit"
             )
+        # transformers declares `self` as a whole model, which a mixin is not
+        # pyrefly: ignore[bad-argument-type]
         super()._validate_generation_mode(generation_mode, *args, **kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs):
         if generation_config.is_assistant:
             raise ValueError(
                 f"assistant_model is a {type(self).__name__}, which cannot draft: it is stateful, and the states of "
@@ -58,10 +64,12 @@ class DeltifyGenerationMixin(GenerationMixin):
                     f"{name} is a {type(given).__name__}, which this model cannot continue from. Give a "
                     "DeltifyCache(config=model.config), or leave it out"
                 )
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        # pyrefly: ignore[bad-argument-type]
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         for name in CACHE_NAMES:
             if type(model_kwargs.get(name)) is DynamicCache:
                 model_kwargs[name] = DeltifyCache(config=self.config)
+        return result
 
 
 def supported_settings(settings: GenerationConfig) -> tuple[GenerationConfig, list[str]]:

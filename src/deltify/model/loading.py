@@ -36,7 +36,7 @@ def checkpoint_tensors(source: str, options: dict) -> Tensors | None:
             raise ValueError(f"{source} has pickled weights, which can run code when loaded. Convert it to safetensors")
         return None
     if single is None and Path(source).is_dir():
-        check_shards(Path(str(index)))
+        check_shards(Path(index))
     files = [single] if single else get_checkpoint_shard_files(source, index, **hub)[0]
     tensors: Tensors = {}
     for file in files or []:

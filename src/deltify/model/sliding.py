@@ -10,6 +10,7 @@ S sinks, M slots, R blocks of C queries, each of which sees J = C + W - 1 keys.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +42,12 @@ class Slots:
 
     def to(self, device: torch.device) -> "Slots":
         """accelerate calls this where a model is spread over devices."""
-        return Slots(**{name: None if x is None else x.to(device) for name, x in vars(self).items()})
+        moved: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in vars(self).items()}
+        return Slots(**moved)
 
     def put(self, past_DPGK: Tensor, x_NGK: Tensor) -> Tensor:
         """Return cached windows and new tokens in their slots, [M, G, K]."""
+        assert self.past is not None and self.place is not None
         slots = x_NGK.new_empty(len(self.position), *x_NGK.shape[1:])
         slots = slots.index_copy(0, self.past.flatten(), past_DPGK.flatten(0, 1).to(slots.dtype))
         return slots.index_copy(0, self.place, x_NGK)
@@ -164,6 +167,7 @@ def sliding_step(
     The result is that of `sliding_attention`. The cache must hold at least one token.
     """
     window, sinks, seen = cache.window, cache.sinks, cache.seen
+    assert seen is not None
     sink_k, past_k, sink_v, past_v = cache.parts()
     is_new = (torch.arange(sinks, device=seen.device) == seen[:, None])[:, :, None, None]
     sink_k, sink_v = torch.where(is_new, k_BGK[:, None], sink_k), torch.where(is_new, v_BGK[:, None], sink_v)

@@ -20,7 +20,9 @@ Legend: B batch, T tokens, H heads, K key width, V value width, C chunk, N docum
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -329,7 +331,7 @@ def inverse_norm(x: Tensor, work: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=work).square_().add_(L2NORM_EPS).rsqrt_()
 
 
-def full_precision(method):
+def full_precision(method: Callable[..., Any]) -> Callable[..., Any]:
     """Disable autocast in a method, because the operator chooses its own precision."""
 
     @functools.wraps(method)

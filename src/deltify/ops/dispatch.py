@@ -83,7 +83,9 @@ def kda(
     if backend == "triton":
         if torch.compiler.is_compiling():
             return torch.ops.deltify.kda(*inputs, cu_seqlens, lower_bound, scale)[:2]
-        return triton_kernels().kda_triton(*inputs, cu_seqlens, lower_bound, scale)
+        kernels = triton_kernels()
+        assert kernels is not None  # else the inputs are refused
+        return kernels.kda_triton(*inputs, cu_seqlens, lower_bound, scale)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose from {['auto', 'triton', *BACKENDS]}")
     state = new_state(q, v, cu_seqlens) if state is None else state

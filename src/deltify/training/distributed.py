@@ -10,7 +10,7 @@ shard the models. Then make the optimizer from the shards.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
+from ..model import DeltifyForCausalLM
 from .signals import Stopped
 
 BUCKET = 2**26  # gradient elements that are averaged at a time
@@ -47,7 +49,7 @@ def world_size() -> int:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[torch.device]:
+def process_group(device: torch.device) -> Generator[torch.device]:
     """Join the process group if torchrun started this process, and yield the process's own device."""
     if "RANK" not in os.environ or dist.is_initialized():
         yield device
@@ -137,17 +139,17 @@ def shard(model: nn.Module, layers: nn.ModuleList, root: nn.Module) -> None:
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (world_size(),))
     for layer in layers:
-        fully_shard(layer.self_attn, mesh=mesh)
+        fully_shard(layer.get_submodule("self_attn"), mesh=mesh)
         fully_shard(layer, mesh=mesh)
     fully_shard(root, mesh=mesh)
 
 
-def shard_student(student: nn.Module) -> None:
+def shard_student(student: DeltifyForCausalLM) -> None:
     """Shard a student, and let `run_with_full_weights` gather it."""
     shard(student, student.model.layers, student)
     register_fsdp_forward_method(student, "run_with_full_weights")
 
 
-def shard_teacher(teacher: nn.Module) -> None:
+def shard_teacher(teacher: PreTrainedModel) -> None:
     """Shard a teacher's layers, norm and embeddings. A head that is not tied to them stays whole."""
     shard(teacher, teacher.model.layers, teacher.model)

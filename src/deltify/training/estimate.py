@@ -5,18 +5,27 @@ The estimates count tensors. tests/training/test_plan.py compares them with meas
 Legend: B batch, T tokens, D model width, H heads, K head width, W vocabulary.
 """
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..config import STAGES, Recipe, Stage, check
 from ..conversion.student import layer_kinds, model_class, student_config
-from ..conversion.teacher import EMBEDDED, Teacher, embedded_gguf, family_of, freeze, locate, random_teacher
+from ..conversion.teacher import (
+    EMBEDDED,
+    Teacher,
+    byte_tokenizer,
+    embedded_gguf,
+    family_of,
+    freeze,
+    locate,
+    random_teacher,
+)
+from ..model import DeltifyForCausalLM
 from ..utils.console import console
 from . import distributed
 from .losses import CHUNK_BYTES
@@ -81,7 +90,7 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
     return plans
 
 
-def print_models(recipe: Recipe, teacher: Teacher, student: nn.Module) -> None:
+def print_models(recipe: Recipe, teacher: Teacher, student: DeltifyForCausalLM) -> None:
     """Print the numbers of parameters and of KDA layers."""
     mixers = sum(p.numel() for layer in student.model.layers if layer.linear for p in layer.self_attn.parameters())
     kinds = [layer.kind for layer in student.model.layers]
@@ -106,22 +115,29 @@ def print_table(plans: list[StagePlan], gpu: str, gpus: int, sharded: bool) -> N
     console.print(table)
 
 
-def skeletons(recipe: Recipe) -> tuple[Teacher, nn.Module]:
+def skeletons(recipe: Recipe) -> tuple[Teacher, DeltifyForCausalLM]:
     """Return teacher and student without weights."""
     spec = recipe.student
     teacher = skeleton(read_config(recipe))
     kinds = layer_kinds(spec.full_attention_layers, teacher.config.num_hidden_layers)
-    sizes = {"keep_rope": spec.keep_rope, "window": spec.sliding_window, "sinks": spec.sink_tokens}
-    config = student_config(teacher, kinds, **sizes)
+    config = student_config(
+        teacher,
+        kinds,
+        keep_rope=spec.keep_rope,
+        window=spec.sliding_window,
+        sinks=spec.sink_tokens,
+        gate_bias=spec.gate_bias,
+        fold_biases=spec.init.startswith("calibrated"),
+    )
     with torch.device("meta"):
         return teacher, model_class(config)(config)
 
 
 def skeleton(config: PreTrainedConfig) -> Teacher:
-    """Return a teacher without weights and tokenizer."""
+    """Return a teacher without weights, whose tokenizer is that of bytes."""
     family = family_of(config)
     with torch.device("meta"):
-        return Teacher(freeze(AutoModelForCausalLM.from_config(config)), None, family)
+        return Teacher(freeze(AutoModelForCausalLM.from_config(config)), byte_tokenizer(), family)
 
 
 def read_config(recipe: Recipe) -> PreTrainedConfig:
@@ -140,7 +156,7 @@ def plan_stage(
     name: str,
     stage: Stage,
     teacher: Teacher,
-    student: nn.Module,
+    student: DeltifyForCausalLM,
     gpu: str,
     gpus: int,
     sharded: bool = False,
@@ -175,7 +191,7 @@ def plan_stage(
     return StagePlan(name, stage, sizes, max(seconds, HOST_SECONDS * layers if eager else 0.0))
 
 
-def product_flops(name: str, stage: Stage, teacher: Teacher, student: nn.Module) -> int:
+def product_flops(name: str, stage: Stage, teacher: Teacher, student: DeltifyForCausalLM) -> int:
     """Return the FLOPs per token of the products with weights, of both models, recomputation included."""
     groups = choose_trained(student, stage, name)
     if name == "align":  # the teacher's layers and the student's mixers
@@ -187,18 +203,20 @@ def product_flops(name: str, stage: Stage, teacher: Teacher, student: nn.Module)
     return 2 * (sum(p.numel() for p in multiplied(teacher.model)) + passes * forward + weight_gradients)
 
 
-def multiplied(model: nn.Module) -> list[nn.Parameter]:
+def multiplied(model: PreTrainedModel) -> list[nn.Parameter]:
     """Return the weights of layers and head, which hidden states are multiplied with."""
     return [p for part in (model.model.layers, model.lm_head) for p in part.parameters()]
 
 
-def attention_flops(student: nn.Module, length: int, name: str) -> float:
+def attention_flops(student: DeltifyForCausalLM, length: int, name: str) -> float:
     """Return the FLOPs per token of attention scores and weighted sums, in sequences of `length` tokens.
 
     They are scaled by ATTENTION_FACTOR. The teacher's attention computes masked positions too. The student's full
     attention skips them and needs three passes, so each layer counts 1.5 times as much.
     """
-    config = student.config  # layers and heads have the number and width of the teacher's
+    config = student.config
+    assert config.head_dim is not None  # the configuration fills it in
+    # layers and heads of the teacher have the same number and width
     layer = ATTENTION_FACTOR * 4 * length * config.num_attention_heads * config.head_dim
     kept = sum(layer.kind == "full_attention" for layer in student.model.layers) if name != "align" else 0
     return layer * (config.num_hidden_layers + 1.5 * kept)
@@ -209,9 +227,10 @@ def moment_bytes(stage: Stage, trained: int, adamw_params: int) -> int:
     return {"adamw": 8 * trained, "adamw8bit": 2 * trained, "muon": 4 * (trained + adamw_params)}[stage.optimizer]
 
 
-def activation_bytes(name: str, stage: Stage, student: nn.Module) -> int:
+def activation_bytes(name: str, stage: Stage, student: DeltifyForCausalLM) -> int:
     """Return the bytes that a token keeps for the backward pass, in all layers that are alive at once."""
     config = student.config
+    assert config.head_dim is not None
     D, inner = config.hidden_size, config.num_attention_heads * config.head_dim
     mlp = 2 * (4 if config.mlp_gated else 3) * config.intermediate_size
     mixers = [(21 if layer.linear else 12) * inner for layer in student.model.layers]
@@ -221,9 +240,10 @@ def activation_bytes(name: str, stage: Stage, student: nn.Module) -> int:
     return 4 * D * len(layers) + max(layers) if stage.activation_checkpointing else sum(layers)
 
 
-def workspace_bytes(student: nn.Module, tokens: int) -> int:
+def workspace_bytes(student: DeltifyForCausalLM, tokens: int) -> int:
     """Return the temporary bytes of the operator's backward pass."""
     K = student.config.head_dim
+    assert K is not None
     per_token_head = 2 * 3 * K + 2 * 2 * 64 + 2 * 2 * K * K // 64 + 2 * 4 * 64 + 4 * K + 2 * K
     return min(BACKWARD_TOKEN_HEADS, tokens * student.config.num_attention_heads) * per_token_head
 
@@ -234,7 +254,7 @@ def loss_bytes(W: int, D: int, tokens: int) -> int:
     return rows * W * (4 + 4 + 2) + 4 * W * D + 12 * tokens * D
 
 
-def files(recipe: Recipe, student: nn.Module, plans: list[StagePlan]) -> dict[str, str]:
+def files(recipe: Recipe, student: DeltifyForCausalLM, plans: list[StagePlan]) -> dict[str, str]:
     """Return the files that a run writes, with a description of their size."""
     model = 4 * count(student)
     width = 2 if student.config.vocab_size <= 2**16 else 4
@@ -257,6 +277,6 @@ def gib(size: int) -> str:
 
 def count(model: nn.Module) -> int:
     """Return the number of parameters. Tied ones count once."""
-    with contextlib.suppress(AttributeError):
+    if isinstance(model, PreTrainedModel):
         model.tie_weights()
     return sum(p.numel() for p in model.parameters())

@@ -28,7 +28,7 @@ def choose_trained(student: DeltifyForCausalLM, stage: Stage, name: str) -> dict
     """
     mixers: list[nn.Parameter] = []
     for layer in student.model.layers:
-        nope = layer.kind == "full_attention" and not student.config.use_rope[layer.self_attn.layer_idx]
+        nope = layer.kind == "full_attention" and not layer.self_attn.use_rope
         if layer.linear or nope:
             mixers += layer.self_attn.parameters()
     known = {id(p) for p in mixers}
@@ -61,7 +61,7 @@ def make_optimizers(
     Raises:
         ValueError: If `adamw8bit` lacks bitsandbytes, or a sharded student has another optimizer than `adamw`.
     """
-    embedding_ids = {id(student.get_input_embeddings().weight), id(student.get_output_embeddings().weight)}
+    embedding_ids = {id(student.model.embed_tokens.weight), id(student.lm_head.weight)}
     muon_groups, adamw_groups = [], []
     for group, parameters in choose_trained(student, stage, name).items():
         matrices = [p for p in parameters if p.dim() == 2 and (stage.optimizer != "muon" or id(p) in embedding_ids)]
@@ -102,12 +102,12 @@ class StackedMuon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            shapes: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     shapes.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in shapes.items():
-                grads = [p.grad for p in parameters]
+                grads = [p.grad for p in parameters if p.grad is not None]
                 for parameter in parameters:
                     if "momentum_buffer" not in self.state[parameter]:
                         self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

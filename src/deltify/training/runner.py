@@ -27,6 +27,7 @@ from ..utils.folders import model_folder
 from . import checkpoint, distributed
 from .metrics import Metrics, tracker_module
 from .optimizers import training_bytes
+from .recall import evaluate_recall, heldout_probes, recall_text
 from .run_folder import check_data, check_run, check_weights, write_run
 from .signals import Stopper
 from .steps import StageTeacher, evaluate_heldout
@@ -108,8 +109,12 @@ def open_everything(
     distributed.barrier()
     if distributed.rank() == 0:
         write_run(recipe, device, precision, digests, teacher.fingerprint)
+    longest = max(recipe.stage(name).sequence_length for name in STAGES if recipe.stage(name).tokens)
+    probes = heldout_probes(heldout, longest, recipe.run.heldout_tokens, teacher.tokenizer)
+    if not probes:
+        log("recall is not measured: it needs longer validation text, run.heldout_tokens, and a fast tokenizer")
     metrics = Metrics(recipe)
-    return teacher, RunContext(recipe, device, precision, train, mixes, batches, metrics, stopper, deadline)
+    return teacher, RunContext(recipe, device, precision, train, mixes, batches, probes, metrics, stopper, deadline)
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -231,10 +236,11 @@ def convert_stage(context: RunContext, teacher: StageTeacher) -> DeltifyForCausa
     name, folder = "converted", context.recipe.folder / "converted"
     student = create_student(context.recipe, teacher.pretrained, context.train).eval()
     scores = evaluate_heldout(teacher, student, context.heldout, context.autocast)
+    scores |= evaluate_recall(student, context.probes, context.autocast)
     context.metrics.truncate(name, -1)
     context.metrics.write(stage=name, step=0, tokens=0, **scores)
     checkpoint.save_model(folder, student, teacher.tokenizer)
-    console.print(f"converted: held-out KL {scores['heldout_kl']:.3f}, before any training")
+    console.print(f"converted: held-out KL {scores['heldout_kl']:.3f}{recall_text(scores)}, before any training")
     # all ranks continue from the first rank's weights, bit for bit
     return load_student(folder, context.device) if distributed.world_size() > 1 else student
 
@@ -305,8 +311,8 @@ def load_starting_student(folder: str, layers: str | list[int], teacher: Teacher
     student = load_student(Path(folder), next(teacher.model.parameters()).device)
     kinds = layer_kinds(layers, student.config.num_hidden_layers)
     if str(layers).startswith("measured:"):
-        kinds = list(student.config.layer_types)  # the student's own choice
-    if not isinstance(student, DeltifyForCausalLM) or list(student.config.layer_types) != kinds:
+        kinds = list(student.config.layer_types or ())  # the student's own choice
+    if not isinstance(student, DeltifyForCausalLM) or list(student.config.layer_types or ()) != kinds:
         raise ValueError(
             f"student.init={folder} has the layers {student.config.layer_types}, but full_attention_layers={layers!r} "
             f"means {kinds}. Make both the same"

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -49,7 +49,7 @@ class Stopper:
         self.signal = self.signal or number
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> Generator[None]:
         """Delay `Stopped` to the end of the block. An error of the block takes precedence."""
         self.holding = True
         try:

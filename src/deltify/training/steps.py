@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import Stage
 from ..data.batches import Batch
@@ -161,12 +161,14 @@ def match_step(
     return losses
 
 
-def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return the last hidden states [N, D] of a language model. Packed documents do not see each other."""
     return layer_states(model, batch)[0]
 
 
-def layer_states(model: nn.Module, batch: Batch, *, output_hidden_states: bool = False, **options) -> list[Tensor]:
+def layer_states(
+    model: PreTrainedModel, batch: Batch, *, output_hidden_states: bool = False, **options
+) -> list[Tensor]:
     """Return the last hidden states [N, D] and, with `output_hidden_states`, the output [N, D] of every layer.
 
     The embeddings are not among them: `align` and `match` do not compare them.

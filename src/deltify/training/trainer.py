@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import Recipe, Stage
 from ..data.batches import Batch, MixedBatches
+from ..data.probes import Probe
 from ..data.token_files import TokenFile
 from ..model import DeltifyForCausalLM
 from ..utils.console import console, log
@@ -28,6 +29,7 @@ from .optimizers import (
     trained,
     waits_for_ranks,
 )
+from .recall import evaluate_recall, recall_text
 from .signals import Stopped, Stopper
 from .steps import StageTeacher, align_step, evaluate_heldout, match_step
 
@@ -41,6 +43,7 @@ class RunContext:
         train: Token files of the training sources.
         mixes: Training batches of each stage that is to run.
         heldout: Validation batches.
+        probes: Documents of the recall curve.
         deadline: Time of `time.monotonic()` after which training stops.
     """
 
@@ -50,6 +53,7 @@ class RunContext:
     train: list[TokenFile]
     mixes: dict[str, MixedBatches]
     heldout: list[Batch]
+    probes: list[Probe]
     metrics: Metrics
     stopper: Stopper
     deadline: float = math.inf
@@ -236,12 +240,13 @@ class StageTrainer:
         """Evaluate on held-out text, and note the step if it is the best so far."""
         self.student.eval()
         scores = evaluate_heldout(self.teacher, self.student, self.context.heldout, self.context.autocast)
+        scores |= evaluate_recall(self.student, self.context.probes, self.context.autocast)
         self.student.train()
         if self.progress.best_kl is None or scores["heldout_kl"] < self.progress.best_kl:
             self.progress = replace(self.progress, best_kl=scores["heldout_kl"], best_step=self.progress.step)
         console.print(
             f"{self.name}: {self.progress.tokens:>12,} tokens, held-out KL {scores['heldout_kl']:.3f}, "
-            f"perplexity {scores['heldout_perplexity']:.1f}",
+            f"perplexity {scores['heldout_perplexity']:.1f}{recall_text(scores)}",
             highlight=False,
         )
         return scores
@@ -266,7 +271,7 @@ def unshare_weights(student: DeltifyForCausalLM, teacher_parameters: dict[str, n
 
 
 @contextmanager
-def explain_out_of_memory(name: str, stage: Stage, sharded: bool = False) -> Iterator[None]:
+def explain_out_of_memory(name: str, stage: Stage, sharded: bool = False) -> Generator[None]:
     """Replace torch.OutOfMemoryError by an error that names the settings of the stage to change.
 
     Raises:

@@ -49,4 +49,4 @@ def hash_piece(x: Tensor) -> bytes:
     """Return the SHA-256 of a tensor, as bfloat16 if it is floating point."""
     if x.is_floating_point():
         x = x.bfloat16()
-    return hashlib.sha256(x.cpu().contiguous().view(torch.uint8).numpy()).digest()
+    return hashlib.sha256(x.cpu().contiguous().view(torch.uint8).numpy().data).digest()
