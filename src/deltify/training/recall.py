@@ -21,7 +21,7 @@ from .losses import CHUNK_BYTES
 from .steps import hidden_states
 
 DISTANCES = tuple(128 * 2**i for i in range(10))  # 128 to 65,536: the smallest distance of each bucket
-MAX_TOKENS = 12_288  # of the documents of a validation: a tenth of the time of 65,536 validation tokens
+MAX_TOKENS = 12_288  # of the documents of a validation: less than a tenth of the time of 65,536 validation tokens
 SHARE = 5  # smallest number of validation tokens per token of these documents
 SHORTEST = 512  # tokens of the shortest documents
 
