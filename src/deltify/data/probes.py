@@ -106,7 +106,8 @@ def text_probes(texts: Iterable[str], counts: Mapping[int, int], tokenizer: PreT
     """
 
     def sizes_of(parts: list[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"]]
+        ids = tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"] if parts else []
+        return [len(part) for part in ids]
 
     sentences: list[str] = []
     tokens, needed = 0, SPARE * max((length * count for length, count in counts.items()), default=0)
@@ -115,7 +116,7 @@ def text_probes(texts: Iterable[str], counts: Mapping[int, int], tokenizer: PreT
             break
         new = [sentence for sentence in SENTENCE_END.split(text) if sentence]
         sentences += new
-        tokens += sum(sizes_of(new)) if new else 0
+        tokens += sum(sizes_of(new))
     probes = []
     for length, count in counts.items():
         documents = sparse_documents(sentences, length, sizes_of, SEED, HELDOUT_FACTS)

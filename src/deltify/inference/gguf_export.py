@@ -86,8 +86,7 @@ def write_gguf(
         parts.append("an identity layer, since llama.cpp needs an attention layer")
     else:
         parts.append(f"{kinds.count('full_attention')} attention layers as MLA")
-    parts += deviations(model)
-    return f"{path}: {', '.join(parts)}"
+    return f"{path}: {', '.join(parts + deviations(model))}"
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
