@@ -210,8 +210,8 @@ def convert(
             `calibrate`. "calibrated-constant": the same, with one constant channel in each head's values, see
             `add_constant`.
         calibration: Sequences of text, a few thousand tokens. Calibrated initialisations need them.
-        retrieval_heads: Number of heads of the whole model that start with a memory that lasts: those that retrieve
-            most in the teacher. Calibrated initialisations only.
+        retrieval_heads: Number of heads that start with a long memory: the heads of all layers that attend most to an
+            earlier occurrence of the current tokens in the teacher. Calibrated initialisations only.
         center: Heads whose queries and keys are centred, see `center_projections`: "none", "retrieval" (those heads) or
             "all". Calibrated initialisations only.
         gate_bias: Whether the output gate has a bias, as in AFM-4.5B-Base-KDA-Only and fla. Without it, other runtimes
