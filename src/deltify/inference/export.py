@@ -112,7 +112,7 @@ def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, fol
         "attention layers": set(c.layer_types or ()) != {"linear_attention"},
         "an MLP without a gate": not c.mlp_gated,
         f"the activation {c.hidden_act}": c.hidden_act not in ("silu", "swish"),
-        "biases of q, k, v, o or the MLP": c.attention_bias or c.attention_out_bias or c.mlp_bias,
+        "biases of q, k, v, o or the MLP": c.kda_bias or c.attention_out_bias or c.mlp_bias,
     }
     if found := [name for name, present in problems.items() if present]:
         raise ValueError(f"Layout kda does not support {', '.join(found)}. Export with --layout deltify.")
