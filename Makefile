@@ -22,6 +22,9 @@ MEASURES := --needles niah_single_1 --lengths 512,1024 --needle-samples 4 --book
 demo: .venv/installed
 	$(BIN)/deltify distill recipes/smollm2-135m-demo.yaml --resume --max-minutes 10
 	$(BIN)/deltify evaluate $(RUN) $(MEASURES)
+	rm -rf $(RUN)/kimi_linear $(RUN)/gguf
+	$(BIN)/deltify export $(RUN) --layout kimi_linear -o $(RUN)/kimi_linear
+	$(BIN)/deltify export $(RUN) --layout gguf -o $(RUN)/gguf
 	$(BIN)/deltify report $(RUN)
 
 lint: .venv/developing

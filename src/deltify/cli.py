@@ -368,13 +368,17 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     )
     export.add_argument("--identity-layer", default="auto", help=identity)
     export.add_argument("--dtype", help="type of the weights for gguf: f32, f16, bf16 or q8_0 (default: f16)")
+    fold = "fold biases of KDA layers into the weights with the help of this text (default: python-docs); prints the KL"
+    export.add_argument("--fold-gate-bias", metavar="SOURCE", nargs="?", const="python-docs", help=fold)
 
 
 def run_export(options: argparse.Namespace, _: list[str]) -> None:
     from .inference.export import export
     from .utils.folders import model_folder
 
-    print(export(model_folder(options.model), options.layout, options.output, options.identity_layer, options.dtype))
+    choices = {"identity_layer": options.identity_layer, "dtype": options.dtype}
+    choices |= {"fold_gate_bias": options.fold_gate_bias}
+    print(export(model_folder(options.model), options.layout, options.output, **choices))
 
 
 def add_push(commands: argparse._SubParsersAction) -> None:

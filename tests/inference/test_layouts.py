@@ -1,6 +1,7 @@
 """Layouts of other libraries: written, read back, and refused where they cannot express a model."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deltify import convert
+from deltify.cli import main
 from deltify.conversion.teacher import random_teacher
 from deltify.inference.export import export, read_layout, write_kda
 from deltify.training.checkpoint import save_model
@@ -58,7 +60,7 @@ def test_flash_linear_attention_gets_a_bias_of_zeros_if_there_is_none(tmp_path):
 @pytest.mark.parametrize(
     "options, layout, message",
     [
-        ({"gate_bias": True}, "kimi_linear", r"bias of the output gate \(g_proj\.1\.bias\)"),
+        ({"gate_bias": True}, "kimi_linear", r"bias of the output gate \(see --fold-gate-bias\)"),
         ({"architecture": "arcee"}, "kda", "an MLP without a gate, the activation relu2"),
         ({"architecture": "qwen2"}, "kda", "biases of q, k, v"),
         ({"full_attention_layers": "3:1"}, "kda", "attention layers"),
@@ -126,3 +128,19 @@ def test_flas_usual_config_is_read_and_what_has_no_place_is_refused(tmp_path):
     (tmp_path / "fla" / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
     with pytest.raises(ValueError, match="hidden_act='gelu'"):
         read_layout(str(tmp_path / "fla"))
+
+
+def test_biases_of_an_earlier_student_are_folded_only_if_told(tmp_path, capsys):
+    saved(tmp_path / "ours", gate_bias=True)
+    command = ["export", str(tmp_path / "ours"), "--layout", "kimi_linear", "-o", str(tmp_path / "kimi")]
+    assert main([*command, "--fold-gate-bias"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    cost = float(re.search(r"folded: KL ([-0-9.e]+) nats", line)[1])
+    model = read_layout(tmp_path / "kimi")
+    assert not model.config.gate_bias and 0 < cost < 0.1
+    with pytest.raises(ValueError, match="has no biases in KDA layers"):
+        export(tmp_path / "kimi", "deltify", tmp_path / "again", fold_gate_bias="python-docs")
+    short = tmp_path / "short.txt"
+    short.write_text("a short text")
+    with pytest.raises(ValueError, match="needs 12,288"):
+        export(tmp_path / "ours", "deltify", tmp_path / "again", fold_gate_bias=str(short))

@@ -5,13 +5,57 @@ Legend: D model width, C = H * K channels of all heads, K head width, N tokens.
 
 import copy
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..data.batches import Batch
+from ..data.sources import documents
 from ..model import DeltifyForCausalLM, DeltifyKDA
+from ..utils.tokens import token_ids
 from .calibration import constant_direction
+
+FIT_SEQUENCES, TEST_SEQUENCES, LENGTH = 16, 8, 512  # of text: what u is fitted to, and what the cost is measured on
+
+
+def fold_with_cost(
+    model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, source: str
+) -> tuple[DeltifyForCausalLM, float]:
+    """Return `fold_biases` of a model, and the forward KL of it from the model, in nats per token.
+
+    Args:
+        model: Model with biases in KDA layers. It is not changed.
+        tokenizer: Its tokenizer.
+        source: Source of text, see `documents`. 12,288 tokens of it are used.
+
+    Raises:
+        ValueError: If the model has no such biases, or the source has too little text.
+    """
+    if not (model.config.gate_bias or model.config.kda_bias):
+        raise ValueError("The model has no biases in KDA layers. Export it without --fold-gate-bias.")
+    needed = (FIT_SEQUENCES + TEST_SEQUENCES) * LENGTH
+    ids: list[int] = []
+    for text in documents(source):
+        ids += token_ids(tokenizer, text)
+        if len(ids) >= needed:
+            break
+    else:
+        raise ValueError(f"{source} has {len(ids):,} tokens, but folding biases needs {needed:,}. Name a longer text.")
+    input_ids = torch.tensor(ids[:needed]).view(-1, LENGTH)
+    batch = Batch(input_ids, torch.arange(LENGTH).expand_as(input_ids))
+    fit, *test = batch.split(FIT_SEQUENCES)
+    folded = fold_biases(model, fit)
+    return folded, sum(mean_kl(model, folded, part) for part in chain(*(x.split(1) for x in test))) / TEST_SEQUENCES
+
+
+@torch.no_grad()
+def mean_kl(model: DeltifyForCausalLM, folded: DeltifyForCausalLM, batch: Batch) -> float:
+    """Return the mean over the tokens of KL(model | folded)."""
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    log_p, log_q = (m(**inputs).logits.float().log_softmax(-1) for m in (model, folded))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
 @torch.no_grad()

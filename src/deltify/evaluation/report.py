@@ -165,6 +165,9 @@ def make_sections(run: Path, results: dict) -> list[Section]:
         sections.append(Section("Decoding", tables=[decode_table(results["decode"])], pictures=pictures))
     if (run / "metrics.jsonl").is_file():
         sections.append(Section("Training", pictures=[draw_training(run, results)[0]]))
+    if commands := commands_for_exports(run):
+        table = Table("Programs and commands", ("program", "command"), commands)
+        sections.append(Section("Run it without deltify", EXPORTS, [table]))
     return sections
 
 
@@ -182,10 +185,25 @@ RECALL = (
     "each prediction, the model gets the right token. Certain answers score 0. A distance is the number of tokens from "
     "the repeated token to the answer token."
 )
+EXPORTS = "The student was exported for other programs, which need neither deltify nor trust_remote_code."
 POSITIONS = (
     "Every document is read from its beginning. A model with a short memory gets worse with the distance from the "
     "beginning."
 )
+
+
+def commands_for_exports(run: Path) -> list[tuple[str, str]]:
+    """Return programs and the commands that run the exported models in a run's folder."""
+    commands = []
+    for config in sorted(run.glob("*/config.json")):
+        if json.loads(config.read_text()).get("model_type") == "kimi_linear":
+            folder = config.parent
+            commands += [
+                ("transformers", f'AutoModelForCausalLM.from_pretrained("{folder}")'),
+                ("vLLM", f"vllm serve {folder}"),
+                ("MLX-LM", f"mlx_lm.generate --model {folder} --prompt ..."),
+            ]
+    return commands + [("llama.cpp", f"llama-server -m {file}") for file in sorted(run.glob("**/*.gguf"))]
 
 
 def percent(value: float | None, digits: int = 1) -> str:

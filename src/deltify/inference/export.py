@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from ..conversion.folding import fold_with_cost
 from ..model import DeltifyConfig, DeltifyForCausalLM
 from ..model.loading import checkpoint_shapes
 from ..training.checkpoint import save_model
@@ -20,7 +21,12 @@ LAYOUTS = ("deltify", "kda", "kimi_linear", "gguf")
 
 
 def export(
-    source: str | Path, layout: str, output: str | Path, identity_layer: str = "auto", dtype: str | None = None
+    source: str | Path,
+    layout: str,
+    output: str | Path,
+    identity_layer: str = "auto",
+    dtype: str | None = None,
+    fold_gate_bias: str | None = None,
 ) -> str:
     """Write a model in another layout, and return a line that describes what was written.
 
@@ -32,6 +38,8 @@ def export(
         identity_layer: For kimi_linear: "auto" appends an identity layer to a model without attention layers, "never"
             does not.
         dtype: For gguf: "f32", "f16", "bf16" or "q8_0". Defaults to "f16".
+        fold_gate_bias: Source of text, such as "python-docs", for a model with biases in KDA layers. They are folded
+            into the weights, see `fold_biases`. The line then has the KL that this costs.
 
     Raises:
         ValueError: If the layout is unknown or cannot express the model. The message names what it cannot express.
@@ -48,6 +56,22 @@ def export(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder. Name another one.")
     model, tokenizer = read_layout(source), AutoTokenizer.from_pretrained(source)
+    if fold_gate_bias is None:
+        return write(model, tokenizer, layout, output, identity_layer, dtype)
+    model, cost = fold_with_cost(model, tokenizer, fold_gate_bias)
+    line = write(model, tokenizer, layout, output, identity_layer, dtype)
+    return f"{line}, biases of KDA layers folded: KL {cost:.2g} nats per token from the model with biases"
+
+
+def write(
+    model: DeltifyForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    layout: str,
+    output: Path,
+    identity_layer: str,
+    dtype: str | None,
+) -> str:
+    """Write a model in a layout, with the arguments of `export`."""
     if layout == "kimi_linear":
         return write_kimi_linear(model, tokenizer, output, identity_layer)
     if layout == "gguf":

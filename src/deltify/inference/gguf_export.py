@@ -182,6 +182,7 @@ def add_tokenizer(out: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, mode
             f"This tokenizer cannot be written to a GGUF file: {'; '.join(found)}. Use llama.cpp's converter: run "
             "`deltify export MODEL --layout kimi_linear -o FOLDER`, then `python convert_hf_to_gguf.py FOLDER`."
         )
+    assert split is not None and around is not None
     names = {index: token for token, index in tokenizer.get_vocab().items()}
     ids = range(model.config.vocab_size)  # the embeddings may be more than the tokens
     out.add_tokenizer_model("gpt2")

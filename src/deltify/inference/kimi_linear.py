@@ -104,7 +104,7 @@ def refusals(model: DeltifyForCausalLM) -> list[str]:
         "an MLP without a gate": not c.mlp_gated,
         f"the activation {c.hidden_act}": c.hidden_act not in ("silu", "swish"),
         "a bounded gate (gate_lower_bound, which only vLLM has)": c.gate_lower_bound is not None,
-        "a bias of the output gate (g_proj.1.bias)": any(name.endswith(".g_proj.1.bias") for name in biases),
+        "a bias of the output gate (see --fold-gate-bias)": any(name.endswith(".g_proj.1.bias") for name in biases),
         # llama.cpp loads such biases and ignores them
         "biases of q, k, v or o": any(name.endswith(tuple(f".{x}_proj.bias" for x in "qkvo")) for name in biases),
         "biases of the MLP": any(".mlp." in name for name in biases),

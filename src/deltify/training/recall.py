@@ -9,8 +9,8 @@ from itertools import groupby
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.batches import Batch
 from ..data.probes import SPARE, Probe, beginnings, text_probes
@@ -63,13 +63,17 @@ def recall_buckets(distances: Sequence[np.ndarray], scores: Sequence[np.ndarray]
         inside = [s[:, (d >= low) & (d < high)] for d, s in zip(distances, scores)]
         inside = [s for s in inside if s.size]
         if inside:
-            log_prob, right = (mean_over_documents([s[i] for s in inside]) for i in range(2))
-            buckets.append(RecallBucket(low, sum(s.shape[1] for s in inside), len(inside), *log_prob, *right))
+            log_prob, log_prob_stderr = mean_over_documents([s[0] for s in inside])
+            right, right_stderr = mean_over_documents([s[1] for s in inside])
+            if log_prob is None or right is None:
+                raise FloatingPointError("a score of recall is not a number. The model puts out NaN")
+            tokens = sum(s.shape[1] for s in inside)
+            buckets.append(RecallBucket(low, tokens, len(inside), log_prob, log_prob_stderr, right, right_stderr))
     return buckets
 
 
 @torch.no_grad()
-def answer_scores(model: nn.Module, hidden_ND: Tensor, labels_N: Tensor) -> np.ndarray:
+def answer_scores(model: PreTrainedModel, hidden_ND: Tensor, labels_N: Tensor) -> np.ndarray:
     """Return the log-probability of each label, and whether it is the most likely token (1 or 0), [2, N].
 
     Args:
@@ -77,7 +81,7 @@ def answer_scores(model: nn.Module, hidden_ND: Tensor, labels_N: Tensor) -> np.n
         hidden_ND: Last hidden states that the labels are predicted from.
         labels_N: Token ids.
     """
-    vocab_size = model.lm_head.weight.shape[0]
+    vocab_size = model.config.vocab_size
     chunk = max(1, CHUNK_BYTES.get(labels_N.device.type, CHUNK_BYTES["cpu"]) // (4 * vocab_size))
     scores = []
     for hidden, labels in zip(hidden_ND.split(chunk), labels_N.split(chunk)):
