@@ -381,6 +381,26 @@ def run_export(options: argparse.Namespace, _: list[str]) -> None:
     print(export(model_folder(options.model), options.layout, options.output, **choices))
 
 
+def add_push(commands: argparse._SubParsersAction) -> None:
+    push = commands.add_parser(
+        "push",
+        help="publish a run on the Hugging Face hub, with a model card",
+        description="List what would be published, and upload it with --yes. Without --yes, no network is used.",
+    )
+    push.add_argument("run", help="folder of a run")
+    push.add_argument("repo", help="repository on the hub, OWNER/NAME")
+    push.add_argument("--yes", action="store_true", help="upload; otherwise only list")
+    push.add_argument("--private", action="store_true", help="make the repository private")
+    push.add_argument("--stage", help="stage whose model is published (default: the last one)")
+    push.add_argument("--license", help="licence in the model card, such as apache-2.0 (default: the teacher's)")
+
+
+def run_push(options: argparse.Namespace, _: list[str]) -> None:
+    from .evaluation.push import push
+
+    push(**{key: value for key, value in vars(options).items() if key != "command"})
+
+
 def add_schema(commands: argparse._SubParsersAction) -> None:
     summary = "print the JSON Schema of recipes, for editors"
     commands.add_parser("schema", help=summary, description=summary)
@@ -407,6 +427,7 @@ COMMANDS: dict[str, tuple[Add, Run]] = {
     "serve": (add_serve, run_serve),
     "sample": (add_sample, run_sample),
     "export": (add_export, run_export),
+    "push": (add_push, run_push),
     "schema": (add_schema, run_schema),
 }
 

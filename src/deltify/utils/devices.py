@@ -30,7 +30,7 @@ def pick_precision(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)  # GPUs before Ampere emulate it
     else:
         fast = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
     return "bf16" if fast else "fp32"
