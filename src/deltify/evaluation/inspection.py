@@ -44,7 +44,8 @@ DISTANCES = (128, 512, 1024)  # after which is measured what is left of a value
 SAMPLE_EVERY = 17
 STATES = 5  # states in the second half of a sequence whose keys are measured
 STRONG = 0.3  # beta above which a write counts as strong
-SLOWEST = 1e-9  # log-decay per token below which a half-life is not told from endless
+SLOWEST = 1e-9  # decay rate per token; half-lives are at most 7e8 tokens, because JSON has no infinity
+COSINES = ("cosine_copy", "cosine_match", "cosine_others")
 LISTED = 10  # heads of a table in the terminal
 
 
@@ -207,14 +208,13 @@ def inspect_heads(model: CausalLM, batch: Batch) -> dict[int, dict[str, Tensor]]
         finally:
             for handle in handles:
                 handle.remove()
-    counts = {"cosine": copies}
     for total in totals.values():
         for name, x in total.items():
-            total[name] = x / counts.get(name.split("_")[0], len(batch.input_ids))
+            total[name] = x / (copies if name in COSINES else len(batch.input_ids))
         half_life_HK = math.log(2) / total.pop("rate").clamp(min=SLOWEST)
         low_H, high_H = half_life_HK.quantile(torch.tensor([0.1, 0.9]), dim=1)
-        # of the mean rate, not the mean of half-lives, which is that of the slowest channels
-        mean_H = half_life_HK.shape[1] / (1 / half_life_HK).sum(1)
+        # the half-life of the mean rate: the mean of half-lives would be that of the slowest channels
+        mean_H = 1 / (1 / half_life_HK).mean(1)
         total |= {"half_life": mean_H, "half_life_p10": low_H, "half_life_p90": high_H}
         nearest_H = torch.maximum(total["cosine_copy"], total["cosine_match"])
         total["cosine_margin"] = nearest_H - total["cosine_others"]
@@ -222,12 +222,12 @@ def inspect_heads(model: CausalLM, batch: Batch) -> dict[int, dict[str, Tensor]]
 
 
 def measure_layer(mixer: DeltifyKDA, x_1TD: Tensor, pairs_2P: Tensor) -> dict[str, Tensor]:
-    """Return sums and means [H] over the tokens of one sequence, and the mean decay `rate` [H, K].
+    """Return means [H] over the tokens of one sequence, the mean decay `rate` [H, K], and sums [H] of cosines.
 
     Args:
         mixer: KDA layer.
         x_1TD: Inputs of the layer.
-        pairs_2P: Copies, see `far_copies`. Cosines are summed over them.
+        pairs_2P: Copies, see `far_copies`, over which cosines are summed.
     """
     q_THK, k_THK, f_THK, b_TH = operator_inputs(mixer, x_1TD)
     rate, bias = mixer.A_log.float().exp()[:, None], mixer.dt_bias.float().view_as(f_THK[0])
@@ -287,7 +287,8 @@ def values_left(mixer: DeltifyKDA, k_THK: Tensor, f_THK: Tensor, b_TH: Tensor) -
     for distance in distances:
         q_THK[start_S + distance] = k_THK[start_S]
     q, k, v, f, b = (x[None] for x in (q_THK, k_THK, v_THS, f_THK, b_TH))
-    o, _ = kda(q, k, v, f, b, mixer.A_log, mixer.dt_bias, lower_bound=mixer.lower_bound, scale=1.0)
+    options = {"lower_bound": mixer.lower_bound, "scale": 1.0, "backend": "chunked"}  # in float32 on every device
+    o, _ = kda(q, k, v, f, b, mixer.A_log, mixer.dt_bias, **options)
     o_THS = o[0]
     return {distance: o_THS[start_S + distance, :, channel_S].mean(0) for distance in distances}
 
@@ -306,8 +307,8 @@ def cosines_at_copies(q_THK: Tensor, k_THK: Tensor, pairs_2P: Tensor) -> dict[st
     at_P, source_P = pairs_2P
     q_PHK, copied_PHK, matched_PHK = q_THK[at_P], k_THK[source_P], k_THK[source_P - 1]
     others_PHK = (k_THK.cumsum(0)[at_P] - copied_PHK - matched_PHK) / (at_P - 1)[:, None, None]
-    keys = {"cosine_copy": copied_PHK, "cosine_match": matched_PHK, "cosine_others": others_PHK}
-    return {name: (q_PHK * key_PHK).sum((0, 2)) for name, key_PHK in keys.items()}
+    keys = copied_PHK, matched_PHK, others_PHK
+    return {name: (q_PHK * key_PHK).sum((0, 2)) for name, key_PHK in zip(COSINES, keys)}
 
 
 # ---- table and figure ------------------------------------------------------------------------------------------------
@@ -317,7 +318,7 @@ FIELDS = (
     *("half_life", "half_life_p10", "half_life_p90", "beta_mean", "beta_median", "beta_strong", "effective_keys"),
     *(f"left_{distance}" for distance in DISTANCES),
     *("teacher_copy", "teacher_match", "teacher_retrieval"),
-    *("cosine_copy", "cosine_match", "cosine_others", "cosine_margin"),
+    *(*COSINES, "cosine_margin"),
 )
 
 
@@ -327,7 +328,8 @@ def head_rows(measured: dict[int, dict[str, Tensor]], statistics: list[HeadStati
     for layer, of_layer in sorted(measured.items()):
         if statistics is not None:
             s = statistics[layer]
-            of_layer |= {"teacher_copy": s.copy_H, "teacher_match": s.match_H, "teacher_retrieval": s.retrieval_H}
+            teacher = {"teacher_copy": s.copy_H, "teacher_match": s.match_H, "teacher_retrieval": s.retrieval_H}
+            of_layer = of_layer | teacher
         lists = {name: x.tolist() for name, x in of_layer.items()}
         for head in range(len(lists["half_life"])):
             values = {name: lists[name][head] if name in lists else math.nan for name in FIELDS}
