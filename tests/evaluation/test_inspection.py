@@ -15,15 +15,14 @@ from deltify.cli import main
 from deltify.config import Stage
 from deltify.conversion.attention import far_copies, measure_attention
 from deltify.conversion.teacher import byte_tokenizer, random_teacher
-from deltify.evaluation.inspection import (
+from deltify.evaluation.inspection import draw_heads, read_sequences
+from deltify.evaluation.kda_heads import (
     cosines_at_copies,
-    draw_heads,
     effective_keys,
     inspect_heads,
     kda_layers,
     measure_layer,
     operator_inputs,
-    read_sequences,
     values_left,
 )
 from deltify.model.mixers import DeltifyKDA
@@ -196,6 +195,7 @@ def test_the_command_writes_table_and_figure(tmp_path, capsys):
     assert "Heads that remember longest" in printed and "Heads that retrieve most in the teacher" in printed
     content = json.loads((run / "inspect.json").read_text())
     assert content["tokens"] == content["sequence_length"] == 800 and content["copies"] > 0
+    assert content["teacher"] == "random:llama"
     rows = content["heads"]
     assert [(row["layer"], row["head"]) for row in rows] == [(layer, head) for layer in range(4) for head in range(4)]
     teacher = random_teacher("llama")
@@ -226,7 +226,7 @@ def test_a_stage_without_its_teacher_and_a_model_without_a_run(tmp_path, capsys)
     assert content["teacher"] is None and all(row["teacher_copy"] is None for row in content["heads"])
     recipe.unlink()
     assert main(arguments) == 0
-    assert "belongs to no run. Name its teacher with --teacher" in capsys.readouterr().out
+    assert "The model belongs to no run. Name its teacher with --teacher" in capsys.readouterr().out
     assert main([*arguments, "--teacher", str(tmp_path / "gone.gguf")]) == 1
     assert main(["inspect", "owner/model"]) == 1 and main([*arguments[:2], "--tokens", "9"]) == 1
     errors = capsys.readouterr().err.splitlines()

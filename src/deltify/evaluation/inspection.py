@@ -1,8 +1,8 @@
-"""Measure what each KDA head of a student can hold: decay, writing, overwriting, and reading at copies.
+"""Table and figure of what each KDA head of a student can hold, beside what the teacher's head retrieves.
 
     deltify.evaluation.inspection.inspect_student("runs/kda")
 
-Legend: T tokens, D model width, H heads, K head width, S sampled tokens, P copies.
+Legend: B sequences, T tokens, H heads.
 """
 
 import json
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..config import load_recipe
+from ..config import Recipe, load_recipe
 from ..conversion.attention import HeadStatistics, far_copies, measure_attention
 from ..conversion.teacher import Teacher
 from ..data.batches import Batch
@@ -24,28 +24,19 @@ from ..data.sources import PYTHON_DOCS, documents
 from ..inference.loading import load_model, load_tokenizer
 from ..inference.sample import MAX_CHARS_PER_TOKEN
 from ..model.causal_lm import CausalLM
-from ..model.mixers import DeltifyKDA
-from ..ops import kda, short_conv
-from ..ops.reference import l2norm, log_decay
 from ..utils.console import console, log
 from ..utils.devices import device_name, pick_device
 from ..utils.files import write_text
 from ..utils.folders import model_folder
 from ..utils.tokens import token_ids
 from . import plots
+from .kda_heads import COSINES, DISTANCES, inspect_heads, kda_layers
 from .report import Table
 from .results_file import command_line, versions
 from .runner import open_reference, pick_dtype
 
 SEQUENCE_LENGTH = 2048
 LEAST_TOKENS = 256
-DISTANCES = (128, 512, 1024)  # after which is measured what is left of a value
-# No difference of two distances is a multiple of it, so that a token reads for one sampled token at most.
-SAMPLE_EVERY = 17
-STATES = 5  # states in the second half of a sequence whose keys are measured
-STRONG = 0.3  # beta above which a write counts as strong
-SLOWEST = 1e-9  # decay rate per token; half-lives are at most 7e8 tokens, because JSON has no infinity
-COSINES = ("cosine_copy", "cosine_match", "cosine_others")
 LISTED = 10  # heads of a table in the terminal
 
 
@@ -84,13 +75,14 @@ def inspect_student(
         raise ValueError(f"{source} has no KDA layer. Give a student, or the folder of a run.")
     length = min(SEQUENCE_LENGTH, tokens, student.config.max_position_embeddings)
     batch = read_sequences(text, tokens // length, length, load_tokenizer(source)).to(torch_device)
-    reference = find_teacher(source, teacher, torch_device, dtype)
+    recipe = find_recipe(source)
+    reference = find_teacher(recipe, teacher, torch_device, dtype)
     statistics = None if reference is None else teacher_statistics(reference, student, batch)
     rows = head_rows(inspect_heads(student, batch), statistics)
     copies = sum(far_copies(*pair).shape[1] for pair in zip(batch.input_ids.tolist(), batch.position_ids.tolist()))
     content = {
         "model": model_folder(str(source)),
-        "teacher": None if reference is None else reference.model.name_or_path,
+        "teacher": None if reference is None else teacher or (recipe and recipe.teacher.model),
         "text": text,
         "tokens": batch.input_ids.numel(),
         "sequence_length": length,
@@ -138,20 +130,25 @@ def read_sequences(source: str, count: int, length: int, tokenizer: PreTrainedTo
 # ---- the teacher -----------------------------------------------------------------------------------------------------
 
 
-def find_teacher(source: str | Path, name: str | None, device: torch.device, dtype: torch.dtype) -> Teacher | None:
-    """Return the teacher of this name, or that of the run that holds the model, or None with a line why.
+def find_recipe(source: str | Path) -> Recipe | None:
+    """Return the recipe of the run at a path, or of the run that the stage at a path belongs to, or None."""
+    paths = Path(source) / "recipe.yaml", Path(source).parent / "recipe.yaml"
+    return next((load_recipe(path) for path in paths if path.is_file()), None)
+
+
+def find_teacher(recipe: Recipe | None, name: str | None, device: torch.device, dtype: torch.dtype) -> Teacher | None:
+    """Return the teacher of this name, by default that of the recipe, or None after a line that says why.
 
     Raises:
         ValueError: If a teacher is named and cannot be opened.
     """
-    recipes = [path for path in (Path(source) / "recipe.yaml", Path(source).parent / "recipe.yaml") if path.is_file()]
     if name is not None:
         return open_reference(name, [], device, dtype)
-    if not recipes:
-        log(f"{source} belongs to no run. Name its teacher with --teacher to measure the teacher's heads.")
+    if recipe is None:
+        log("The model belongs to no run. Name its teacher with --teacher to measure the teacher's heads.")
         return None
     try:
-        return open_reference(None, [load_recipe(recipes[0])], device, dtype)
+        return open_reference(None, [recipe], device, dtype)
     except (ValueError, OSError) as error:
         log(f"The teacher's heads are not measured: {error}")
         return None
@@ -168,147 +165,6 @@ def teacher_statistics(teacher: Teacher, student: CausalLM, batch: Batch) -> lis
         described = [f"{layers} layers, {heads} heads and {tokens} token ids" for layers, heads, tokens in shapes]
         raise ValueError(f"The teacher has {described[0]}, the student {described[1]}. Name the student's own teacher.")
     return measure_attention(teacher, batch)
-
-
-# ---- the student -----------------------------------------------------------------------------------------------------
-
-
-def kda_layers(model: nn.Module) -> list[DeltifyKDA]:
-    """Return the KDA layers of a model."""
-    return [module for module in model.modules() if isinstance(module, DeltifyKDA)]
-
-
-@torch.no_grad()
-def inspect_heads(model: CausalLM, batch: Batch) -> dict[int, dict[str, Tensor]]:
-    """Return the quantities [H] of the heads of each KDA layer, on average over a batch.
-
-    Args:
-        model: Student.
-        batch: Sequences that are one document each.
-
-    Returns:
-        Quantities by layer and name, see docs/guides/inspect.md. Those at copies are NaN if the text has none.
-    """
-    totals: dict[int, dict[str, Tensor]] = {}
-    copies = 0
-    for ids_1T, positions_1T in zip(batch.input_ids.split(1), batch.position_ids.split(1)):
-        pairs_2P = far_copies(ids_1T[0].tolist(), positions_1T[0].tolist()).to(ids_1T.device)
-        copies += pairs_2P.shape[1]
-
-        def hook(mixer: nn.Module, args: tuple) -> None:
-            assert isinstance(mixer, DeltifyKDA)
-            measured = measure_layer(mixer, args[0], pairs_2P)  # noqa: B023  removed before the next sequence
-            total = totals.setdefault(mixer.layer_idx, {})
-            for name, x in measured.items():
-                total[name] = total.get(name, 0) + x.cpu()
-
-        handles = [mixer.register_forward_pre_hook(hook) for mixer in kda_layers(model)]
-        try:
-            model.get_decoder()(input_ids=ids_1T, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-    for total in totals.values():
-        for name, x in total.items():
-            total[name] = x / (copies if name in COSINES else len(batch.input_ids))
-        half_life_HK = math.log(2) / total.pop("rate").clamp(min=SLOWEST)
-        low_H, high_H = half_life_HK.quantile(torch.tensor([0.1, 0.9]), dim=1)
-        # the half-life of the mean rate: the mean of half-lives would be that of the slowest channels
-        mean_H = 1 / (1 / half_life_HK).mean(1)
-        total |= {"half_life": mean_H, "half_life_p10": low_H, "half_life_p90": high_H}
-        nearest_H = torch.maximum(total["cosine_copy"], total["cosine_match"])
-        total["cosine_margin"] = nearest_H - total["cosine_others"]
-    return totals
-
-
-def measure_layer(mixer: DeltifyKDA, x_1TD: Tensor, pairs_2P: Tensor) -> dict[str, Tensor]:
-    """Return means [H] over the tokens of one sequence, the mean decay `rate` [H, K], and sums [H] of cosines.
-
-    Args:
-        mixer: KDA layer.
-        x_1TD: Inputs of the layer.
-        pairs_2P: Copies, see `far_copies`, over which cosines are summed.
-    """
-    q_THK, k_THK, f_THK, b_TH = operator_inputs(mixer, x_1TD)
-    rate, bias = mixer.A_log.float().exp()[:, None], mixer.dt_bias.float().view_as(f_THK[0])
-    log_decay_THK = log_decay(f_THK, rate, bias, mixer.lower_bound)
-    beta_TH = b_TH.sigmoid()
-    measured = {
-        "rate": -log_decay_THK.mean(0),
-        "beta_mean": beta_TH.mean(0),
-        "beta_median": beta_TH.median(0).values,
-        "beta_strong": (beta_TH > STRONG).float().mean(0),
-        "effective_keys": effective_keys(l2norm(k_THK), log_decay_THK, beta_TH),
-    }
-    for distance, left_H in values_left(mixer, k_THK, f_THK, b_TH).items():
-        measured[f"left_{distance}"] = left_H
-    return measured | cosines_at_copies(l2norm(q_THK), l2norm(k_THK), pairs_2P)
-
-
-def operator_inputs(mixer: DeltifyKDA, x_1TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return queries, keys and decay logits [T, H, K] and beta logits [T, H] of a layer, as its operator gets them."""
-    q, _ = short_conv(mixer.q_proj(x_1TD), mixer.q_conv1d())
-    k, _ = short_conv(mixer.k_proj(x_1TD), mixer.k_conv1d())
-    q, k, f = (x[0].float().unflatten(-1, (-1, mixer.head_dim)) for x in (q, k, mixer.f_proj(x_1TD)))
-    return q, k, f, mixer.b_proj(x_1TD)[0].float()
-
-
-def effective_keys(k_THK: Tensor, log_decay_THK: Tensor, beta_TH: Tensor) -> Tensor:
-    """Return the participation ratio [H] of the keys that the state holds, on average over STATES tokens.
-
-    It is (tr C)^2 / tr C^2 of C = sum of beta k k^T over earlier tokens, with each key decayed since it was written. n
-    orthogonal keys of equal weight give n. Overwriting is not counted.
-    """
-    tokens = len(k_THK)
-    since_start_THK = log_decay_THK.cumsum(0)
-    written_THK = beta_TH.sqrt()[..., None] * k_THK
-    ratios = []
-    for end in np.linspace(tokens / 2, tokens, STATES).astype(int):
-        held_THK = written_THK[:end] * (since_start_THK[end - 1] - since_start_THK[:end]).exp()
-        gram_HKK = torch.einsum("thk,thj->hkj", held_THK, held_THK)
-        trace_H = gram_HKK.diagonal(dim1=1, dim2=2).sum(1)
-        ratios.append(trace_H.square() / gram_HKK.square().sum((1, 2)).clamp(min=1e-30))
-    return torch.stack(ratios).mean(0)
-
-
-def values_left(mixer: DeltifyKDA, k_THK: Tensor, f_THK: Tensor, b_TH: Tensor) -> dict[int, Tensor]:
-    """Return the fraction [H] of a value that its own key still reads, by distance in tokens.
-
-    One pass of the operator measures all sampled tokens: each writes a 1 into a value channel of its own, and the
-    tokens at the distances from it read with its key. Distances that the sequence is too short for are left out.
-    """
-    tokens, heads, _ = k_THK.shape
-    distances = [distance for distance in DISTANCES if distance + SAMPLE_EVERY < tokens]
-    start_S = torch.arange(SAMPLE_EVERY, tokens - distances[-1], SAMPLE_EVERY, device=k_THK.device)
-    channel_S = torch.arange(len(start_S), device=k_THK.device)
-    v_THS = k_THK.new_zeros(tokens, heads, len(start_S))
-    v_THS[start_S, :, channel_S] = 1 / b_TH[start_S].sigmoid().clamp(min=1e-12)  # the operator multiplies by beta
-    q_THK = torch.zeros_like(k_THK)
-    for distance in distances:
-        q_THK[start_S + distance] = k_THK[start_S]
-    q, k, v, f, b = (x[None] for x in (q_THK, k_THK, v_THS, f_THK, b_TH))
-    options = {"lower_bound": mixer.lower_bound, "scale": 1.0, "backend": "chunked"}  # in float32 on every device
-    o, _ = kda(q, k, v, f, b, mixer.A_log, mixer.dt_bias, **options)
-    o_THS = o[0]
-    return {distance: o_THS[start_S + distance, :, channel_S].mean(0) for distance in distances}
-
-
-def cosines_at_copies(q_THK: Tensor, k_THK: Tensor, pairs_2P: Tensor) -> dict[str, Tensor]:
-    """Return sums [H] over copies of the cosines of the query with keys.
-
-    `cosine_copy` is that with the key of the token that is copied, `cosine_match` that with the key of the token before
-    it, and `cosine_others` the mean of those with all other keys up to the query.
-
-    Args:
-        q_THK: Normalised queries.
-        k_THK: Normalised keys.
-        pairs_2P: Index of the query, and of the token that is copied.
-    """
-    at_P, source_P = pairs_2P
-    q_PHK, copied_PHK, matched_PHK = q_THK[at_P], k_THK[source_P], k_THK[source_P - 1]
-    others_PHK = (k_THK.cumsum(0)[at_P] - copied_PHK - matched_PHK) / (at_P - 1)[:, None, None]
-    keys = copied_PHK, matched_PHK, others_PHK
-    return {name: (q_PHK * key_PHK).sum((0, 2)) for name, key_PHK in zip(COSINES, keys)}
 
 
 # ---- table and figure ------------------------------------------------------------------------------------------------
@@ -401,26 +257,23 @@ def summary(content: dict) -> list[Table]:
 
     rows = content["heads"]
     longest = [f"left_{d}" for d in DISTANCES if rows[0][f"left_{d}"] is not None][-1]
-    memory: list[Column] = [
+    decay: list[Column] = [
         ("half-life", number("half_life", ",.0f")),
         ("10-90 %", lambda row: f"{row['half_life_p10']:,.0f}-{row['half_life_p90']:,.0f}"),
-        ("beta", number("beta_mean")),
-        ("keys", number("effective_keys", ".1f")),
-        *((f"left {d:,}", number(f"left_{d}")) for d in DISTANCES),
     ]
-    teacher: list[Column] = [("teacher copy", number("teacher_copy")), ("match", number("teacher_match"))]
-    reading: list[Column] = [
-        ("cosine copy", number("cosine_copy")),
-        ("match", number("cosine_match")),
-        ("others", number("cosine_others")),
-    ]
+    writing: list[Column] = [("beta", number("beta_mean")), ("keys", number("effective_keys", ".1f"))]
+    left: list[Column] = [(f"left {d:,}", number(f"left_{d}")) for d in DISTANCES]
+    teacher: list[Column] = [(name, number(f"teacher_{name}")) for name in ("copy", "match")]
+    reading: list[Column] = [(name.replace("_", " "), number(name)) for name in COSINES]
 
-    def table(title: str, chosen: list[dict], columns: list[Column]) -> Table:
+    def table(title: str, chosen: list[dict], columns: list[Column], note: str = "") -> Table:
         cells = [[f"{row['layer']}.{row['head']}", *(show(row) for _, show in columns)] for row in chosen]
-        return Table(title, ["layer.head", *(name for name, _ in columns)], cells)
+        return Table(title, ["head", *(name for name, _ in columns)], cells, note)
 
-    tables = [table("Heads that remember longest", best(rows, longest), memory)]
+    title = "Heads that remember longest (layer.head)"
+    tables = [table(title, best(rows, longest), decay + writing + left)]
     if retrieving := best(rows, "teacher_retrieval"):
         title = f"Heads that retrieve most in the teacher, at {content['copies']} copies"
-        tables.append(table(title, retrieving, teacher + memory[:1] + memory[2:] + reading))
+        note = "copy, match: the teacher's head. Other columns: the student's."
+        tables.append(table(title, retrieving, teacher + writing[:1] + left[:1] + left[-1:] + reading, note))
     return tables
