@@ -256,6 +256,23 @@ def run_report(options: argparse.Namespace, _: list[str]) -> None:
     report(runs[0] if options.output is None else combine(runs, options.output))
 
 
+def add_inspect(commands: argparse._SubParsersAction) -> None:
+    summary = "measure what each KDA head of a student can hold: decay, writing, overwriting, retrieval"
+    inspect = commands.add_parser("inspect", help=summary, description=summary)
+    inspect.add_argument("source", metavar="MODEL", help=MODEL_HELP)
+    inspect.add_argument("--text", default="python-docs", help="source of the text to read (default: python-docs)")
+    inspect.add_argument("--tokens", type=int, default=8192, help="number of tokens to read (default: 8192)")
+    inspect.add_argument("--teacher", help="hub id, folder or GGUF file of the teacher (default: the run's teacher)")
+    inspect.add_argument("-o", "--output", type=Path, help="folder to write (default: that of the run or model)")
+    inspect.add_argument("--device", default="auto", help=DEVICE_HELP)
+
+
+def run_inspect(options: argparse.Namespace, _: list[str]) -> None:
+    from .evaluation.inspection import inspect_student
+
+    print(inspect_student(**{key: value for key, value in vars(options).items() if key != "command"}))
+
+
 def add_generate(commands: argparse._SubParsersAction) -> None:
     summary = "generate text with a model"
     generate = commands.add_parser("generate", help=summary, description=summary)
@@ -421,6 +438,7 @@ COMMANDS: dict[str, tuple[Add, Run]] = {
     "plan": (add_plan, run_plan),
     "evaluate": (add_evaluate, run_evaluate),
     "report": (add_report, run_report),
+    "inspect": (add_inspect, run_inspect),
     "generate": (add_generate, run_generate),
     "read": (add_read, run_read),
     "chat": (add_chat, run_chat),
