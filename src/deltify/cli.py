@@ -12,11 +12,11 @@ from .training.signals import Stopped
 DESCRIPTION = """\
 Convert a pretrained transformer into a Kimi Delta Attention (KDA) language model by distillation.
 
-  deltify distill recipes/smollm2-135m-demo.yaml     convert the teacher and train the student, stage by stage
-  deltify evaluate runs/smollm2-135m-demo            measure the student beside its teacher
-  deltify report runs/smollm2-135m-demo              write tables, plots, report.html and a model card
-  deltify generate runs/smollm2-135m-demo "Once"     generate text with the student
-  deltify plan recipes/afm-4.5b-kda.yaml             estimate memory, hours and disk space of a recipe
+  deltify distill smollm2-135m-demo                convert the teacher and train the student, stage by stage
+  deltify evaluate runs/smollm2-135m-demo          measure the student beside its teacher
+  deltify report runs/smollm2-135m-demo            write tables, plots, report.html and a model card
+  deltify generate runs/smollm2-135m-demo "Once"   generate text with the student
+  deltify recipes                                  list the recipes that come with deltify
 
 `deltify COMMAND --help` explains a command.
 """
@@ -70,7 +70,7 @@ def add_recipe_command(commands: argparse._SubParsersAction, name: str, summary:
     """Add a command whose first argument is a recipe and whose flags include the recipe's fields."""
     raw = argparse.RawDescriptionHelpFormatter
     command = commands.add_parser(name, help=summary, description=summary, formatter_class=raw, epilog=recipe_fields())
-    command.add_argument("recipe", help="recipe file (YAML)")
+    command.add_argument("recipe", help="recipe file (YAML), or name of a recipe that comes with deltify")
     return command
 
 
@@ -82,6 +82,32 @@ def recipe_fields() -> str:
 
     text = recipe_parser().format_help()
     return RECIPE_HELP + text[text.index("  --name") :]
+
+
+def add_recipes(commands: argparse._SubParsersAction) -> None:
+    recipes = commands.add_parser(
+        "recipes",
+        help="list the recipes that come with deltify, or write one to a file",
+        description="List the recipes that come with deltify. With a name, print that recipe or write it to a file.",
+    )
+    recipes.add_argument("name", nargs="?", help="recipe to print")
+    recipes.add_argument("-o", "--output", type=Path, help="new file for the recipe, to change it")
+
+
+def run_recipes(options: argparse.Namespace, _: list[str]) -> None:
+    from .recipes import find_recipe, recipe_names, summary, write_new
+
+    if options.name is None:
+        if options.output is not None:
+            raise ValueError(f"--output needs the name of a recipe: {', '.join(recipe_names())}")
+        width = max(map(len, recipe_names()))
+        for name in recipe_names():
+            print(f"{name:{width}}  {summary(name)}")
+    elif options.output is None:
+        print(find_recipe(options.name).read_text(encoding="utf-8"), end="")
+    else:
+        write_new(options.output, find_recipe(options.name).read_text(encoding="utf-8"))
+        print(f"wrote {options.output}. Change it, then run: deltify distill {options.output}")
 
 
 def add_distill(commands: argparse._SubParsersAction) -> None:
@@ -391,6 +417,7 @@ def run_schema(options: argparse.Namespace, _: list[str]) -> None:
 Add = Callable[[argparse._SubParsersAction], None]
 Run = Callable[[argparse.Namespace, list[str]], None]
 COMMANDS: dict[str, tuple[Add, Run]] = {
+    "recipes": (add_recipes, run_recipes),
     "distill": (add_distill, run_distill),
     "convert": (add_convert, run_convert),
     "capture": (add_capture, run_capture),
