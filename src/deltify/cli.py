@@ -403,6 +403,17 @@ def run_export(options: argparse.Namespace, _: list[str]) -> None:
     print(export(model_folder(options.model), options.layout, options.output, options.identity_layer, options.dtype))
 
 
+def add_env(commands: argparse._SubParsersAction) -> None:
+    summary = "print versions, devices and the kernels in use, for bug reports"
+    commands.add_parser("env", help=summary, description=summary)
+
+
+def run_env(options: argparse.Namespace, _: list[str]) -> None:
+    from .environment import environment
+
+    print("\n".join(environment()))
+
+
 def add_schema(commands: argparse._SubParsersAction) -> None:
     summary = "print the JSON Schema of recipes, for editors"
     commands.add_parser("schema", help=summary, description=summary)
@@ -430,6 +441,7 @@ COMMANDS: dict[str, tuple[Add, Run]] = {
     "serve": (add_serve, run_serve),
     "sample": (add_sample, run_sample),
     "export": (add_export, run_export),
+    "env": (add_env, run_env),
     "schema": (add_schema, run_schema),
 }
 
