@@ -110,6 +110,30 @@ def run_recipes(options: argparse.Namespace, _: list[str]) -> None:
         print(f"wrote {options.output}. Change it, then run: deltify distill {options.output}")
 
 
+def add_init(commands: argparse._SubParsersAction) -> None:
+    summary = "write a recipe for a teacher that fits a GPU and a time"
+    init = commands.add_parser("init", help=summary, description=summary)
+    init.add_argument("teacher", help="folder, GGUF file or hub id of the teacher, or smollm2-135m-instruct")
+    where = init.add_mutually_exclusive_group()
+    where.add_argument("--gpu", help="GPU to train on, such as h100, h200 or a100 (default: this machine's)")
+    where.add_argument("--cpu", action="store_true", help="train on this machine's CPU")
+    init.add_argument("--hours", type=float, default=1.0, help="time of the whole run (default: 1)")
+    init.add_argument("-o", "--output", type=Path, help="new file for the recipe (default: the run's name and .yaml)")
+
+
+def run_init(options: argparse.Namespace, _: list[str]) -> None:
+    from .training.first_recipe import write_first_recipe
+
+    settings = {"gpu": options.gpu, "cpu": options.cpu, "hours": options.hours}
+    path = write_first_recipe(options.teacher, options.output, **settings)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        print(line.removeprefix("#").removeprefix(" "))
+    print(f"\nwrote {path}. Try it with a tiny model, then run it:")
+    print(f"  deltify distill {path} --smoke\n  deltify distill {path}")
+
+
 def add_distill(commands: argparse._SubParsersAction) -> None:
     distill = add_recipe_command(commands, "distill", "run a recipe: convert, align, match, extend")
     distill.add_argument("--resume", action="store_true", help="continue the run in the recipe's folder")
@@ -167,7 +191,7 @@ def run_capture(options: argparse.Namespace, overrides: list[str]) -> None:
 def add_plan(commands: argparse._SubParsersAction) -> None:
     summary = "estimate memory, hours and disk space of a recipe without loading the teacher"
     plan = add_recipe_command(commands, "plan", summary)
-    plan.add_argument("--gpu", default="h100", help="GPU whose speed is assumed: h100 or h200 (default: h100)")
+    plan.add_argument("--gpu", default="h100", help="GPU to plan for, such as h100, h200 or a100 (default: h100)")
     plan.add_argument("--gpus", type=int, default=1, help="number of GPUs (default: 1)")
 
 
@@ -429,6 +453,7 @@ Add = Callable[[argparse._SubParsersAction], None]
 Run = Callable[[argparse.Namespace, list[str]], None]
 COMMANDS: dict[str, tuple[Add, Run]] = {
     "recipes": (add_recipes, run_recipes),
+    "init": (add_init, run_init),
     "distill": (add_distill, run_distill),
     "convert": (add_convert, run_convert),
     "capture": (add_capture, run_capture),
