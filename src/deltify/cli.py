@@ -12,11 +12,11 @@ from .training.signals import Stopped
 DESCRIPTION = """\
 Convert a pretrained transformer into a Kimi Delta Attention (KDA) language model by distillation.
 
-  deltify distill recipes/smollm2-135m-demo.yaml     convert the teacher and train the student, stage by stage
-  deltify evaluate runs/smollm2-135m-demo            measure the student beside its teacher
-  deltify report runs/smollm2-135m-demo              write tables, plots, report.html and a model card
-  deltify generate runs/smollm2-135m-demo "Once"     generate text with the student
-  deltify plan recipes/afm-4.5b-kda.yaml             estimate memory, hours and disk space of a recipe
+  deltify distill smollm2-135m-demo                convert the teacher and train the student, stage by stage
+  deltify evaluate runs/smollm2-135m-demo          measure the student beside its teacher
+  deltify report runs/smollm2-135m-demo            write tables, plots, report.html and a model card
+  deltify generate runs/smollm2-135m-demo "Once"   generate text with the student
+  deltify recipes                                  list the recipes that come with deltify
 
 `deltify COMMAND --help` explains a command.
 """
@@ -70,7 +70,7 @@ def add_recipe_command(commands: argparse._SubParsersAction, name: str, summary:
     """Add a command whose first argument is a recipe and whose flags include the recipe's fields."""
     raw = argparse.RawDescriptionHelpFormatter
     command = commands.add_parser(name, help=summary, description=summary, formatter_class=raw, epilog=recipe_fields())
-    command.add_argument("recipe", help="recipe file (YAML)")
+    command.add_argument("recipe", help="recipe file (YAML), or name of a recipe that comes with deltify")
     return command
 
 
@@ -82,6 +82,56 @@ def recipe_fields() -> str:
 
     text = recipe_parser().format_help()
     return RECIPE_HELP + text[text.index("  --name") :]
+
+
+def add_recipes(commands: argparse._SubParsersAction) -> None:
+    recipes = commands.add_parser(
+        "recipes",
+        help="list the recipes that come with deltify, or write one to a file",
+        description="List the recipes that come with deltify. With a name, print that recipe or write it to a file.",
+    )
+    recipes.add_argument("name", nargs="?", help="recipe to print")
+    recipes.add_argument("-o", "--output", type=Path, help="new file for the recipe, to change it")
+
+
+def run_recipes(options: argparse.Namespace, _: list[str]) -> None:
+    from .recipes import find_recipe, recipe_names, summary, write_new
+
+    if options.name is None:
+        if options.output is not None:
+            raise ValueError(f"--output needs the name of a recipe: {', '.join(recipe_names())}")
+        width = max(map(len, recipe_names()))
+        for name in recipe_names():
+            print(f"{name:{width}}  {summary(name)}")
+    elif options.output is None:
+        print(find_recipe(options.name).read_text(encoding="utf-8"), end="")
+    else:
+        write_new(options.output, find_recipe(options.name).read_text(encoding="utf-8"))
+        print(f"wrote {options.output}. Change it, then run: deltify distill {options.output}")
+
+
+def add_init(commands: argparse._SubParsersAction) -> None:
+    summary = "write a recipe for a teacher that fits a GPU and a time"
+    init = commands.add_parser("init", help=summary, description=summary)
+    init.add_argument("teacher", help="folder, GGUF file or hub id of the teacher, or smollm2-135m-instruct")
+    where = init.add_mutually_exclusive_group()
+    where.add_argument("--gpu", help="GPU to train on, such as h100, h200 or a100 (default: this machine's)")
+    where.add_argument("--cpu", action="store_true", help="train on this machine's CPU")
+    init.add_argument("--hours", type=float, default=1.0, help="time of the whole run (default: 1)")
+    init.add_argument("-o", "--output", type=Path, help="new file for the recipe (default: the run's name and .yaml)")
+
+
+def run_init(options: argparse.Namespace, _: list[str]) -> None:
+    from .training.first_recipe import write_first_recipe
+
+    settings = {"gpu": options.gpu, "cpu": options.cpu, "hours": options.hours}
+    path = write_first_recipe(options.teacher, options.output, **settings)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        print(line.removeprefix("#").removeprefix(" "))
+    print(f"\nwrote {path}. Try it with a tiny model, then run it:")
+    print(f"  deltify distill {path} --smoke\n  deltify distill {path}")
 
 
 def add_distill(commands: argparse._SubParsersAction) -> None:
@@ -141,7 +191,7 @@ def run_capture(options: argparse.Namespace, overrides: list[str]) -> None:
 def add_plan(commands: argparse._SubParsersAction) -> None:
     summary = "estimate memory, hours and disk space of a recipe without loading the teacher"
     plan = add_recipe_command(commands, "plan", summary)
-    plan.add_argument("--gpu", default="h100", help="GPU whose speed is assumed: h100 or h200 (default: h100)")
+    plan.add_argument("--gpu", default="h100", help="GPU to plan for, such as h100, h200 or a100 (default: h100)")
     plan.add_argument("--gpus", type=int, default=1, help="number of GPUs (default: 1)")
 
 
@@ -418,6 +468,17 @@ def run_push(options: argparse.Namespace, _: list[str]) -> None:
     push(**{key: value for key, value in vars(options).items() if key != "command"})
 
 
+def add_env(commands: argparse._SubParsersAction) -> None:
+    summary = "print versions, devices and the kernels in use, for bug reports"
+    commands.add_parser("env", help=summary, description=summary)
+
+
+def run_env(options: argparse.Namespace, _: list[str]) -> None:
+    from .environment import environment
+
+    print("\n".join(environment()))
+
+
 def add_schema(commands: argparse._SubParsersAction) -> None:
     summary = "print the JSON Schema of recipes, for editors"
     commands.add_parser("schema", help=summary, description=summary)
@@ -432,6 +493,8 @@ def run_schema(options: argparse.Namespace, _: list[str]) -> None:
 Add = Callable[[argparse._SubParsersAction], None]
 Run = Callable[[argparse.Namespace, list[str]], None]
 COMMANDS: dict[str, tuple[Add, Run]] = {
+    "recipes": (add_recipes, run_recipes),
+    "init": (add_init, run_init),
     "distill": (add_distill, run_distill),
     "convert": (add_convert, run_convert),
     "capture": (add_capture, run_capture),
@@ -446,6 +509,7 @@ COMMANDS: dict[str, tuple[Add, Run]] = {
     "sample": (add_sample, run_sample),
     "export": (add_export, run_export),
     "push": (add_push, run_push),
+    "env": (add_env, run_env),
     "schema": (add_schema, run_schema),
 }
 
