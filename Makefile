@@ -20,7 +20,7 @@ MEASURES := --needles niah_single_1 --lengths 512,1024 --needle-samples 4 --book
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/deltify distill recipes/smollm2-135m-demo.yaml --resume --max-minutes 10
+	$(BIN)/deltify distill smollm2-135m-demo --resume --max-minutes 10
 	$(BIN)/deltify evaluate $(RUN) $(MEASURES)
 	rm -rf $(RUN)/kimi_linear $(RUN)/gguf
 	$(BIN)/deltify export $(RUN) --layout kimi_linear -o $(RUN)/kimi_linear

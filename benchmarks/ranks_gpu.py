@@ -22,7 +22,7 @@ from common import keep, row, write
 
 from deltify.config import STAGES
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "smollm2-135m-kda.yaml"
+RECIPE = "smollm2-135m-kda"
 SHAPES = {"match": (4, 2048), "align": (32, 512)}  # rows a GPU, tokens of a row
 STEPS, WARM = 40, 15
 
@@ -41,7 +41,7 @@ def rate(folder: Path, stage: str, processes: int, how: str, extra: list[str]) -
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "4"}
     subprocess.run(
-        [sys.executable, *start, "-m", "deltify.cli", "distill", str(RECIPE), *flags], check=True, env=environment
+        [sys.executable, *start, "-m", "deltify.cli", "distill", RECIPE, *flags], check=True, env=environment
     )
     lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
     return statistics.median([x["tokens_per_second"] for x in lines if "loss" in x][WARM:])

@@ -126,7 +126,7 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     file, shares, changes = VARIANTS[name]
     if file in (OURS, HYBRID):
         changes = (BETTER if name.startswith(("default", "hybrid")) else BASE) | changes
-    recipe = load_recipe(ROOT / "recipes" / f"{file}.yaml", [f"--{key}={value}" for key, value in changes.items()])
+    recipe = load_recipe(file, [f"--{key}={value}" for key, value in changes.items()])
     stages = {
         stage: dataclasses.replace(recipe.stage(stage), tokens=int(options.tokens * shares.get(stage, 0)))
         for stage in STAGES

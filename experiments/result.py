@@ -114,8 +114,7 @@ def continue_run(
         "data.folder": options.data, "data.max_tokens": "null", "data.heldout": heldout(options),
         "run.save_every_minutes": 60, "align.tokens": 0,
     } | fields  # fmt: skip
-    recipe_file = ROOT / "recipes" / f"{recipe}.yaml"
-    made = load_recipe(recipe_file, [f"--{field}={value}" for field, value in fields.items()])
+    made = load_recipe(recipe, [f"--{field}={value}" for field, value in fields.items()])
     return distill(made, resume=(made.folder / "recipe.yaml").exists())
 
 

@@ -5,7 +5,6 @@ import math
 import re
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,16 +13,45 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from deltify import distill, load_recipe
+from deltify.cli import main
 from deltify.config import RENAMED, STAGES, DataSpec, Recipe, Stage, StudentSpec, TeacherSpec, smoke, value_of
 from deltify.conversion.teacher import random_teacher
+from deltify.recipes import recipe_names, summary
 from deltify.training import runner
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+
+def test_recipes_are_found_by_name_unless_there_is_such_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("smollm2-135m-kda").match.tokens == 50_000_000
+    (tmp_path / "smollm2-135m-kda").mkdir()  # a folder is no recipe
+    assert load_recipe("smollm2-135m-kda").name == "smollm2-135m-kda"
+    (tmp_path / "smollm2-135m-demo").write_text("name: mine\nmatch: {tokens: 65536}\n")
+    assert load_recipe("smollm2-135m-demo").name == "mine"
+    with pytest.raises(FileNotFoundError, match=r"no recipe absent\. .*afm-4\.5b-kda, baselines/arcee, .*-kda$"):
+        load_recipe("absent")
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_runs_with_smoke(path, tmp_path):
-    recipe = smoke(load_recipe(path, ["--output", str(tmp_path), "--data.folder", str(tmp_path / "data")]))
+def test_recipes_are_listed_printed_and_written_once(tmp_path, capsys):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == recipe_names()
+    assert all(summary(name) and line.endswith(summary(name)) for name, line in zip(recipe_names(), lines))
+    assert all(line.endswith(".") and len(line) <= 130 for line in lines)
+    path = tmp_path / "mine.yaml"
+    assert main(["recipes", "baselines/arcee", "-o", str(path)]) == 0
+    assert f"deltify distill {path}" in capsys.readouterr().out
+    assert main(["recipes", "baselines/arcee"]) == 0
+    assert capsys.readouterr().out == path.read_text() and load_recipe(path) == load_recipe("baselines/arcee")
+    path.write_text("mine")
+    assert main(["recipes", "baselines/radlads", "-o", str(path)]) == 1 and path.read_text() == "mine"
+    assert f"{path} exists. Choose another file" in capsys.readouterr().err
+    assert main(["recipes", "absent"]) == 1 and "smollm2-135m-demo" in capsys.readouterr().err
+    assert main(["recipes", "-o", str(path)]) == 1 and "needs the name of a recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_runs_with_smoke(name, tmp_path):
+    recipe = smoke(load_recipe(name, ["--output", str(tmp_path), "--data.folder", str(tmp_path / "data")]))
     run = distill(recipe)
     recipe_stages = [name for name in STAGES if recipe.stage(name).tokens]
     for name in ("converted", *recipe_stages):
@@ -136,7 +164,7 @@ def test_unknown_fields_in_a_file_name_the_nearest(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("name: [x", r"bad\.yaml is not YAML: .*line 1.*recipes/ has examples"),
+        ("name: [x", r"bad\.yaml is not YAML: .*line 1.*`deltify recipes` lists examples"),
         ("- name: x", r"bad\.yaml holds a list.*a recipe is fields and their values"),
         ("my recipe", r"bad\.yaml holds a str, 'my recipe'"),
         ("# no more than a remark", r"bad\.yaml holds nothing"),

@@ -12,11 +12,11 @@ from .training.signals import Stopped
 DESCRIPTION = """\
 Convert a pretrained transformer into a Kimi Delta Attention (KDA) language model by distillation.
 
-  deltify distill recipes/smollm2-135m-demo.yaml     convert the teacher and train the student, stage by stage
-  deltify evaluate runs/smollm2-135m-demo            measure the student beside its teacher
-  deltify report runs/smollm2-135m-demo              write tables, plots, report.html and a model card
-  deltify generate runs/smollm2-135m-demo "Once"     generate text with the student
-  deltify plan recipes/afm-4.5b-kda.yaml             estimate memory, hours and disk space of a recipe
+  deltify distill smollm2-135m-demo                convert the teacher and train the student, stage by stage
+  deltify evaluate runs/smollm2-135m-demo          measure the student beside its teacher
+  deltify report runs/smollm2-135m-demo            write tables, plots, report.html and a model card
+  deltify generate runs/smollm2-135m-demo "Once"   generate text with the student
+  deltify recipes                                  list the recipes that come with deltify
 
 `deltify COMMAND --help` explains a command.
 """
@@ -70,7 +70,7 @@ def add_recipe_command(commands: argparse._SubParsersAction, name: str, summary:
     """Add a command whose first argument is a recipe and whose flags include the recipe's fields."""
     raw = argparse.RawDescriptionHelpFormatter
     command = commands.add_parser(name, help=summary, description=summary, formatter_class=raw, epilog=recipe_fields())
-    command.add_argument("recipe", help="recipe file (YAML)")
+    command.add_argument("recipe", help="recipe file (YAML), or name of a recipe that comes with deltify")
     return command
 
 
@@ -82,6 +82,56 @@ def recipe_fields() -> str:
 
     text = recipe_parser().format_help()
     return RECIPE_HELP + text[text.index("  --name") :]
+
+
+def add_recipes(commands: argparse._SubParsersAction) -> None:
+    recipes = commands.add_parser(
+        "recipes",
+        help="list the recipes that come with deltify, or write one to a file",
+        description="List the recipes that come with deltify. With a name, print that recipe or write it to a file.",
+    )
+    recipes.add_argument("name", nargs="?", help="recipe to print")
+    recipes.add_argument("-o", "--output", type=Path, help="new file for the recipe, to change it")
+
+
+def run_recipes(options: argparse.Namespace, _: list[str]) -> None:
+    from .recipes import find_recipe, recipe_names, summary, write_new
+
+    if options.name is None:
+        if options.output is not None:
+            raise ValueError(f"--output needs the name of a recipe: {', '.join(recipe_names())}")
+        width = max(map(len, recipe_names()))
+        for name in recipe_names():
+            print(f"{name:{width}}  {summary(name)}")
+    elif options.output is None:
+        print(find_recipe(options.name).read_text(encoding="utf-8"), end="")
+    else:
+        write_new(options.output, find_recipe(options.name).read_text(encoding="utf-8"))
+        print(f"wrote {options.output}. Change it, then run: deltify distill {options.output}")
+
+
+def add_init(commands: argparse._SubParsersAction) -> None:
+    summary = "write a recipe for a teacher that fits a GPU and a time"
+    init = commands.add_parser("init", help=summary, description=summary)
+    init.add_argument("teacher", help="folder, GGUF file or hub id of the teacher, or smollm2-135m-instruct")
+    where = init.add_mutually_exclusive_group()
+    where.add_argument("--gpu", help="GPU to train on, such as h100, h200 or a100 (default: this machine's)")
+    where.add_argument("--cpu", action="store_true", help="train on this machine's CPU")
+    init.add_argument("--hours", type=float, default=1.0, help="time of the whole run (default: 1)")
+    init.add_argument("-o", "--output", type=Path, help="new file for the recipe (default: the run's name and .yaml)")
+
+
+def run_init(options: argparse.Namespace, _: list[str]) -> None:
+    from .training.first_recipe import write_first_recipe
+
+    settings = {"gpu": options.gpu, "cpu": options.cpu, "hours": options.hours}
+    path = write_first_recipe(options.teacher, options.output, **settings)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        print(line.removeprefix("#").removeprefix(" "))
+    print(f"\nwrote {path}. Try it with a tiny model, then run it:")
+    print(f"  deltify distill {path} --smoke\n  deltify distill {path}")
 
 
 def add_distill(commands: argparse._SubParsersAction) -> None:
@@ -141,7 +191,7 @@ def run_capture(options: argparse.Namespace, overrides: list[str]) -> None:
 def add_plan(commands: argparse._SubParsersAction) -> None:
     summary = "estimate memory, hours and disk space of a recipe without loading the teacher"
     plan = add_recipe_command(commands, "plan", summary)
-    plan.add_argument("--gpu", default="h100", help="GPU whose speed is assumed: h100 or h200 (default: h100)")
+    plan.add_argument("--gpu", default="h100", help="GPU to plan for, such as h100, h200 or a100 (default: h100)")
     plan.add_argument("--gpus", type=int, default=1, help="number of GPUs (default: 1)")
 
 
@@ -254,6 +304,23 @@ def run_report(options: argparse.Namespace, _: list[str]) -> None:
     if len(runs) > 1 and options.output is None:
         raise ValueError(f"{len(runs)} folders need --output, the folder of their common report")
     report(runs[0] if options.output is None else combine(runs, options.output))
+
+
+def add_inspect(commands: argparse._SubParsersAction) -> None:
+    summary = "measure what each KDA head of a student can hold: decay, writing, overwriting, retrieval"
+    inspect = commands.add_parser("inspect", help=summary, description=summary)
+    inspect.add_argument("source", metavar="MODEL", help=MODEL_HELP)
+    inspect.add_argument("--text", default="python-docs", help="source of the text to read (default: python-docs)")
+    inspect.add_argument("--tokens", type=int, default=8192, help="number of tokens to read (default: 8192)")
+    inspect.add_argument("--teacher", help="hub id, folder or GGUF file of the teacher (default: the run's teacher)")
+    inspect.add_argument("-o", "--output", type=Path, help="folder to write (default: that of the run or model)")
+    inspect.add_argument("--device", default="auto", help=DEVICE_HELP)
+
+
+def run_inspect(options: argparse.Namespace, _: list[str]) -> None:
+    from .evaluation.inspection import inspect_student
+
+    print(inspect_student(**{key: value for key, value in vars(options).items() if key != "command"}))
 
 
 def add_generate(commands: argparse._SubParsersAction) -> None:
@@ -381,6 +448,37 @@ def run_export(options: argparse.Namespace, _: list[str]) -> None:
     print(export(model_folder(options.model), options.layout, options.output, **choices))
 
 
+def add_push(commands: argparse._SubParsersAction) -> None:
+    push = commands.add_parser(
+        "push",
+        help="publish a run on the Hugging Face hub, with a model card",
+        description="List what would be published, and upload it with --yes. Without --yes, no network is used.",
+    )
+    push.add_argument("run", help="folder of a run")
+    push.add_argument("repo", help="repository on the hub, OWNER/NAME")
+    push.add_argument("--yes", action="store_true", help="upload; otherwise only list")
+    push.add_argument("--private", action="store_true", help="make the repository private")
+    push.add_argument("--stage", help="stage whose model is published (default: the last one)")
+    push.add_argument("--license", help="licence in the model card, such as apache-2.0 (default: the teacher's)")
+
+
+def run_push(options: argparse.Namespace, _: list[str]) -> None:
+    from .evaluation.push import push
+
+    push(**{key: value for key, value in vars(options).items() if key != "command"})
+
+
+def add_env(commands: argparse._SubParsersAction) -> None:
+    summary = "print versions, devices and the kernels in use, for bug reports"
+    commands.add_parser("env", help=summary, description=summary)
+
+
+def run_env(options: argparse.Namespace, _: list[str]) -> None:
+    from .environment import environment
+
+    print("\n".join(environment()))
+
+
 def add_schema(commands: argparse._SubParsersAction) -> None:
     summary = "print the JSON Schema of recipes, for editors"
     commands.add_parser("schema", help=summary, description=summary)
@@ -395,18 +493,23 @@ def run_schema(options: argparse.Namespace, _: list[str]) -> None:
 Add = Callable[[argparse._SubParsersAction], None]
 Run = Callable[[argparse.Namespace, list[str]], None]
 COMMANDS: dict[str, tuple[Add, Run]] = {
+    "recipes": (add_recipes, run_recipes),
+    "init": (add_init, run_init),
     "distill": (add_distill, run_distill),
     "convert": (add_convert, run_convert),
     "capture": (add_capture, run_capture),
     "plan": (add_plan, run_plan),
     "evaluate": (add_evaluate, run_evaluate),
     "report": (add_report, run_report),
+    "inspect": (add_inspect, run_inspect),
     "generate": (add_generate, run_generate),
     "read": (add_read, run_read),
     "chat": (add_chat, run_chat),
     "serve": (add_serve, run_serve),
     "sample": (add_sample, run_sample),
     "export": (add_export, run_export),
+    "push": (add_push, run_push),
+    "env": (add_env, run_env),
     "schema": (add_schema, run_schema),
 }
 

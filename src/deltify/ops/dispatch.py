@@ -127,6 +127,17 @@ def refusal(
     return unfit
 
 
+def kernel_refusals(index: int) -> dict[str, str | None]:
+    """Return for each part of the GPU kernels why this GPU does not run it, or None. Each part is compiled and run."""
+    kernels = triton_kernels()
+    if kernels is None:
+        return {"all": "Triton is not installed"}
+    return {
+        part: next(filter(None, (kernels.failure(index, part, width) for width in kernels.WIDTHS)), None)
+        for part in kernels.CHECKS
+    }
+
+
 @functools.cache
 def notice(text: str) -> None:
     """Log a warning once."""

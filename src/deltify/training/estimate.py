@@ -22,6 +22,7 @@ from ..conversion.teacher import (
     embedded_gguf,
     family_of,
     freeze,
+    load_config,
     locate,
     random_teacher,
 )
@@ -31,9 +32,14 @@ from . import distributed
 from .losses import CHUNK_BYTES
 from .optimizers import choose_trained, recomputes, training_bytes, waits_for_ranks
 
-# FLOP/s of an 8192^3 bfloat16 matrix product, measured on random data
-GPUS = {"h100": 780e12, "h200": 717e12}
-MEMORY = {"h100": 79.2 * 2**30, "h200": 139.8 * 2**30}  # total_memory in torch
+# FLOP/s of an 8192^3 bfloat16 matrix product, measured on random data, and total_memory in torch
+MEASURED = {"h100": 780e12, "h200": 717e12}
+MEMORY = {"h100": 79.2 * 2**30, "h200": 139.8 * 2**30}
+# Peak FLOP/s and bytes of memory in data sheets. Of its peak, an H200 reaches the fraction DATA_SHEET_EFFICIENCY.
+DATA_SHEETS = {"a100": (312e12, 80e9), "a100-40gb": (312e12, 40e9), "l40s": (362e12, 48e9), "rtx4090": (165e12, 24e9)}
+DATA_SHEET_EFFICIENCY = MEASURED["h200"] / 989e12
+GPUS = MEASURED | {name: DATA_SHEET_EFFICIENCY * flops for name, (flops, _) in DATA_SHEETS.items()}
+MEMORY |= {name: memory for name, (_, memory) in DATA_SHEETS.items()}
 # Fraction of that rate that the matrix products of a step reach at width 576. It grows as width ** 0.5. These numbers
 # and LAYER_SECONDS were fitted to 11 kinds of steps of SmolLM2-135M, within 20 %, and to 3 at width 2,560.
 MATMUL_EFFICIENCY, EFFICIENCY_WIDTH, EFFICIENCY_POWER = 0.23, 576, 0.5
@@ -66,7 +72,7 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
     """Print what a recipe needs, and return the estimate of each stage.
 
     Args:
-        gpu: h100 or h200. The hours come from its measured speed.
+        gpu: One of GPUS. The hours come from its measured speed or, if it was not measured, from its data sheet.
         gpus: Number of GPUs, which share the work as run.data_parallel says.
 
     Raises:
@@ -113,6 +119,8 @@ def print_table(plans: list[StagePlan], gpu: str, gpus: int, sharded: bool) -> N
     table.add_row("total, GiB per GPU", *(f"{p.total / 2**30:.1f}" for p in plans))
     table.add_row("hours", *(f"{p.seconds * p.stage.steps / 3600:.2f}" for p in plans))
     console.print(table)
+    if gpu not in MEASURED:
+        console.print(f"The hours come from the data sheet of {gpu} and were not measured.", highlight=False)
 
 
 def skeletons(recipe: Recipe) -> tuple[Teacher, DeltifyForCausalLM]:
@@ -149,7 +157,7 @@ def read_config(recipe: Recipe) -> PreTrainedConfig:
     if path.suffix == ".gguf" and path.is_file():
         return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
     options = {"trust_remote_code": recipe.teacher.trust_remote_code, "revision": recipe.teacher.revision}
-    return AutoConfig.from_pretrained(locate(source), **options)
+    return load_config(source, locate(source), **options)
 
 
 def plan_stage(

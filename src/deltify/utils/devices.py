@@ -1,5 +1,7 @@
 """Choose the device and precision of a run."""
 
+import os
+
 import torch
 
 
@@ -30,7 +32,7 @@ def pick_precision(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)  # GPUs before Ampere emulate it
     else:
         fast = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
     return "bf16" if fast else "fp32"
@@ -39,3 +41,8 @@ def pick_precision(name: str, device: torch.device) -> str:
 def device_name(device: torch.device) -> str:
     """Return the name of a GPU, or the type of any other device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def machine_memory() -> int:
+    """Return the bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

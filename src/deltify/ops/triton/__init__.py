@@ -7,9 +7,10 @@ from .conv import MAX_PARTS, TAPS, short_conv_split
 from .decode import layer_step
 from .norms import MAX_WIDTH, norm
 from .operator import kda_triton
-from .selfcheck import WIDTHS, failure, refusal
+from .selfcheck import CHECKS, WIDTHS, failure, refusal
 
 __all__ = [
+    "CHECKS",
     "MAX_PARTS",
     "MAX_WIDTH",
     "TAPS",
