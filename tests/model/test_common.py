@@ -270,6 +270,16 @@ def test_caches_that_cannot_hold_the_layers_are_refused(model, ids):
 
 
 @torch.no_grad()
+def test_a_cache_with_layers_of_another_kind_is_refused_by_name(ids):
+    for pattern, other, match in (
+        ("KKK", "FKK", "layer 0 of past_key_values is a DynamicLayer, not a LinearAttentionLayer"),
+        ("SSS", "SSK", "layer 2 of past_key_values is a LinearAttentionLayer, not a SinkLayer"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            DeltifyForCausalLM(config_of(pattern))(ids, past_key_values=DeltifyCache(config_of(other)))
+
+
+@torch.no_grad()
 def test_a_cache_of_another_kind_is_refused_unless_it_is_empty(ids):
     model = DeltifyForCausalLM(config_of("KFK")).eval()
     want = model.generate(ids, max_new_tokens=4, **GREEDY)
