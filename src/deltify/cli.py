@@ -479,6 +479,23 @@ def run_env(options: argparse.Namespace, _: list[str]) -> None:
     print("\n".join(environment()))
 
 
+def add_completion(commands: argparse._SubParsersAction) -> None:
+    completion = commands.add_parser(
+        "completion",
+        help="print a script that completes commands, options and recipes in a shell",
+        description="Print a completion script. It needs: pip install 'deltify[completion]'",
+        epilog='For bash, add to ~/.bashrc: eval "$(deltify completion bash)". For zsh, write the output to a file '
+        "_deltify in a folder of $fpath.",
+    )
+    completion.add_argument("shell", choices=("bash", "zsh"), help="bash or zsh")
+
+
+def run_completion(options: argparse.Namespace, _: list[str]) -> None:
+    from .completion import completion_script
+
+    print(completion_script(make_parser(), RECIPE_COMMANDS, options.shell))
+
+
 def add_schema(commands: argparse._SubParsersAction) -> None:
     summary = "print the JSON Schema of recipes, for editors"
     commands.add_parser("schema", help=summary, description=summary)
@@ -510,6 +527,7 @@ COMMANDS: dict[str, tuple[Add, Run]] = {
     "export": (add_export, run_export),
     "push": (add_push, run_push),
     "env": (add_env, run_env),
+    "completion": (add_completion, run_completion),
     "schema": (add_schema, run_schema),
 }
 

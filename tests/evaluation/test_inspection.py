@@ -227,10 +227,15 @@ def test_a_stage_without_its_teacher_and_a_model_without_a_run(tmp_path, capsys)
     recipe.unlink()
     assert main(arguments) == 0
     assert "The model belongs to no run. Name its teacher with --teacher" in capsys.readouterr().out
+    (tmp_path / "new.txt").write_text("".join(f"{chr(33 + i)}{chr(200 + i)}" for i in range(90)))
+    assert main([*arguments, "--text", str(tmp_path / "new.txt")]) == 0
+    assert "has no copies in 256 tokens" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "out/inspect.json").read_text())["heads"]
+    assert all(row["cosine_margin"] is None and row["left_128"] is not None for row in rows)
     assert main([*arguments, "--teacher", str(tmp_path / "gone.gguf")]) == 1
     assert main(["inspect", "owner/model"]) == 1 and main([*arguments[:2], "--tokens", "9"]) == 1
     errors = capsys.readouterr().err.splitlines()
-    for message, error in zip(("no GGUF file", "with --output", "Read at least 256"), errors, strict=True):
+    for message, error in zip(("no GGUF file", "with --output", "At least 256 are needed"), errors, strict=True):
         assert message in error
 
 

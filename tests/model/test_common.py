@@ -1,6 +1,7 @@
 """The checks of transformers' common model and generation tests, which its wheel does not contain."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -62,6 +63,24 @@ def test_a_configuration_survives_json_and_copies(cls, tmp_path):
         assert type(again) is cls
         assert again.to_json_string() == config.to_json_string()
     assert cls().model_type == cls.model_type  # without arguments, too
+
+
+@pytest.mark.parametrize("absent", ["null", "missing"])
+def test_fields_that_follow_from_others_may_be_null_or_missing_in_a_file(absent, tmp_path):
+    defaults = {
+        "head_dim": 16,
+        "num_key_value_heads": 4,
+        "layer_types": ["linear_attention"] * 3,
+        "use_rope": [False] * 3,
+        "o_norm_eps": 0.25,
+    }
+    facts = {name: value for name, value in TINY.items() if name not in defaults}
+    facts |= {"model_type": "deltify", "rms_norm_eps": 0.25}
+    facts |= dict.fromkeys(defaults) if absent == "null" else {}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    for config in (DeltifyConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert {name: getattr(config, name) for name in defaults} == defaults
+        assert DeltifyForCausalLM(config).model.layers[0].self_attn.o_norm.eps == 0.25
 
 
 def test_a_new_model_is_initialised_within_its_range(config):
@@ -248,6 +267,16 @@ def test_caches_that_cannot_hold_the_layers_are_refused(model, ids):
         model.generate(ids, max_new_tokens=2, cache_implementation="paged", **GREEDY)
     with pytest.raises(ValueError, match="continuous batching pages keys and values"):
         model.generate_batch(ids.tolist(), max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_a_cache_with_layers_of_another_kind_is_refused_by_name(ids):
+    for pattern, other, match in (
+        ("KKK", "FKK", "layer 0 of past_key_values is a DynamicLayer, not a LinearAttentionLayer"),
+        ("SSS", "SSK", "layer 2 of past_key_values is a LinearAttentionLayer, not a SinkLayer"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            DeltifyForCausalLM(config_of(pattern))(ids, past_key_values=DeltifyCache(config_of(other)))
 
 
 @torch.no_grad()

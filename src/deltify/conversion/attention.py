@@ -40,7 +40,7 @@ def measure_attention(teacher: Teacher, batch: Batch) -> list[HeadStatistics]:
     layers = [layer.self_attn for layer in teacher.model.model.layers]
     sums: dict[int, list[Tensor]] = {}
     received: dict[int, list[Tensor]] = {layer: [] for layer in range(len(layers))}
-    attention = teacher.config._attn_implementation
+    attention = teacher.config._attn_implementation or "eager"
     teacher.model.set_attn_implementation("eager")  # the only one that returns attention weights
     try:
         # one sequence at a time: the weights of all heads take H * T * T numbers

@@ -6,13 +6,14 @@ Legend: B batch, T tokens, D model width, H heads, K head width, N calibration t
 import math
 from collections import Counter
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch
 from ..model import DeltifyForCausalLM, DeltifyKDA
-from ..model.mixers import Packing, find_packing, inverse_softplus
+from ..model.mixers import Packing, factors, find_packing, inverse_softplus
 from .attention import HeadStatistics, best_retrieval_heads
 from .teacher import Teacher
 
@@ -35,6 +36,15 @@ CONSTANT = 3.0  # size of the constant channel of a head's values, relative to t
 RIDGE_PENALTY, GATE_PENALTY, DIRECTION_PENALTY = 1e-4, 0.1, 1e-3
 LEAST_VARIANCE = 1e-4  # outputs whose variance is a smaller fraction of their mean square count as constant
 SILENT = 1e-5  # root mean square below which a tensor counts as zero; queries and keys of SmolLM2 have 0.04 or more
+
+
+class TeacherAttention(Protocol):
+    """What is read of a teacher's attention layer."""
+
+    layer_idx: int
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
 
 
 def calibrate(
@@ -127,7 +137,7 @@ class Calibration:
         """Keep the outputs of the heads of the attention layer that runs."""
         self.captured = args[0].float()
 
-    def fit_layer(self, attention, args: tuple, kwargs: dict, output: tuple) -> None:
+    def fit_layer(self, attention: TeacherAttention, args: tuple, kwargs: dict, output: tuple) -> None:
         """Fit the student's KDA layer to the attention layer that has just run."""
         index = attention.layer_idx
         layer = self.student.model.layers[index]
@@ -258,14 +268,14 @@ def weigh_equally(mixer: DeltifyKDA, heads_H: Tensor, constant_direction_D: Tens
 # ---- the parts of a layer --------------------------------------------------------------------------------------------
 
 
-def fold_biases(mixer: DeltifyKDA, attention: nn.Module, constant_direction_D: Tensor) -> None:
+def fold_biases(mixer: DeltifyKDA, attention: TeacherAttention, constant_direction_D: Tensor) -> None:
     """Add the teacher's biases of q, k and v to the weights of a KDA layer without biases: W + b u^T."""
     for projection, source in zip(
         (mixer.q_proj, mixer.k_proj, mixer.v_proj), (attention.q_proj, attention.k_proj, attention.v_proj)
     ):
         if source.bias is not None and projection.bias is None:
             bias = repeat_heads(source.bias.float(), len(mixer.A_log), mixer.head_dim)
-            projection.weight += torch.outer(bias, constant_direction_D)
+            projection.weight.add_(torch.outer(bias, constant_direction_D))
 
 
 def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor, constant_direction_D: Tensor) -> None:
@@ -274,7 +284,7 @@ def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor, constant
     All channels of a head share one gate, whose logits come from a ridge regression on the layer's input. The gate
     stays constant where `g_proj` has no more channels than there are heads.
     """
-    low, high = mixer.g_proj
+    low, high = factors(mixer.g_proj)
     for parameter in mixer.g_proj.parameters():
         parameter.zero_()
     if high.bias is None:
@@ -298,8 +308,7 @@ def gate_bias(mixer: DeltifyKDA) -> Tensor:
     They are the bias of `g_proj[1]`; or, if it has none, the weights of the last channel, which `fit_output_gate` makes
     constant.
     """
-    high = mixer.g_proj.get_submodule("1")
-    assert isinstance(high, nn.Linear)
+    _, high = factors(mixer.g_proj)
     return high.weight[:, -1] if high.bias is None else high.bias
 
 
@@ -314,7 +323,7 @@ def add_constant(mixer: DeltifyKDA, x_ND: Tensor, constant_direction_D: Tensor) 
     first_channel_H = mixer.head_dim * torch.arange(len(squares_HK), device=constant_direction_D.device)
     channels_H = squares_HK.argmin(1) + first_channel_H
     mixer.v_proj.weight[channels_H] = CONSTANT * squares_HK.sum(1).sqrt()[:, None] * constant_direction_D
-    mixer.g_proj[1].weight[channels_H] = 0
+    factors(mixer.g_proj)[1].weight[channels_H] = 0
     gate_bias(mixer)[channels_H] = 4.0  # sigmoid(4) = 0.98
 
 
@@ -356,7 +365,7 @@ def set_memory(mixer: DeltifyKDA, memories: list[Memory], constant_direction_D: 
     half_life_H = (fraction_H * distance_H).clamp(min=0.5)
     mixer.A_log.zero_()
     mixer.dt_bias.copy_(inverse_softplus(math.log(2) / half_life_H).repeat_interleave(mixer.head_dim))
-    mixer.f_proj[1].weight.zero_()
+    factors(mixer.f_proj)[1].weight.zero_()
     mixer.b_proj.weight.copy_(beta_H.logit()[:, None] * constant_direction_D)
     # queries never lag: the current token reads what earlier tokens wrote
     for conv, lag in ((mixer.q_conv1d, torch.zeros_like(lag_H)), (mixer.k_conv1d, lag_H), (mixer.v_conv1d, lag_H)):

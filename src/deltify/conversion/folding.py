@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.batches import Batch
 from ..data.sources import documents
 from ..model import DeltifyForCausalLM, DeltifyKDA
+from ..model.mixers import factors
 from ..utils.tokens import token_ids
 from .calibration import constant_direction
 
@@ -91,7 +92,7 @@ def fold_layer(folded: DeltifyKDA, mixer: DeltifyKDA, args: tuple) -> None:
         if projection.bias is not None:
             projection.weight += torch.outer(projection.bias.float(), u_D).to(projection.weight.dtype)
             projection.register_parameter("bias", None)
-    low, high = folded.g_proj
+    low, high = factors(folded.g_proj)
     if high.bias is not None:
         low_KD, high_CK, bias_C = fold_gate(low.weight.float(), high.weight.float(), high.bias.float(), x_ND)
         low.weight.copy_(torch.cat([low_KD, u_D[None]]))

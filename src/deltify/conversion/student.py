@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..config import CENTER
 from ..data.batches import Batch
 from ..model import ArceeKDAConfig, DeltifyConfig, DeltifyForCausalLM
 from ..model.generation import supported_settings
+from ..model.modeling import rotary_embedding
 from .attention import HeadStatistics, measure_attention
 from .calibration import calibrate, repeat_heads
 from .teacher import Teacher, freeze
@@ -135,7 +135,7 @@ def sliding_control(teacher: Teacher, window: int = 64, sinks: int = 4) -> Delti
     control.load_state_dict(teacher.model.state_dict(), strict=True, assign=True)
     control.tie_weights()
     # its buffers are not in the state dict
-    control.model.rotary_emb = LlamaRotaryEmbedding(config).to(teacher.model.device)
+    control.model.rotary_emb = rotary_embedding(config).to(teacher.model.device)
     control.generation_config, _ = supported_settings(teacher.model.generation_config)
     freeze(control)
     return control
@@ -225,7 +225,8 @@ def convert(
     """
     if init not in INITS:
         raise ValueError(f"init={init!r}; choose one of {list(INITS)}")
-    if init.startswith("calibrated") and calibration is None:
+    is_calibrated = init.startswith("calibrated")
+    if is_calibrated and calibration is None:
         raise ValueError(f"init={init!r} needs calibration text. Give it, or choose init='library'")
     if center not in CENTER:
         raise ValueError(f"center={center!r}; choose one of {list(CENTER)}")
@@ -238,12 +239,11 @@ def convert(
     if is_measured and calibration is None:
         raise ValueError(f"full_attention_layers={full_attention_layers!r} needs calibration text. Give it")
     statistics = None
-    if is_measured or init.startswith("calibrated"):
+    if calibration is not None and (is_measured or is_calibrated):
         statistics = measure_attention(teacher, calibration.to(teacher.model.device))
     kinds = layer_kinds(full_attention_layers, layers, statistics)
     if is_measured:
         log(f"attention layers, which retrieve most: {[i for i, kind in enumerate(kinds) if kind == 'full_attention']}")
-    is_calibrated = init.startswith("calibrated")
     attention = {"keep_rope": keep_rope, "window": sliding_window, "sinks": sink_tokens}
     config = student_config(teacher, kinds, **attention, gate_bias=gate_bias, fold_biases=is_calibrated)
     device = teacher.model.device
@@ -251,7 +251,7 @@ def convert(
         torch.manual_seed(seed)
         student = model_class(config)(config).float()
     copy_weights(teacher, student)
-    student.to(device)
+    student.to(device)  # pyrefly: ignore[bad-argument-type]  # transformers' decorator hides the method's type
     mixers = [layer.self_attn for layer in student.model.layers if layer.linear]
     if init == "arcee":
         for mixer in mixers:
@@ -263,6 +263,7 @@ def convert(
     if mixers and config.attention_bias and is_calibrated:
         log("the teacher's biases of q, k and v are folded into the weights of KDA layers, which have no such biases")
     if is_calibrated:
+        assert calibration is not None and statistics is not None
         constant = init == "calibrated-constant"
         start = {"constant": constant, "retrieval_heads": retrieval_heads, "center": center}
         calibrate(teacher, student, calibration, statistics, log, **start)

@@ -62,24 +62,29 @@ def inspect_student(
         device: Device to run on.
 
     Raises:
-        ValueError: If the model has no KDA layer, the teacher does not fit it, or the text is too short.
+        ValueError: If the model has no KDA layer, the teacher does not fit it, or text or sequences are too short.
     """
     if output is None and not Path(source).is_dir():
         raise ValueError(f"{source} is not a folder. Name a folder for the results with --output.")
-    if tokens < LEAST_TOKENS:
-        raise ValueError(f"--tokens {tokens} is too few. Read at least {LEAST_TOKENS}.")
     folder, torch_device = Path(output or source), pick_device(device)
     dtype = pick_dtype("auto", torch_device)
     student = load_model(source, device=torch_device, dtype=dtype)
     if not kda_layers(student):
         raise ValueError(f"{source} has no KDA layer. Give a student, or the folder of a run.")
     length = min(SEQUENCE_LENGTH, tokens, student.config.max_position_embeddings)
+    if length < LEAST_TOKENS:
+        raise ValueError(
+            f"Sequences of {length} tokens are too short. At least {LEAST_TOKENS} are needed. Raise --tokens, or use a "
+            "model with a larger context window."
+        )
     batch = read_sequences(text, tokens // length, length, load_tokenizer(source)).to(torch_device)
     recipe = find_recipe(source)
     reference = find_teacher(recipe, teacher, torch_device, dtype)
-    statistics = None if reference is None else teacher_statistics(reference, student, batch)
-    rows = head_rows(inspect_heads(student, batch), statistics)
     copies = sum(far_copies(*pair).shape[1] for pair in zip(batch.input_ids.tolist(), batch.position_ids.tolist()))
+    if not copies:
+        log(f"{text!r} has no copies in {batch.input_ids.numel():,} tokens, so that retrieval is not measured.")
+    statistics = None if reference is None or not copies else teacher_statistics(reference, student, batch)
+    rows = head_rows(inspect_heads(student, batch), statistics)
     content = {
         "model": model_folder(str(source)),
         "teacher": None if reference is None else teacher or (recipe and recipe.teacher.model),

@@ -65,7 +65,7 @@ def lm_for(
             the configuration.
     """
     device = model.device.type
-    constant = isinstance(model, DeltifyForCausalLM) and set(model.config.layer_types or ()) == {"linear_attention"}
+    constant = isinstance(model, DeltifyForCausalLM) and set(model.config.layer_types) == {"linear_attention"}
     tokenizer = open_ended(tokenizer)
     with quiet():
         if fast and constant:

@@ -5,9 +5,10 @@ A model that a layout cannot express is refused. Nothing is dropped silently.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..conversion.folding import fold_with_cost
 from ..model import DeltifyConfig, DeltifyForCausalLM
@@ -15,7 +16,7 @@ from ..model.loading import checkpoint_shapes
 from ..training.checkpoint import save_model
 from .gguf_export import DEFAULT_DTYPE, write_gguf
 from .kimi_linear import o_norm_eps, read_kimi_linear, write_kimi_linear
-from .loading import model_of_tensors, read_tensors, renamed
+from .loading import load_tokenizer, model_of_tensors, read_tensors, renamed
 
 LAYOUTS = ("deltify", "kda", "kimi_linear", "gguf")
 
@@ -55,7 +56,7 @@ def export(
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder. Name another one.")
-    model, tokenizer = read_layout(source), AutoTokenizer.from_pretrained(source)
+    model, tokenizer = read_layout(source), load_tokenizer(source)
     if fold_gate_bias is None:
         return write(model, tokenizer, layout, output, identity_layer, dtype)
     model, cost = fold_with_cost(model, tokenizer, fold_gate_bias)
@@ -109,7 +110,7 @@ def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, fol
     """
     c = model.config
     problems = {
-        "attention layers": set(c.layer_types or ()) != {"linear_attention"},
+        "attention layers": set(c.layer_types) != {"linear_attention"},
         "an MLP without a gate": not c.mlp_gated,
         f"the activation {c.hidden_act}": c.hidden_act not in ("silu", "swish"),
         "biases of q, k, v, o or the MLP": c.kda_bias or c.attention_out_bias or c.mlp_bias,
@@ -138,7 +139,7 @@ def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, fol
 
 
 # defaults of flash-linear-attention's KDAConfig for fields that config.json lacks
-FLA_DEFAULTS = {
+FLA_DEFAULTS: dict[str, Any] = {
     **{"num_heads": 16, "head_dim": 128, "hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 32000},
     "norm_eps": 1e-6,
 }

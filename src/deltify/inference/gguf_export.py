@@ -54,7 +54,7 @@ def write_gguf(
     if found := refusals(model):
         raise ValueError(f"Layout gguf does not support {', '.join(found)}. Export with --layout deltify.")
     c, (weights_type, file_type) = model.config, DTYPES[dtype]
-    kinds = c.layer_types or []
+    kinds = c.layer_types
     added = "full_attention" not in kinds
     tensors, config = native_tensors(model, identity_layer=False), native_config(model, identity_layer=added)
     if added:

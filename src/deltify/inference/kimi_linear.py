@@ -10,7 +10,7 @@ Legend: D model width, H heads, G key/value heads, K head width, R width of MLA'
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -71,7 +71,7 @@ def write_kimi_linear(
     """
     if identity_layer not in IDENTITY_LAYER:
         raise ValueError(f"identity_layer={identity_layer!r} is unknown. Choose one of {list(IDENTITY_LAYER)}.")
-    kinds = model.config.layer_types or []
+    kinds = model.config.layer_types
     added = identity_layer == "auto" and "full_attention" not in kinds
     tensors = native_tensors(model, added)
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,13 +93,13 @@ def write_kimi_linear(
 def refusals(model: DeltifyForCausalLM) -> list[str]:
     """Return the parts of a model that this layout cannot express."""
     c = model.config
-    kinds = c.layer_types or []
+    kinds = c.layer_types
     kept = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
     biases = [name for name, x in model.state_dict().items() if name.endswith(".bias") and bool(x.any())]
     problems = {
         "a model without KDA layers": "linear_attention" not in kinds,
         "sliding attention layers": "sliding_attention" in kinds,
-        "RoPE in attention layers": any((c.use_rope or [])[i] for i in kept),
+        "RoPE in attention layers": any(c.use_rope[i] for i in kept),
         "qk-norm in attention layers": c.qk_norm and bool(kept),
         "an MLP without a gate": not c.mlp_gated,
         f"the activation {c.hidden_act}": c.hidden_act not in ("silu", "swish"),
@@ -135,7 +135,7 @@ def native_tensors(model: DeltifyForCausalLM, identity_layer: bool) -> dict[str,
             tensors[name] = x.contiguous()
     if c.tie_word_embeddings:  # vLLM, SGLang and llama.cpp need a head of its own
         tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
-    for i, kind in enumerate(c.layer_types or []):
+    for i, kind in enumerate(c.layer_types):
         if kind == "full_attention":
             prefix = f"model.layers.{i}."
             layer = {name: tensors.pop(prefix + name) for name in GROUPED}
@@ -149,7 +149,7 @@ def native_tensors(model: DeltifyForCausalLM, identity_layer: bool) -> dict[str,
 def native_config(model: DeltifyForCausalLM, identity_layer: bool) -> dict:
     """Return the config.json of `native_tensors`."""
     c = model.config
-    kinds = list(c.layer_types or []) + ["full_attention"] * identity_layer
+    kinds = c.layer_types + ["full_attention"] * identity_layer
     kda = [i for i, kind in enumerate(kinds, 1) if kind == "linear_attention"]  # layers are counted from 1
     return {
         "architectures": ["KimiLinearForCausalLM"],
@@ -186,7 +186,7 @@ def deviations(model: DeltifyForCausalLM) -> list[str]:
     found = []
     if not math.isclose(eps, own, rel_tol=1e-3):
         found.append(f"rms_norm_eps {eps:g} instead of {own:g}, as in o_norm")
-    if (model.config.layer_types or [])[:1] == ["full_attention"]:
+    if model.config.layer_types[:1] == ["full_attention"]:
         found.append(f"keys and values of layer 0 scaled by {layer_0_scale(model):.4f}, the effect of a norm's eps")
     return found
 
@@ -229,7 +229,7 @@ def read_kimi_linear(folder: Path) -> DeltifyForCausalLM:
         tensors = {name: x for name, x in tensors.items() if not name.startswith(f"model.layers.{len(kinds)}.")}
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight", torch.empty(0))
     same = {name: config[name] for name in SAME_IN_CONFIG if name in config}
-    facts = {
+    facts: dict[str, Any] = {
         "num_hidden_layers": len(kinds),
         "layer_types": kinds,
         "num_attention_heads": linear["num_heads"],
@@ -283,8 +283,8 @@ class LatentSizes(NamedTuple):
 
 def latent_sizes(c: DeltifyConfig) -> LatentSizes:
     """Return Moonshot's sizes, for which vLLM has kernels, or larger ones if the model is too wide for them."""
-    rank = max(512, c.hidden_size) if "full_attention" in (c.layer_types or ()) else 512
-    head = max(128, c.head_dim or 0)
+    rank = max(512, c.hidden_size) if "full_attention" in c.layer_types else 512
+    head = max(128, c.head_dim)
     return LatentSizes(rank, head, 64, head)
 
 
@@ -364,11 +364,11 @@ def restore_attention_(tensors: dict[str, Tensor], c: DeltifyConfig, sizes: Late
         ValueError: If a layer is not one that `to_latent` returns.
     """
     R, nope, _, v = sizes
-    H, K = c.num_attention_heads, c.head_dim or 0
+    H, K = c.num_attention_heads, c.head_dim
     shapes = {name: x.shape for name, x in identity(c, sizes).items() if not name.startswith(("mlp.", "post_"))}
     latent = {
         f"model.layers.{i}.": {name: tensors.pop(f"model.layers.{i}.{name}", torch.empty(0)) for name in shapes}
-        for i, kind in enumerate(c.layer_types or [])
+        for i, kind in enumerate(c.layer_types)
         if kind == "full_attention"
     }
     refused = [prefix for prefix, layer in latent.items() if any(layer[name].shape != shapes[name] for name in shapes)]

@@ -28,7 +28,7 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
 
 def has_growing_cache(model: PreTrainedModel) -> bool:
     """Return whether the cache of some layer grows with the text."""
-    return not isinstance(model.config, DeltifyConfig) or "full_attention" in (model.config.layer_types or ())
+    return not isinstance(model.config, DeltifyConfig) or "full_attention" in model.config.layer_types
 
 
 def piece_length(model: PreTrainedModel, batch_size: int, context: int) -> int:

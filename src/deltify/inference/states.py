@@ -158,7 +158,7 @@ def constant_state_config(model: PreTrainedModel) -> DeltifyConfig:
     """
     if not isinstance(model, DeltifyPreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no deltify model. Only models that deltify converted have states.")
-    kinds = model.config.layer_types or ()
+    kinds = model.config.layer_types
     if attention := [i for i, kind in enumerate(kinds) if kind == "full_attention"]:
         raise ValueError(
             f"Layers {attention} are attention, which keeps every token. Only KDA and sliding layers have a state."

@@ -6,13 +6,33 @@ Legend: B sequences, G key/value heads, K head width, S sinks, W window.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from .configuration import DeltifyConfig
+
+Layer = TypeVar("Layer")
+
+
+def layer_of(cache: Cache | None, index: int, kind: type[Layer]) -> Layer | None:
+    """Return a layer of a cache, or None without a cache.
+
+    Raises:
+        ValueError: If the layer is not of this kind.
+    """
+    if cache is None:
+        return None
+    layer = cache.layers[index]
+    if not isinstance(layer, kind):
+        raise ValueError(
+            f"layer {index} of past_key_values is a {type(layer).__name__}, not a {kind.__name__}. Give a "
+            "DeltifyCache(config=model.config)"
+        )
+    return layer
 
 
 def writable(buffer: Tensor) -> bool:
@@ -39,14 +59,14 @@ def write_states(layer: LinearAttentionLayer, conv_state: Tensor, state: Tensor)
     layer.has_previous_state[0] = True
 
 
-def read_states(layer: LinearAttentionLayer) -> tuple[Tensor | None, Tensor | None]:
-    """Return the convolution and recurrent state of a KDA layer, or two None before its first token."""
+def read_states(layer: LinearAttentionLayer) -> tuple[Tensor, Tensor] | None:
+    """Return the convolution and recurrent state of a KDA layer, or None before its first token."""
     if not layer.has_previous_state[0]:
-        return None, None
+        return None
     for states in (layer.conv_states, layer.recurrent_states):
         if (x := states[0]) is not None and x.is_inference() and not torch.is_inference_mode_enabled():
             states[0] = x.clone()  # autograd cannot save it, and a step cannot write it
-    return layer.conv_states[0], layer.recurrent_states[0]
+    return states_of(layer)
 
 
 def states_of(layer: object) -> tuple[Tensor, Tensor]:
@@ -137,7 +157,7 @@ class DeltifyCache(DynamicCache):
     def __init__(self, config: DeltifyConfig):
         super().__init__(config=config)
         self.seen_tokens = 0
-        for i, kind in enumerate(config.layer_types or ()):
+        for i, kind in enumerate(config.layer_types):
             if kind == "sliding_attention":
                 self.layers[i] = SinkLayer(config.sliding_window, config.sink_tokens)
 

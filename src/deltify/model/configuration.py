@@ -1,12 +1,16 @@
 """Configuration of a KDA language model."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedConfig
 
 from .remote import auto_map, write_code
 
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
+# Default of fields that __post_init__ sets. config.json may lack them, or have null for them. The type is Any, so that
+# the fields can have the types of their later values. transformers does not check the fields of subclasses.
+UNSET: Any = None
 
 
 class DeltifyConfig(PreTrainedConfig):
@@ -40,8 +44,8 @@ class DeltifyConfig(PreTrainedConfig):
     intermediate_size: int = 5632
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = UNSET
+    head_dim: int = UNSET
     hidden_act: str = "silu"
     mlp_gated: bool = True
     mlp_bias: bool = False
@@ -51,8 +55,8 @@ class DeltifyConfig(PreTrainedConfig):
     gate_bias: bool = False
     attention_dropout: float = 0.0
     qk_norm: bool = False
-    layer_types: list[str] | None = None
-    use_rope: list[bool] | None = None
+    layer_types: list[str] = UNSET
+    use_rope: list[bool] = UNSET
     rope_parameters: dict | None = None
     max_position_embeddings: int = 8192
     sliding_window: int = 64
@@ -60,7 +64,7 @@ class DeltifyConfig(PreTrainedConfig):
     conv_size: int = 4
     gate_lower_bound: float | None = None
     rms_norm_eps: float = 1e-5
-    o_norm_eps: float | None = None
+    o_norm_eps: float = UNSET
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -69,16 +73,16 @@ class DeltifyConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.o_norm_eps is None:
-            self.o_norm_eps = self.rms_norm_eps
-        if self.layer_types is None:
-            self.layer_types = ["linear_attention"] * self.num_hidden_layers
-        if self.use_rope is None:
-            self.use_rope = [False] * self.num_hidden_layers
+        defaults = {
+            "head_dim": self.hidden_size // self.num_attention_heads,
+            "num_key_value_heads": self.num_attention_heads,
+            "o_norm_eps": self.rms_norm_eps,
+            "layer_types": ["linear_attention"] * self.num_hidden_layers,
+            "use_rope": [False] * self.num_hidden_layers,
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         for name in ("layer_types", "use_rope"):
             if len(getattr(self, name)) != self.num_hidden_layers:
                 raise ValueError(
@@ -109,8 +113,8 @@ class ArceeKDAConfig(DeltifyConfig):
     intermediate_size: int = 18432
     num_hidden_layers: int = 36
     num_attention_heads: int = 20
-    num_key_value_heads: int | None = 4
-    head_dim: int | None = 128
+    num_key_value_heads: int = 4
+    head_dim: int = 128
     hidden_act: str = "relu2"
     mlp_gated: bool = False
     gate_bias: bool = True

@@ -4,18 +4,20 @@ Legend: B batch, T tokens, D model width, H heads, K head width (keys and values
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from ..ops import gated_rms_norm, kda, kda_layer_step, rms_norm, short_conv_split
-from .cache import read_states, writable, write_states
+from .cache import SinkLayer, layer_of, read_states, writable, write_states
 from .configuration import DeltifyConfig
 from .documents import document_starts
 from .sliding import Rotary, Slots, sliding_attention, sliding_step
@@ -79,19 +81,20 @@ def find_packing(
     Raises:
         ValueError: If a row holds several documents, but is to go on from a cache.
     """
-    placed = position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == tokens
+    if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != tokens):
+        position_ids = None  # not one position for each token, so they mark no documents
     if attention_mask is not None and attention_mask.dim() == 2:
         mask = attention_mask[:, -tokens:].bool()
         if not mask.all():
-            packing = padded_packing(mask, position_ids if placed else None)
+            packing = padded_packing(mask, position_ids)
             if cached and len(packing.cu_seqlens) - 1 > len(mask):
                 raise ValueError(MEET)
             return packing
-    if tokens == 1 and cached:
+    if position_ids is None or (tokens == 1 and cached):
         return None
-    if max_documents is not None and placed and not cached:
+    if max_documents is not None and not cached:
         return fixed_packing(position_ids, max_documents)
-    if not placed or (starts := document_starts(position_ids)).sum() == len(position_ids):
+    if (starts := document_starts(position_ids)).sum() == len(position_ids):
         return None
     if cached:
         raise ValueError(MEET)
@@ -121,8 +124,13 @@ class DeltifyRMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class DeltifyGatedRMSNorm(DeltifyRMSNorm):
+class DeltifyGatedRMSNorm(nn.Module):
     """weight * RMSNorm(x) * sigmoid(gate), over the last dimension, in float32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         return gated_rms_norm(x, gate, self.weight, self.eps)
@@ -137,7 +145,7 @@ class DeltifyTaps(nn.Conv1d):
     def __init__(self, channels: int, taps: int):
         super().__init__(channels, channels, taps, groups=channels, bias=False)
 
-    def forward(self) -> Tensor:
+    def forward(self) -> Tensor:  # pyrefly: ignore[bad-override]  # a Conv1d for its initialisation only
         return self.weight
 
 
@@ -149,22 +157,22 @@ def project(x: Tensor, *linears: nn.Module) -> Tensor:
     """
     if (fused := fused_weight(linears)) is not None:
         return F.linear(x, fused)
-    if x.shape[1] == 1 or not all(is_plain(linear) for linear in linears):
+    if x.shape[1] == 1 or (plain := all_plain(linears)) is None:
         return torch.cat([linear(x) for linear in linears], dim=-1)
-    biases = [linear.bias for linear in linears]
-    bias = None if biases[0] is None else torch.cat(biases)
-    return F.linear(x, torch.cat([linear.weight for linear in linears]), bias)
+    bias = None if plain[0].bias is None else torch.cat([linear.bias for linear in plain])
+    return F.linear(x, torch.cat([linear.weight for linear in plain]), bias)
 
 
-def fused_weight(linears: tuple[nn.Module, ...]) -> Tensor | None:
+def fused_weight(linears: Sequence[nn.Module]) -> Tensor | None:
     """Return the weights of linear layers as one matrix, without a copy, or None.
 
     None if a layer has a bias, if the weights are not contiguous in memory, or if gradients are enabled: they would
     reach the first weight only.
     """
-    if torch.is_grad_enabled() or not all(is_plain(linear) and linear.bias is None for linear in linears):
+    plain = None if torch.is_grad_enabled() else all_plain(linears)
+    if plain is None or any(linear.bias is not None for linear in plain):
         return None
-    weights = [linear.weight for linear in linears]
+    weights = [linear.weight for linear in plain]
     storage, end = weights[0].untyped_storage().data_ptr(), weights[0].data_ptr()
     for weight in weights:
         if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != storage or not weight.is_contiguous():
@@ -175,21 +183,35 @@ def fused_weight(linears: tuple[nn.Module, ...]) -> Tensor | None:
 
 
 @torch.no_grad()
-def fuse_weights_(linears: tuple[nn.Module, ...]) -> None:
+def fuse_weights_(linears: Sequence[nn.Module]) -> None:
     """Move the weights of linear layers into one contiguous buffer. They stay separate parameters."""
-    if fused_weight(linears) is None and all(is_plain(linear) and linear.bias is None for linear in linears):
-        parts = torch.cat([linear.weight for linear in linears]).split([len(linear.weight) for linear in linears])
-        for linear, part in zip(linears, parts):
+    plain = all_plain(linears)
+    if fused_weight(linears) is None and plain is not None and all(linear.bias is None for linear in plain):
+        parts = torch.cat([linear.weight for linear in plain]).split([len(linear.weight) for linear in plain])
+        for linear, part in zip(plain, parts):
             linear.weight.data = part
 
 
-def is_plain(linear: nn.Module) -> bool:
+def all_plain(linears: Sequence[nn.Module]) -> list[nn.Linear] | None:
+    """Return the modules if all of them are plain linear layers, see `is_plain`, or None."""
+    plain = [linear for linear in linears if is_plain(linear)]
+    return plain if len(plain) == len(linears) else None
+
+
+def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether a module computes x W^T + b with a weight in memory.
 
     False for adapters, quantized or offloaded weights, and modules with hooks.
     """
     plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not linear.weight.is_meta
     return plain and not linear._forward_hooks and not linear._forward_pre_hooks
+
+
+def factors(low_rank: nn.Sequential) -> tuple[nn.Linear, nn.Linear]:
+    """Return the two linear layers of `f_proj` or `g_proj`, the narrow one first."""
+    low, high = low_rank
+    assert isinstance(low, nn.Linear) and isinstance(high, nn.Linear)
+    return low, high
 
 
 class DeltifyKDA(nn.Module):
@@ -228,8 +250,8 @@ class DeltifyKDA(nn.Module):
 
     def inner(self, x: Tensor, cache: Cache | None = None, packing: Packing | None = None) -> Tensor:
         """Return the input of `o_proj`, [B, T, H * K]."""
-        past = None if cache is None else cache.layers[self.layer_idx]
-        conv_state, state = (None, None) if past is None else read_states(past)
+        past = layer_of(cache, self.layer_idx, LinearAttentionLayer)
+        states = None if past is None else read_states(past)
         wide, narrow = self.projections[:3], self.projections[3:]
         taps = torch.cat([self.q_conv1d(), self.k_conv1d(), self.v_conv1d()])
         if x.shape[1] > 1:
@@ -244,12 +266,14 @@ class DeltifyKDA(nn.Module):
         else:
             qkv, (low_f, low_gate, b) = project(x, *wide), (linear(x) for linear in narrow)
         f, gate = self.f_proj[1](low_f), self.g_proj[1](low_gate)
-        is_step = state is not None and x.shape[1] == 1 and packing is None and not torch.is_grad_enabled()
-        is_step = is_step and writable(conv_state) and writable(state)
-        if is_step and not self.o_norm.weight.is_meta:  # accelerate loads offloaded weights when their module is called
+        is_step = x.shape[1] == 1 and packing is None and not torch.is_grad_enabled()
+        is_step = is_step and not self.o_norm.weight.is_meta  # accelerate loads offloaded weights at calls of modules
+        if is_step and states is not None and all(writable(buffer) for buffer in states):
+            conv_state, state = states
             inputs = (qkv[:, 0], conv_state, taps, f[:, 0], b[:, 0], gate[:, 0], self.A_log, self.dt_bias)
             norm = {"norm_eps": self.o_norm.eps, "lower_bound": self.lower_bound}
             return kda_layer_step(*inputs, self.o_norm.weight, state, **norm).unsqueeze(1)
+        conv_state, state = states or (None, None)
         bounds = None if packing is None else packing.cu_seqlens
         qkv, conv_state = short_conv_split(qkv, taps, 3, state=conv_state, cu_seqlens=bounds)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
@@ -260,8 +284,8 @@ class DeltifyKDA(nn.Module):
         return self.o_norm(o, gate.view_as(o)).flatten(2)
 
 
-class DeltifyAttention(nn.Module):
-    """Grouped-query attention, with or without RoPE, for layers that stay attention."""
+class DeltifyGroupedQueryAttention(nn.Module):
+    """Parameters of grouped-query attention, for layers that stay attention."""
 
     def __init__(self, config: DeltifyConfig, layer_idx: int):
         super().__init__()
@@ -289,19 +313,24 @@ class DeltifyAttention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return (self.q_norm(q), self.k_norm(k), v) if self.config.qk_norm else (q, k, v)
 
+
+class DeltifyAttention(DeltifyGroupedQueryAttention):
+    """Attention to all earlier tokens, with or without RoPE."""
+
     def forward(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs):
         q, k, v = (x.transpose(1, 2) for x in self.project(hidden_states))
         if self.use_rope:
             q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        backend = self.config._attn_implementation or "eager"
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         y, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(y.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
 
-class DeltifySlidingAttention(DeltifyAttention):
+class DeltifySlidingAttention(DeltifyGroupedQueryAttention):
     """Attention to a window of the last tokens and to the first tokens of the document, see `sliding`."""
 
     def forward(
@@ -323,13 +352,14 @@ class DeltifySlidingAttention(DeltifyAttention):
         """
         x = hidden_states if packing is None else packing.gather(hidden_states)
         q, k, v = (part.flatten(0, 1) for part in self.project(x))
-        past = None if cache is None else cache.layers[self.layer_idx]
-        options = {"rotary": rotary if self.use_rope else None, "dropout": self.attention_dropout * self.training}
+        past = layer_of(cache, self.layer_idx, SinkLayer)
+        rotary, dropout = rotary if self.use_rope else None, self.attention_dropout * self.training
         if slots is None:
-            y = sliding_step(q, k, v, past, **options)
+            assert past is not None  # a pass without slots continues from a cache
+            y = sliding_step(q, k, v, past, rotary=rotary, dropout=dropout)
         else:
-            options |= {"window": self.config.sliding_window, "tokens": hidden_states.shape[1]}
-            y = sliding_attention(q, k, v, slots, cache=past, **options)
+            sizes = {"window": self.config.sliding_window, "tokens": hidden_states.shape[1]}
+            y = sliding_attention(q, k, v, slots, cache=past, rotary=rotary, dropout=dropout, **sizes)
         y = self.o_proj(y.flatten(1)).view_as(x)
         return y if packing is None else packing.scatter(y, hidden_states), None
 

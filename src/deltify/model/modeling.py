@@ -4,6 +4,7 @@ Legend: B batch, T tokens, D model width, H heads, K head width (keys and values
 """
 
 import inspect
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ class DeltifyMLP(nn.Module):
 class DeltifyDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: DeltifyConfig, layer_idx: int):
         super().__init__()
-        self.kind = (config.layer_types or ())[layer_idx]
+        self.kind = config.layer_types[layer_idx]
         self.linear = self.kind == "linear_attention"
         self.self_attn = MIXERS[self.kind](config, layer_idx)
         self.mlp = DeltifyMLP(config)
@@ -94,7 +95,7 @@ class DeltifyDecoderLayer(GradientCheckpointingLayer):
 
 
 class DeltifyPreTrainedModel(PreTrainedModel):
-    config: DeltifyConfig
+    config: DeltifyConfig  # pyrefly: ignore[bad-override-mutable-attribute]  # as in all models of transformers
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeltifyDecoderLayer"]
@@ -117,6 +118,7 @@ class DeltifyPreTrainedModel(PreTrainedModel):
         if shapes is None:
             return super().from_pretrained(source, *args, config=config, **kwargs)
         if not isinstance(config, PreTrainedConfig):
+            assert cls.config_class is not None
             hub = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
             facts = {n: v for n, v in kwargs.items() if hasattr(cls.config_class, n) and n not in ("dtype", *hub)}
             config = cls.config_class.from_pretrained(source if config is None else config, **hub, **facts)
@@ -125,7 +127,7 @@ class DeltifyPreTrainedModel(PreTrainedModel):
         shapes = with_prefix(shapes)
         if "lm_head.weight" in shapes:  # the head is not tied, whatever the configuration says
             config.tie_word_embeddings = False
-        config.layer_types = layer_types_of(shapes, config.num_hidden_layers, config.layer_types or ())
+        config.layer_types = layer_types_of(shapes, config.num_hidden_layers, config.layer_types)
         config.kda_bias, config.gate_bias = kda_biases(shapes)
         with torch.device("meta"):
             model = cls(config)
@@ -149,10 +151,10 @@ class DeltifyModel(DeltifyPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([DeltifyDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = DeltifyRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.kinds = list(config.layer_types or ())
+        self.kinds = list(config.layer_types)
         self.has_attention = "full_attention" in self.kinds
-        rotates = [rope and kind != "linear_attention" for rope, kind in zip(config.use_rope or (), self.kinds)]
-        self.rotary_emb = LlamaRotaryEmbedding(config) if any(rotates) else None
+        rotates = [rope and kind != "linear_attention" for rope, kind in zip(config.use_rope, self.kinds)]
+        self.rotary_emb = rotary_embedding(config) if any(rotates) else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -220,7 +222,7 @@ class DeltifyModel(DeltifyPreTrainedModel):
                 inputs_embeds=x,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                **{CACHE: past_key_values},
+                **cache_argument(past_key_values),
             )
             if self.rotary_emb is not None:
                 position_embeddings = self.rotary_emb(x, position_ids=position_ids)
@@ -230,7 +232,7 @@ class DeltifyModel(DeltifyPreTrainedModel):
             x = layer(x, position_embeddings, mask, packing, sliding, past_key_values=past_key_values, **kwargs)
         if isinstance(past_key_values, DeltifyCache):
             past_key_values.seen_tokens = seen + tokens
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: past_key_values})
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **cache_argument(past_key_values))
 
     def check_cache(self, cache: Cache | None, rows: int) -> int:
         """Return the number of tokens of each sequence in a cache, with padding.
@@ -333,7 +335,7 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, DeltifyGenerationMixin):
         asked = [name for name, value in kwargs.items() if value is not None and value is not False]
         plain = labels is None and HARMLESS.issuperset(asked)
         if plain and (logits := captured_logits(self, input_ids, past_key_values, attention_mask)) is not None:
-            return CausalLMOutputWithPast(logits=logits, **{CACHE: past_key_values})
+            return CausalLMOutputWithPast(logits=logits, **cache_argument(past_key_values))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -355,7 +357,7 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, DeltifyGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            **{CACHE: outputs.past_key_values},
+            **cache_argument(outputs.past_key_values),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -363,6 +365,16 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, DeltifyGenerationMixin):
     def run_with_full_weights(self, function):
         """Return `function(self)`. Inside, weights that are sharded over processes are whole, as in forward."""
         return function(self)
+
+
+def cache_argument(cache: Cache | None) -> dict[str, Any]:
+    """Return the argument by which transformers' masks and outputs take a cache."""
+    return {CACHE: cache}
+
+
+def rotary_embedding(config: DeltifyConfig) -> LlamaRotaryEmbedding:
+    """Return Llama's rotary embedding, which reads no other fields than DeltifyConfig has."""
+    return LlamaRotaryEmbedding(cast(Any, config))
 
 
 def refuse_unknown(arguments: dict) -> None:
@@ -390,8 +402,8 @@ def last_of_rows(hidden_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 class ArceeKDAModel(DeltifyModel):
-    config: ArceeKDAConfig
+    config_class = ArceeKDAConfig
 
 
 class ArceeKDAForCausalLM(DeltifyForCausalLM):
-    config: ArceeKDAConfig
+    config_class = ArceeKDAConfig

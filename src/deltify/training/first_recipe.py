@@ -263,7 +263,7 @@ def fit_time(plans: list[StagePlan], pair: Pair, machine: Machine, fixed: Fixed,
         needed = share * training
     enough = rounded_up((first + needed) / TRAINING_SHARE / 3600)
     raise ValueError(
-        f"{hours:g} hours on {machine.name} are too few. Conversion and the first validations take {first / 3600:.2f} "
+        f"--hours {hours:g} is too short on {machine.name}. Conversion and first validations take {first / 3600:.2f} "
         f"hours, {FEWEST_STEPS} steps or more of each stage take {needed / 3600:.2f}, and a quarter of the time is for "
         f"all else. Give --hours {enough}, a faster GPU, or a smaller teacher"
     )
