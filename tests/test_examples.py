@@ -4,7 +4,6 @@ import ast
 import json
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -27,9 +26,6 @@ def test_the_notebook_runs_in_its_smoke_form(tmp_path, monkeypatch, capsys):
     save_model(tmp_path / "teacher", small_model(tokenizer), tokenizer)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DELTIFY_SMOKE", str(tmp_path / "teacher"))
-    # until recipes are found by name
-    folder = next(ROOT / path for path in ("recipes", "src/deltify/recipes") if (ROOT / path).is_dir())
-    shutil.copy(folder / "smollm2-135m-demo.yaml", tmp_path / "smollm2-135m-demo")
 
     names: dict = {}
     for number, cell in enumerate(json.loads((EXAMPLES / "colab.ipynb").read_text())["cells"]):

@@ -11,10 +11,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
 from huggingface_hub import HfApi, constants
 from transformers import AutoTokenizer
 
-from ..config import load_recipe
 from ..inference.export import read_layout
 from ..inference.gguf_export import DEFAULT_DTYPE, write_gguf
 from ..inference.kimi_linear import o_norm_eps, write_kimi_linear
@@ -57,8 +57,8 @@ def push(
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise ValueError(f"{repo!r} is not the name of a repository. Name it as OWNER/NAME.")
     model = stage_folder(run, stage)
-    recipe = load_recipe(run / "recipe.yaml")
-    facts = teacher_facts(recipe.teacher.model, recipe.teacher.revision, online=yes)
+    teacher = yaml.safe_load((run / "recipe.yaml").read_text())["teacher"]
+    facts = teacher_facts(teacher["model"], teacher["revision"], online=yes)
     if license is not None:
         facts = {name: fact for name, fact in facts.items() if not name.startswith("license")} | {"license": license}
     staging = run / STAGING
@@ -72,7 +72,7 @@ def push(
     if "license" in facts:
         notes.append(f"licence: {facts['license']}")
     else:
-        notes.append(f"licence: that of {recipe.teacher.model} is not known. The card says: other. Set it by --license")
+        notes.append(f"licence: that of {teacher['model']} is not known. The card says: other. Set it by --license")
     if results is None:
         notes.append(f"the card has no measurements. Run: deltify evaluate {run}")
     if not is_finished(model):

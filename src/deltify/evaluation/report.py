@@ -68,7 +68,8 @@ def report(run: str | Path) -> list[Path]:
     """
     run = Path(run)
     results = read_results(run)
-    sections = make_sections(run, results)
+    measured = make_sections(run, results)
+    sections = measured + make_export_sections(run)
     for section in sections:
         for table in section.tables:
             console.print(table.rich())
@@ -83,7 +84,7 @@ def report(run: str | Path) -> list[Path]:
         path.write_text(render(path.name, **facts), encoding="utf-8")
     if (stage := last_stage(run)) is not None:
         pages.append(stage / "README.md")
-        card = render_card(run, stage.name, results, sections, teacher_facts(str(results["teacher"])), Layouts("PATH"))
+        card = render_card(run, stage.name, results, measured, teacher_facts(str(results["teacher"])), Layouts("PATH"))
         pages[-1].write_text(card, encoding="utf-8")
     console.print(f"\nreport: {', '.join(map(str, pages))}", highlight=False, soft_wrap=True)
     return pages
@@ -165,9 +166,6 @@ def make_sections(run: Path, results: dict) -> list[Section]:
         sections.append(Section("Decoding", tables=[decode_table(results["decode"])], pictures=pictures))
     if (run / "metrics.jsonl").is_file():
         sections.append(Section("Training", pictures=[draw_training(run, results)[0]]))
-    if commands := commands_for_exports(run):
-        table = Table("Programs and commands", ("program", "command"), commands)
-        sections.append(Section("Run it without deltify", EXPORTS, [table]))
     return sections
 
 
@@ -190,6 +188,13 @@ POSITIONS = (
     "Every document is read from its beginning. A model with a short memory gets worse with the distance from the "
     "beginning."
 )
+
+
+def make_export_sections(run: Path) -> list[Section]:
+    """Return a section with commands for the exported models of a run, or none. Its paths are those of this machine."""
+    commands = commands_for_exports(run)
+    table = Table("Programs and commands", ("program", "command"), commands)
+    return [Section("Run it without deltify", EXPORTS, [table])] if commands else []
 
 
 def commands_for_exports(run: Path) -> list[tuple[str, str]]:
