@@ -111,7 +111,7 @@ def run_recipes(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def add_init(commands: argparse._SubParsersAction) -> None:
-    summary = "write a recipe for a teacher that fits a GPU and a time"
+    summary = "write a recipe for a teacher, sized for a GPU and a time"
     init = commands.add_parser("init", help=summary, description=summary)
     init.add_argument("teacher", help="folder, GGUF file or hub id of the teacher, or smollm2-135m-instruct")
     where = init.add_mutually_exclusive_group()

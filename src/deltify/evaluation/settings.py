@@ -11,7 +11,7 @@ class BenchmarkSpec:
     """Benchmarks that run through lm-eval.
 
     Args:
-        tasks: Names as in `benchmarks.run_benchmarks`, for example ("hellaswag", "mmlu@5").
+        tasks: Names of lm-eval tasks. "mmlu@5" is mmlu with five examples in the prompt.
         limit: Number of items of each task. Defaults to all.
         data: Folder with the tasks' data as JSON lines. Defaults to the Hugging Face hub.
     """
@@ -26,7 +26,7 @@ class NeedleSpec:
     """Needles in haystacks, the niah tasks of RULER.
 
     Args:
-        tasks: Names of `needles.TASKS`.
+        tasks: Names of RULER's needle tasks, such as niah_single_1.
         lengths: Numbers of tokens that prompt and answer take together.
         samples: Number of samples of each task and length.
         haystack: Source of the text that hides the needles.
