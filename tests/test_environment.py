@@ -39,7 +39,7 @@ def test_a_gpu_has_a_line_for_itself_and_each_part_of_the_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr(dispatch, "triton_kernels", lambda: kernels)
     lines = environment.environment()
     assert "device cuda:0: Some GPU, 80.0 GiB, compute capability 9.0" in lines
