@@ -36,7 +36,8 @@ def rate(folder: Path, stage: str, processes: int, how: str, extra: list[str]) -
         "data.folder": folder / "data", "data.max_tokens": "null", "run.heldout_tokens": 2048,
         "run.eval_every": STEPS, "run.save_every_minutes": 60, "run.data_parallel": how,
     } | {f"{other}.tokens": 0 for other in STAGES}  # fmt: skip
-    fields |= {f"{stage}.tokens": STEPS * batch * length, f"{stage}.batch": batch, f"{stage}.length": length}
+    fields |= {f"{stage}.tokens": STEPS * batch * length, f"{stage}.batch_size": batch}
+    fields |= {f"{stage}.sequence_length": length}
     flags = [f"--{field}={value}" for field, value in fields.items()] + extra
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "4"}
