@@ -42,29 +42,36 @@ def measure_attention(teacher: Teacher, batch: Batch) -> list[HeadStatistics]:
     received: dict[int, list[Tensor]] = {layer: [] for layer in range(len(layers))}
     attention = teacher.config._attn_implementation or "eager"
     teacher.model.set_attn_implementation("eager")  # the only one that returns attention weights
-    try:
-        # one sequence at a time: the weights of all heads take H * T * T numbers
-        for ids_1T, positions_1T in zip(batch.input_ids.split(1), batch.position_ids.split(1)):
-            positions_T = positions_1T[0]
-            place = torch.arange(len(positions_T), device=positions_T.device)
-            distance_TT = (place[:, None] - place).clamp_(min=0)
-            at_P, source_P = far_copies(ids_1T[0].tolist(), positions_T.tolist()).to(positions_T.device)
 
-            def hook(module, args, output):
-                weights_HTT = output[1][0].float()
-                counted = weights_HTT * (positions_T > 0)  # noqa: B023  hooks are removed before the next sequence
-                total = [(counted * distance_TT).sum((1, 2)), counted.sum((1, 2))]  # noqa: B023
-                total += [weights_HTT[:, at_P, source_P - k].sum(1) for k in (0, 1)]  # noqa: B023
-                total.append(torch.full_like(total[0], len(at_P)))  # noqa: B023
-                layer = module.layer_idx
-                sums[layer] = [a + b for a, b in zip(sums[layer], total)] if layer in sums else total
-                received[layer].append((counted * (distance_TT >= FAR)).sum(1).t())  # noqa: B023
-                return output[0], None  # so that the weights of only one layer are in memory
+    def read(ids_1T: Tensor, positions_1T: Tensor) -> None:
+        positions_T = positions_1T[0]
+        place = torch.arange(len(positions_T), device=positions_T.device)
+        distance_TT = (place[:, None] - place).clamp_(min=0)
+        far_TT = distance_TT >= FAR
+        at_P, source_P = far_copies(ids_1T[0].tolist(), positions_T.tolist()).to(positions_T.device)
 
-            handles = [layer.register_forward_hook(hook) for layer in layers]
+        def hook(module, args, output):
+            weights_HTT = output[1][0].float()
+            counted = weights_HTT * (positions_T > 0)
+            total = [(counted * distance_TT).sum((1, 2)), counted.sum((1, 2))]
+            total += [weights_HTT[:, at_P, source_P - k].sum(1) for k in (0, 1)]
+            total.append(torch.full_like(total[0], len(at_P)))
+            layer = module.layer_idx
+            sums[layer] = [a + b for a, b in zip(sums[layer], total)] if layer in sums else total
+            received[layer].append((counted * far_TT).sum(1).t())
+            return output[0], None  # so that the weights of only one layer are in memory
+
+        handles = [layer.register_forward_hook(hook) for layer in layers]
+        try:
             teacher.model.model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False)
+        finally:
             for handle in handles:
                 handle.remove()
+
+    try:
+        # one sequence at a time: the weights of all heads take H * T * T numbers
+        for sequence in zip(batch.input_ids.split(1), batch.position_ids.split(1)):
+            read(*sequence)
     finally:
         teacher.model.set_attn_implementation(attention)
     statistics = []

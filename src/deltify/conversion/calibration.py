@@ -64,7 +64,7 @@ def calibrate(
     each part contributes.
 
     - Constants: a direction u is fitted with u . x near 1 for every input x of the layer. It replaces biases, which KDA
-      layers lack: of q, k and v (see `fold_biases`), of the output gate, and of beta.
+      layers lack: of q, k and v (see `fold_bias`), of the output gate, and of beta.
     - Output gate: a linear prediction of the norm of each head's output, which `o_norm` removes.
     - Centring: queries and keys lose their means, see `center_projections`.
     - Memory: each head gets the one of `CANDIDATES` that predicts the teacher head's output best. The heads that
@@ -146,7 +146,7 @@ class Calibration:
         mixer, x_BTD, rows = layer.self_attn, kwargs["hidden_states"].float(), self.num_choice_rows
         x_ND = gather(x_BTD, self.packing)
         constant_direction_D = constant_direction(x_ND)
-        fold_biases(mixer, attention, constant_direction_D)
+        take_biases(mixer, attention, constant_direction_D)
         target_ND = gather(output[0].float(), self.packing)
         is_zero = is_silent(target_ND)
         if mixer.o_proj.bias is not None:
@@ -158,8 +158,9 @@ class Calibration:
         # matter, so equal ones serve.
         equal_H = silent["queries"] | silent["keys"] | (is_constant & ~is_silent(target_ND))
 
-        centred = {"none": [], "retrieval": self.retrieval_heads.get(index, []), "all": range(len(mixer.A_log))}
-        center_projections(mixer, x_ND, list(centred[self.center]), constant_direction_D)
+        retrieving = self.retrieval_heads.get(index, [])
+        centred = {"none": [], "retrieval": retrieving, "all": list(range(len(mixer.A_log)))}[self.center]
+        center_projections(mixer, x_ND, centred, constant_direction_D)
         heads_NHK = split_heads(gather(self.captured, self.packing), mixer.head_dim)
         fit_output_gate(mixer, x_ND, heads_NHK, constant_direction_D)
         teacher_heads_NHK = split_heads(gather(self.captured[:rows], self.choice_packing), mixer.head_dim)
@@ -168,10 +169,9 @@ class Calibration:
             add_constant(mixer, x_ND, constant_direction_D)
         distance_H = self.statistics[index].distance_H.masked_fill(silent["values"], 0)
         choice_inputs = (x_BTD[:rows], self.choice_packing, constant_direction_D, distance_H, teacher_heads_NHK)
-        heads = self.retrieval_heads.get(index, [])
         choice = choose_memory(mixer, *choice_inputs)
-        self.chosen.update(memory for head, memory in enumerate(choice) if head not in heads)
-        set_retrieval(mixer, heads, self.statistics[index], x_ND, constant_direction_D)
+        self.chosen.update(memory for head, memory in enumerate(choice) if head not in retrieving)
+        set_retrieval(mixer, retrieving, self.statistics[index], x_ND, constant_direction_D)
 
         features = mixer_output(mixer, x_BTD, self.packing).flatten(0, 1)
         can_fit = not is_silent(features)
@@ -268,14 +268,19 @@ def weigh_equally(mixer: DeltifyKDA, heads_H: Tensor, constant_direction_D: Tens
 # ---- the parts of a layer --------------------------------------------------------------------------------------------
 
 
-def fold_biases(mixer: DeltifyKDA, attention: TeacherAttention, constant_direction_D: Tensor) -> None:
-    """Add the teacher's biases of q, k and v to the weights of a KDA layer without biases: W + b u^T."""
+def fold_bias(projection: nn.Linear, bias_C: Tensor, constant_direction_D: Tensor) -> None:
+    """Add a bias b to the weights of a projection: W + b u^T."""
+    projection.weight.add_(torch.outer(bias_C, constant_direction_D).to(projection.weight.dtype))
+
+
+def take_biases(mixer: DeltifyKDA, attention: TeacherAttention, constant_direction_D: Tensor) -> None:
+    """Fold the teacher's biases of q, k and v into the weights of a KDA layer without biases."""
     for projection, source in zip(
         (mixer.q_proj, mixer.k_proj, mixer.v_proj), (attention.q_proj, attention.k_proj, attention.v_proj)
     ):
         if source.bias is not None and projection.bias is None:
             bias = repeat_heads(source.bias.float(), len(mixer.A_log), mixer.head_dim)
-            projection.weight.add_(torch.outer(bias, constant_direction_D))
+            fold_bias(projection, bias, constant_direction_D)
 
 
 def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor, constant_direction_D: Tensor) -> None:

@@ -5,7 +5,6 @@ Legend: D model width, C = H * K channels of all heads, K head width, N tokens.
 
 import copy
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -15,8 +14,9 @@ from ..data.batches import Batch
 from ..data.sources import documents
 from ..model import DeltifyForCausalLM, DeltifyKDA
 from ..model.mixers import factors
+from ..utils.scoring import kl_terms
 from ..utils.tokens import token_ids
-from .calibration import constant_direction
+from .calibration import constant_direction, fold_bias
 
 FIT_SEQUENCES, TEST_SEQUENCES, LENGTH = 16, 8, 512  # of text: what u is fitted to, and what the cost is measured on
 
@@ -46,9 +46,9 @@ def fold_with_cost(
         raise ValueError(f"{source} has {len(ids):,} tokens, but folding biases needs {needed:,}. Name a longer text.")
     input_ids = torch.tensor(ids[:needed]).view(-1, LENGTH)
     batch = Batch(input_ids, torch.arange(LENGTH).expand_as(input_ids))
-    fit, *test = batch.split(FIT_SEQUENCES)
+    fit, test = batch.split(FIT_SEQUENCES)
     folded = fold_biases(model, fit)
-    return folded, sum(mean_kl(model, folded, part) for part in chain(*(x.split(1) for x in test))) / TEST_SEQUENCES
+    return folded, sum(mean_kl(model, folded, part) for part in test.split(1)) / TEST_SEQUENCES
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def mean_kl(model: DeltifyForCausalLM, folded: DeltifyForCausalLM, batch: Batch)
     """Return the mean over the tokens of KL(model | folded)."""
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     log_p, log_q = (m(**inputs).logits.float().log_softmax(-1) for m in (model, folded))
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    return float(kl_terms(log_p, log_q).sum(-1).mean())
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def fold_layer(folded: DeltifyKDA, mixer: DeltifyKDA, args: tuple) -> None:
     u_D = constant_direction(x_ND)
     for projection in (folded.q_proj, folded.k_proj, folded.v_proj):
         if projection.bias is not None:
-            projection.weight += torch.outer(projection.bias.float(), u_D).to(projection.weight.dtype)
+            fold_bias(projection, projection.bias.float(), u_D)
             projection.register_parameter("bias", None)
     low, high = factors(folded.g_proj)
     if high.bias is not None:

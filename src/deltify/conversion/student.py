@@ -17,7 +17,7 @@ from ..model.generation import supported_settings
 from ..model.modeling import rotary_embedding
 from .attention import HeadStatistics, measure_attention
 from .calibration import calibrate, repeat_heads
-from .teacher import Teacher, freeze
+from .teacher import Teacher, freeze, head_width
 
 INITS = ("calibrated", "calibrated-constant", "library", "arcee")
 ARCHITECTURES = {"deltify": DeltifyConfig, "arcee_kda": ArceeKDAConfig}
@@ -29,7 +29,10 @@ ARCHITECTURES = {"deltify": DeltifyConfig, "arcee_kda": ArceeKDAConfig}
 KIND_BY_LETTER = {"K": "linear_attention", "F": "full_attention", "S": "sliding_attention"}
 
 
-MEASURED = r"measured:(\d+)"
+def measured_layers(spec: str | list[int]) -> int | None:
+    """Return N of "measured:N", or None for any other value of full_attention_layers."""
+    measured = re.fullmatch(r"measured:(\d+)", spec) if isinstance(spec, str) else None
+    return int(measured[1]) if measured else None
 
 
 def layer_kinds(spec: str | list[int], layers: int, statistics: list[HeadStatistics] | None = None) -> list[str]:
@@ -47,9 +50,9 @@ def layer_kinds(spec: str | list[int], layers: int, statistics: list[HeadStatist
     Raises:
         ValueError: If `spec` has another form, or lists a layer that does not exist.
     """
-    if isinstance(spec, str) and (measured := re.fullmatch(MEASURED, spec)) and 0 < int(measured[1]) <= layers:
+    if (number := measured_layers(spec)) and number <= layers:
         retrieval = list(range(layers)) if statistics is None else [float(s.retrieval_H.sum()) for s in statistics]
-        spec = sorted(range(layers), key=retrieval.__getitem__)[-int(measured[1]) :]
+        spec = sorted(range(layers), key=retrieval.__getitem__)[-number:]
     if isinstance(spec, list):
         if bad := [i for i in spec if not 0 <= i < layers]:
             raise ValueError(f"full_attention_layers names {bad}; the teacher has layers 0 to {layers - 1}")
@@ -114,7 +117,7 @@ def student_config(
         kda_bias=bool(facts["attention_bias"]) and not fold_biases,
         gate_bias=gate_bias,
         o_norm_eps=O_NORM_EPS,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=head_width(config),
         layer_types=kinds,
         use_rope=[rotates[kind] and rope[i] for i, kind in enumerate(kinds)],
         sliding_window=window,
@@ -235,7 +238,7 @@ def convert(
         raise ValueError(
             f"retrieval_heads={retrieval_heads}; this teacher has {layers * heads} heads. Choose 0 to that number"
         )
-    is_measured = isinstance(full_attention_layers, str) and re.fullmatch(MEASURED, full_attention_layers)
+    is_measured = measured_layers(full_attention_layers) is not None
     if is_measured and calibration is None:
         raise ValueError(f"full_attention_layers={full_attention_layers!r} needs calibration text. Give it")
     statistics = None

@@ -215,6 +215,11 @@ def expected_shapes(config: PreTrainedConfig, trust_remote_code: bool = False) -
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
+def head_width(config: PreTrainedConfig) -> int:
+    """Return the width of an attention head, which not every configuration names."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def freeze(model: M) -> M:
     """Return the model in evaluation mode, without gradients."""
     return model.eval().requires_grad_(False)

@@ -15,7 +15,7 @@ from ..data.batches import Batch, heldout_batches
 from ..data.token_files import TokenFile, open_data
 from ..training.metrics import read_stages
 from ..training.steps import hidden_states, next_tokens
-from .scoring import kl_terms, label_log_probs, log_probs, perplexity
+from ..utils.scoring import kl_terms, label_log_probs, log_probs, perplexity
 
 CHUNK_TOKENS = 256  # tokens whose logits exist at a time
 NGRAM_TOKENS = 10_000_000  # tokens of each source that the n-gram models are counted on

@@ -30,6 +30,7 @@ from ..utils.files import write_text
 from ..utils.folders import model_folder
 from ..utils.tokens import token_ids
 from . import plots
+from .card import recipe_folder
 from .kda_heads import COSINES, DISTANCES, inspect_heads, kda_layers
 from .report import Table
 from .results_file import command_line, versions
@@ -78,7 +79,8 @@ def inspect_student(
             "model with a larger context window."
         )
     batch = read_sequences(text, tokens // length, length, load_tokenizer(source)).to(torch_device)
-    recipe = find_recipe(source)
+    run = recipe_folder(str(source))
+    recipe = None if run is None else load_recipe(run / "recipe.yaml")
     reference = find_teacher(recipe, teacher, torch_device, dtype)
     copies = sum(far_copies(*pair).shape[1] for pair in zip(batch.input_ids.tolist(), batch.position_ids.tolist()))
     if not copies:
@@ -133,12 +135,6 @@ def read_sequences(source: str, count: int, length: int, tokenizer: PreTrainedTo
 
 
 # ---- the teacher -----------------------------------------------------------------------------------------------------
-
-
-def find_recipe(source: str | Path) -> Recipe | None:
-    """Return the recipe of the run at a path, or of the run that the stage at a path belongs to, or None."""
-    paths = Path(source) / "recipe.yaml", Path(source).parent / "recipe.yaml"
-    return next((load_recipe(path) for path in paths if path.is_file()), None)
 
 
 def find_teacher(recipe: Recipe | None, name: str | None, device: torch.device, dtype: torch.dtype) -> Teacher | None:

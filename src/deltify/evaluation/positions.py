@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from ..inference.prefill import new_cache, piece_length, read_pieces
 from ..training.losses import CHUNK_BYTES
+from ..utils.scoring import kl_terms, label_log_probs, log_probs, perplexity
 from ..utils.statistics import mean_over_documents
-from .scoring import kl_terms, label_log_probs, log_probs, perplexity
 
 
 def position_edges(tokens: int, *extra: int) -> list[int]:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import HfApi, constants
-from transformers import AutoTokenizer
 
 from ..inference.export import read_layout
 from ..inference.gguf_export import DEFAULT_DTYPE, write_gguf
 from ..inference.kimi_linear import o_norm_eps, write_kimi_linear
+from ..inference.loading import load_tokenizer
 from ..training.checkpoint import is_finished
 from ..utils.console import log
 from .card import Layouts, last_stage, teacher_facts
@@ -118,8 +118,7 @@ def stage_folder(run: Path, stage: str | None) -> Path:
 def gather(folder: Path, staging: Path, repo: str) -> tuple[Layouts, list[str]]:
     """Write a model in every layout that can express it, and return where, with a line for each omission."""
     layouts, notes = Layouts(repo), []
-    model, tokenizer = read_layout(folder), AutoTokenizer.from_pretrained(folder)
-    assert tokenizer is not None
+    model, tokenizer = read_layout(folder), load_tokenizer(folder)
     try:
         write_kimi_linear(model, tokenizer, staging)
         vllm = math.isclose(o_norm_eps(model), VLLM_O_NORM_EPS, rel_tol=1e-3)

@@ -22,14 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.probes import Probe, make_probe, text_probes
 from ..data.sources import documents
 from ..inference.prefill import new_cache, piece_length, read_pieces
-from ..training.recall import RecallBucket, answer_scores, recall_buckets
+from ..training.recall import SHORTEST, RecallBucket, answer_scores, recall_buckets
 from ..utils.files import read_jsonl
 from ..utils.fingerprint import fingerprint
 from .needles import NeedleMaker, Sample
 from .settings import RecallSpec
 
 NEEDLE_TASKS = ("niah_single_1", "niah_single_2", "niah_multikey_1")
-SHORTEST = 512  # tokens of the shortest documents
 ANSWER_TOKENS = 16  # kept free for the digits of a needle
 
 

@@ -15,7 +15,7 @@ from ..model import DeltifyConfig, DeltifyForCausalLM
 from ..model.loading import checkpoint_shapes
 from ..training.checkpoint import save_model
 from .gguf_export import DEFAULT_DTYPE, write_gguf
-from .kimi_linear import o_norm_eps, read_kimi_linear, write_kimi_linear
+from .kimi_linear import o_norm_eps, read_kimi_linear, refuse, write_kimi_linear
 from .loading import load_tokenizer, model_of_tensors, read_tensors, renamed
 
 LAYOUTS = ("deltify", "kda", "kimi_linear", "gguf")
@@ -115,8 +115,7 @@ def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, fol
         f"the activation {c.hidden_act}": c.hidden_act not in ("silu", "swish"),
         "biases of q, k, v, o or the MLP": c.kda_bias or c.attention_out_bias or c.mlp_bias,
     }
-    if found := [name for name, present in problems.items() if present]:
-        raise ValueError(f"Layout kda does not support {', '.join(found)}. Export with --layout deltify.")
+    refuse("kda", [name for name, present in problems.items() if present])
     config = {
         "model_type": "kda",
         "architectures": ["KDAForCausalLM"],

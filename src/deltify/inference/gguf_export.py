@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..conversion.gguf_files import SPECIAL_TOKENS, SPLITS, name_split
 from ..conversion.vocabulary import fit_tokenizer
 from ..model import DeltifyForCausalLM
-from .kimi_linear import LatentSizes, deviations, identity, native_config, native_tensors, refusals
+from .kimi_linear import LatentSizes, deviations, identity, native_config, native_tensors, refusals, refuse
 
 ARCHITECTURE = gguf.MODEL_ARCH.KIMI_LINEAR
 # types of the weights of matrix products, and the file types that name them
@@ -51,8 +51,7 @@ def write_gguf(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown. Choose one of {list(DTYPES)}.")
-    if found := refusals(model):
-        raise ValueError(f"Layout gguf does not support {', '.join(found)}. Export with --layout deltify.")
+    refuse("gguf", refusals(model))
     c, (weights_type, file_type) = model.config, DTYPES[dtype]
     kinds = c.layer_types
     added = "full_attention" not in kinds

@@ -90,6 +90,12 @@ def write_kimi_linear(
     return f"{folder}: {', '.join(parts)}"
 
 
+def refuse(layout: str, found: list[str]) -> None:
+    """Raise ValueError if there are parts of a model that a layout cannot express."""
+    if found:
+        raise ValueError(f"Layout {layout} does not support {', '.join(found)}. Export with --layout deltify.")
+
+
 def refusals(model: DeltifyForCausalLM) -> list[str]:
     """Return the parts of a model that this layout cannot express."""
     c = model.config
@@ -122,8 +128,7 @@ def native_tensors(model: DeltifyForCausalLM, identity_layer: bool) -> dict[str,
     Raises:
         ValueError: If the layout cannot express the model. The message names what it cannot express.
     """
-    if found := refusals(model):
-        raise ValueError(f"Layout kimi_linear does not support {', '.join(found)}. Export with --layout deltify.")
+    refuse("kimi_linear", refusals(model))
     c, sizes = model.config, latent_sizes(model.config)
     tensors = {}
     for name, x in renamed(model.state_dict(), RENAMES).items():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..conversion.teacher import head_width
 from ..model import DeltifyConfig
 from ..model.modeling import DeltifyCache
 
@@ -58,7 +59,7 @@ def max_batch_size(model: PreTrainedModel, context: int, max_rows: int = 128) ->
 
 def key_value_bytes(config: PreTrainedConfig, element_bytes: int) -> int:
     """Return the bytes of one token's keys and values in one attention layer."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_width(config)
     return 2 * config.num_key_value_heads * head_dim * element_bytes
 
 

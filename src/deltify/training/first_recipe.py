@@ -14,7 +14,7 @@ import yaml
 from transformers import PreTrainedConfig
 
 from ..config import STAGES, DataSpec, Recipe, RunSpec, Stage, StudentSpec, TeacherSpec, check, load_recipe
-from ..conversion.teacher import Teacher
+from ..conversion.teacher import Teacher, head_width
 from ..data.sources import PYTHON_DOCS
 from ..model import DeltifyForCausalLM
 from ..recipes import write_new
@@ -357,10 +357,6 @@ def describe(config: PreTrainedConfig, parameters: int) -> str:
         f"{config.num_attention_heads} heads of width {head_width(config)}, context window of "
         f"{config.max_position_embeddings:,} tokens"
     )
-
-
-def head_width(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def notes(recipe: Recipe, config: PreTrainedConfig, machine: Machine) -> list[str]:

@@ -5,6 +5,7 @@ Legend: B documents, T tokens, N answer tokens, D model width, W vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..data.batches import Batch
 from ..data.probes import SPARE, Probe, beginnings, text_probes
 from ..data.token_files import TokenFile
 from ..model import DeltifyForCausalLM
+from ..utils.scoring import label_log_probs, log_probs
 from ..utils.statistics import mean_over_documents
 from .losses import CHUNK_BYTES
 from .steps import hidden_states
@@ -85,9 +87,8 @@ def answer_scores(model: PreTrainedModel, hidden_ND: Tensor, labels_N: Tensor) -
     chunk = max(1, CHUNK_BYTES.get(labels_N.device.type, CHUNK_BYTES["cpu"]) // (4 * vocab_size))
     scores = []
     for hidden, labels in zip(hidden_ND.split(chunk), labels_N.split(chunk)):
-        log_p_NW = model.lm_head(hidden).float().log_softmax(-1)
-        log_p_N = log_p_NW.gather(1, labels[:, None])[:, 0]
-        scores.append(torch.stack([log_p_N, (log_p_NW.argmax(-1) == labels).float()]))
+        log_p_NW = log_probs(model, hidden)
+        scores.append(torch.stack([label_log_probs(log_p_NW, labels), (log_p_NW.argmax(-1) == labels).float()]))
     return torch.cat(scores, 1).cpu().numpy()
 
 
@@ -115,7 +116,7 @@ def evaluate_recall(student: DeltifyForCausalLM, probes: list[Probe], autocast: 
     for _, group in groupby(probes, key=lambda probe: len(probe.ids)):
         documents = list(group)
         with autocast():
-            scores += student.run_with_full_weights(lambda s: read_answers(s, documents))  # noqa: B023
+            scores += student.run_with_full_weights(partial(read_answers, probes=documents))
     buckets = recall_buckets([probe.distances for probe in probes], scores)
     if not buckets:
         return {}

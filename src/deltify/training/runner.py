@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ..config import STAGES, Recipe, check
-from ..conversion.student import INITS, convert, layer_kinds
+from ..conversion.student import INITS, convert, layer_kinds, measured_layers
 from ..conversion.teacher import Teacher
 from ..data.batches import Batch, MixedBatches, heldout_batches
 from ..data.token_files import TokenFile, open_data
@@ -310,7 +310,7 @@ def load_starting_student(folder: str, layers: str | list[int], teacher: Teacher
     """
     student = load_student(Path(folder), next(teacher.model.parameters()).device)
     kinds = layer_kinds(layers, student.config.num_hidden_layers)
-    if str(layers).startswith("measured:"):
+    if measured_layers(layers) is not None:
         kinds = list(student.config.layer_types or ())  # the student's own choice
     if not isinstance(student, DeltifyForCausalLM) or list(student.config.layer_types or ()) != kinds:
         raise ValueError(

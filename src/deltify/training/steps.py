@@ -3,7 +3,6 @@
 Legend: B batch, T tokens, N = B * T, D model width, W vocabulary.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ from ..config import Stage
 from ..data.batches import Batch
 from ..model import DeltifyForCausalLM
 from ..model.mixers import find_packing
+from ..utils.scoring import perplexity
 from .losses import hidden_state_loss, linear_kl, mixer_loss
 
 
@@ -213,4 +213,4 @@ def evaluate_heldout(
         ce += float(batch_ce) * labels.numel()
         tokens += labels.numel()
         labelled += int((labels >= 0).sum())
-    return {"heldout_kl": kl / tokens, "heldout_perplexity": math.exp(min(ce / labelled, 700.0))}
+    return {"heldout_kl": kl / tokens, "heldout_perplexity": perplexity(ce / labelled)}

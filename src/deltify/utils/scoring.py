@@ -1,4 +1,4 @@
-"""Next-token scores that held-out text and curves by position share.
+"""Next-token scores of a language model.
 
 Legend: N tokens, D model width, W vocabulary.
 """
