@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from deltify import distill
 from deltify.config import Recipe, RunSpec, Stage, StudentSpec, TeacherSpec
+from deltify.model import DeltifyConfig, DeltifyForCausalLM
 from deltify.training import trainer
 from deltify.training.steps import align_step
 
@@ -164,3 +165,35 @@ def flip(path: Path, place: int) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
+
+
+KINDS = {"K": "linear_attention", "A": "full_attention", "S": "sliding_attention"}
+EXPORT_SHAPES = {  # arguments of random_student that show what an export must get right
+    "pure": {"kinds": "KKK"},
+    "pure, tied, 128": {"kinds": "KK", "head_dim": 128, "tie_word_embeddings": True},
+    "hybrid": {"kinds": "KKA", "num_key_value_heads": 2},
+    "hybrid, GQA, tied": {"kinds": "KAK", "tie_word_embeddings": True},
+    "hybrid, GQA, 128": {"kinds": "KA", "head_dim": 128},
+}
+
+
+def random_student(kinds: str = "KKA", **facts) -> DeltifyForCausalLM:
+    """Return a model whose parameters all differ from zero and one, without biases.
+
+    Args:
+        kinds: A letter of KINDS for each layer.
+        facts: Fields of its configuration.
+    """
+    shape = {"hidden_size": 128, "intermediate_size": 160, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape |= {"head_dim": 64, "initializer_range": 0.1, "num_hidden_layers": len(kinds)}
+    torch.manual_seed(0)
+    model = DeltifyForCausalLM(DeltifyConfig(layer_types=[KINDS[kind] for kind in kinds], **(shape | facts)))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("conv1d.weight"):
+                p.normal_(0, 0.5)
+            if name.endswith("norm.weight"):
+                p.uniform_(0.5, 1.5)
+            if name.endswith(".bias"):
+                p.zero_()
+    return model.eval()

