@@ -18,6 +18,7 @@ from deltify.config import RENAMED, STAGES, DataSpec, Recipe, Stage, StudentSpec
 from deltify.conversion.teacher import random_teacher
 from deltify.recipes import recipe_names, summary
 from deltify.training import runner
+from deltify.training.signals import Stopper
 
 
 def test_recipes_are_found_by_name_unless_there_is_such_a_file(tmp_path, monkeypatch):
@@ -70,6 +71,35 @@ def test_training_lowers_the_loss_of_each_stage(tmp_path):
     for stage in ("align", "match"):
         losses = [line["loss"] for line in lines if line["stage"] == stage and "loss" in line]
         assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), stage
+
+
+def test_a_stage_trains_on_the_sources_of_its_data_weights(tmp_path):
+    for word in ("one", "two"):
+        (tmp_path / f"{word}.txt").write_text(f"{word} " * 3000)
+    one, two = str(tmp_path / "one.txt"), str(tmp_path / "two.txt")
+    recipe = tiny_recipe(tmp_path)
+    data = replace(recipe.data, train={one: 0.5, two: 0.5}, heldout=one)
+    recipe = replace(recipe, data=data, align=replace(recipe.align, data_weights={two: 1.0}))
+    _, context = runner.open_everything(recipe, torch.device("cpu"), "fp32", STAGES, math.inf, Stopper())
+    with context.metrics:
+        of_align, of_match = (
+            torch.cat([context.mixes[stage].batch(step).input_ids for step in range(8)]) for stage in ("align", "match")
+        )
+        of_one, of_two = (set(file.tokens.tolist()) for file in context.train)
+    assert not set(of_align.flatten().tolist()) & (of_one - of_two)
+    assert set(of_match.flatten().tolist()) & (of_one - of_two) and set(of_match.flatten().tolist()) & (of_two - of_one)
+
+
+def test_data_weights_name_sources_of_data_train(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: mine\ndata: {train: {python-docs: 1, recall: 1}}\nmatch: {tokens: 65536}\n")
+    assert load_recipe(path, ["--match.data_weights", "{recall: 2}"]).match.data_weights == {"recall": 2.0}
+    with pytest.raises(
+        ValueError, match=r"names a source that data\.train lacks\. Its sources are python-docs, recall"
+    ):
+        load_recipe(path, ["--match.data_weights", "{book.txt: 1}"])
+    with pytest.raises(ValueError, match=r"match\.data_weights=.*must name sources with positive weights, or be null"):
+        load_recipe(path, ["--match.data_weights", "{recall: 0}"])
 
 
 @pytest.mark.parametrize(

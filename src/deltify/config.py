@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -113,6 +114,7 @@ class Stage:
         weight_decay: Weight decay of matrices.
         max_grad_norm: Largest norm of the gradient; a larger one is scaled down.
         activation_checkpointing: Whether to recompute activations layer by layer, which saves memory.
+        data_weights: Sources of data.train that the stage trains on, and their weights. Defaults to data.train.
     """
 
     tokens: int = 0
@@ -131,6 +133,7 @@ class Stage:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     activation_checkpointing: bool = False
+    data_weights: dict[str, float] | None = None
 
     @property
     def steps(self) -> int:
@@ -305,6 +308,10 @@ def reject_unknown(content: dict, where: str, cls: type = Recipe, prefix: str = 
             reject_unknown(value, where, kind, f"{prefix}{key}.")
 
 
+def are_weights(weights: Any) -> bool:
+    return bool(weights) and all(weight > 0 for weight in weights.values())
+
+
 CENTER = ("none", "retrieval", "all")
 AT_LEAST_0 = (lambda x: x >= 0, "must be at least 0")
 AT_LEAST_1 = (lambda x: x >= 1, "must be at least 1")
@@ -321,7 +328,7 @@ def one_of(choices: tuple[str, ...]) -> tuple[Callable[[object], bool], str]:
 RULES = {
     "student.retrieval_heads": AT_LEAST_0,
     "student.center": one_of(CENTER),
-    "data.train": (lambda x: x and all(weight > 0 for weight in x.values()), "must name sources with positive weights"),
+    "data.train": (are_weights, "must name sources with positive weights"),
     "run.precision": one_of(PRECISIONS),
     "run.data_parallel": one_of(DATA_PARALLEL),
     "run.keep_checkpoints": AT_LEAST_1,
@@ -343,6 +350,7 @@ STAGE_RULES = {
     "divergence": one_of(DIVERGENCES),
     "optimizer": one_of(OPTIMIZERS),
     "temperature": ABOVE_0,
+    "data_weights": (lambda x: x is None or are_weights(x), "must name sources with positive weights, or be null"),
 }
 
 
@@ -370,6 +378,11 @@ def check(recipe: Recipe) -> Recipe:
             (not (weight and recipe.teacher.cache), f"{name}.hidden_state_weight", "needs teacher.cache null"),
             (not micro or stage.batch_size % micro == 0, f"{name}.micro_batch_size", "must divide batch_size"),
             (not stage.tokens or stage.steps, f"{name}.tokens", "is less than one step"),
+            (
+                set(stage.data_weights or ()) <= set(recipe.data.train),
+                f"{name}.data_weights",
+                f"names a source that data.train lacks. Its sources are {', '.join(recipe.data.train)}",
+            ),
         ]
     for good, name, what in checks:
         if not good:
@@ -394,7 +407,9 @@ def smoke(recipe: Recipe) -> Recipe:
     def tiny(stage: Stage) -> Stage:
         if not stage.tokens:
             return stage
-        return replace(stage, tokens=2 * 2 * 32, sequence_length=32, batch_size=2, micro_batch_size=0)
+        return replace(
+            stage, tokens=2 * 2 * 32, sequence_length=32, batch_size=2, micro_batch_size=0, data_weights=None
+        )
 
     return replace(
         recipe,

@@ -325,6 +325,7 @@ def read_tokenizer(model: GgufModel):
     first = parts_of(model.path)[0]
     # not AutoTokenizer, which would read the whole file once more for its configuration
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(first.parent), gguf_file=first.name)
+    tokenizer.clean_up_tokenization_spaces = False  # older releases of transformers default to True, and warn
     begins, backend = True, tokenizer.backend_tokenizer  # sentencepiece vocabularies begin texts
     if model.key("tokenizer.ggml.model") == "gpt2":
         name = model.key("tokenizer.ggml.pre")

@@ -173,8 +173,15 @@ def data_digests(recipe: Recipe, train: list[TokenFile], heldout: list[TokenFile
 
 def stage_mix(recipe: Recipe, name: str, train: list[TokenFile]) -> MixedBatches:
     """Return the training batches of a stage."""
-    stage, weights = recipe.stage(name), list(recipe.data.train.values())
-    return MixedBatches(train, weights, stage.sequence_length, stage.batch_size, recipe.seed + STAGES.index(name))
+    stage, files = recipe.stage(name), dict(zip(recipe.data.train, train))
+    weights = stage.data_weights or recipe.data.train
+    return MixedBatches(
+        [files[source] for source in weights],
+        list(weights.values()),
+        stage.sequence_length,
+        stage.batch_size,
+        recipe.seed + STAGES.index(name),
+    )
 
 
 def capture_recipe(recipe: Recipe, folder: Path, format: str) -> dict[str, float]:
