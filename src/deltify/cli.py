@@ -407,6 +407,15 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sample.add_argument("-o", "--output", type=Path, required=True, help="JSON lines file to write, for data.train")
     sample.add_argument("--count", type=int, default=1024, help="number of documents (default: 1024)")
     sample.add_argument("--prompt-tokens", type=int, default=32, help="number of tokens of each prompt (default: 32)")
+    chats = sample.add_argument_group("chats, instead of continued documents")
+    chats.add_argument("--chat", action="store_true", help="answer the messages of SOURCE, a JSON-lines file")
+    chats.add_argument("--field", default="text", help="field of a line that is the message (default: text)")
+    chats.add_argument("--samples", type=int, default=1, help="number of answers to each message (default: 1)")
+    chats.add_argument(
+        "--keep-number",
+        metavar="FIELD",
+        help="keep only answers whose last number equals the last number of this field",
+    )
     sample.add_argument("--length", type=int, default=512, help="largest number of tokens per document (default: 512)")
     sample.add_argument("--batch", type=int, default=64, help="documents generated at a time (default: 64)")
     sample.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: 1.0)")
@@ -415,9 +424,12 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
 
 
 def run_sample(options: argparse.Namespace, _: list[str]) -> None:
-    from .inference.sample import sample
+    from .inference.sample import sample, sample_answers
 
-    print(sample(**{key: value for key, value in vars(options).items() if key != "command"}))
+    o = {key: value for key, value in vars(options).items() if key not in ("command", "chat")}
+    left_out = ("prompt_tokens",) if options.chat else ("field", "samples", "keep_number")
+    write = sample_answers if options.chat else sample
+    print(write(**{key: value for key, value in o.items() if key not in left_out}))
 
 
 def add_export(commands: argparse._SubParsersAction) -> None:

@@ -10,7 +10,7 @@ from deltify import convert
 from deltify.cli import main
 from deltify.conversion.teacher import byte_tokenizer, random_teacher
 from deltify.data.sources import documents, held_out
-from deltify.inference.sample import beginnings, continuations, sample
+from deltify.inference.sample import beginnings, continuations, last_number, sample, sample_answers
 from deltify.training.checkpoint import save_model
 
 TEXTS = [f"Document {number} tells of its number {number}, and goes on for a while." for number in range(60)]
@@ -61,7 +61,64 @@ def test_a_document_ends_with_the_end_of_sequence_token():
             return torch.cat([ids, torch.tensor([[1, 2, end, end, end, end, end], [1, 2, 3, 4, 5, 6, 7]])], 1)
 
     rows = list(continuations(Speaker(), prompts, 10, 1.0, {end}))
-    assert rows == [[72, 105, 33, 1, 2], [66, 121, 101, 1, 2, 3, 4, 5, 6, 7]]
+    assert rows == [([1, 2], True), ([1, 2, 3, 4, 5, 6, 7], False)]
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+class Parrot:
+    """A model whose answer is the message, and after it a number that grows with each answer; the last has no end."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.answers = tokenizer, 0
+
+    def generate(self, ids, attention_mask, **options):
+        rows = []
+        for row, mask in zip(ids.tolist(), attention_mask.tolist()):
+            assert sorted(mask) == mask  # padding is on the left
+            text = self.tokenizer.decode([token for token, real in zip(row, mask) if real])
+            said = text.removeprefix("<user>").removesuffix("</s><assistant>")
+            self.answers += 1
+            new = self.tokenizer(f"{said} {self.answers}", add_special_tokens=False)["input_ids"][:60]
+            end = [self.tokenizer.eos_token_id] * (60 - len(new)) if self.answers < 6 else [1] * (60 - len(new))
+            rows.append(row + new + end)
+        return torch.tensor(rows)
+
+
+def test_chats_hold_message_and_answer_and_keep_right_numbers(model, tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    monkeypatch.setattr("deltify.inference.sample.load_tokenizer", lambda _: tokenizer)
+    parrot = Parrot(tokenizer)
+    monkeypatch.setattr("deltify.inference.sample.open_writer", lambda *_: (parrot, {tokenizer.eos_token_id}))
+    questions = [("How many?", "It is 1,000.\n#### 2"), ("And a longer one?", "3"), ("x" * 500, "4")]
+    source = tmp_path / "questions.jsonl"
+    source.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in questions))
+
+    def chats(name: str, **options) -> list[str]:
+        parrot.answers = 0
+        path = sample_answers(str(model / "model"), source, tmp_path / name, field="question", length=128, **options)
+        return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+    def chat(number: int, count: int) -> str:
+        message = questions[number][0]
+        return f"<user>{message}</s><assistant>{message} {count}</s>"
+
+    every = [chat(0, 1), chat(0, 2), chat(0, 3), chat(1, 4), chat(1, 5)]  # the sixth answer does not end
+    assert chats("all.jsonl", samples=3, batch=4) == every
+    assert chats("right.jsonl", samples=3, batch=4, keep_number="answer") == [chat(0, 2)]
+    assert last_number("1,234.5 or -7,000 m") == "-7000" and last_number("none") is None
+    with pytest.raises(ValueError, match=r"questions\.jsonl, line 1: .* with question and right\. Name other fields"):
+        chats("wrong.jsonl", keep_number="right")
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"has no chat template\. Leave --chat out"):
+        chats("none.jsonl")
 
 
 def test_what_does_not_fit_is_named(model, tmp_path, capsys):

@@ -1,7 +1,8 @@
-"""Documents that a model writes itself, from the beginnings of other documents.
+"""Documents that a model writes itself: continuations of other documents' beginnings, or answers to messages.
 
     deltify sample runs/kda TEXT -o own.jsonl                     # text of the student
     deltify sample smollm2-135m-instruct TEXT -o teachers.jsonl   # text of the teacher
+    deltify sample smollm2-135m-instruct QUESTIONS.jsonl --chat --field question -o answers.jsonl
 
 A student that trains on its own text, with the teacher's distribution as the target, is corrected where its own samples
 lead it. This is on-policy distillation (Agarwal et al. 2024, arXiv 2306.13649), here in rounds with one file each.
@@ -9,10 +10,13 @@ lead it. This is on-policy distillation (Agarwal et al. 2024, arXiv 2306.13649),
 Legend: B batch, P tokens of a prompt.
 """
 
+import io
 import itertools
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from ..conversion.teacher import locate
-from ..data.sources import documents, held_out
+from ..data.sources import documents, held_out, text_files, unpacked
 from ..model.causal_lm import CausalLM
 from ..utils.console import log
 from ..utils.devices import pick_device
@@ -71,31 +75,21 @@ def sample(
         ValueError: If settings do not fit, or the source has no document that is long enough.
     """
     output = Path(output)
-    check_settings(output, count, prompt_tokens, length, batch, temperature)
-    folder = model_folder(str(model)) if Path(model).expanduser().is_dir() else locate(str(model))
-    config = AutoConfig.from_pretrained(folder)
-    if any(getattr(config, "use_rope", [True])) and length > config.max_position_embeddings:
-        raise ValueError(
-            f"length={length} is more than the {config.max_position_embeddings} tokens that {model} reads."
-        )
+    check_settings(output, count=count, batch=batch, temperature=temperature)
+    if not 0 < prompt_tokens < length:
+        raise ValueError(f"prompt_tokens={prompt_tokens} must be at least 1 and below length={length}.")
+    folder = find_writer(model, length)
     tokenizer = load_tokenizer(folder)
     prompts = itertools.islice(beginnings(source, tokenizer, prompt_tokens), count)
     if (first := next(prompts, None)) is None:
         raise ValueError(f"No document of {source!r} has prompt_tokens={prompt_tokens} tokens. Give fewer.")
-    torch_device = pick_device(device)
-    dtype = torch.bfloat16 if torch_device.type == "cuda" else torch.float32
-    loaded = load_model(folder, device=torch_device, dtype=dtype)
-    eos_token_ids = stop_tokens(loaded, tokenizer)
-    loaded.generation_config = GenerationConfig()  # penalties and the like would change the distribution
-    torch.manual_seed(seed)
+    loaded, eos_token_ids = open_writer(folder, tokenizer, seed, device)
     written = tokens = 0
-    output.parent.mkdir(parents=True, exist_ok=True)
     prompts = itertools.chain([first], prompts)
     while batch_prompts := list(itertools.islice(prompts, batch)):
-        sequences = list(continuations(loaded, torch.tensor(batch_prompts), length, temperature, eos_token_ids))
-        texts = (str(tokenizer.decode(ids, skip_special_tokens=True)).rstrip(CUT_CHARACTER) for ids in sequences)
-        with output.open("a", encoding="utf-8") as out:
-            out.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+        drawn = continuations(loaded, torch.tensor(batch_prompts), length, temperature, eos_token_ids)
+        sequences = [prompt + new for prompt, (new, _) in zip(batch_prompts, drawn)]
+        append(output, (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in sequences))
         written, tokens = written + len(sequences), tokens + sum(map(len, sequences))
         log(f"{written:,} of {count:,} documents, {tokens:,} tokens")
     if written < count:
@@ -103,17 +97,173 @@ def sample(
     return output
 
 
-def check_settings(output: Path, count: int, prompt_tokens: int, length: int, batch: int, temperature: float) -> None:
-    """Raise an error if the file exists or a setting of `sample` is out of range."""
+@torch.no_grad()
+def sample_answers(
+    model: str | Path,
+    source: str | Path,
+    output: str | Path,
+    *,
+    field: str = "text",
+    count: int = 1024,
+    samples: int = 1,
+    length: int = 512,
+    batch: int = 64,
+    temperature: float = 1.0,
+    keep_number: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> Path:
+    """Write chats as JSON lines, {"text": ...}: a user's message and the model's answer. Return the path.
+
+    The tokenizer's chat template renders them. Answers that do not end after `length` tokens are left out. Every batch
+    is written at once, so that an interrupted run leaves a file that can be used.
+
+    Args:
+        model: As for `sample`.
+        source: JSON-lines file (.jsonl, .jsonl.gz or .jsonl.zst) with the messages.
+        output: File to write, which ends in .jsonl and must not exist.
+        field: Field of each line that is the message.
+        count: Largest number of messages.
+        samples: Number of answers to each message.
+        length: Largest number of tokens of a chat, its message included. Longer messages are skipped.
+        batch: Number of answers written at a time.
+        temperature: Softmax temperature. Tokens are drawn from the whole vocabulary.
+        keep_number: Field of each line with the right answer. If given, only those answers are written whose last
+            number equals the last number of this field.
+        seed: Random seed. The same text also needs the same batch and device.
+        device: auto, cpu, cuda or mps. Weights are bfloat16 on cuda, else float32.
+
+    Raises:
+        FileExistsError: If `output` exists.
+        FileNotFoundError: If model or source do not exist.
+        ValueError: If settings do not fit, the tokenizer has no chat template, a line lacks a field, or no message is
+            short enough.
+    """
+    output = Path(output)
+    check_settings(output, count=count, samples=samples, length=length, batch=batch, temperature=temperature)
+    folder = find_writer(model, length)
+    tokenizer = load_tokenizer(folder)
+    if not tokenizer.chat_template:
+        raise ValueError(f"The tokenizer of {model} has no chat template. Leave --chat out to continue documents.")
+    questions = itertools.islice(read_questions(source, field, keep_number), count)
+    asked = (question for question in questions for _ in range(samples))
+    loaded, eos_token_ids = open_writer(folder, tokenizer, seed, device)
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tried = kept = skipped = 0
+    while group := list(itertools.islice(asked, batch)):
+        rendered = [(question, render(tokenizer, question.message)) for question in group]
+        fitting = [(question, prompt) for question, prompt in rendered if len(tokenizer.encode(prompt)) < length]
+        skipped += len(group) - len(fitting)
+        if not fitting:
+            continue
+        inputs = tokenizer(
+            [prompt for _, prompt in fitting], add_special_tokens=False, padding=True, return_tensors="pt"
+        )
+        drawn = continuations(loaded, inputs["input_ids"], length, temperature, eos_token_ids, inputs["attention_mask"])
+        chats = []
+        for (question, _), (new, ended) in zip(fitting, drawn):
+            answer = str(tokenizer.decode(new, skip_special_tokens=True))
+            if ended and question.accepts(answer):
+                chats.append(render(tokenizer, question.message, answer))
+        append(output, chats)
+        tried, kept = tried + len(fitting), kept + len(chats)
+        log(f"{tried:,} answers, {kept:,} kept")
+    if not tried:
+        raise ValueError(f"No message of {source} is shorter than length={length} tokens. Give more.")
+    if skipped:
+        log(f"{skipped:,} answers were left out, because their messages have {length} tokens or more")
+    return output
+
+
+@dataclass(frozen=True)
+class Question:
+    """A message to answer, and the number that the answer must end with, if any."""
+
+    message: str
+    number: str | None = None
+
+    def accepts(self, answer: str) -> bool:
+        return self.number is None or last_number(answer) == self.number
+
+
+def read_questions(source: str | Path, field: str, keep_number: str | None) -> Iterator[Question]:
+    """Yield the question of each line of a JSON-lines file.
+
+    Raises:
+        ValueError: If a line is not a JSON object, or lacks a field.
+    """
+    for path in text_files(str(source)):
+        with path.open("rb") as file:
+            for number, line in enumerate(io.TextIOWrapper(unpacked(file, path.suffix), encoding="utf-8"), 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                    right = None if keep_number is None else last_number(str(record[keep_number]))
+                    yield Question(str(record[field]), right)
+                except (json.JSONDecodeError, KeyError, TypeError) as error:
+                    fields = field if keep_number is None else f"{field} and {keep_number}"
+                    raise ValueError(
+                        f"{path}, line {number}: {line[:60]!r} is not a JSON object with {fields}. Name other fields "
+                        "with --field and --keep-number"
+                    ) from error
+
+
+def last_number(text: str) -> str | None:
+    """Return the last number of a text without thousands separators, or None."""
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return numbers[-1].replace(",", "") if numbers else None
+
+
+def render(tokenizer: PreTrainedTokenizerBase, message: str, answer: str | None = None) -> str:
+    """Return a chat of a message and its answer, or up to where the answer begins, as the template writes it."""
+    messages = [{"role": "user", "content": message}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None))
+
+
+def check_settings(output: Path, **positive: float) -> None:
+    """Raise an error if the file exists or ends wrongly, or a setting is not a number above 0."""
     if output.exists():
         raise FileExistsError(f"{output} exists. Delete it, or name another file.")
     if output.suffix != ".jsonl":
         raise ValueError(f"output={str(output)!r} must end in .jsonl, as it holds JSON lines.")
-    if not 0 < prompt_tokens < length:
-        raise ValueError(f"prompt_tokens={prompt_tokens} must be at least 1 and below length={length}.")
-    for name, value in (("count", count), ("batch", batch), ("temperature", temperature)):
+    for name, value in positive.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name}={value} must be a number above 0.")
+
+
+def find_writer(model: str | Path, length: int) -> str | Path:
+    """Return the folder or hub id of a model. Raise ValueError if it cannot read `length` tokens."""
+    folder = model_folder(str(model)) if Path(model).expanduser().is_dir() else locate(str(model))
+    config = AutoConfig.from_pretrained(folder)
+    if any(getattr(config, "use_rope", [True])) and length > config.max_position_embeddings:
+        raise ValueError(
+            f"length={length} is more than the {config.max_position_embeddings} tokens that {model} reads."
+        )
+    return folder
+
+
+def open_writer(
+    folder: str | Path, tokenizer: PreTrainedTokenizerBase, seed: int, device: str
+) -> tuple[CausalLM, set[int]]:
+    """Return a model that samples from its plain distribution, and its end-of-sequence tokens."""
+    torch_device = pick_device(device)
+    dtype = torch.bfloat16 if torch_device.type == "cuda" else torch.float32
+    loaded = load_model(folder, device=torch_device, dtype=dtype)
+    eos_token_ids = stop_tokens(loaded, tokenizer)
+    loaded.generation_config = GenerationConfig()  # penalties and the like would change the distribution
+    torch.manual_seed(seed)
+    return loaded, eos_token_ids
+
+
+def append(output: Path, texts: Iterable[str]) -> None:
+    """Append documents to a JSON-lines file."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("a", encoding="utf-8") as out:
+        out.writelines(json.dumps({"text": text.rstrip(CUT_CHARACTER)}) + "\n" for text in texts)
 
 
 def beginnings(source: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[list[int]]:
@@ -125,13 +275,24 @@ def beginnings(source: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> 
 
 
 def continuations(
-    model: CausalLM, prompts_BP: Tensor, length: int, temperature: float, eos_token_ids: set[int]
-) -> Iterator[list[int]]:
-    """Yield the tokens of each sequence with its prompt, up to an end-of-sequence token or `length`."""
+    model: CausalLM,
+    prompts_BP: Tensor,
+    length: int,
+    temperature: float,
+    eos_token_ids: set[int],
+    attention_mask_BP: Tensor | None = None,
+) -> Iterator[tuple[list[int], bool]]:
+    """Yield the new tokens of each sequence up to an end-of-sequence token, and whether there was one.
+
+    Args:
+        length: Largest number of tokens of a sequence with its prompt.
+        attention_mask_BP: 0 for padding on the left, 1 for tokens of prompts. Defaults to no padding.
+    """
     prompts_BP, P = prompts_BP.to(model.device), prompts_BP.shape[1]
+    mask_BP = torch.ones_like(prompts_BP) if attention_mask_BP is None else attention_mask_BP.to(model.device)
     drawn = model.generate(
         prompts_BP,
-        attention_mask=torch.ones_like(prompts_BP),
+        attention_mask=mask_BP,
         max_new_tokens=length - P,
         do_sample=True,
         temperature=temperature,
@@ -140,5 +301,6 @@ def continuations(
         eos_token_id=sorted(eos_token_ids) or None,
         pad_token_id=min(eos_token_ids, default=0),
     )
-    for prompt, new in zip(prompts_BP.tolist(), drawn[:, P:].tolist()):
-        yield prompt + list(itertools.takewhile(lambda token: token not in eos_token_ids, new))
+    for new in drawn[:, P:].tolist():
+        kept = list(itertools.takewhile(lambda token: token not in eos_token_ids, new))
+        yield kept, len(kept) < len(new)
