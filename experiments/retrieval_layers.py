@@ -4,8 +4,7 @@
         --heldout heldout_dev.jsonl --seed 0 others retrieving
 
 Each run is a recipe of its own in --out, and its metrics.jsonl has the recall curve of each validation. Runs that are
-finished are not repeated. "staged" needs "retrieving-long" and "align-centred": it puts the mixers of the layers that
-"retrieving-long" left as attention from "align-centred" into the rest of its model, and trains all of it. Needs a GPU.
+finished are not repeated. "staged" and "halves" begin with a model that joins two others, named in JOINED. Needs a GPU.
 """
 
 import argparse
@@ -47,8 +46,13 @@ RUNS: dict[str, tuple[str | list[int], dict, int, int, dict]] = {
         {"sequence_length": 4096, "batch_size": 1},
     ),
     "direct": ("none", {"init": "align-centred"}, 0, 28_000_000, {}),
-    "staged": ("none", {"init": "merged"}, 0, 28_000_000, {}),
+    "staged": ("none", {"init": "staged"}, 0, 28_000_000, {}),
+    "halves": ("none", {"init": "halves"}, 0, 28_000_000, {}),
 }
+STAGE = {"align-centred": "align"}  # stage whose model another run begins with, if it is not match
+# name: run that gives the layers RETRIEVING, run that gives the mixers of the other layers, and whether it gives all
+# other weights outside RETRIEVING, too
+JOINED = {"staged": ("retrieving-long", "align-centred", False), "halves": ("retrieving-long", "others", True)}
 
 
 def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
@@ -57,11 +61,9 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     recipe = load_recipe("smollm2-135m-kda")
     length = {"calibration_tokens": 32_768, "calibration_sequence_length": 2048}
     spec = dataclasses.replace(recipe.student, full_attention_layers=layers, keep_rope=True, **length | student)
-    if "init" in student:
-        folder = run_folder(options, student["init"])
-        spec = dataclasses.replace(spec, init=str(folder if student["init"] == "merged" else folder / "match"))
-        if student["init"] == "align-centred":
-            spec = dataclasses.replace(spec, init=str(folder / "align"))
+    if (start := student.get("init")) is not None:
+        folder = joined_folder(options, start) if start in JOINED else finished(options, start)
+        spec = dataclasses.replace(spec, init=str(folder))
     weights = {text: (1 - SPARSE) * weight for text, weight in zip(options.train, TEXT)}
     sparse = {f"sparse-recall:{text}": SPARSE / 2 for text in (options.train[0], options.train[2])}
     stage = Stage(sequence_length=2048, batch_size=2, lr_mixers=1e-3, lr_other=3e-4)
@@ -87,13 +89,36 @@ def run_folder(options: argparse.Namespace, name: str) -> Path:
     return Path(options.out) / f"{name}-seed{options.seed}"
 
 
-def merge(partial: Path, whole: Path, out: Path) -> None:
-    """Write the model `partial`, whose attention layers are replaced by the KDA layers of the model `whole`."""
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (partial, whole))
-    taken = tuple(f"model.layers.{layer}.self_attn." for layer in OTHERS)
+def finished(options: argparse.Namespace, name: str) -> Path:
+    """Return the folder of a run's last model."""
+    return run_folder(options, name) / STAGE.get(name, "match")
+
+
+def joined_folder(options: argparse.Namespace, name: str) -> Path:
+    return Path(options.out) / f"{name}-start-seed{options.seed}"
+
+
+def join(retrieving: Path, others: Path, whole: Path, out: Path, all_weights: bool) -> None:
+    """Write a model with KDA in all layers.
+
+    Args:
+        retrieving: Model whose layers RETRIEVING are KDA. It gives all weights that `others` does not.
+        others: Model that gives the mixers of OTHERS.
+        whole: Model with KDA in all layers, whose configuration is kept.
+        out: Folder to write.
+        all_weights: Whether `others` gives all weights outside the layers RETRIEVING.
+    """
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (retrieving, others))
+    layers = tuple(f"model.layers.{layer}." for layer in RETRIEVING)
+    mixers = tuple(f"model.layers.{layer}.self_attn." for layer in OTHERS)
+
+    def is_theirs(name: str) -> bool:
+        return not name.startswith(layers) if all_weights else name.startswith(mixers)
+
     shutil.copytree(whole, out, dirs_exist_ok=True)
-    merged = {name: tensor if name.startswith(taken) else ours[name] for name, tensor in theirs.items()}
-    save_file(merged, out / "model.safetensors", metadata={"format": "pt"})
+    names = load_file(whole / "model.safetensors")
+    joined = {name: (theirs if is_theirs(name) else ours)[name] for name in names}
+    save_file(joined, out / "model.safetensors", metadata={"format": "pt"})
 
 
 def main() -> None:
@@ -106,9 +131,10 @@ def main() -> None:
     parser.add_argument("--data", default="runs/data", help="folder of token files")
     options = parser.parse_args()
     for name in options.runs:
-        if name == "staged":
-            parts = run_folder(options, "retrieving-long") / "match", run_folder(options, "align-centred") / "align"
-            merge(*parts, run_folder(options, "merged"))
+        if name in JOINED:
+            retrieving, others, all_weights = JOINED[name]
+            models = [finished(options, run) for run in (retrieving, others, "align-centred")]
+            join(*models, joined_folder(options, name), all_weights)
         recipe = make_recipe(name, options)
         folder = distill(recipe, resume=(recipe.folder / "recipe.yaml").exists())
         for stage, lines in read_stages(folder):
