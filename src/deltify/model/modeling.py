@@ -357,7 +357,7 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, DeltifyGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            **cache_argument(outputs.past_key_values),
+            **cache_argument(getattr(outputs, CACHE)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
