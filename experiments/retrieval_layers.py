@@ -30,6 +30,8 @@ RUNS: dict[str, tuple[str | list[int], dict, int, int, dict]] = {
     "others": (RETRIEVING, {}, 1_000_000, 3_000_000, {}),
     "retrieving": (OTHERS, {}, 1_000_000, 3_000_000, {}),
     "retrieving-centred": (OTHERS, CENTRED, 1_000_000, 2_000_000, {}),
+    "retrieving-40": (OTHERS, CENTRED | {"retrieval_heads": 40}, 1_000_000, 2_000_000, {}),
+    "retrieving-72": (OTHERS, CENTRED | {"retrieval_heads": 72}, 1_000_000, 2_000_000, {}),
     "retrieving-lr-3e-3": (OTHERS, {}, 1_000_000, 2_000_000, {"lr_mixers": 3e-3}),
     "retrieving-muon": (
         OTHERS,

@@ -88,3 +88,23 @@ def test_a_batch_that_two_processes_cannot_share_is_named(tmp_path):
     write_recipe(tiny_recipe(tmp_path, align=Stage(3 * 32, 32, 3)), tmp_path / "r.yaml")
     with pytest.raises(AssertionError, match=r"2 processes cannot share align\.batch_size=3"):
         run(2, "distill", tmp_path / "r.yaml")
+
+
+def test_a_process_group_of_the_launcher_is_used_and_left_to_it(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        run = distill(tiny_recipe(tmp_path))
+        assert torch.distributed.is_initialized() and (run / "match" / "model.safetensors").exists()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("local_rank, visible, index", [("2", 4, 2), ("2", 1, 0), (None, 4, 0)])
+def test_a_rank_takes_its_own_gpu(local_rank, visible, index, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert distributed.own_device(torch.device("cuda")) == torch.device("cuda", index)
+    assert distributed.own_device(torch.device("cpu")) == torch.device("cpu")

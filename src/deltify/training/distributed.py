@@ -50,12 +50,18 @@ def world_size() -> int:
 
 @contextmanager
 def process_group(device: torch.device) -> Generator[torch.device]:
-    """Join the process group if torchrun started this process, and yield the process's own device."""
-    if "RANK" not in os.environ or dist.is_initialized():
+    """Join the process group if torchrun started this process, and yield the process's own device.
+
+    A group that exists, such as that of Ray Train, Lightning or accelerate, is used and left to its owner.
+    """
+    if dist.is_initialized():
+        yield own_device(device)
+        return
+    if "RANK" not in os.environ:
         yield device
         return
+    device = own_device(device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:
@@ -66,6 +72,14 @@ def process_group(device: torch.device) -> Generator[torch.device]:
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()  # not after an error: it would wait for ranks that may wait for this one
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Return the GPU of this process, if `device` is a GPU: number LOCAL_RANK, or the current one if it sees fewer."""
+    if device.type != "cuda":
+        return device
+    index = int(os.environ.get("LOCAL_RANK", torch.cuda.device_count()))
+    return torch.device("cuda", index if index < torch.cuda.device_count() else torch.cuda.current_device())
 
 
 def barrier() -> None:
