@@ -159,6 +159,14 @@ def test_learning_rates_may_change_when_resuming_and_nothing_else(tmp_path, caps
     assert load_recipe(run / "recipe.yaml").align.lr_mixers == 2e-4
 
 
+def test_data_weights_may_not_change_when_resuming(tmp_path):
+    recipe = tiny_recipe(tmp_path, match=Stage())
+    weighted = replace(recipe, align=replace(recipe.align, data_weights=dict(recipe.data.train)))
+    distill(weighted, max_minutes=0)
+    with pytest.raises(ValueError, match=r"align\.data_weights: \{.*\} then, None now\)"):
+        distill(recipe, resume=True)
+
+
 def test_another_precision_when_resuming_is_logged(tmp_path, capsys):
     recipe = tiny_recipe(tmp_path, match=Stage())
     distill(recipe, max_minutes=0)

@@ -114,6 +114,6 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
     """Return the fields of a nested recipe by their dotted names."""
     flat: dict[str, object] = {}
     for key, value in tree.items():
-        nested = isinstance(value, dict) and key != "train"
+        nested = isinstance(value, dict) and key not in ("train", "data_weights")
         flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
