@@ -1,6 +1,5 @@
 """Reports of results.json: tables in the terminal, report.html, report.md, figures, and a model card."""
 
-import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,18 +7,33 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
+from markupsafe import Markup
 
 from ..utils.console import console
 from ..utils.files import write_text
 from .card import Layouts, card_metadata, last_stage, recipes_of, teacher_facts
+from .charts import (
+    Charts,
+    cost_chart,
+    decode_charts,
+    kept_chart,
+    looks_of,
+    needle_charts,
+    position_charts,
+    recall_chart,
+    recall_charts,
+    training_charts,
+)
+from .headline import Absent, Headline, headlines
 from .plots import draw_by_length, draw_by_position, draw_decode_cost, draw_heat_map, draw_recall, draw_training
+from .svg import Look, marker
 from .tables import (
     Table,
     benchmark_table,
     decode_table,
     heldout_table,
     letter_tables,
-    needle_table,
+    needle_tables,
     position_table,
     recall_table,
 )
@@ -33,13 +47,25 @@ class Section:
         title: Heading.
         text: Paragraph below the heading.
         tables: Tables.
-        pictures: PNG files. Each has an SVG file of the same name beside it.
+        pictures: PNG files, for pages that cannot hold charts. Each has an SVG file of the same name beside it.
+        charts: What report.html shows instead.
     """
 
     title: str
     text: str = ""
     tables: list[Table] = field(default_factory=list)
     pictures: list[Path] = field(default_factory=list)
+    charts: Charts | None = None
+
+
+@dataclass(frozen=True)
+class Screen:
+    """The first screen of a student: what `headline` says of it, and a chart for each number that there is."""
+
+    headline: Headline
+    charts: list[Markup | None]
+    looks: dict[str, Look]
+    facts: dict[str, Any]
 
 
 def report(run: str | Path) -> list[Path]:
@@ -58,6 +84,7 @@ def report(run: str | Path) -> list[Path]:
     results = read_results(run)
     measured = make_sections(run, results)
     sections = measured + make_export_sections(run)
+    screens = make_screens(results)
     for section in sections:
         for table in section.tables:
             console.print(table.rich())
@@ -67,6 +94,7 @@ def report(run: str | Path) -> list[Path]:
             console.print(f"  {' '.join(text.split())!r}", highlight=False, markup=False)
 
     facts = {"name": run.name, "results": results, "sections": sections, "recipe": recipe_text(run, results)}
+    facts |= {"screens": screens, "comparison": comparison(screens)}
     pages = [run / "report.html", run / "report.md"]
     for path in pages:
         path.write_text(render(path.name, **facts), encoding="utf-8")
@@ -74,6 +102,12 @@ def report(run: str | Path) -> list[Path]:
         pages.append(stage / "README.md")
         card = render_card(run, stage.name, results, measured, teacher_facts(str(results["teacher"])), Layouts("PATH"))
         pages[-1].write_text(card, encoding="utf-8")
+    for screen in screens:
+        console.print(f"\n[bold]{screen.headline.student}[/]: {screen.headline.verdict}", highlight=False)
+        for card in screen.headline.cards:
+            number = f"{card.value}. " if card.value else ""
+            text = f"  {card.label}: {number}{card.sentence} {card.command}".rstrip()
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
     console.print(f"\nreport: {', '.join(map(str, pages))}", highlight=False, soft_wrap=True)
     return pages
 
@@ -130,9 +164,36 @@ def row_identity(row: dict) -> tuple:
     return row.get("model", row.get("name")), row.get("task"), row.get("length")
 
 
+def make_screens(results: dict) -> list[Screen]:
+    """Return the first screen of each student."""
+    looks, screens = looks_of(results), []
+    for headline, student in zip(headlines(results), results.get("students", [])):
+        name = headline.student
+        kept, cost, recall = headline.kept, headline.cost, headline.recall
+        drawn = [
+            None if isinstance(kept, Absent) else kept_chart(kept),
+            None if isinstance(cost, Absent) else cost_chart(results, name, looks),
+            None if isinstance(recall, Absent) or not recall.curve else recall_chart(recall, name, looks),
+        ]
+        shown = {model: look for model, look in looks.items() if model in ("teacher", name)} if any(drawn[1:]) else {}
+        screens.append(Screen(headline, drawn, shown, student))
+    return screens
+
+
+def comparison(screens: list[Screen]) -> Table | None:
+    """Return the table of all students and their numbers, or None if there is one student."""
+    if len(screens) < 2:
+        return None
+    rows = [
+        (screen.headline.student, *(card.value or "not known" for card in screen.headline.cards)) for screen in screens
+    ]
+    labels = ("share of the scores kept", "memory and speed", "longest context with needles found")
+    return Table("All students", ("student", *labels), rows)
+
+
 def make_sections(run: Path, results: dict) -> list[Section]:
     """Return the sections of a report in their order, and draw their figures."""
-    trained = results["trained_length"]
+    trained, looks = results["trained_length"], looks_of(results)
     sections = []
     if "scores" in results:
         sections.append(Section("Held-out text", tables=[heldout_table(results)]))
@@ -142,18 +203,24 @@ def make_sections(run: Path, results: dict) -> list[Section]:
     if "needles" in results:
         pictures = [draw_by_length(results["needles"], run / "needles", trained=trained)[0]]
         pictures += [draw_heat_map(results["needle_rows"], run / "needles-by-depth", trained=trained)[0]]
-        sections.append(Section("Needles in haystacks", NEEDLES, [needle_table(results["needles"])], pictures))
+        drawn = needle_charts(results, looks, trained)
+        sections.append(Section("Needles in haystacks", NEEDLES, needle_tables(results["needles"]), pictures, drawn))
     if "recall" in results:
         pictures = [draw_recall(results["recall"], run / "recall", trained=trained)[0]]
-        sections.append(Section("Recall by distance", RECALL, [recall_table(results["recall"])], pictures))
+        drawn = recall_charts(results["recall"], looks, trained)
+        sections.append(Section("Recall by distance", RECALL, [recall_table(results["recall"])], pictures, drawn))
     if "positions" in results:
         pictures = [draw_by_position(results["positions"], run / "positions", trained=trained)[0]]
-        sections.append(Section("Curves by position", POSITIONS, [position_table(results["positions"])], pictures))
+        drawn = position_charts(results["positions"], looks, trained)
+        tables = [position_table(results["positions"])]
+        sections.append(Section("Curves by position", POSITIONS, tables, pictures, drawn))
     if "decode" in results:
         pictures = [draw_decode_cost(results["decode"], run / "decode")[0]]
-        sections.append(Section("Decoding", tables=[decode_table(results["decode"])], pictures=pictures))
+        drawn = decode_charts(results["decode"], looks)
+        sections.append(Section("Decoding", "", [decode_table(results["decode"])], pictures, drawn))
     if (run / "metrics.jsonl").is_file():
-        sections.append(Section("Training", pictures=[draw_training(run, results)[0]]))
+        pictures = [draw_training(run, results)[0]]
+        sections.append(Section("Training", pictures=pictures, charts=training_charts(run)))
     return sections
 
 
@@ -181,7 +248,7 @@ POSITIONS = (
 def make_export_sections(run: Path) -> list[Section]:
     """Return a section with commands for the exported models of a run, or none. Its paths are those of this machine."""
     commands = commands_for_exports(run)
-    table = Table("Programs and commands", ("program", "command"), commands)
+    table = Table("Programs and commands", ("program", "command"), commands, text=True)
     return [Section("Run it without deltify", EXPORTS, [table])] if commands else []
 
 
@@ -208,7 +275,7 @@ def render(template: str, **facts) -> str:
     environment = Environment(
         loader=PackageLoader("deltify.evaluation"), autoescape=escape, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"data_url": data_url, "flat": flat}
+    environment.filters |= {"flat": flat, "marker": marker}
     return environment.get_template(template).render(**facts)
 
 
@@ -245,8 +312,3 @@ def recipe_text(run: Path, results: dict | None) -> str:
 def flat(text: str) -> str:
     """Return a text as one line."""
     return " ".join(text.split())
-
-
-def data_url(picture: Path) -> str:
-    """Return a PNG file as a URL that contains it."""
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()

@@ -12,12 +12,25 @@ from .plots import short
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are shown. The first column names the row."""
+    """Cells as they are shown. The first column names the row.
+
+    Args:
+        title: What the table shows.
+        columns: Heads of the columns.
+        rows: Cells.
+        note: Sentences below the table.
+        text: Whether the cells are text, not numbers.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    text: bool = False
+
+    def is_empty(self) -> bool:
+        """Return whether all numbers are zeros or missing."""
+        return all(set(cell.split()) <= {"0", "0.0", "±", "-"} for row in self.rows for cell in row[1:])
 
     def rich(self) -> RichTable:
         """Return the table for the terminal."""
@@ -116,6 +129,13 @@ LETTERS = (
     "Accuracy with the options in their original order, and over all orders. Then the percentage of answers with each "
     "letter, and of answers in another order that choose the same option as in the original order."
 )
+
+
+def needle_tables(summary: list[dict]) -> list[Table]:
+    """Return the tables of needle scores. Tasks in which no model finds anything have a table of their own."""
+    found = {row["task"] for row in summary if row["score"]}
+    parts = ([row for row in summary if (row["task"] in found) == any_found] for any_found in (True, False))
+    return [needle_table(part) for part in parts if part]
 
 
 def needle_table(summary: list[dict]) -> Table:
