@@ -87,7 +87,7 @@ def model_lines(rows: Sequence[dict], x: str, point: Callable[[dict], tuple[floa
 def kept_chart(kept: Kept) -> Markup:
     """Return the share kept in each task that counts."""
     bars = [(task, ratio, (low, high), f"{100 * ratio:.0f} %") for task, (ratio, low, high) in kept.ratios.items()]
-    return bar_chart("Share of the teacher's score above chance that is kept, by task", bars)
+    return bar_chart("score above chance, in percent of the teacher's", bars)
 
 
 def cost_chart(results: dict, student: str, looks: dict[str, Look]) -> Markup:
@@ -194,7 +194,7 @@ def position_charts(rows: list[dict], looks: dict[str, Look], trained: int | Non
     """Return KL to the teacher and perplexity by position."""
     charts = []
     edges = sorted({row["end"] for row in rows})
-    for key, label in (("kl", "KL to teacher, nats per token"), ("perplexity", "perplexity")):
+    for key, label, unit in (("kl", "KL to teacher", "nats per token"), ("perplexity", "Perplexity", "")):
         known = [r for r in rows if r[key] is not None and (key, r["model"]) != ("kl", "teacher")]
         known.sort(key=lambda row: row["start"])
         if not known or not all(row[key] > 0 for row in known):
@@ -204,8 +204,9 @@ def position_charts(rows: list[dict], looks: dict[str, Look], trained: int | Non
             for model in ordered(known, "model")
         ]
         values = [row[key] for row in known]
-        y = Axis(label, log_ticks(min(values), max(values)), log=True)
-        x = tokens_axis("position in the document, tokens", edges)
+        y = Axis(unit, log_ticks(min(values), max(values)), log=True)
+        limits = min(point[0] for line in lines for point in line.points), edges[-1]
+        x = Axis("position in the document, tokens", edges, log=True, show=short, limits=limits)
         charts.append((label, line_chart(f"{label}, by position", lines, looks, x, y, trained=trained)))
     return Charts(charts, used(looks, rows), with_trained("Each point is the mean of a range of positions.", trained))
 
@@ -217,28 +218,52 @@ def position_point(row: dict, key: str) -> tuple[float, float, float, str]:
 
 
 def training_charts(run: Path) -> Charts:
-    """Return held-out KL and training loss over tokens from metrics.jsonl, with a line for each stage."""
+    """Return held-out KL, training loss and the recall curve over tokens from metrics.jsonl.
+
+    KL and loss have a line for each stage, recall has one for each distance.
+    """
     stages = dict(read_stages(run))
-    looks = {stage: Look(number % (COLOURS + 1)) for number, stage in enumerate(stages)}
-    validated, losses = [], []
+    validated, losses, size = [], [], 1
     for stage, records in stages.items():
         held = [(r["tokens"], r["heldout_kl"]) for r in records if "heldout_kl" in r]
-        validated.append(Line(stage, [(x, y, 0, f"{stage}, {counted(x)} tokens: KL {y:.3g}") for x, y in held]))
+        before = [point for line in validated[-1:] for point in line.points[-1:]]
+        validated.append(Line(stage, [*before, *((x, y, 0, f"{stage}, {counted(x)}: {y:.3g}") for x, y in held)]))
         steps = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
-        size = -(-len(steps) // MOST_POINTS) or 1
+        size = max(size, -(-len(steps) // MOST_POINTS))
         blocks = [steps[start : start + size] for start in range(0, len(steps), size)]
         means = [tuple(sum(part) / len(part) for part in zip(*block)) for block in blocks]
         losses.append(Line(stage, [(x, y, 0, "") for x, y in means], markers=False))
+    recalls = recall_lines([record for records in stages.values() for record in records if "recall" in record])
+    looks = {name: Look(n % (COLOURS + 1)) for n, name in enumerate([*stages, *(line.name for line in recalls)])}
     charts = []
-    named = ("KL to teacher on held-out text, nats per token", validated), ("training loss", losses)
-    for label, lines in named:
-        if lines := [line for line in lines if line.points]:
-            largest = (max(point[axis] for line in lines for point in line.points) for axis in (0, 1))
-            x_ticks, y_ticks = (ticks(0, most) for most in largest)
-            axes = Axis("training tokens", x_ticks, show=counted), Axis(label, y_ticks)
-            charts.append((label, line_chart(f"{label}, over training tokens", lines, looks, *axes)))
+    for label, unit, lines in (
+        ("KL to teacher on held-out text", "nats per token", validated),
+        ("Training loss", "", losses),
+        ("Recall: log-probability of answer tokens", "nats", recalls),
+    ):
+        points = [point for line in lines for point in line.points]
+        if points:
+            x = Axis("training tokens", ticks(0, max(x for x, *_ in points)), show=counted)
+            y = Axis(unit, ticks(min(0, *(y for _, y, *_ in points)), max(0, *(y for _, y, *_ in points))))
+            drawn = [line for line in lines if line.points]
+            charts.append((label, line_chart(f"{label}, over training tokens", drawn, looks, x, y)))
     note = "Training loss: relative error of the mixers in align, KL to the teacher in later stages."
+    if size > 1:
+        note += f" Each of its points is the mean of up to {size} steps."
     return Charts(charts, looks, note)
+
+
+def recall_lines(records: list[dict]) -> list[Line]:
+    """Return the recall curve of each validation over tokens, with a line for each distance and one for their mean."""
+    keys = [key for key in (records[-1] if records else ()) if key == "recall" or key.startswith("recall_logprob_")]
+    lines = []
+    for key in keys:
+        name = "mean of distances" if key == "recall" else f"from {short(int(key.rpartition('_')[2]))} tokens"
+        points = [
+            (r["tokens"], r[key], 0, f"{name}, {counted(r['tokens'])}: {r[key]:.2f}") for r in records if key in r
+        ]
+        lines.append(Line(name, points))
+    return lines
 
 
 def with_trained(note: str, trained: int | None) -> str:

@@ -30,6 +30,7 @@ VERDICTS = {
     "poor": "This student does not replace its teacher",
     "": "There is no full verdict",
 }
+REPLACES = {"good": "yes, as far as was measured", "fair": "with limits", "poor": "no", "": "not known"}
 NO_TEACHER = "The teacher was not measured, so there is nothing to compare with."
 FLAGS = {  # flags of `deltify evaluate` that measure the three numbers
     "kept": "--tasks hellaswag,arc_easy,piqa",
@@ -206,14 +207,14 @@ def share_kept(results: dict, student: str) -> Kept | Absent:
             ratios[task] = tuple(ratio)
     if not ratios:
         return Absent(
-            f"No task counts. {reasons_of(left_out)} Measure more items or easier tasks, such as hellaswag, arc_easy "
+            f"No task counts: {reasons_of(left_out)}. Measure more items or easier tasks, such as hellaswag, arc_easy "
             "and piqa."
         )
     points = {}
     for task in ratios:
         chance = mine[task]["chance"] or 0.0
         points[task] = mine[task]["value"] - chance, teacher[task]["value"] - chance
-    ours, theirs = map(sum, zip(*points.values()))
+    ours, theirs = (sum(side) for side in zip(*points.values()))
     weights = {task: points[task][1] / theirs for task in ratios}
     below, above = (
         sum((weights[task] * (ratio[side] - ratio[0])) ** 2 for task, ratio in ratios.items()) ** 0.5 for side in (1, 2)
@@ -329,7 +330,7 @@ def kept_card(kept: Kept | Absent) -> Card:
         f"95 % interval: {100 * low:.0f} to {100 * high:.0f} %."
     )
     if kept.left_out:
-        note += f" Not counted: {reasons_of(kept.left_out)}"
+        note += f" Not counted: {reasons_of(kept.left_out)}."
     return Card(label, f"{100 * share:.0f} %", grade, sentence, weakness, note)
 
 
@@ -347,12 +348,10 @@ def cost_card(cost: Cost | Absent, captured: bool = False) -> Card:
     grade = "good" if memory <= LEAN and speed >= FAST else "poor" if memory >= HEAVY or speed < SLOW else "fair"
     of_memory, of_speed = f"{significant(100 * memory)} % of the memory", f"{significant(speed)} times the speed"
     at = f"{short(cost.context)} tokens"
-    pace = "as fast as" if 0.95 <= speed <= 1.05 else "faster than" if speed > 1 else "slower than"
-    need = "less memory for the context than" if memory < HEAVY else "no less memory for the context than"
-    sentence = f"After {at}, it needs {need} the teacher and generates {pace} it."
     mib = [f"{size / 2**20:,.1f} MiB" for size in cost.cache_bytes]
     ms = [f"{time:.1f} ms" for time in cost.ms]
-    note = f"Context: {mib[0]} instead of {mib[1]}. A token: {ms[0]} instead of {ms[1]} ({cost.device}, batch size 1)."
+    sentence = f"Context: {mib[0]}, the teacher's {mib[1]}. Time per token: {ms[0]}, the teacher's {ms[1]}."
+    note = f"Measured with batch size 1 on {cost.device}."
     if captured and cost.device.split(",")[0] not in ("cpu", "mps"):
         note += " The student decodes with a CUDA graph, the teacher without one. That is a part of the difference."
     weakness = f"it needs {of_memory} and has {of_speed}"
@@ -427,11 +426,11 @@ def heldout_sentence(results: dict, student: str) -> str:
 
 
 def reasons_of(left_out: dict[str, str]) -> str:
-    """Return tasks by the reason for which they do not count, as a sentence."""
+    """Return tasks by the reason for which they do not count."""
     groups: dict[str, list[str]] = {}
     for task, reason in left_out.items():
         groups.setdefault(reason, []).append(task)
-    return "; ".join(f"{reason} in {listed(tasks)}" for reason, tasks in groups.items()).capitalize() + "."
+    return "; ".join(f"{reason} in {listed(tasks)}" for reason, tasks in groups.items())
 
 
 def listed(names: Sequence[str]) -> str:

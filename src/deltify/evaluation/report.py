@@ -24,7 +24,7 @@ from .charts import (
     recall_charts,
     training_charts,
 )
-from .headline import Absent, Headline, headlines
+from .headline import FOUND, REPLACES, Absent, Headline, Kept, headlines
 from .plots import draw_by_length, draw_by_position, draw_decode_cost, draw_heat_map, draw_recall, draw_training
 from .svg import Look, marker
 from .tables import (
@@ -184,11 +184,14 @@ def comparison(screens: list[Screen]) -> Table | None:
     """Return the table of all students and their numbers, or None if there is one student."""
     if len(screens) < 2:
         return None
-    rows = [
-        (screen.headline.student, *(card.value or "not known" for card in screen.headline.cards)) for screen in screens
-    ]
-    labels = ("share of the scores kept", "memory and speed", "longest context with needles found")
-    return Table("All students", ("student", *labels), rows)
+    rows = []
+    for headline in (screen.headline for screen in screens):
+        kept, *others = (card.value or "not known" for card in headline.cards)
+        if isinstance(headline.kept, Kept):
+            kept = f"{kept} ({len(headline.kept.points)} tasks)"
+        rows.append((headline.student, REPLACES[headline.grade], kept, *others))
+    labels = ("replaces its teacher", "scores kept", "memory and speed", f"context with {100 * FOUND:.0f} % of needles")
+    return Table("All students", ("student", *labels), rows, text=True)
 
 
 def make_sections(run: Path, results: dict) -> list[Section]:
@@ -275,7 +278,7 @@ def render(template: str, **facts) -> str:
     environment = Environment(
         loader=PackageLoader("deltify.evaluation"), autoescape=escape, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"flat": flat, "marker": marker}
+    environment.filters |= {"flat": flat, "marker": marker, "unbroken": unbroken}
     return environment.get_template(template).render(**facts)
 
 
@@ -307,6 +310,11 @@ def render_card(
 def recipe_text(run: Path, results: dict | None) -> str:
     """Return the recipes of all runs, each after those of the runs that it started from."""
     return "\n---\n".join(recipes_of((results or {}).get("runs") or [run]).values())
+
+
+def unbroken(text: str) -> str:
+    """Return a text in which no line ends before a percent sign."""
+    return text.replace(" %", "\u00a0%")
 
 
 def flat(text: str) -> str:

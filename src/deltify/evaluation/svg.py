@@ -154,18 +154,19 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float, tuple[float, float], 
     """Return a chart of horizontal bars, each with its name above it.
 
     Args:
-        title: Text for readers that do not see it.
+        title: What the bars show.
         bars: Name, value, interval and shown value of each bar. All are fractions.
         rule: Value with a dashed vertical line.
     """
-    step, top = 34, 6
+    step, top = 34, 28
     height = top + step * len(bars) + 20
     right = WIDTH - 52
     axis = Axis("", (0.0, max(rule, *(value for _, value, _, _ in bars), *(ends[1] for _, _, ends, _ in bars))))
     chart = ElementTree.Element("svg", {"viewBox": f"0 0 {WIDTH} {height}", "role": "img", "aria-label": title})
+    text(chart, 4, 13, title, "label", "start")
     for number, (name, value, (low, high), shown) in enumerate(bars):
         at = top + step * number
-        text(chart, 4, at + 11, name, "label", "start")
+        text(chart, 4, at + 11, name, "tick", "start")
         start, end = (axis.place(max(x, 0.0), 4, right) for x in (0.0, value))
         bar = draw(chart, "rect", "bar", x=start, y=at + 16, width=max(round(end - start, 1), 1), height=11)
         ElementTree.SubElement(bar, "title").text = f"{name}: {shown}, 95 % interval {low:.0%} to {high:.0%}"

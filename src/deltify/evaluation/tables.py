@@ -1,7 +1,7 @@
 """Tables of results.json, one for each measure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from rich.table import Table as RichTable
@@ -134,8 +134,12 @@ LETTERS = (
 def needle_tables(summary: list[dict]) -> list[Table]:
     """Return the tables of needle scores. Tasks in which no model finds anything have a table of their own."""
     found = {row["task"] for row in summary if row["score"]}
-    parts = ([row for row in summary if (row["task"] in found) == any_found] for any_found in (True, False))
-    return [needle_table(part) for part in parts if part]
+    rest = [row for row in summary if row["task"] not in found]
+    tables = [needle_table([row for row in summary if row["task"] in found])] if found else []
+    if rest:
+        title = f"No model finds a needle in {', '.join(dict.fromkeys(row['task'] for row in rest))}"
+        tables.append(replace(needle_table(rest), title=title))
+    return tables
 
 
 def needle_table(summary: list[dict]) -> Table:
