@@ -8,7 +8,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from ..training.metrics import read_stages
-from .headline import FOUND, Kept, Recall
+from .comparison import FOUND, Kept, Recall
 from .plots import count_hits, ordered, short
 from .svg import COLOURS, Axis, Line, Look, bar_chart, line_chart, log_ticks, ticks
 

@@ -24,7 +24,8 @@ from .charts import (
     recall_charts,
     training_charts,
 )
-from .headline import FOUND, REPLACES, Absent, Headline, Kept, headlines
+from .comparison import FOUND, Absent, Kept
+from .headline import REPLACES, Headline, headlines
 from .plots import draw_by_length, draw_by_position, draw_decode_cost, draw_heat_map, draw_recall, draw_training
 from .svg import Look, marker
 from .tables import (
