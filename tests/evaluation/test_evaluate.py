@@ -74,7 +74,8 @@ def test_a_run_is_measured_by_everything_and_reported(run, data, tmp_path, capsy
     assert "There is no full verdict" in html or "This student does not replace its teacher" in html
     assert "| random chance | 25.0 |" in text and "(needles.png)" in text
     assert "model-index" in card and "linear_attention" not in card and (run / "match" / "README.md").is_file()
-    assert "Needles found" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "No model finds a needle in niah_single_1" in printed and "It finds no needles: none of 1." in printed
 
 
 def test_every_source_can_be_a_path(run, tmp_path):

@@ -189,7 +189,7 @@ def comparison(screens: list[Screen]) -> Table | None:
     for headline in (screen.headline for screen in screens):
         kept, *others = (card.value or "not known" for card in headline.cards)
         if isinstance(headline.kept, Kept):
-            kept = f"{kept} ({len(headline.kept.points)} tasks)"
+            kept = f"{kept} ({(n := len(headline.kept.points))} task{'s' * (n > 1)})"
         rows.append((headline.student, REPLACES[headline.grade], kept, *others))
     labels = ("replaces its teacher", "scores kept", "memory and speed", f"context with {100 * FOUND:.0f} % of needles")
     return Table("All students", ("student", *labels), rows, text=True)

@@ -128,8 +128,8 @@ def draw_line(chart: ElementTree.Element, line: Line, look: Look, x: Axis, y: Ax
         at, over = x.place(value, LEFT + 8, WIDTH - RIGHT - 8), y.place(height, bottom, TOP)
         places.append((at, over))
         if error:
-            ends = {f"y{n}": y.place(height + sign * error, bottom, TOP) for n, sign in ((1, -1), (2, 1))}
-            draw(group, "line", "error", x1=at, x2=at, **ends)
+            y1, y2 = (min(max(y.place(height + e, bottom, TOP), TOP), bottom) for e in (-error, error))
+            draw(group, "line", "error", x1=at, x2=at, y1=y1, y2=y2)
     draw(group, "polyline", "curve", points=" ".join(f"{at:g},{over:g}" for at, over in places))
     if not line.markers:
         return
