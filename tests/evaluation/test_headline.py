@@ -109,6 +109,8 @@ def test_memory_and_speed_are_those_at_32k_or_at_the_longest_common_context():
     assert card.label == "Memory and speed at 1k tokens of context" and card.grade == "poor"
     assert card.value == "400 % of the memory, 2.0 times the speed"
     assert card.sentence == "Context: 4.0 MiB, the teacher's 1.0 MiB. Time per token: 10.0 ms, the teacher's 20.0 ms."
+    small = results(decode=[decoded("teacher", 64, 0.5, 10), decoded("tiny", 64, 0.0625, 0.25)])
+    assert "0.062 MiB, the teacher's 0.5 MiB. Time per token: 0.25 ms" in headline(small, "tiny").cards[1].sentence
     assert "no context in common" in decoding_cost(results(decode=[rows[0], rows[4]]), "tiny").why
     assert decoding_cost(results(decode=rows[3:]), "tiny").why.startswith("The teacher was not measured")
 
@@ -174,6 +176,9 @@ def test_a_student_that_finds_no_needle_is_called_so():
     unable = [row | {"score": 0.0} for row in rows]
     card = headline(results(**GOOD | {"needles": unable}), "tiny").cards[2]
     assert (card.value, card.grade) == ("", "")
+    assert headline(results(**GOOD | {"needles": unable}), "tiny").verdict == (
+        "There is no full verdict: it finds no needles, and the teacher too few."
+    )
     assert card.sentence == "It finds no needles: none of 32. No task counts: the teacher finds too few needles."
 
 

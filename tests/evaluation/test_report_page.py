@@ -275,11 +275,10 @@ def test_students_models_and_points_answer_clicks(tab, page):
     assert tab.run("document.getElementById('tip').hidden") is True
 
 
-def test_paper_shows_all_students_and_all_folded_parts_in_light_colours(tab, page):
+def test_paper_shows_all_students_and_folded_tables_in_light_colours(tab, page):
     show(tab, page, 1280, dark=True)
-    tab.run(
-        "addEventListener('beforeprint', () => { folded = document.querySelectorAll(':not([open]) > summary').length })"
-    )
+    count = "document.querySelectorAll('details:not([open], .listing)').length"
+    tab.run(f"addEventListener('beforeprint', () => {{ folded = {count} }})")
     pdf = base64.b64decode(tab.call("Page.printToPDF", preferCSSPageSize=True)["data"])
     assert pdf.startswith(b"%PDF") and tab.run("folded") == 0
     assert tab.run("document.querySelectorAll('details[open]').length") == 0  # as before

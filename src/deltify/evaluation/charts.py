@@ -11,6 +11,7 @@ from ..training.metrics import read_stages
 from .comparison import FOUND, Kept, Recall
 from .plots import count_hits, ordered, short
 from .svg import COLOURS, Axis, Line, Look, bar_chart, line_chart, log_ticks, ticks
+from .tables import amount
 
 MOST_POINTS = 300  # of a line without markers
 PERCENT = Axis("needles found, %", (0, 20, 40, 60, 80, 100), limits=(0, 100))
@@ -114,7 +115,7 @@ def recall_chart(recall: Recall, student: str, looks: dict[str, Look]) -> Markup
 
 def memory_chart(rows: Sequence[dict], looks: dict[str, Look]) -> Markup:
     """Return the memory of the context by its length."""
-    lines = model_lines(rows, "context", lambda row: (mib := row["cache_bytes"] / 2**20, 0, f"{mib:,.1f} MiB"))
+    lines = model_lines(rows, "context", lambda row: (mib := row["cache_bytes"] / 2**20, 0, f"{amount(mib)} MiB"))
     values = [y for line in lines for _, y, _, _ in line.points]
     y_axis = Axis("memory of the context, MiB", log_ticks(min(values), max(values)), log=True)
     x_axis = tokens_axis("context, tokens", [row["context"] for row in rows])
@@ -123,7 +124,7 @@ def memory_chart(rows: Sequence[dict], looks: dict[str, Look]) -> Markup:
 
 def time_chart(rows: Sequence[dict], looks: dict[str, Look]) -> Markup:
     """Return the time per token by context."""
-    lines = model_lines(rows, "context", lambda row: (ms := row["ms_per_token"], 0, f"{ms:.1f} ms"))
+    lines = model_lines(rows, "context", lambda row: (ms := row["ms_per_token"], 0, f"{amount(ms)} ms"))
     y_axis = Axis("time per token, ms", ticks(0, max(row["ms_per_token"] for row in rows)))
     x_axis = tokens_axis("context, tokens", [row["context"] for row in rows])
     return line_chart("Time per token by context", lines, looks, x_axis, y_axis)
@@ -146,13 +147,13 @@ def needle_charts(results: dict, looks: dict[str, Look], trained: int | None) ->
         lines = model_lines(of_task, "length", needle_point)
         x = tokens_axis("length of the text, tokens", [row["length"] for row in of_task])
         charts.append((task, line_chart(f"{task}: needles found", lines, looks, x, PERCENT, trained=trained)))
-    note = "Error bars: one standard error."
-    if nothing:
-        note += f" No model finds anything in {', '.join(nothing)}."
+    note = f"No model finds anything in {', '.join(nothing)}." if nothing else ""
+    if charts:
+        note = with_trained(f"Error bars: one standard error. {note}".strip(), trained)
     maps = heat_maps(results.get("needle_rows", []))
     tasks = ", ".join(ordered(results.get("needle_rows", []), "task"))
     title = f"By depth of the needle in percent of the text: values found in all tasks together ({tasks}), %"
-    return Charts(charts, used(looks, rows), with_trained(note, trained), maps, title)
+    return Charts(charts, used(looks, rows) if charts else {}, note, maps, title)
 
 
 def needle_point(row: dict) -> tuple[float, float, str]:

@@ -18,6 +18,7 @@ from .comparison import (
     share_kept,
 )
 from .plots import short
+from .tables import amount
 
 # least share of the teacher's score above chance, words for it, grade
 KEPT = (
@@ -144,10 +145,10 @@ def cost_card(cost: Cost | Absent, captured: bool = False) -> Card:
     grade = "good" if memory <= LEAN and speed >= FAST else "poor" if memory >= HEAVY or speed < SLOW else "fair"
     of_memory, of_speed = f"{significant(100 * memory)} % of the memory", f"{significant(speed)} times the speed"
     at = f"{short(cost.context)} tokens"
-    mib = [f"{size / 2**20:,.1f} MiB" for size in cost.cache_bytes]
-    ms = [f"{time:.1f} ms" for time in cost.ms]
+    mib = [f"{amount(size / 2**20)} MiB" for size in cost.cache_bytes]
+    ms = [f"{amount(time)} ms" for time in cost.ms]
     sentence = f"Context: {mib[0]}, the teacher's {mib[1]}. Time per token: {ms[0]}, the teacher's {ms[1]}."
-    note = f"Measured with batch size 1 on {cost.device}."
+    note = f"Memory of the context, without the weights. Batch size 1 on {cost.device}."
     if captured and cost.device.split(",")[0] not in ("cpu", "mps"):
         note += " The student decodes with a CUDA graph, the teacher without one. That is a part of the difference."
     weakness = f"it needs {of_memory} and has {of_speed}"
@@ -180,7 +181,8 @@ def recall_words(recall: Recall) -> tuple[str, str]:
     """Return what a student finds, and what the verdict says of it."""
     nothing = f"It finds no needles: none of {recall.asked}." if recall.none_found else ""
     if not recall.tasks:
-        return f"{nothing} No task counts: the teacher finds too few needles.".strip(), "no needle task counts"
+        weakness = "it finds no needles, and the teacher too few" if nothing else "the teacher finds too few needles"
+        return f"{nothing} No task counts: the teacher finds too few needles.".strip(), weakness
     if not recall.curve:
         return f"{nothing} No length was measured with all tasks that count.".strip(), "needles are missing"
     teacher = "" if recall.teacher_length is None else f" The teacher: {short(recall.teacher_length)} tokens."

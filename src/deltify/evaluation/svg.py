@@ -135,7 +135,7 @@ def draw_line(chart: ElementTree.Element, line: Line, look: Look, x: Axis, y: Ax
         return
     for (at, over), (*_, tip) in zip(places, line.points):
         draw(group, "path", "mark", d=marker(look.number, at, over))
-        hit = draw(group, "circle", "hit", cx=at, cy=over, r=9, tabindex=0)
+        hit = draw(group, "circle", "hit", cx=at, cy=over, r=9)
         ElementTree.SubElement(hit, "title").text = tip
 
 

@@ -47,6 +47,11 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f}"
 
 
+def amount(value: float) -> str:
+    """Return a value with one decimal, or with two significant digits below 1."""
+    return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
+
+
 def heldout_table(results: dict) -> Table:
     """Return the table of scores on held-out text."""
     tokens, length = results["heldout_tokens"], results["heldout_sequence_length"]
@@ -197,9 +202,9 @@ def decode_table(rows: list[dict]) -> Table:
     for model in dict.fromkeys(row["model"] for row in rows):
         of_model = [cells.get((model, context)) for context in contexts]
         lines.append(
-            (f"{model}: cache, MiB", *("-" if r is None else f"{r['cache_bytes'] / 2**20:.1f}" for r in of_model))
+            (f"{model}: cache, MiB", *("-" if r is None else amount(r["cache_bytes"] / 2**20) for r in of_model))
         )
-        lines.append((f"{model}: ms per token", *("-" if r is None else f"{r['ms_per_token']:.1f}" for r in of_model)))
+        lines.append((f"{model}: ms per token", *("-" if r is None else amount(r["ms_per_token"]) for r in of_model)))
     device = f"{rows[0]['device']}, {rows[0]['dtype']}"
     return Table(
         f"Decoding with batch size 1, by context in tokens ({device})", ("model", *map(short, contexts)), lines

@@ -16,14 +16,14 @@ document.querySelectorAll("button[data-model]").forEach((button) => button.addEv
   });
 }));
 
-// Tooltips for mouse, touch and keyboard. Without JavaScript, the browser shows the <title> of a point.
+// Tooltips for mouse and touch. Without JavaScript, the browser shows the <title> of a point.
 const tip = document.createElement("div");
 tip.id = "tip";
 tip.hidden = true;
 document.body.append(tip);
 const show = (event) => {
   const box = event.currentTarget.getBoundingClientRect();
-  tip.textContent = event.currentTarget.getAttribute("aria-label");
+  tip.textContent = event.currentTarget.dataset.tip;
   tip.hidden = false;
   const left = Math.min(box.right + 4, document.documentElement.clientWidth - tip.offsetWidth - 4);
   tip.style.left = `${Math.max(4, left) + scrollX}px`;
@@ -32,17 +32,16 @@ const show = (event) => {
 const hide = () => { tip.hidden = true; };
 document.querySelectorAll("svg title").forEach((title) => {
   const point = title.parentNode;
-  point.setAttribute("aria-label", title.textContent);
-  point.setAttribute("role", "img");
+  point.dataset.tip = title.textContent;
   title.remove();
-  for (const name of ["pointerenter", "focus"]) point.addEventListener(name, show);
-  for (const name of ["pointerleave", "blur"]) point.addEventListener(name, hide);
+  point.addEventListener("pointerenter", show);
+  point.addEventListener("pointerleave", hide);
 });
 
-// Paper shows what is folded.
+// Paper shows folded tables.
 let opened = [];
 addEventListener("beforeprint", () => {
-  opened = [...document.querySelectorAll("details:not([open])")];
+  opened = [...document.querySelectorAll("details:not([open], .listing)")];
   opened.forEach((part) => { part.open = true; });
 });
 addEventListener("afterprint", () => opened.forEach((part) => { part.open = false; }));
