@@ -93,7 +93,9 @@ def test_benchmarks_that_stopped_early_or_had_no_teacher_give_no_share():
     assert share_kept(results(benchmarks=early), "tiny") == Absent(
         "The benchmarks did not run to their end. Run:", COMMAND
     )
-    assert share_kept(results(benchmarks=early[1:]), "tiny").why.startswith("The teacher was not measured")
+    alone = share_kept(results(benchmarks=early[1:]), "tiny")
+    assert alone.why.startswith("The teacher was not measured") and alone.command == f"{COMMAND} --teacher TEACHER"
+    assert share_kept(results(benchmarks=early[1:], teacher="a"), "tiny").command == ""  # it has one
 
 
 # ---- memory and speed ------------------------------------------------------------------------------------------------
@@ -206,7 +208,10 @@ def test_the_verdict_follows_from_the_worst_grade():
         "This student can replace its teacher, with limits: it needs 40 % of the memory and has 0.83 times the speed."
     )
     missing = {key: value for key, value in slower.items() if key != "benchmarks"}
-    assert headline(results(**missing), "tiny").verdict == "There is no full verdict: benchmark scores are missing."
+    assert (
+        headline(results(**missing), "tiny").verdict
+        == "There is no full verdict: the share of the scores is not known."
+    )
     rows = [score("teacher", "easy", 0.65), score("tiny", "easy", 0.45, [0.5, 0.4, 0.6])]
     assert headline(results(benchmarks=rows), "tiny").verdict == (  # a poor grade is enough
         "This student does not replace its teacher: it keeps 50 % of the benchmark scores above chance."
@@ -216,7 +221,8 @@ def test_the_verdict_follows_from_the_worst_grade():
 def test_numbers_that_were_not_measured_are_absent_with_the_command_that_adds_them():
     (shown,) = headlines(results())
     assert shown.verdict == (
-        "There is no full verdict: benchmark scores are missing; memory and speed are missing; needles are missing."
+        "There is no full verdict: the share of the scores is not known; memory and speed are not known; "
+        "recall of needles is not known."
     )
     assert [(card.value, card.grade, card.sentence) for card in shown.cards] == 3 * [("", "", "Not measured. Run:")]
     commands = [card.command for card in shown.cards]

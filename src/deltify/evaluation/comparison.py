@@ -9,7 +9,6 @@ from pathlib import Path
 
 CONTEXT = 32768  # tokens of context at which memory and speed are compared, if they were measured there
 FOUND = 0.9  # fraction of needles that counts as finding them
-NO_TEACHER = "The teacher was not measured, so there is nothing to compare with."
 FLAGS = {  # flags of `deltify evaluate` that measure the three numbers
     "kept": "--tasks hellaswag,arc_easy,piqa",
     "cost": "--contexts 1024,8192,32768",
@@ -113,7 +112,7 @@ def share_kept(results: dict, student: str) -> Kept | Absent:
     if not mine:
         return not_measured(results, student, "kept")
     if not teacher:
-        return Absent(NO_TEACHER)
+        return no_teacher(results, student)
     if not any("ratio_above_chance" in row for row in mine.values()):
         return Absent("The benchmarks did not run to their end. Run:", run_again(results, student))
     ratios, left_out = {}, {}
@@ -149,7 +148,7 @@ def decoding_cost(results: dict, student: str) -> Cost | Absent:
     if not contexts[student]:
         return not_measured(results, student, "cost")
     if not contexts["teacher"]:
-        return Absent(NO_TEACHER)
+        return no_teacher(results, student)
     if not (common := contexts[student] & contexts["teacher"]):
         return Absent("Student and teacher have no context in common. Run:", run_again(results, student, FLAGS["cost"]))
     context = CONTEXT if CONTEXT in common else max(common)
@@ -207,6 +206,14 @@ def longest(curve: dict[int, float]) -> int | None:
 def not_measured(results: dict, student: str, number: str) -> Absent:
     """Return that a number was not measured, and the command that measures it."""
     return Absent("Not measured. Run:", run_again(results, student, FLAGS[number]))
+
+
+def no_teacher(results: dict, student: str) -> Absent:
+    """Return that a measure lacks the teacher, and how to name one if the evaluation had none."""
+    why = "The teacher was not measured, so there is nothing to compare with."
+    if results.get("teacher"):
+        return Absent(why)
+    return Absent(f"{why} Run:", run_again(results, student, "--teacher TEACHER"))
 
 
 def run_again(results: dict, student: str, flags: str = "") -> str:
