@@ -20,7 +20,7 @@ from deltify.evaluation.haystack import ADJECTIVES, NOUNS
 from deltify.evaluation.lm_eval_model import lm_for
 from deltify.evaluation.needles import DEPTHS, TASKS, NeedleMaker, ask, ask_needles, hits, summarise
 from deltify.evaluation.plots import draw_by_length, draw_heat_map
-from deltify.evaluation.report import needle_table
+from deltify.evaluation.tables import needle_table
 from deltify.inference import prefill
 
 LLAMA3 = (

@@ -23,8 +23,8 @@ from deltify.evaluation import recall_curve as module
 from deltify.evaluation.needles import NeedleMaker
 from deltify.evaluation.plots import draw_recall, draw_training
 from deltify.evaluation.recall_curve import measure_recall, needle_probe, recall_curve, recall_probes
-from deltify.evaluation.report import recall_table
 from deltify.evaluation.settings import RecallSpec
+from deltify.evaluation.tables import recall_table
 from deltify.training.recall import DISTANCES, evaluate_recall, heldout_probes, recall_buckets
 
 pytestmark = pytest.mark.usefixtures("one_thread")

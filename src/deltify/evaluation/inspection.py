@@ -32,9 +32,9 @@ from ..utils.tokens import token_ids
 from . import plots
 from .card import recipe_folder
 from .kda_heads import COSINES, DISTANCES, inspect_heads, kda_layers
-from .report import Table
 from .results_file import command_line, versions
 from .runner import open_reference, pick_dtype
+from .tables import Table
 
 SEQUENCE_LENGTH = 2048
 LEAST_TOKENS = 256

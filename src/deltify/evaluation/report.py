@@ -1,40 +1,43 @@
 """Reports of results.json: tables in the terminal, report.html, report.md, figures, and a model card."""
 
-import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
-from rich.table import Table as RichTable
+from markupsafe import Markup
 
-from ..config import STAGES
 from ..utils.console import console
 from ..utils.files import write_text
 from .card import Layouts, card_metadata, last_stage, recipes_of, teacher_facts
-from .plots import draw_by_length, draw_by_position, draw_decode_cost, draw_heat_map, draw_recall, draw_training, short
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as they are shown. The first column names the row."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-
-    def rich(self) -> RichTable:
-        """Return the table for the terminal."""
-        table = RichTable(title=self.title, caption=self.note or None)
-        for number, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if number else "left")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
+from .charts import (
+    Charts,
+    cost_chart,
+    decode_charts,
+    kept_chart,
+    looks_of,
+    needle_charts,
+    position_charts,
+    recall_chart,
+    recall_charts,
+    training_charts,
+)
+from .comparison import FOUND, Absent, Kept
+from .headline import REPLACES, Headline, headlines
+from .plots import draw_by_length, draw_by_position, draw_decode_cost, draw_heat_map, draw_recall, draw_training
+from .svg import Look, marker
+from .tables import (
+    Table,
+    benchmark_table,
+    decode_table,
+    heldout_table,
+    letter_tables,
+    needle_tables,
+    position_table,
+    recall_table,
+)
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,25 @@ class Section:
         title: Heading.
         text: Paragraph below the heading.
         tables: Tables.
-        pictures: PNG files. Each has an SVG file of the same name beside it.
+        pictures: PNG files, for pages that cannot hold charts. Each has an SVG file of the same name beside it.
+        charts: What report.html shows instead.
     """
 
     title: str
     text: str = ""
     tables: list[Table] = field(default_factory=list)
     pictures: list[Path] = field(default_factory=list)
+    charts: Charts | None = None
+
+
+@dataclass(frozen=True)
+class Screen:
+    """The first screen of a student: what `headline` says of it, and a chart for each number that there is."""
+
+    headline: Headline
+    charts: list[Markup | None]
+    looks: dict[str, Look]
+    facts: dict[str, Any]
 
 
 def report(run: str | Path) -> list[Path]:
@@ -70,6 +85,7 @@ def report(run: str | Path) -> list[Path]:
     results = read_results(run)
     measured = make_sections(run, results)
     sections = measured + make_export_sections(run)
+    screens = make_screens(results)
     for section in sections:
         for table in section.tables:
             console.print(table.rich())
@@ -79,6 +95,7 @@ def report(run: str | Path) -> list[Path]:
             console.print(f"  {' '.join(text.split())!r}", highlight=False, markup=False)
 
     facts = {"name": run.name, "results": results, "sections": sections, "recipe": recipe_text(run, results)}
+    facts |= {"screens": screens, "comparison": comparison(screens)}
     pages = [run / "report.html", run / "report.md"]
     for path in pages:
         path.write_text(render(path.name, **facts), encoding="utf-8")
@@ -86,6 +103,12 @@ def report(run: str | Path) -> list[Path]:
         pages.append(stage / "README.md")
         card = render_card(run, stage.name, results, measured, teacher_facts(str(results["teacher"])), Layouts("PATH"))
         pages[-1].write_text(card, encoding="utf-8")
+    for screen in screens:
+        console.print(f"\n[bold]{screen.headline.student}[/]: {screen.headline.verdict}", highlight=False)
+        for card in screen.headline.cards:
+            number = f"{card.value}. " if card.value else ""
+            text = f"  {card.label}: {number}{card.sentence} {card.command}".rstrip()
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
     console.print(f"\nreport: {', '.join(map(str, pages))}", highlight=False, soft_wrap=True)
     return pages
 
@@ -142,9 +165,39 @@ def row_identity(row: dict) -> tuple:
     return row.get("model", row.get("name")), row.get("task"), row.get("length")
 
 
+def make_screens(results: dict) -> list[Screen]:
+    """Return the first screen of each student."""
+    looks, screens = looks_of(results), []
+    for headline, student in zip(headlines(results), results.get("students", [])):
+        name = headline.student
+        kept, cost, recall = headline.kept, headline.cost, headline.recall
+        drawn = [
+            None if isinstance(kept, Absent) else kept_chart(kept),
+            None if isinstance(cost, Absent) else cost_chart(results, name, looks),
+            None if isinstance(recall, Absent) or not recall.curve else recall_chart(recall, name, looks),
+        ]
+        shown = {model: look for model, look in looks.items() if model in ("teacher", name)} if any(drawn[1:]) else {}
+        screens.append(Screen(headline, drawn, shown, student))
+    return screens
+
+
+def comparison(screens: list[Screen]) -> Table | None:
+    """Return the table of all students and their numbers, or None if there is one student."""
+    if len(screens) < 2:
+        return None
+    rows = []
+    for headline in (screen.headline for screen in screens):
+        kept, *others = (card.value or "not known" for card in headline.cards)
+        if isinstance(headline.kept, Kept):
+            kept = f"{kept} ({(n := len(headline.kept.points))} task{'s' * (n > 1)})"
+        rows.append((headline.student, REPLACES[headline.grade], kept, *others))
+    labels = ("replaces its teacher", "scores kept", "memory and speed", f"context with {100 * FOUND:.0f} % of needles")
+    return Table("All students", ("student", *labels), rows, text=True)
+
+
 def make_sections(run: Path, results: dict) -> list[Section]:
     """Return the sections of a report in their order, and draw their figures."""
-    trained = results["trained_length"]
+    trained, looks = results["trained_length"], looks_of(results)
     sections = []
     if "scores" in results:
         sections.append(Section("Held-out text", tables=[heldout_table(results)]))
@@ -154,18 +207,24 @@ def make_sections(run: Path, results: dict) -> list[Section]:
     if "needles" in results:
         pictures = [draw_by_length(results["needles"], run / "needles", trained=trained)[0]]
         pictures += [draw_heat_map(results["needle_rows"], run / "needles-by-depth", trained=trained)[0]]
-        sections.append(Section("Needles in haystacks", NEEDLES, [needle_table(results["needles"])], pictures))
+        drawn = needle_charts(results, looks, trained)
+        sections.append(Section("Needles in haystacks", NEEDLES, needle_tables(results["needles"]), pictures, drawn))
     if "recall" in results:
         pictures = [draw_recall(results["recall"], run / "recall", trained=trained)[0]]
-        sections.append(Section("Recall by distance", RECALL, [recall_table(results["recall"])], pictures))
+        drawn = recall_charts(results["recall"], looks, trained)
+        sections.append(Section("Recall by distance", RECALL, [recall_table(results["recall"])], pictures, drawn))
     if "positions" in results:
         pictures = [draw_by_position(results["positions"], run / "positions", trained=trained)[0]]
-        sections.append(Section("Curves by position", POSITIONS, [position_table(results["positions"])], pictures))
+        drawn = position_charts(results["positions"], looks, trained)
+        tables = [position_table(results["positions"])]
+        sections.append(Section("Curves by position", POSITIONS, tables, pictures, drawn))
     if "decode" in results:
         pictures = [draw_decode_cost(results["decode"], run / "decode")[0]]
-        sections.append(Section("Decoding", tables=[decode_table(results["decode"])], pictures=pictures))
+        drawn = decode_charts(results["decode"], looks)
+        sections.append(Section("Decoding", "", [decode_table(results["decode"])], pictures, drawn))
     if (run / "metrics.jsonl").is_file():
-        sections.append(Section("Training", pictures=[draw_training(run, results)[0]]))
+        pictures = [draw_training(run, results)[0]]
+        sections.append(Section("Training", pictures=pictures, charts=training_charts(run)))
     return sections
 
 
@@ -193,7 +252,7 @@ POSITIONS = (
 def make_export_sections(run: Path) -> list[Section]:
     """Return a section with commands for the exported models of a run, or none. Its paths are those of this machine."""
     commands = commands_for_exports(run)
-    table = Table("Programs and commands", ("program", "command"), commands)
+    table = Table("Programs and commands", ("program", "command"), commands, text=True)
     return [Section("Run it without deltify", EXPORTS, [table])] if commands else []
 
 
@@ -211,159 +270,6 @@ def commands_for_exports(run: Path) -> list[tuple[str, str]]:
     return commands + [("llama.cpp", f"llama-server -m {file}") for file in sorted(run.glob("**/*.gguf"))]
 
 
-def percent(value: float | None, digits: int = 1) -> str:
-    """Return a fraction as a percentage, or a dash."""
-    return "-" if value is None else f"{100 * value:.{digits}f}"
-
-
-def heldout_table(results: dict) -> Table:
-    """Return the table of scores on held-out text."""
-    tokens, length = results["heldout_tokens"], results["heldout_sequence_length"]
-    title = f"{tokens:,} held-out tokens in sequences of {length} (teacher: {results['teacher']})"
-    rows = [
-        (
-            score["name"],
-            f"{score['tokens']:,}" if score["tokens"] else "-",
-            f"{score['perplexity']:,.1f}",
-            "-" if score["kl"] is None else f"{score['kl']:.3f}",
-            "-" if score["top1"] is None else f"{percent(score['top1'])}%",
-        )
-        for score in results["scores"]
-    ]
-    columns = ("model", "training tokens", "perplexity", "KL to teacher, nats/token", "top-1 agreement")
-    return Table(title, columns, rows, verdict(results["scores"]))
-
-
-def verdict(scores: list[dict]) -> str:
-    """Return whether KL fell at every stage of a run, and whether the student has a lower perplexity than a unigram."""
-    by_name = {score["name"]: score for score in scores}
-    stages = [by_name[name] for name in ("converted", *STAGES) if name in by_name]
-    if len(stages) < 2 or "unigram model" not in by_name:
-        return ""
-    fell = all(a["kl"] > b["kl"] for a, b in pairwise(stages))
-    below = stages[-1]["perplexity"] < by_name["unigram model"]["perplexity"]
-    first = "KL falls at every stage." if fell else "KL does NOT fall at every stage."
-    return f"{first} The student's perplexity is {'below' if below else 'NOT below'} that of a unigram model."
-
-
-def interval(ratio: Sequence[float] | None) -> str:
-    """Return a ratio and its interval in percent, or a dash."""
-    return "-" if ratio is None else f"{percent(ratio[0], 0)}% [{percent(ratio[1], 0)}, {percent(ratio[2], 0)}]"
-
-
-def benchmark_table(rows: list[dict]) -> Table:
-    """Return the table of each task's main metric, with a row for each model and a column for each task."""
-    main = [row for row in rows if row.get("main", True) and not row["metric"].startswith(("share_", "same_"))]
-    tasks = list(dict.fromkeys((row["task"], row["metric"]) for row in main))
-    models = list(dict.fromkeys(row["model"] for row in main))
-    by_cell = {(row["model"], row["task"], row["metric"]): row for row in main}
-    lines = []
-    for model in models:
-        cells, ratios, above = [model], ["  ratio to teacher"], ["  ratio above chance"]
-        for task in tasks:
-            row = by_cell.get((model, *task))
-            error = "" if row is None or row["stderr"] is None else f" ± {percent(row['stderr'])}"
-            cells.append("-" if row is None else f"{percent(row['value'])}{error}")
-            ratios.append(interval(row.get("ratio") if row else None))
-            above.append(interval(row.get("ratio_above_chance") if row else None))
-        lines.append(tuple(cells))
-        if model != "teacher" and any(cell != "-" for cell in ratios[1:]):
-            lines += [tuple(ratios), tuple(above)]
-    chances = {(row["task"], row["metric"]): row["chance"] for row in main}
-    lines.append(("random chance", *(percent(chances[task]) for task in tasks)))
-    items = {(row["task"], row["metric"]): row["items"] for row in main}
-    columns = ("model", *(f"{task}, {metric} ({items[task, metric]:,})" for task, metric in tasks))
-    return Table("Benchmarks, % (items)", columns, lines)
-
-
-def letter_tables(rows: list[dict]) -> list[Table]:
-    """Return tables on how answers depend on letters, for tasks with options in every order."""
-    tables = []
-    for task in dict.fromkeys(row["task"] for row in rows if row["metric"] == "same_content"):
-        of_task = [row for row in rows if row["task"] == task]
-        metrics = list(dict.fromkeys(row["metric"] for row in of_task))
-        values = {(row["model"], row["metric"]): row for row in of_task}
-        lines = [
-            (model, *(percent(values[model, metric]["value"]) for metric in metrics))
-            for model in dict.fromkeys(row["model"] for row in of_task)
-        ]
-        lines.append(("random chance", *(percent(values[of_task[0]["model"], metric]["chance"]) for metric in metrics)))
-        names = [LETTER_COLUMNS.get(metric, metric.removeprefix("share_")) for metric in metrics]
-        tables.append(Table(f"{task}: generated letters, %", ("model", *names), lines, LETTERS))
-    return tables
-
-
-LETTER_COLUMNS = {"acc_generated": "accuracy", "acc_rotated": "accuracy, all orders", "same_content": "same content"}
-LETTERS = (
-    "Accuracy with the options in their original order, and over all orders. Then the percentage of answers with each "
-    "letter, and of answers in another order that choose the same option as in the original order."
-)
-
-
-def needle_table(summary: list[dict]) -> Table:
-    """Return the table of needle scores, with a row for each task and model and a column for each length."""
-    lengths = sorted({row["length"] for row in summary})
-    cells = {(row["task"], row["model"], row["length"]): row for row in summary}
-    rows = []
-    for task, model in dict.fromkeys((row["task"], row["model"]) for row in summary):
-        line = [f"{task}: {model}"]
-        for length in lengths:
-            row = cells.get((task, model, length))
-            error = "" if row is None or row["stderr"] is None else f" ± {percent(row['stderr'], 0)}"
-            line.append("-" if row is None else f"{percent(row['score'], 0)}{error}")
-        rows.append(tuple(line))
-    rows.sort(key=lambda line: line[0].split(":")[0])
-    items = sorted({row["items"] for row in summary})
-    number = " to ".join(str(n) for n in dict.fromkeys((items[0], items[-1])))
-    return Table(f"Needles found, % ({number} samples per cell)", ("task: model", *map(short, lengths)), rows)
-
-
-def recall_table(rows: list[dict]) -> Table:
-    """Return the table of the recall curve, with a row for each task and model and a column for each distance."""
-    distances = sorted({row["distance"] for row in rows})
-    cells = {(row["task"], row["model"], row["distance"]): row for row in rows}
-    lines = []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        for model in dict.fromkeys(row["model"] for row in rows if row["task"] == task):
-            found = [cells.get((task, model, distance)) for distance in distances]
-            shown = ["-" if r is None else f"{r['log_prob']:.2f} ({percent(r['right'], 0)})" for r in found]
-            lines.append((f"{task}: {model}", *shown))
-    columns = ("task: model", *(f"from {short(distance)}" for distance in distances))
-    return Table("Mean log-probability of answer tokens in nats (right, %), by distance in tokens", columns, lines)
-
-
-def position_table(rows: list[dict]) -> Table:
-    """Return the table of perplexity and KL, with a column for each bucket of positions."""
-    buckets = list(dict.fromkeys((row["start"], row["end"]) for row in sorted(rows, key=lambda row: row["start"])))
-    cells = {(row["model"], row["start"]): row for row in rows}
-    lines = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        for metric in ("perplexity", "kl") if model != "teacher" else ("perplexity",):
-            values = [cells.get((model, start), {}).get(metric) for start, _ in buckets]
-            digits = 1 if metric == "perplexity" else 3
-            shown = ["-" if value is None else f"{value:.{digits}f}" for value in values]
-            lines.append((f"{model}: {'KL' if metric == 'kl' else metric}", *shown))
-    columns = ("model", *(f"{short(start)}-{short(end)}" for start, end in buckets))
-    return Table("Perplexity, and KL to the teacher in nats per token, by position", columns, lines)
-
-
-def decode_table(rows: list[dict]) -> Table:
-    """Return the table of cache sizes and times per token, with a column for each context."""
-    contexts = sorted({row["context"] for row in rows})
-    cells = {(row["model"], row["context"]): row for row in rows}
-    lines = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        of_model = [cells.get((model, context)) for context in contexts]
-        lines.append(
-            (f"{model}: cache, MiB", *("-" if r is None else f"{r['cache_bytes'] / 2**20:.1f}" for r in of_model))
-        )
-        lines.append((f"{model}: ms per token", *("-" if r is None else f"{r['ms_per_token']:.1f}" for r in of_model)))
-    device = f"{rows[0]['device']}, {rows[0]['dtype']}"
-    return Table(
-        f"Decoding with batch size 1, by context in tokens ({device})", ("model", *map(short, contexts)), lines
-    )
-
-
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
@@ -373,7 +279,7 @@ def render(template: str, **facts) -> str:
     environment = Environment(
         loader=PackageLoader("deltify.evaluation"), autoescape=escape, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"data_url": data_url, "flat": flat}
+    environment.filters |= {"flat": flat, "marker": marker, "unbroken": unbroken}
     return environment.get_template(template).render(**facts)
 
 
@@ -407,11 +313,11 @@ def recipe_text(run: Path, results: dict | None) -> str:
     return "\n---\n".join(recipes_of((results or {}).get("runs") or [run]).values())
 
 
+def unbroken(text: str) -> str:
+    """Return a text in which no line ends before a percent sign."""
+    return text.replace(" %", "\u00a0%")
+
+
 def flat(text: str) -> str:
     """Return a text as one line."""
     return " ".join(text.split())
-
-
-def data_url(picture: Path) -> str:
-    """Return a PNG file as a URL that contains it."""
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
