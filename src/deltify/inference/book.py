@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..model import DeltifyConfig
 from ..model.causal_lm import CausalLM
+from ..model.modeling import cache_argument
 from ..utils.tokens import token_ids
 from .prefill import cache_bytes, has_growing_cache, teacher_cache_bytes
 from .states import State
@@ -138,10 +139,10 @@ def answer(
     out = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         streamer=streamer,
         stopping_criteria=StoppingCriteriaList([is_stopped]),
+        **cache_argument(cache),
     )
     return out[0, prompt.shape[1] :], cache_bytes(cache)

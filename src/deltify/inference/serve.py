@@ -38,13 +38,14 @@ def serve(path: str | Path, *, host: str = "localhost", port: int = 8000, device
         setattr(transformers, model.__name__, model)
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # /v1/models fails without it
     folder = model_folder(str(path))
+    name = "/".join(Path(folder).parts[-2:])
 
     class Server(Serve):
         def start_server(self) -> None:
             """Add the page and run. transformers calls this instead of running if `non_blocking` is true."""
             [loaded] = self._model_manager.loaded_models.values()
             app = cast(FastAPI, self.server.config.app)
-            app.include_router(page_routes(cast(CausalLM, loaded.model), load_tokenizer(folder), Path(path).name))
+            app.include_router(page_routes(cast(CausalLM, loaded.model), load_tokenizer(folder), name))
             print(f"page: http://{host}:{port}/", flush=True)
             self.server.run()
 
