@@ -193,6 +193,9 @@ def test_wrong_texts_and_questions_are_refused(monkeypatch):
     monkeypatch.setattr(page, "max_cache_bytes", lambda model: 100_000)
     [error] = read(client)
     assert "attention layers of this model would keep" in error["error"]
+    assert read(client, "cat")[-1]["id"]
+    with pytest.raises(ValueError, match="Other texts are being read"):
+        page.check_size(model, tokens=10, others=99_000)
 
 
 def test_an_error_of_the_model_reaches_the_user():

@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import HTMLResponse, StreamingResponse
 from jinja2 import Environment, PackageLoader, select_autoescape
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 from ..model.causal_lm import CausalLM
@@ -28,7 +29,7 @@ MAX_TEXT_BYTES = 5_000_000
 MAX_QUESTION_CHARACTERS = 20_000  # of the question and the conversation before it
 MAX_NEW_TOKENS = 256  # of an answer
 MAX_BOOKS = 16  # texts in memory
-CPU_PIECE = 512  # tokens read between two reports of progress
+CPU_PIECE = 512  # tokens read between two reports of progress, without a CUDA GPU
 WAIT_SECONDS = 0.3  # after this, a user learns that other requests come first
 
 Event = dict[str, Any]
@@ -51,6 +52,7 @@ def page_routes(model: CausalLM, tokenizer: PreTrainedTokenizerBase, name: str) 
     """
     routes, worker = APIRouter(), ThreadPoolExecutor(1)
     books: dict[str, tuple[Book, Event]] = {}  # by id, the oldest first, with their sizes
+    expected: dict[str, int] = {}  # bytes of keys and values, when read, of the texts that are being read
     page = page_html(model, tokenizer, name)
 
     @routes.get("/", response_class=HTMLResponse)
@@ -58,15 +60,15 @@ def page_routes(model: CausalLM, tokenizer: PreTrainedTokenizerBase, name: str) 
         return page
 
     @routes.post("/states")
-    async def read(request: Request, name: str = "text") -> StreamingResponse:
-        return stream(reading(await uploaded_text(request), name))
+    async def read(request: Request, name: str = "text") -> JSONLines:
+        return JSONLines(reading(await uploaded_text(request), name))
 
     @routes.get("/states/{book_id}")
     def sizes(book_id: str) -> Event:
         return find(book_id)[1]
 
     @routes.post("/states/{book_id}/ask")
-    def ask(book_id: str, question: Question) -> StreamingResponse:
+    def ask(book_id: str, question: Question) -> JSONLines:
         if not question.question.strip():
             raise HTTPException(400, "The question is empty.")
         characters = len(question.question) + sum(len(part) for turn in question.turns for part in turn)
@@ -76,7 +78,7 @@ def page_routes(model: CausalLM, tokenizer: PreTrainedTokenizerBase, name: str) 
                 f"The question and the conversation have {characters:,} characters. At most "
                 f"{MAX_QUESTION_CHARACTERS:,} are allowed. Ask without the conversation, or ask a shorter question.",
             )
-        return stream(answering(find(book_id)[0], question))
+        return JSONLines(answering(find(book_id)[0], question))
 
     def find(book_id: str) -> tuple[Book, Event]:
         if book_id not in books:
@@ -94,32 +96,34 @@ def page_routes(model: CausalLM, tokenizer: PreTrainedTokenizerBase, name: str) 
             del books[next(iter(books))]
         return before - len(books)
 
-    def reading(text: str, name: str) -> Iterator[Event]:
+    def reading(text: str, name: str) -> Generator[Event]:
         """Read a text and yield the sizes after each piece. The last event has the id of the state."""
-        started = time.perf_counter()
+        started, book_id = time.perf_counter(), secrets.token_urlsafe(9)
         ids_1T = worker.submit(beginning_ids, tokenizer, text).result()
-        tokens = ids_1T.shape[1]
-        check_size(model, tokens)
-        cache, read, piece = new_cache(model), 0, piece_length(model, 1, tokens)
-        pieces = read_pieces(model, ids_1T.to(model.device), cache, min(piece, CPU_PIECE) if on_cpu(model) else piece)
-        while True:
-            sizes = {
-                "name": name,
-                "tokens": tokens,
-                "read": read,
-                "seconds": time.perf_counter() - started,
-                "bytes": cache_bytes(cache),
-                "teacher_bytes": teacher_cache_bytes(model, read),
-            }
-            if read == tokens:
-                break
-            yield sizes
-            read += worker.submit(next, pieces).result().shape[1]
-        sizes["id"] = secrets.token_urlsafe(9)
-        dropped = worker.submit(lambda: keep(remember(model, ids_1T, cache), sizes)).result()
-        yield sizes | {"dropped": dropped}
+        tokens, read, cache = ids_1T.shape[1], 0, new_cache(model)
+        check_size(model, tokens, sum(expected.values()))
+        piece = piece_length(model, 1, tokens)
+        if model.device.type != "cuda":
+            piece = min(piece, CPU_PIECE)
+        pieces = read_pieces(model, ids_1T.to(model.device), cache, piece)
 
-    def answering(book: Book, question: Question) -> Iterator[Event]:
+        def sizes() -> Event:
+            seconds, teacher_bytes = time.perf_counter() - started, teacher_cache_bytes(model, read)
+            facts = {"name": name, "tokens": tokens, "read": read, "seconds": seconds}
+            return facts | {"bytes": cache_bytes(cache), "teacher_bytes": teacher_bytes}
+
+        expected[book_id] = growing_bytes(model, tokens)
+        try:
+            while read < tokens:
+                yield sizes()
+                read += worker.submit(next, pieces).result().shape[1]
+            last = sizes() | {"id": book_id}
+            dropped = worker.submit(lambda: keep(remember(model, ids_1T, cache), last)).result()
+        finally:
+            del expected[book_id]
+        yield last | {"dropped": dropped}
+
+    def answering(book: Book, question: Question) -> Generator[Event]:
         """Yield pieces of an answer, and then its number of tokens, its seconds and the bytes of the cache."""
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         begun, stopped = threading.Event(), threading.Event()
@@ -194,8 +198,14 @@ async def uploaded_text(request: Request) -> str:
     return text
 
 
-def check_size(model: CausalLM, tokens: int) -> None:
-    """Raise ValueError if the model's attention layers would take too much memory for a text."""
+def check_size(model: CausalLM, tokens: int, others: int) -> None:
+    """Raise ValueError if the model's attention layers would take too much memory for a text.
+
+    Args:
+        model: Model that reads.
+        tokens: Number of tokens of the text.
+        others: Bytes that the attention layers will take for other texts that are being read.
+    """
     needed, available = growing_bytes(model, tokens), max_cache_bytes(model)
     if needed > available:
         raise ValueError(
@@ -204,6 +214,8 @@ def check_size(model: CausalLM, tokens: int) -> None:
             f"{tokens * available // needed:,} tokens. Give a part of the text, or serve a model without attention "
             "layers."
         )
+    if needed and needed + others > available:
+        raise ValueError("Other texts are being read, and there is no memory for this one. Try again later.")
 
 
 def held(books: dict[str, tuple[Book, Event]]) -> int:
@@ -211,20 +223,24 @@ def held(books: dict[str, tuple[Book, Event]]) -> int:
     return sum(book.bytes for book, _ in books.values())
 
 
-def on_cpu(model: CausalLM) -> bool:
-    return model.device.type == "cpu"
+class JSONLines(StreamingResponse):
+    """A response with one JSON object per line. An error becomes the last line. If the user leaves, the work ends."""
 
+    def __init__(self, events: Generator[Event]):
+        self.events = events
+        super().__init__(self.lines(), media_type="application/x-ndjson")
 
-def stream(events: Iterator[Event]) -> StreamingResponse:
-    """Return a response with one JSON object per line. An error becomes the last line."""
-
-    def lines() -> Iterator[str]:
+    def lines(self) -> Iterator[str]:
         try:
-            for event in events:
+            for event in self.events:
                 yield json.dumps(event) + "\n"
         except Exception as error:
             if not isinstance(error, ValueError):  # out of memory, or a mistake of ours
                 traceback.print_exc()
             yield json.dumps({"error": str(error)}) + "\n"
 
-    return StreamingResponse(lines(), media_type="application/x-ndjson")
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.events.close()
