@@ -383,7 +383,7 @@ def run_chat(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def add_serve(commands: argparse._SubParsersAction) -> None:
-    summary = "serve a model over an OpenAI-compatible HTTP API"
+    summary = "serve a model over an OpenAI-compatible HTTP API, with a page to ask about a text"
     serve = commands.add_parser("serve", help=summary, description=summary)
     serve.add_argument("model", help=MODEL_HELP)
     serve.add_argument("--host", default="localhost", help="address to listen on (default: localhost)")

@@ -100,6 +100,19 @@ def test_the_openai_client_is_answered(served):
     assert answer.choices[0].message.content == text
 
 
+def test_the_page_reads_a_text_and_answers(served):
+    address, _, _ = served
+    with urllib.request.urlopen(f"{address}/", timeout=60) as page:
+        html = page.read().decode()
+    assert "/model</b> reads a text once" in " ".join(html.split()) and "1 of its 4 layers is attention" in html
+    with urllib.request.urlopen(f"{address}/states", data=b"It was a dark night. " * 20, timeout=60) as lines:
+        *_, last = map(json.loads, lines)
+    assert last["read"] == last["tokens"] > 400
+    answer = post(f"{address}/states/{last['id']}/ask", {"question": "Who?"}).splitlines()
+    *pieces, facts = map(json.loads, answer)
+    assert "".join(piece.get("text", "") for piece in pieces) and facts["tokens"] > 1
+
+
 def test_absent_packages_and_folders_are_named(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr("deltify.inference.serve.is_serve_available", lambda: False)

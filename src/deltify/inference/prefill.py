@@ -50,11 +50,19 @@ def max_batch_size(model: PreTrainedModel, context: int, max_rows: int = 128) ->
     """Return how many sequences of `context` tokens fit into memory together: 1 to `max_rows`."""
     if not has_growing_cache(model):
         return max_rows
-    available = CACHE_BYTES
+    return max(1, min(max_rows, max_cache_bytes(model) // teacher_cache_bytes(model, context)))
+
+
+def max_cache_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes that keys and values of all sequences may take on the model's device."""
     if model.device.type == "cuda":
-        available = int(CACHE_SHARE * torch.cuda.mem_get_info(model.device)[0])
-    of_one = model.config.num_hidden_layers * context * key_value_bytes(model.config, model.dtype.itemsize)
-    return max(1, min(max_rows, available // of_one))
+        return int(CACHE_SHARE * torch.cuda.mem_get_info(model.device)[0])
+    return CACHE_BYTES
+
+
+def teacher_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Return the bytes of keys and values of `tokens` tokens if all layers are attention, as in a student's teacher."""
+    return model.config.num_hidden_layers * tokens * key_value_bytes(model.config, model.dtype.itemsize)
 
 
 def key_value_bytes(config: PreTrainedConfig, element_bytes: int) -> int:

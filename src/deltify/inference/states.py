@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from ..model import DeltifyConfig
 from ..model.cache import states_of, write_states
@@ -85,6 +85,16 @@ class State:
         for _ in read_pieces(model, ids_1T, cache, piece):
             pass
         tokens = ids_1T.shape[1] + (0 if state is None else state.tokens)
+        return cls.from_cache(model, cache, tokens)
+
+    @classmethod
+    def from_cache(cls, model: PreTrainedModel, cache: Cache, tokens: int) -> "State":
+        """Return the state in a cache, after `tokens` tokens. It shares the cache's tensors.
+
+        Raises:
+            ValueError: If the model has attention layers.
+        """
+        constant_state_config(model)
         return cls([tensors_of(layer) for layer in cache.layers], fingerprint(model), tokens)
 
     @classmethod
