@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..cuda.prepare import prepare
 from .finish import ROWS, finish_kernel, pairs_kernel
 from .prepare import prepare_kernel
 from .scan import combine_kernel, reverse_kernel, scan_kernel
@@ -24,6 +25,7 @@ class Plan:
     segment: int  # number of chunks of a segment
     split: bool  # whether a document has several segments
     stages: int = 3  # number of loads in flight in the scan
+    cuda: bool = False  # whether prepare is the kernel in CUDA C++
     channels: int = 64  # of a slice in prepare and finish; with 32 or 16, Triton 3.6 gives wrong results on Hopper
 
 
@@ -69,6 +71,10 @@ class Prepared:
         self.wide = TensorDescriptor.from_tensor(wide, [C, K])
         self.square = TensorDescriptor.from_tensor(square, [C, C])
         self.tables = make_tables(q.device, gate_dtype(q.dtype)), make_tables(q.device, q.dtype)
+        if plan.cuda:
+            out = wide, square, self.ends
+            prepare(q, k, f, b, A_log, dt_bias, cu_seqlens, *out, self.documents, lower_bound, scale)
+            return
         slices = TensorDescriptor.from_tensor(wide, [C, plan.channels])
         prepare_kernel[(self.chunks, heads)](
             *self.tables, q, k, f, b, A_log, dt_bias, cu_seqlens, slices, self.square, self.ends,
