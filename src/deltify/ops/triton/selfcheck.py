@@ -3,14 +3,15 @@
 import functools
 import logging
 import os
+from dataclasses import replace
 
 import torch
 import triton
 from torch import Tensor
 
 from ..chunked import kda_chunked
-from ..cuda import prepare as cuda_prepare
 from ..conv import short_conv_split_torch
+from ..cuda import prepare as cuda_prepare
 from ..reference import gated_rms_norm
 from ..step import layer_step_torch
 from .conv import short_conv_split
@@ -20,6 +21,7 @@ from .norms import norm
 
 WIDTHS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
+WHOLE, SPLIT = Plan(8, False), Plan(2, True)
 TOLERANCE = 0.02  # RMS of the difference over RMS of the reference
 PREPARE = "DELTIFY_PREPARE"  # environment variable that chooses the kernel for prepare
 logger = logging.getLogger(__name__)
@@ -87,8 +89,8 @@ def cuda_refusal(device: int, width: int) -> str | None:
     """Return why the kernel in CUDA C++ does not run on this device, or None. Logs one line about it."""
     unfit = cuda_prepare.refusal(device)
     reason = unfit or failure(device, "cuda", width)
-    text = f"deltify: KDA prepares chunks of K={width} " + (f"in Triton, not in CUDA C++: {reason}" if reason else "in CUDA C++")
-    (logger.warning if reason and not unfit else logger.info)(text)
+    kind = f"in Triton, not in CUDA C++: {reason}" if reason else "in CUDA C++"
+    logger.log(logging.WARNING if reason and not unfit else logging.INFO, f"deltify: KDA prepares chunks {kind}")
     return reason
 
 
@@ -108,7 +110,7 @@ def largest_error(part: str, width: int, place: str, dtype: torch.dtype, tokens:
 
 def operator_pairs(
     draw, width: int, place: str, dtype: torch.dtype, tokens: int, gradients: bool,
-    plans=(Plan(8, False), Plan(2, True)), shift: float = 0.0, lower_bound: float | None = None,
+    plans: tuple[Plan, ...] = (WHOLE, SPLIT), shift: float = 0.0, lower_bound: float | None = None,
 ):  # fmt: skip
     """Return results and references of the operator in one piece and split: output, state and, if asked, gradients.
 
@@ -133,7 +135,7 @@ def operator_pairs(
 def cuda_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int):
     """Yield results and references of the operator with the CUDA kernel, for fast, slow and bounded gates."""
     for shift, lower_bound in ((0.0, None), (-6.0, None), (0.0, -5.0)):
-        plans = (Plan(8, False, cuda=True),)
+        plans = (replace(WHOLE, cuda=True),)
         yield from operator_pairs(draw, width, place, dtype, tokens, False, plans, shift, lower_bound)
 
 
