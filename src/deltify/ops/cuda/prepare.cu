@@ -116,8 +116,11 @@ KERNEL(256, BLOCKS) kda_prepare(BY_VALUE Call call) {
   float* beta = (float*)(shared + S_BETA);
   float* diagonal = (float*)(shared + S_DIAGONAL);
   f2* norm = (f2*)(shared + S_NORM);
+  const int pair = THREAD % PAIRS, part = THREAD / PAIRS;  // channels and tokens whose gates the thread computes
 
   // ---- load
+  f2 bias;
+  float rate;
   {
     const long long base = ((long long)first * heads + head) * K;
     const int piece = THREAD % PIECES;
@@ -134,6 +137,8 @@ KERNEL(256, BLOCKS) kda_prepare(BY_VALUE Call call) {
       beta[THREAD] = inverse(1.f + exp2_(x * -LOG2E));
     }
     if (THREAD == 0) *(u32*)(shared + S_STRONG) = 0;
+    rate = exp2_(call.A_log[head] * LOG2E);
+    bias = *(const f2*)(call.dt_bias + head * K + 2 * pair);
     wait_for_copies();
     if (have < 64) {  // rows that are missing forget nothing: their logits are -inf
       UNROLL for (int n = 0; n < K / 32; n++)
@@ -164,17 +169,16 @@ KERNEL(256, BLOCKS) kda_prepare(BY_VALUE Call call) {
   }
 
   // ---- gates: a thread has two channels of a part of the tokens
-  const int pair = THREAD % PAIRS, part = THREAD / PAIRS, piece = (pair & 31) >> 2;
-  const int bank = (pair >> 5) * 8192 + (pair & 3) * 4 + part * TOKENS * 128;
+  const int piece = (pair & 31) >> 2, bank = (pair >> 5) * 8192 + (pair & 3) * 4 + part * TOKENS * 128;
   float end0 = 0.f, end1 = 0.f, G0[TOKENS], G1[TOKENS];
   {
 #if BOUNDED
-    const float rate = call.lower_bound * -LOG2E, slope = fmaxf(exp2_(call.A_log[head] * LOG2E), 1e-30f) * LOG2E;
+    const float slope = fmaxf(rate, 1e-30f) * LOG2E;
+    rate = call.lower_bound * -LOG2E;
 #else
-    const float rate = exp2_(call.A_log[head] * LOG2E), slope = LOG2E;
+    const float slope = LOG2E;
 #endif
     const float most = -LEAST * inverse(rate);
-    f2 bias = *(const f2*)(call.dt_bias + head * K + 2 * pair);
     bias.x *= slope;
     bias.y *= slope;
     float g0 = 0.f, g1 = 0.f;
