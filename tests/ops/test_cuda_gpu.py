@@ -131,7 +131,8 @@ def test_a_wrong_kernel_is_not_used(monkeypatch, caplog):
     want = kda(*inputs, backend="triton")[0]
     selfcheck.cuda_refusal.cache_clear()
     selfcheck.failure.cache_clear()
-    wrong = prepare.source_of(64, False, prepare.VARIANT).replace("#define NOTHING -40.f", "#define NOTHING 0.f")
+    wrong = prepare.source_of(64, False, prepare.VARIANT).replace("on = diagonal[row]", "on = 0.f")
+    assert wrong != prepare.source_of(64, False, prepare.VARIANT)
     monkeypatch.setattr(prepare, "source_of", lambda *_: wrong)
     prepare.kernel.cache_clear()
     assert error(kda(*inputs, backend="triton")[0], want.double()) < 5e-3

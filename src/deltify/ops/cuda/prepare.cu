@@ -13,7 +13,7 @@
 
 #define LEAST -28.f    // log2-decay of a token
 #define RANGE 100.f    // of the exponents of a chunk with one anchor
-#define NOTHING -40.f  // log2-decay of pairs that are left out
+#define NOTHING -24.f  // log2-decay below which pairs are left out: half of what float32 resolves of 1
 #define LOG2E 1.4426950408889634f
 #define NORM_EPS 1e-6f
 
