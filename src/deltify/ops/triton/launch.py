@@ -1,7 +1,10 @@
 """Launch the kernels: allocate tensors, choose grids, and run the kernels of a forward or backward pass in order."""
 
+import contextlib
+import functools
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -26,6 +29,7 @@ class Plan:
     split: bool  # whether a document has several segments
     stages: int = 3  # number of loads in flight in the scan
     cuda: bool = False  # whether prepare is the kernel in CUDA C++
+    beside: bool = False  # whether the two scans of the backward pass run at the same time
     channels: int = 64  # of a slice in prepare and finish; with 32 or 16, Triton 3.6 gives wrong results on Hopper
 
 
@@ -46,6 +50,23 @@ def open_context(device: torch.device) -> None:
     if device not in OPENED.devices:
         torch.zeros(1, device=device)
         OPENED.devices.add(device)
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def on_side_stream(enabled: bool, device: torch.device) -> Iterator[None]:
+    """Run kernels on a second stream, after all earlier ones of the current stream. The caller waits for them."""
+    if not enabled:
+        yield
+        return
+    side = side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        yield
 
 
 class Prepared:
@@ -128,14 +149,19 @@ def backward(
     p = Prepared(q, k, v, f, b, A_log, dt_bias, cu_seqlens, lower_bound, scale, plan)
     dq, dk, dv, df, db = out
     u = torch.empty_like(v)
-    _, states = p.scan(v, state, plan, u, keep=True)
     K, V = p.widths.values()
-    dstates = torch.empty_like(states)
+    dstates = torch.empty(p.slots, V, K, dtype=v.dtype, device=v.device)
     dstate = torch.empty(p.documents, p.heads, K, V, dtype=torch.float32, device=v.device)
-    reverse_kernel[(p.heads * (V // BV), p.documents)](
-        p.wide, p.square, p.ends, do, cu_seqlens, dfinal, dv, dstate, dstates, *p.sizes, p.slots,
-        **p.widths, BV=BV, HAS_DFINAL=dfinal is not None, **p.documents_are, STAGES=plan.stages, num_warps=4,
-    )  # fmt: skip
+    with on_side_stream(plan.beside, v.device):
+        reverse_kernel[(p.heads * (V // BV), p.documents)](
+            p.wide, p.square, p.ends, do, cu_seqlens, dfinal, dv, dstate, dstates, *p.sizes, p.slots,
+            **p.widths, BV=BV, HAS_DFINAL=dfinal is not None, **p.documents_are, STAGES=plan.stages, num_warps=4,
+        )  # fmt: skip
+    if plan.beside:  # reverse takes as long as a scan that is not split
+        plan = replace(plan, segment=triton.cdiv(p.tokens, C), split=False)
+    _, states = p.scan(v, state, plan, u, keep=True)
+    if plan.beside:
+        torch.cuda.current_stream(v.device).wait_stream(side_stream(v.device))
     del p.wide, p.square, p.ends
     numbers = {"dtype": torch.float32, "device": v.device}
     pairs = torch.empty(4, p.slots, C, C, dtype=v.dtype, device=v.device)

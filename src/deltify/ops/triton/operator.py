@@ -28,8 +28,9 @@ def make_plan(documents: int, tokens: int, heads: int, V: int, count: int) -> Pl
     Splitting the sequence costs another pass. It pays off where less than half of the GPU would be busy.
     """
     chunks, tiles = -(-tokens // C), documents * heads * V // BV
-    parts = max(1, min(count // tiles, chunks // 16)) if tiles * 2 <= count and chunks >= 64 else 1
-    return Plan(max(1, -(-chunks // parts)), parts > 1)
+    few = tiles * 2 <= count
+    parts = max(1, min(count // tiles, chunks // 16)) if few and chunks >= 64 else 1
+    return Plan(max(1, -(-chunks // parts)), parts > 1, beside=few)
 
 
 def plan_for(q, k, v, f, b, A_log, dt_bias, cu_seqlens: Tensor | None) -> Plan:
@@ -40,7 +41,9 @@ def plan_for(q, k, v, f, b, A_log, dt_bias, cu_seqlens: Tensor | None) -> Plan:
     if cu_seqlens is not None and not plan.split:
         # reading the lengths of documents would wait for the GPU, so one document may have all tokens
         plan = replace(plan, segment=-(-tokens // C))
-    return replace(plan, cuda=prepares_in_cuda(q, k, f, b, A_log, dt_bias, cu_seqlens))
+    return replace(
+        plan, beside=plan.beside and v.is_cuda, cuda=prepares_in_cuda(q, k, f, b, A_log, dt_bias, cu_seqlens)
+    )
 
 
 def parts(v: Tensor, cu_seqlens: Tensor | None, limit: int) -> list[slice]:
