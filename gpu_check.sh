@@ -132,13 +132,22 @@ def time_forward():
         row(f"forward ms B{B} T{T} H{H} K{K} {g}" + (" packed7" if bounds is not None else ""), **found)
 
 def time_training():
+    from dataclasses import replace
+    from deltify.ops.triton import operator
+    make_plan = operator.make_plan
     for g in ("library", "slow", "fast", "bounded"):
         leaves = [x.requires_grad_() for x in inputs_of(32768, 20, g)]
         do, found = torch.randn_like(leaves[2]), {}
-        for v in (None, VARIANTS[0]):
+        for v, beside in ((None, False), (None, True), (VARIANTS[0], False), (VARIANTS[0], True)):
             select(v)
+            operator.make_plan = lambda *x: replace(make_plan(*x), beside=beside)
             both = lambda: torch.autograd.grad(kda(*leaves, lower_bound=bound(g), backend="triton")[0], leaves, do)
-            found[name(v) if v else "triton"] = 1e3 * eager_seconds(both, 5, 3)
+            key = (name(v) if v else "triton") + (" beside" if beside else "")
+            found[key] = 1e3 * eager_seconds(both, 5, 3)
+            got = both()
+            want = got if not (v or beside) else want
+            found[key + " MiB"] = float(torch.cuda.max_memory_allocated() / 2**20); torch.cuda.reset_peak_memory_stats()
+            if v or beside: found[key + " from triton"] = max(error(x, y.double()) for x, y in zip(got, want))
         row(f"forward+backward ms T32768 H20 K128 {g}", **found)
 
 if sys.argv[1:] == ["training"]:

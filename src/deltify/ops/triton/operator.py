@@ -25,7 +25,8 @@ def processors(device: int) -> int:
 def make_plan(documents: int, tokens: int, heads: int, V: int, count: int) -> Plan:
     """Return the plan for documents of `tokens` tokens on average, on a GPU with `count` multiprocessors.
 
-    Splitting the sequence costs another pass. It pays off where less than half of the GPU would be busy.
+    Splitting the sequence costs another pass. It pays off where less than half of the GPU would be busy. There, the two
+    scans of the backward pass also run at the same time.
     """
     chunks, tiles = -(-tokens // C), documents * heads * V // BV
     few = tiles * 2 <= count
@@ -41,9 +42,8 @@ def plan_for(q, k, v, f, b, A_log, dt_bias, cu_seqlens: Tensor | None) -> Plan:
     if cu_seqlens is not None and not plan.split:
         # reading the lengths of documents would wait for the GPU, so one document may have all tokens
         plan = replace(plan, segment=-(-tokens // C))
-    return replace(
-        plan, beside=plan.beside and v.is_cuda, cuda=prepares_in_cuda(q, k, f, b, A_log, dt_bias, cu_seqlens)
-    )
+    cuda = prepares_in_cuda(q, k, f, b, A_log, dt_bias, cu_seqlens)
+    return replace(plan, beside=plan.beside and v.is_cuda, cuda=cuda)
 
 
 def parts(v: Tensor, cu_seqlens: Tensor | None, limit: int) -> list[slice]:
