@@ -21,7 +21,7 @@ from deltify.ops.triton import selfcheck
 from deltify.ops.triton.launch import Plan, Prepared
 OUT, results = os.environ["OUT"], {"rows": []}
 GATES = ("slow", "library", "fast", "bounded", "zero")
-VARIANTS = [{"BLOCKS": 3, "STORE": 0}, {"BLOCKS": 2, "STORE": 0}, {"BLOCKS": 2, "STORE": 1}, {"BLOCKS": 3, "STORE": 1}]
+VARIANTS = [{"BLOCKS": 3, "RANGE": 224}, {"BLOCKS": 2, "RANGE": 224}, {"BLOCKS": 3, "RANGE": 100}]
 if os.environ.get("VARIANTS"):
     VARIANTS = json.loads(os.environ["VARIANTS"])
 name = lambda v: "cuda " + " ".join(f"{k}{x}" for k, x in v.items())
@@ -186,7 +186,7 @@ for v in variants:
 EOF
 
 which nvcc ncu compute-sanitizer; nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader
-V='[{"BLOCKS":3,"STORE":0},{"BLOCKS":2,"STORE":0}]'
+V='[{"BLOCKS":3,"RANGE":224},{"BLOCKS":2,"RANGE":224}]'
 timeout "$(left 80)" python3 /tmp/check/bench.py 2>&1 | tee "$OUT/bench.log"
 echo "==== bench ended at $SECONDS s"
 if which ncu >/dev/null; then

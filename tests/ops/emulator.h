@@ -77,6 +77,9 @@ DEVICE float of_fp16(u32 x) {
   return x & 0x8000 ? -y : y;
 }
 DEVICE u32 bf16_pair(float x, float y) { return bf16(x) | bf16(y) << 16; }
+DEVICE u32 multiply_bf16_pairs(u32 x, u32 y) {
+  return bf16_pair(float_of(x << 16) * float_of(y << 16), float_of(x & 0xffff0000u) * float_of(y & 0xffff0000u));
+}
 DEVICE u32 fp16_pair(float x, float y) { return fp16(x) | fp16(y) << 16; }
 DEVICE float fp16_low(u32 x) { return of_fp16(x & 0xffff); }
 DEVICE float fp16_high(u32 x) { return of_fp16(x >> 16); }

@@ -15,7 +15,7 @@ from deltify.ops import kda
 from deltify.ops.cuda import compiler, prepare
 
 C, HEADS = 64, 2
-GATES = ("slow", "library", "fast", "bounded", "zero", "mixed", "strong", "collinear")
+GATES = ("slow", "library", "middle", "fast", "bounded", "zero", "mixed", "strong", "collinear")
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
@@ -45,8 +45,8 @@ def make_inputs(B, T, K, V, gates):
     v, b = draw(B, T, HEADS, V), draw(B, T, HEADS)
     A_log, dt_bias = torch.linspace(1, 16, HEADS).log(), torch.linspace(-6.9, -2.3, HEADS * K).exp().expm1().log()
     dt_bias = dt_bias[torch.randperm(HEADS * K, generator=torch.Generator().manual_seed(0))]
-    if gates in ("slow", "mixed", "strong"):
-        A_log, dt_bias = torch.zeros(HEADS), torch.full((HEADS * K,), -5.0)
+    if gates in ("slow", "middle", "mixed", "strong"):  # "middle" decays by about 2^-150 over a chunk
+        A_log, dt_bias = torch.zeros(HEADS), torch.full((HEADS * K,), 1.2 if gates == "middle" else -5.0)
     if gates in ("fast", "bounded"):
         dt_bias = torch.zeros(HEADS * K)
     if gates == "bounded":

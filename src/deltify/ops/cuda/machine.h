@@ -26,6 +26,11 @@ DEVICE u32 bf16_pair(float x, float y) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));
   return z;
 }
+DEVICE u32 multiply_bf16_pairs(u32 x, u32 y) {
+  u32 z;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+}
 DEVICE u32 fp16_pair(float x, float y) {
   u32 z;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(y), "f"(x));

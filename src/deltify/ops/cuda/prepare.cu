@@ -1,18 +1,17 @@
 // Everything of a chunk that does not need the state, as ../triton/prepare.py computes it. One block of 256 threads
 // handles one head of a chunk of 64 tokens.
 //
-// Compiled with K (64 or 128), BOUNDED (the gate's form), BLOCKS (that a multiprocessor holds) and STORE.
+// Compiled with K (64 or 128), BOUNDED (the gate's form), BLOCKS (that a multiprocessor holds) and RANGE.
 //
 // Exact for any gates. Eight rows of k and the same eight of q are one left operand of a product 16 x 8 x 16, anchored
 // at their fourth token. The eights of columns before them have factors of at most 1. Those on the diagonal have factors
 // of at most 2^112, because a token's decay is at least 2^-28: less than what float32 can add to 1. Walking away from
-// the diagonal, a warp stops where nothing is left of 16 channels. A group of 32 channels that do not decay below 2^-100
-// over the chunk takes the chunk's start as the anchor of all pairs. The scan needs the factors from there anyway.
+// the diagonal, a warp stops where nothing is left of 16 channels. A group of 32 channels that do not decay below
+// 2^-RANGE over the chunk has one anchor for all pairs, where half of a channel's decay is reached.
 //
 // docs/explanation/kernels.md explains G, M, P and A. Legend: C = 64 tokens of a chunk, G cumulative log2-decay.
 
 #define LEAST -28.f    // log2-decay of a token
-#define RANGE 100.f    // of the exponents of a chunk with one anchor
 #define NOTHING -24.f  // log2-decay below which pairs are left out: half of what float32 resolves of 1
 #define LOG2E 1.4426950408889634f
 #define NORM_EPS 1e-6f
@@ -28,9 +27,9 @@
 
 // Shared memory. Rows of [C, 64] have 128 bytes, with their 16-byte pieces at piece ^ row % 8, so that neither rows nor
 // columns of pieces share banks. Wider rows are several such tiles.
-#define S_K 0                         // k, then k 2^G
-#define S_Q TILE                      // q, then q 2^G
-#define S_F (2 * TILE)                // decay logits, then k 2^-G (or k 2^{G_C - G} of groups that decay further)
+#define S_K 0                         // k, then k 2^{G - anchor}
+#define S_Q TILE                      // q, then q 2^{G - anchor}
+#define S_F (2 * TILE)                // decay logits, then k 2^{anchor - G}
 #define S_G S_F                       // float, over the logits; later three matrices [C, C] and the diagonal's blocks:
 #define S_P S_F                       // P, bfloat16
 #define S_L (S_P + 8192)              // blocks of 16 x 16 on the diagonal of beta M, float, rows of 80 bytes
@@ -272,7 +271,7 @@ KERNEL(256, BLOCKS) kda_prepare(BY_VALUE Call call) {
   // ---- factors, each in the place of what it is computed from, and to global memory
   const long long parts_apart = (long long)BLOCKS_OF_GRID * 64 * K / 2;  // in words
   {
-    // With three blocks, G does not fit into registers beside the products. It is read again: the rows that k 2^-G
+    // With three blocks, G does not fit into registers beside the products. It is read again: the rows that S_F
     // overwrites before that, the others when they are used.
 #if BLOCKS > 2
 #define ROW(t) ((t) + ((t) < TOKENS / 2 ? 0 : 32 - TOKENS / 2))
@@ -291,8 +290,11 @@ KERNEL(256, BLOCKS) kda_prepare(BY_VALUE Call call) {
     u32* to = (u32*)call.wide + (long long)slot * 64 * K / 2 + from * K / 2 + pair;
     const int in_row = (pair >> 5) * 8192 + (pair & 3) * 4 + from * 128, at = piece ^ (from & 7);
     const bool mine = strong >> (pair >> 3) & 1;
-    const float from0 = mine ? end0 : 0.f, from1 = mine ? end1 : 0.f;
-    const float rest0 = mine ? 1.f : exp2_(end0), rest1 = mine ? 1.f : exp2_(end1);
+    // a whole exponent, so that the products with the anchor's factor are exact
+    const float anchor0 = mine ? 0.f : rintf(0.5f * end0), anchor1 = mine ? 0.f : rintf(0.5f * end1);
+    const float to0 = mine ? end0 : anchor0, to1 = mine ? end1 : anchor1;
+    const float rest0 = exp2_(end0 - to0), rest1 = exp2_(end1 - to1);
+    const u32 start = bf16_pair(exp2_(anchor0), exp2_(anchor1));
     UNROLL for (int t = 0; t < TOKENS; t++) {
       const int row = ROW(t), here = in_row + row * 128 + ((at ^ (row & 7)) << 4);
       f2 G = {G0[t], G1[t]};
@@ -303,28 +305,18 @@ KERNEL(256, BLOCKS) kda_prepare(BY_VALUE Call call) {
       u32* k_at = (u32*)(shared + S_K + here);
       u32* q_at = (u32*)(shared + S_Q + here);
       const u32 x = *k_at, y = *q_at;
-      const float d0 = exp2_(G.x), d1 = exp2_(G.y), k0 = low(x) * n.x, k1 = high(x) * n.x;
+      const float d0 = exp2_(G.x - anchor0), d1 = exp2_(G.y - anchor1), k0 = low(x) * n.x, k1 = high(x) * n.x;
       const u32 decayed_k = bf16_pair(k0 * d0, k1 * d1);
       const u32 decayed_q = bf16_pair(low(y) * n.y * d0, high(y) * n.y * d1);
       *k_at = decayed_k;
       *q_at = decayed_q;
-      const float a0 = k0 * exp2_(from0 - G.x), a1 = k1 * exp2_(from1 - G.y);
+      const float a0 = k0 * exp2_(to0 - G.x), a1 = k1 * exp2_(to1 - G.y);
       *(u32*)(shared + S_F + here) = bf16_pair(a0, a1);
-#if STORE == 0
-      to[row * K / 2] = decayed_k;
-      to[parts_apart + row * K / 2] = decayed_q;
-#endif
+      to[row * K / 2] = multiply_bf16_pairs(decayed_k, start);
+      to[parts_apart + row * K / 2] = multiply_bf16_pairs(decayed_q, start);
       to[2 * parts_apart + row * K / 2] = bf16_pair(a0 * rest0, a1 * rest1);
     }
     sync();
-#if STORE == 1
-    UNROLL for (int n = 0; n < K / 32; n++) {
-      const int row = THREAD / PIECES + 256 / PIECES * n, piece = THREAD % PIECES, from = place(row, piece);
-      u4* to = (u4*)call.wide + (long long)slot * 8 * K + row * PIECES + piece;
-      to[0] = *(const u4*)(shared + S_K + from);
-      to[parts_apart / 4] = *(const u4*)(shared + S_Q + from);
-    }
-#endif
   }
 
   // ---- pairs of the other channels

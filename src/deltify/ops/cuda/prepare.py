@@ -15,7 +15,7 @@ from .compiler import Kernel, load
 CAPABILITY = (9, 0)
 WIDTHS = (64, 128)
 THREADS = 256
-VARIANT = {"BLOCKS": 3, "STORE": 0}
+VARIANT = {"BLOCKS": 3, "RANGE": 224}
 # struct Call of prepare.cu
 CALL = struct.Struct("@10P3i2f4x")
 
