@@ -21,7 +21,13 @@ from deltify.ops.triton import selfcheck
 from deltify.ops.triton.launch import Plan, Prepared
 OUT, results = os.environ["OUT"], {"rows": []}
 GATES = ("slow", "library", "fast", "bounded", "zero")
-VARIANTS = [{"BLOCKS": 3, "RANGE": 224}, {"BLOCKS": 2, "RANGE": 224}, {"BLOCKS": 3, "RANGE": 100}]
+VARIANTS = [{"BLOCKS": 3}, {"BLOCKS": 2}, {"BLOCKS": 3, "RANGE": 224, "TILES": 1}, {"BLOCKS": 2, "RANGE": 100, "TILES": 1}]
+new_source = prepare.source_of
+def source_of(K, bounded, v):  # TILES: the version before, in tiles that are anchored one by one
+    if "TILES" not in v: return new_source(K, bounded, v)
+    v = {"K": K, "BOUNDED": int(bounded)} | v
+    return "".join(f"#define {n} {x}\n" for n, x in v.items() if n != "TILES") + open("src/deltify/ops/cuda/machine.h").read() + open("prepare_tiles.cu").read()
+prepare.source_of = source_of
 if os.environ.get("VARIANTS"):
     VARIANTS = json.loads(os.environ["VARIANTS"])
 name = lambda v: "cuda " + " ".join(f"{k}{x}" for k, x in v.items())
@@ -186,7 +192,7 @@ for v in variants:
 EOF
 
 which nvcc ncu compute-sanitizer; nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader
-V='[{"BLOCKS":3,"RANGE":224},{"BLOCKS":2,"RANGE":224}]'
+V='[{"BLOCKS":3},{"BLOCKS":2}]'
 timeout "$(left 80)" python3 /tmp/check/bench.py 2>&1 | tee "$OUT/bench.log"
 echo "==== bench ended at $SECONDS s"
 if which ncu >/dev/null; then

@@ -1,18 +1,18 @@
 // Everything of a chunk that does not need the state, as ../triton/prepare.py computes it. One block of 256 threads
 // handles one head of a chunk of 64 tokens.
 //
-// Compiled with K (64 or 128), BOUNDED (the gate's form), BLOCKS (that a multiprocessor holds) and RANGE.
+// Compiled with K (64 or 128), BOUNDED (the gate's form) and BLOCKS (that a multiprocessor holds).
 //
-// Exact for any gates. Eight rows of k and the same eight of q are one left operand of a product 16 x 8 x 16, anchored
-// at their fourth token. The eights of columns before them have factors of at most 1. Those on the diagonal have factors
-// of at most 2^112, because a token's decay is at least 2^-28: less than what float32 can add to 1. Walking away from
-// the diagonal, a warp stops where nothing is left of 16 channels. A group of 32 channels that do not decay below
-// 2^-RANGE over the chunk has one anchor for all pairs, where half of a channel's decay is reached.
+// Exact for any gates. A token's decay is at least 2^-28, which is less than what float32 can add to 1, so eight tokens
+// decay by 2^-224 at most. Rows and columns are multiplied by the decay from an anchor, where half of a channel's decay is
+// reached: of the chunk if a group of 32 channels decays by 2^-224 at most, otherwise of each eight tokens. No factor
+// leaves 2^-112 to 2^112. A tile of two different eights is related to the boundaries between them, where all factors are
+// at most 1. Anchors and boundaries are whole exponents, so that such a change is an exact product with a power of 2.
 //
 // docs/explanation/kernels.md explains G, M, P and A. Legend: C = 64 tokens of a chunk, G cumulative log2-decay.
 
 #define LEAST -28.f    // log2-decay of a token
-#define NOTHING -24.f  // log2-decay below which pairs are left out: half of what float32 resolves of 1
+#define RANGE 224.f    // of the exponents of the factors from one anchor
 #define LOG2E 1.4426950408889634f
 #define NORM_EPS 1e-6f
 
@@ -20,26 +20,25 @@
 #define PAIRS (K / 2)             // of channels; a thread computes the gates of one
 #define PARTS (256 / PAIRS)       // of a chunk's tokens, among threads
 #define TOKENS (64 / PARTS)       // of a part
-#define ALL ((1 << K / 16) - 1)   // bits of all groups of 16 channels
 #define TILE (64 * K * 2)         // bytes of [C, K]
-#define G_ROW (4 * K + 32)        // bytes of a row of G: eight banks apart
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 // Shared memory. Rows of [C, 64] have 128 bytes, with their 16-byte pieces at piece ^ row % 8, so that neither rows nor
 // columns of pieces share banks. Wider rows are several such tiles.
 #define S_K 0                         // k, then k 2^{G - anchor}
 #define S_Q TILE                      // q, then q 2^{G - anchor}
 #define S_F (2 * TILE)                // decay logits, then k 2^{anchor - G}
-#define S_G S_F                       // float, over the logits; later three matrices [C, C] and the diagonal's blocks:
-#define S_P S_F                       // P, bfloat16
+#define S_P S_F                       // P, bfloat16, over these
 #define S_L (S_P + 8192)              // blocks of 16 x 16 on the diagonal of beta M, float, rows of 80 bytes
 #define S_M (S_L + 5120)              // beta M, float16
 #define S_T (S_M + 8192)              // its inverse, float16
-#define S_NORM (S_G + MAX(64 * G_ROW, 29696))
+#define S_NORM (S_T + 8192)
 #define S_DIAGONAL (S_NORM + 512)
 #define S_BETA (S_DIAGONAL + 256)
 #define S_TOTAL (S_BETA + 256)        // log2-decay of each part of the tokens
-#define S_STRONG (S_TOTAL + 2048)     // bits of groups of 16 channels that decay further than RANGE
+#define S_FROM (S_TOTAL + 2048)       // of each eight tokens [8, K], bfloat16: 2^{anchor - boundary before it}
+#define S_TO (S_FROM + 16 * K)        // 2^{boundary after it - anchor}
+#define S_OVER (S_TO + 16 * K)        // 2^{boundary after it - boundary before it}
+#define S_STRONG (S_OVER + 16 * K)    // whether a group of 32 channels decays further than RANGE
 #define SHARED_BYTES (S_STRONG + 16)
 
 struct Call {
@@ -102,6 +101,15 @@ DEVICE float forget(float x) {
 #endif
 }
 
+// Multiplies a left operand by factors of its channels.
+DEVICE void scale_rows(u32* a, const char* factors) {
+  const u32 x = *(const u32*)factors, y = *(const u32*)(factors + 16);
+  a[0] = multiply_bf16_pairs(a[0], x);
+  a[1] = multiply_bf16_pairs(a[1], x);
+  a[2] = multiply_bf16_pairs(a[2], y);
+  a[3] = multiply_bf16_pairs(a[3], y);
+}
+
 // Eights of rows that a warp works on, and eights of columns left of them: its own eight and four more of columns, and of
 // the last three eights of rows the sixth to eighth. `d` is a constant of the unrolled loop.
 #define EIGHTS(job, b) UNROLL for (int job = 0; job < 2; job++) if (const int b = job ? 7 - warp : warp; job == 0 || warp < 3)
@@ -135,7 +143,6 @@ KERNEL(256, BLOCKS) kda_prepare(BY_VALUE Call call) {
       const float x = THREAD < have ? low(call.beta[((long long)first + THREAD) * heads + head]) : 0.f;
       beta[THREAD] = inverse(1.f + exp2_(x * -LOG2E));
     }
-    if (THREAD == 0) *(u32*)(shared + S_STRONG) = 0;
     rate = exp2_(call.A_log[head] * LOG2E);
     bias = *(const f2*)(call.dt_bias + head * K + 2 * pair);
     wait_for_copies();
@@ -169,7 +176,7 @@ KERNEL(256, BLOCKS) kda_prepare(BY_VALUE Call call) {
 
   // ---- gates: a thread has two channels of a part of the tokens
   const int piece = (pair & 31) >> 2, bank = (pair >> 5) * 8192 + (pair & 3) * 4 + part * TOKENS * 128;
-  float end0 = 0.f, end1 = 0.f, G0[TOKENS], G1[TOKENS];
+  float start0, start1, end0 = 0.f, end1 = 0.f, G0[TOKENS], G1[TOKENS];
   {
 #if BOUNDED
     const float slope = fmaxf(rate, 1e-30f) * LOG2E;
@@ -204,133 +211,87 @@ KERNEL(256, BLOCKS) kda_prepare(BY_VALUE Call call) {
     UNROLL for (int t = 0; t < TOKENS; t++) {
       G0[t] += before0;
       G1[t] += before1;
-      *(f2*)(shared + S_G + (TOKENS * part + t) * G_ROW + pair * 8) = {G0[t], G1[t]};
     }
-    if (part == 0) {
-      if (fminf(end0, end1) < -RANGE) atomic_or((u32*)(shared + S_STRONG), 3u << (pair >> 4) * 2);
-      *(f2*)(call.ends + (long long)slot * K + 2 * pair) = {exp2_(end0), exp2_(end1)};
-    }
-    sync();
-  }
-  const u32 strong = *(const u32*)(shared + S_STRONG);
-
-  // ---- pairs of channels that decay strongly: M in [0] and [1], P in [2] and [3]; a tile for each distance of columns
-  float products[8][4];
-  UNROLL for (int n = 0; n < 8; n++) UNROLL for (int e = 0; e < 4; e++) products[n][e] = 0.f;
-  if (strong) {
-    EIGHTS(job, b) {
-      const char* G_row = shared + S_G + (8 * b + i8) * G_ROW + j2 * 4;
-      const char* G_anchor = shared + S_G + (8 * b + 3) * G_ROW + j2 * 4;
-      const char* G_top = shared + S_G + 8 * b * G_ROW + j2 * 4;
-      for (int s = 0; s < K / 16; s++) {
-        if (!(strong >> s & 1)) continue;
-        const int at = s * 64, k_at = place(r, 2 * s + (matrix & 1));
-        const f2 z0 = *(const f2*)(G_anchor + at), z1 = *(const f2*)(G_anchor + at + 32);
-        const f2 t0 = *(const f2*)(G_top + at), t1 = *(const f2*)(G_top + at + 32);
-        u32 a[4];
-        bool begun = false;
-        TILES(job, b, d) {
-          const char* G_column = G_row - d * 8 * G_ROW + at;
-          const f2 x0 = *(const f2*)G_column, x1 = *(const f2*)(G_column + 32);
-          if (d > 0) {  // stop if nothing is left of these columns, and so of any before them
-            const float most = fmaxf(fmaxf(t0.x - x0.x, t0.y - x0.y), fmaxf(t1.x - x1.x, t1.y - x1.y));
-            if (!any(most > NOTHING)) break;
-          }
-          if (!begun) {
-            begun = true;
-            const f2 y0 = *(const f2*)(G_row + at), y1 = *(const f2*)(G_row + at + 32);
-            load_matrices4(a, of_rows + 1024 * b + place(r, 2 * s + (matrix >> 1)));
-            const float r0 = exp2_(y0.x - z0.x), r1 = exp2_(y0.y - z0.y);
-            const float r2 = exp2_(y1.x - z1.x), r3 = exp2_(y1.y - z1.y);
-            a[0] = bf16_pair(low(a[0]) * r0, high(a[0]) * r1);
-            a[1] = bf16_pair(low(a[1]) * r0, high(a[1]) * r1);
-            a[2] = bf16_pair(low(a[2]) * r2, high(a[2]) * r3);
-            a[3] = bf16_pair(low(a[3]) * r2, high(a[3]) * r3);
-          }
-          u32 c[2];
-          load_matrices2(c, shared + S_K + (b - d) * 1024 + k_at);
-          c[0] = bf16_pair(low(c[0]) * exp2_(z0.x - x0.x), high(c[0]) * exp2_(z0.y - x0.y));
-          c[1] = bf16_pair(low(c[1]) * exp2_(z1.x - x1.x), high(c[1]) * exp2_(z1.y - x1.y));
-          multiply_bf16(products[d], a, c[0], c[1]);
-        }
-      }
-    }
-    EIGHTS(job, b) {
-      const f2 row = norm[8 * b + i8];
-      TILES(job, b, d) {
-        const f4 columns = *(const f4*)&norm[8 * (b - d) + j2];
-        products[d][0] *= row.x * columns.x;
-        products[d][1] *= row.x * columns.z;
-        products[d][2] *= row.y * columns.x;
-        products[d][3] *= row.y * columns.z;
-      }
-    }
-    if (BLOCKS < 3) sync();
+    start0 = before0;
+    start1 = before1;
+    if (part == 0) *(f2*)(call.ends + (long long)slot * K + 2 * pair) = {exp2_(end0), exp2_(end1)};
   }
 
   // ---- factors, each in the place of what it is computed from, and to global memory
-  const long long parts_apart = (long long)BLOCKS_OF_GRID * 64 * K / 2;  // in words
   {
-    // With three blocks, G does not fit into registers beside the products. It is read again: the rows that S_F
-    // overwrites before that, the others when they are used.
-#if BLOCKS > 2
-#define ROW(t) ((t) + ((t) < TOKENS / 2 ? 0 : 32 - TOKENS / 2))
-    const int from = part * TOKENS / 2;
-    const char* G_from = shared + S_G + from * G_ROW + pair * 8;
-    UNROLL for (int t = 0; t < TOKENS / 2; t++) {
-      const f2 x = *(const f2*)(G_from + t * G_ROW);
-      G0[t] = x.x;
-      G1[t] = x.y;
-    }
-    sync();
-#else
-#define ROW(t) (t)
-    const int from = part * TOKENS;
-#endif
-    u32* to = (u32*)call.wide + (long long)slot * 64 * K / 2 + from * K / 2 + pair;
-    const int in_row = (pair >> 5) * 8192 + (pair & 3) * 4 + from * 128, at = piece ^ (from & 7);
-    const bool mine = strong >> (pair >> 3) & 1;
-    // a whole exponent, so that the products with the anchor's factor are exact
-    const float anchor0 = mine ? 0.f : rintf(0.5f * end0), anchor1 = mine ? 0.f : rintf(0.5f * end1);
-    const float to0 = mine ? end0 : anchor0, to1 = mine ? end1 : anchor1;
-    const float rest0 = exp2_(end0 - to0), rest1 = exp2_(end1 - to1);
-    const u32 start = bf16_pair(exp2_(anchor0), exp2_(anchor1));
-    UNROLL for (int t = 0; t < TOKENS; t++) {
-      const int row = ROW(t), here = in_row + row * 128 + ((at ^ (row & 7)) << 4);
-      f2 G = {G0[t], G1[t]};
-#if BLOCKS > 2
-      if (t >= TOKENS / 2) G = *(const f2*)(G_from + row * G_ROW);
-#endif
-      const f2 n = norm[from + row];
-      u32* k_at = (u32*)(shared + S_K + here);
-      u32* q_at = (u32*)(shared + S_Q + here);
-      const u32 x = *k_at, y = *q_at;
-      const float d0 = exp2_(G.x - anchor0), d1 = exp2_(G.y - anchor1), k0 = low(x) * n.x, k1 = high(x) * n.x;
-      const u32 decayed_k = bf16_pair(k0 * d0, k1 * d1);
-      const u32 decayed_q = bf16_pair(low(y) * n.y * d0, high(y) * n.y * d1);
-      *k_at = decayed_k;
-      *q_at = decayed_q;
-      const float a0 = k0 * exp2_(to0 - G.x), a1 = k1 * exp2_(to1 - G.y);
-      *(u32*)(shared + S_F + here) = bf16_pair(a0, a1);
-      to[row * K / 2] = multiply_bf16_pairs(decayed_k, start);
-      to[parts_apart + row * K / 2] = multiply_bf16_pairs(decayed_q, start);
-      to[2 * parts_apart + row * K / 2] = bf16_pair(a0 * rest0, a1 * rest1);
+    const u32 strong = ballot(fminf(end0, end1) < -RANGE) >> (lane & 16) & 0xffff;  // any channel of the group
+    if (part == 0 && (lane & 15) == 0) ((u32*)(shared + S_STRONG))[pair >> 4] = strong;
+    const long long parts_apart = (long long)BLOCKS_OF_GRID * 64 * K / 2;  // in words
+    u32* to = (u32*)call.wide + (long long)slot * 64 * K / 2 + part * TOKENS * K / 2 + pair;
+    UNROLL for (int eight = 0; eight < TOKENS / 8; eight++) {
+      const float last0 = G0[8 * eight + 7], last1 = G1[8 * eight + 7];
+      const float anchor0 = rintf(0.5f * (strong ? start0 + last0 : end0)), anchor1 = rintf(0.5f * (strong ? start1 + last1 : end1));
+      const float before0 = rintf(start0), before1 = rintf(start1), after0 = rintf(last0), after1 = rintf(last1);
+      if (strong) {
+        const int at = (part * TOKENS / 8 + eight) * 2 * K + pair * 4;
+        *(u32*)(shared + S_FROM + at) = bf16_pair(exp2_(anchor0 - before0), exp2_(anchor1 - before1));
+        *(u32*)(shared + S_TO + at) = bf16_pair(exp2_(after0 - anchor0), exp2_(after1 - anchor1));
+        *(u32*)(shared + S_OVER + at) = bf16_pair(exp2_(after0 - before0), exp2_(after1 - before1));
+      }
+      // two factors, since the anchor itself may be less than bfloat16's smallest number where its product is not
+      const float first0 = fmaxf(anchor0, -112.f), first1 = fmaxf(anchor1, -112.f);
+      const u32 start = bf16_pair(exp2_(first0), exp2_(first1)), rest = bf16_pair(exp2_(anchor0 - first0), exp2_(anchor1 - first1));
+      const float end_from0 = exp2_(end0 - anchor0), end_from1 = exp2_(end1 - anchor1);
+      UNROLL for (int e = 0; e < 8; e++) {
+        const int t = 8 * eight + e, here = bank + t * 128 + ((piece ^ e) << 4);
+        const f2 n = norm[part * TOKENS + t];
+        u32* k_at = (u32*)(shared + S_K + here);
+        u32* q_at = (u32*)(shared + S_Q + here);
+        const u32 x = *k_at, y = *q_at;
+        const float G0_ = G0[t] - anchor0, G1_ = G1[t] - anchor1;
+        const float d0 = exp2_(G0_), d1 = exp2_(G1_), k0 = low(x) * n.x, k1 = high(x) * n.x;
+        const u32 decayed_k = bf16_pair(k0 * d0, k1 * d1);
+        const u32 decayed_q = bf16_pair(low(y) * n.y * d0, high(y) * n.y * d1);
+        *k_at = decayed_k;
+        *q_at = decayed_q;
+        const float a0 = k0 * exp2_(-G0_), a1 = k1 * exp2_(-G1_);
+        *(u32*)(shared + S_F + here) = bf16_pair(a0, a1);
+        to[t * K / 2] = multiply_bf16_pairs(multiply_bf16_pairs(decayed_k, start), rest);
+        to[parts_apart + t * K / 2] = multiply_bf16_pairs(multiply_bf16_pairs(decayed_q, start), rest);
+        to[2 * parts_apart + t * K / 2] = bf16_pair(a0 * end_from0, a1 * end_from1);
+      }
+      start0 = last0;
+      start1 = last1;
     }
     sync();
   }
 
-  // ---- pairs of the other channels
-  if (strong != ALL) {
-    EIGHTS(job, b) {
-      UNROLL for (int group = 0; group < K / 32; group++) {
-        if (strong >> 2 * group & 1) continue;
-        u32 a0[4], a1[4];
-        load_matrices4(a0, of_rows + 1024 * b + place(r, 4 * group + (matrix >> 1)));
-        load_matrices4(a1, of_rows + 1024 * b + place(r, 4 * group + 2 + (matrix >> 1)));
-        const char* columns = shared + S_F + 1024 * b + place(r, 4 * group + matrix);
+  // ---- pairs: M in [0] and [1], P in [2] and [3]; a tile for each distance of columns
+  float products[8][4];
+  UNROLL for (int n = 0; n < 8; n++) UNROLL for (int e = 0; e < 4; e++) products[n][e] = 0.f;
+  EIGHTS(job, b) {
+    for (int group = 0; group < K / 32; group++) {
+      u32 a0[4], a1[4];
+      load_matrices4(a0, of_rows + 1024 * b + place(r, 4 * group + (matrix >> 1)));
+      load_matrices4(a1, of_rows + 1024 * b + place(r, 4 * group + 2 + (matrix >> 1)));
+      const char* columns = shared + S_F + 1024 * b + place(r, 4 * group + matrix);
+      if (!((const u32*)(shared + S_STRONG))[group]) {
         TILES(job, b, d) {
           u32 c[4];
           load_matrices4(c, columns - d * 1024);
+          multiply_bf16(products[d], a0, c[0], c[1]);
+          multiply_bf16(products[d], a1, c[2], c[3]);
+        }
+      } else {
+        const char* factors = shared + b * 2 * K + group * 64 + j2 * 2;
+        UNROLL for (int d = 0; d < (job ? 8 : 5) && d <= b; d++) {
+          if (d > 0) {  // relate the rows to the boundary after the columns
+            const char* x = factors + (d == 1 ? S_FROM : S_OVER - (d - 1) * 2 * K);
+            scale_rows(a0, x);
+            scale_rows(a1, x + 32);
+          }
+          if (job && d < 5) continue;
+          u32 c[4];
+          load_matrices4(c, columns - d * 1024);
+          if (d > 0) {  // and the columns
+            const char* x = factors + S_TO - d * 2 * K;
+            UNROLL for (int n = 0; n < 4; n++) c[n] = multiply_bf16_pairs(c[n], *(const u32*)(x + 16 * n));
+          }
           multiply_bf16(products[d], a0, c[0], c[1]);
           multiply_bf16(products[d], a1, c[2], c[3]);
         }

@@ -15,7 +15,7 @@ from .compiler import Kernel, load
 CAPABILITY = (9, 0)
 WIDTHS = (64, 128)
 THREADS = 256
-VARIANT = {"BLOCKS": 3, "RANGE": 224}
+VARIANT = {"BLOCKS": 3}
 # struct Call of prepare.cu
 CALL = struct.Struct("@10P3i2f4x")
 
@@ -30,7 +30,7 @@ def source_of(K: int, bounded: bool, variant: dict[str, int]) -> str:
 
 def shared_bytes(K: int) -> int:
     """Return the bytes of shared memory of a block: SHARED_BYTES of prepare.cu."""
-    return 4 * 64 * K + max(64 * (4 * K + 32), 29696) + 512 + 256 + 256 + 2048 + 16
+    return 4 * 64 * K + 29696 + 512 + 256 + 256 + 2048 + 48 * K + 16
 
 
 @functools.cache
