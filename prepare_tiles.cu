@@ -50,6 +50,7 @@ struct Call {
   float* ends;                   // 2^{G_C} [slots, K]
   int documents, tokens, heads;
   float lower_bound, scale;
+  int slots, first_slot;         // of the call, and of this launch
 };
 
 DEVICE int place(int row, int piece) { return (piece >> 3) * 8192 + row * 128 + (((piece & 7) ^ (row & 7)) << 4); }
@@ -108,7 +109,7 @@ DEVICE float forget(float x) {
 #define TILES(job, b, d) UNROLL for (int d = job ? 5 : 0; d < (job ? 8 : 5) && d <= b; d++)
 
 KERNEL(256, BLOCKS) kda_prepare(BY_VALUE Call call) {
-  const int slot = BLOCK, heads = call.heads, chunk = slot / heads, head = slot - chunk * heads;
+  const int slot = call.first_slot + BLOCK, heads = call.heads, chunk = slot / heads, head = slot - chunk * heads;
   const int warp = THREAD / 32, lane = THREAD & 31;
   int first, have;
   if (!locate(call, chunk, first, have)) return;
@@ -269,7 +270,7 @@ KERNEL(256, BLOCKS) kda_prepare(BY_VALUE Call call) {
   }
 
   // ---- factors, each in the place of what it is computed from, and to global memory
-  const long long parts_apart = (long long)BLOCKS_OF_GRID * 64 * K / 2;  // in words
+  const long long parts_apart = (long long)call.slots * 64 * K / 2;  // in words
   {
     // With three blocks, G does not fit into registers beside the products. It is read again: the rows that S_F
     // overwrites before that, the others when they are used.
@@ -451,7 +452,7 @@ KERNEL(256, BLOCKS) kda_prepare(BY_VALUE Call call) {
       const f4 y = *(const f4*)(beta + 8 * j), z = *(const f4*)(beta + 8 * j + 4);
       to[0] = {bf16_pair(fp16_low(x.x) * y.x, fp16_high(x.x) * y.y), bf16_pair(fp16_low(x.y) * y.z, fp16_high(x.y) * y.w),
                bf16_pair(fp16_low(x.z) * z.x, fp16_high(x.z) * z.y), bf16_pair(fp16_low(x.w) * z.z, fp16_high(x.w) * z.w)};
-      to[(long long)BLOCKS_OF_GRID * 512] = *(const u4*)(shared + S_P + here);
+      to[(long long)call.slots * 512] = *(const u4*)(shared + S_P + here);
     }
   }
 }

@@ -21,7 +21,7 @@ struct alignas(16) f4 { float x, y, z, w; };
 struct alignas(16) u4 { u32 x, y, z, w; };
 
 constexpr int THREADS = 256;
-static int THREAD, BLOCK, BLOCKS_OF_GRID;
+static int THREAD, BLOCK;
 alignas(1024) static char shared[1 << 17];
 struct Fiber { jmp_buf here; std::vector<char> stack; bool begun, done; };
 static Fiber fibers[THREADS];
@@ -205,7 +205,6 @@ static bool run_block() {
     static Call call;                                                                            \
     memcpy(&call, arguments, sizeof call);                                                       \
     block = [] { kda_prepare(call); };                                                           \
-    BLOCKS_OF_GRID = blocks;                                                                     \
     for (BLOCK = 0; BLOCK < blocks; BLOCK++) {                                                   \
       if (!run_block()) return 1;                                                                \
       for (const char* p = shared + SHARED_BYTES; p < shared + sizeof shared; p++)               \

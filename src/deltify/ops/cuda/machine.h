@@ -7,7 +7,6 @@ typedef unsigned short u16;
 #define UNROLL _Pragma("unroll")
 #define THREAD ((int)threadIdx.x)
 #define BLOCK ((int)blockIdx.x)
-#define BLOCKS_OF_GRID ((int)gridDim.x)
 extern __shared__ __align__(1024) char shared[];
 struct f2 { float x, y; };
 struct alignas(16) f4 { float x, y, z, w; };

@@ -17,7 +17,7 @@ WIDTHS = (64, 128)
 THREADS = 256
 VARIANT = {"BLOCKS": 3}
 # struct Call of prepare.cu
-CALL = struct.Struct("@10P3i2f4x")
+CALL = struct.Struct("@10P3i2f2i4x")
 
 
 def source_of(K: int, bounded: bool, variant: dict[str, int]) -> str:
@@ -54,22 +54,26 @@ def fits(q: Tensor, k: Tensor, f: Tensor, b: Tensor, A_log: Tensor, dt_bias: Ten
 
 def pack_arguments(
     q: Tensor, k: Tensor, f: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, bounds: Tensor | None, wide: Tensor,
-    square: Tensor, ends: Tensor, documents: int, lower_bound: float, scale: float,
+    square: Tensor, ends: Tensor, documents: int, lower_bound: float, scale: float, first: int,
 ) -> bytes:  # fmt: skip
-    """Return the kernel's arguments. q is [B, T, H, K]; `documents` is B or the number of packed documents."""
+    """Return the kernel's arguments. q is [B, T, H, K]; `documents` is B or the number of packed documents.
+
+    `first` is the slot of the first block.
+    """
     pointers = [0 if x is None else x.data_ptr() for x in (q, k, f, b, A_log, dt_bias, bounds, wide, square, ends)]
-    return CALL.pack(*pointers, documents, *q.shape[1:3], lower_bound, scale)
+    return CALL.pack(*pointers, documents, *q.shape[1:3], lower_bound, scale, ends.shape[0], first)
 
 
 def prepare(
     q: Tensor, k: Tensor, f: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, bounds: Tensor | None, wide: Tensor,
-    square: Tensor, ends: Tensor, documents: int, lower_bound: float | None, scale: float,
+    square: Tensor, ends: Tensor, documents: int, lower_bound: float | None, scale: float, slots: range,
 ) -> None:  # fmt: skip
-    """Write `wide` [3, slots, C, K], `square` [2, slots, C, C] and `ends` [slots, K], as `prepare_kernel` does.
+    """Write `wide` [3, all slots, C, K], `square` [2, all slots, C, C] and `ends` [all slots, K] at some of the slots.
 
-    A slot is a head of a chunk. All tensors are contiguous, and `fits` them.
+    They are what `prepare_kernel` of ../triton/prepare.py writes. A slot is a head of a chunk. All tensors are
+    contiguous, and `fits` them.
     """
-    bound = 0.0 if lower_bound is None else lower_bound
-    arguments = pack_arguments(q, k, f, b, A_log, dt_bias, bounds, wide, square, ends, documents, bound, scale)
+    tensors = (q, k, f, b, A_log, dt_bias, bounds, wide, square, ends)
+    arguments = pack_arguments(*tensors, documents, lower_bound or 0.0, scale, slots.start)
     run = kernel(q.device.index, q.shape[-1], lower_bound is not None, tuple(VARIANT.items()))
-    run(ends.shape[0], arguments, torch.cuda.current_stream(q.device).cuda_stream)
+    run(len(slots), arguments, torch.cuda.current_stream(q.device).cuda_stream)

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,6 +30,7 @@ class Plan:
     stages: int = 3  # number of loads in flight in the scan
     cuda: bool = False  # whether prepare is the kernel in CUDA C++
     beside: bool = False  # whether the two scans of the backward pass run at the same time
+    overlap: bool = False  # whether the last segment is prepared while the scan maps the others; for one row
     channels: int = 64  # of a slice in prepare and finish; with 32 or 16, Triton 3.6 gives wrong results on Hopper
 
 
@@ -54,7 +55,7 @@ def open_context(device: torch.device) -> None:
 
 @functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device, priority=-1)  # its blocks go first
 
 
 @contextlib.contextmanager
@@ -92,9 +93,15 @@ class Prepared:
         self.wide = TensorDescriptor.from_tensor(wide, [C, K])
         self.square = TensorDescriptor.from_tensor(square, [C, C])
         self.tables = make_tables(q.device, gate_dtype(q.dtype)), make_tables(q.device, q.dtype)
+        self.prepare_rest: Callable[[], None] | None = None
         if plan.cuda:
-            out = wide, square, self.ends
-            prepare(q, k, f, b, A_log, dt_bias, cu_seqlens, *out, self.documents, lower_bound, scale)
+            out, numbers = (wide, square, self.ends), (self.documents, lower_bound, scale)
+            run = functools.partial(prepare, q, k, f, b, A_log, dt_bias, cu_seqlens, *out, *numbers)
+            cut = self.slots
+            if plan.overlap:
+                cut = (triton.cdiv(self.chunks, plan.segment) - 1) * plan.segment * heads
+                self.prepare_rest = functools.partial(run, slots=range(cut, self.slots))
+            run(slots=range(cut))
             return
         slices = TensorDescriptor.from_tensor(wide, [C, plan.channels])
         prepare_kernel[(self.chunks, heads)](
@@ -118,12 +125,17 @@ class Prepared:
             local = torch.empty(units, self.heads, V, K, **numbers)
         for is_first in (True, False) if plan.split else (False,):
             tiles = (K + V if is_first else V) // BV
-            scan_kernel[(self.heads * tiles, units)](
-                self.wide, self.square, self.ends, v, self.bounds, state, maps, local, out, final, states,
-                *self.sizes, self.slots, plan.segment,
-                **self.widths, BV=BV, MAPS=is_first, KEEP=keep and not is_first, SPLIT=plan.split,
-                HAS_STATE=state is not None, **self.documents_are, STAGES=plan.stages, num_warps=4,
-            )  # fmt: skip
+            with on_side_stream(plan.overlap and is_first, v.device):
+                scan_kernel[(self.heads * tiles, units)](
+                    self.wide, self.square, self.ends, v, self.bounds, state, maps, local, out, final, states,
+                    *self.sizes, self.slots, plan.segment,
+                    **self.widths, BV=BV, MAPS=is_first, KEEP=keep and not is_first, SPLIT=plan.split,
+                    HAS_STATE=state is not None, **self.documents_are, STAGES=plan.stages, num_warps=4,
+                )  # fmt: skip
+            if self.prepare_rest:
+                self.prepare_rest()
+                self.prepare_rest = None
+                torch.cuda.current_stream(v.device).wait_stream(side_stream(v.device))
             if is_first:
                 combine_kernel[(self.heads * V // COMBINE_BV, self.documents)](
                     maps, local, self.bounds, *self.sizes, plan.segment,
@@ -146,6 +158,7 @@ def backward(
     All intermediate results of the forward pass but its output `o` are computed again. `do` and `dfinal` are the
     gradients of the output and of the final states; `dfinal` may be None.
     """
+    plan = replace(plan, overlap=False)
     p = Prepared(q, k, v, f, b, A_log, dt_bias, cu_seqlens, lower_bound, scale, plan)
     dq, dk, dv, df, db = out
     u = torch.empty_like(v)
