@@ -160,8 +160,15 @@ def time_training():
             if v or beside: found[key + " from triton"] = max(error(x, y.double()) for x, y in zip(got, want))
         row(f"forward+backward ms T32768 H20 K128 {g}", **found)
 
-if sys.argv[1:] == ["training"]:
-    results = json.load(open(f"{OUT}/cuda_prepare.json")) if os.path.exists(f"{OUT}/cuda_prepare.json") else results
+mode = sys.argv[1]
+if mode.startswith("warm"):  # run everything once, so that Triton's kernels are compiled
+    eager_seconds = graph_seconds = lambda run, *_: (run(), torch.cuda.synchronize(), 0.0)[-1]
+    row = lambda case, **figures: print("warmed", case, f"{time.time() - start:.0f} s", flush=True)
+    save = lambda: None
+    for f in (time_training,) if mode == "warm-training" else (time_prepare, correct, time_forward):
+        part(f)
+elif mode == "training":
+    if os.path.exists(f"{OUT}/cuda_prepare.json"): results = json.load(open(f"{OUT}/cuda_prepare.json"))
     part(time_training)
 else:
     for f in (device, compile_all, first_use, time_prepare, correct, time_forward):
@@ -197,26 +204,28 @@ EOF
 
 which nvcc ncu compute-sanitizer; nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader
 V='[{"BLOCKS":3},{"BLOCKS":2}]'
-timeout "$(left 80)" python3 /tmp/check/bench.py 2>&1 | tee "$OUT/bench.log"
+SAN=$(which compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
+if [ -n "$SAN" ]; then
+  for tool in memcheck racecheck; do
+    (PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 65 "$SAN" --tool $tool python3 /tmp/check/small.py 150 2 "$V" > "$OUT/$tool.log" 2>&1; echo "rc $? at $SECONDS s" >> "$OUT/$tool.log") &
+  done
+fi
+(timeout 70 python3 /tmp/check/bench.py warm > "$OUT/warm.log" 2>&1; echo "rc $? at $SECONDS s" >> "$OUT/warm.log") &
+(timeout 70 python3 /tmp/check/bench.py warm-training > "$OUT/warm_training.log" 2>&1; echo "rc $? at $SECONDS s" >> "$OUT/warm_training.log") &
+timeout 70 python3 -m pytest -v -p no:cacheprovider --durations=6 tests/ops/test_cuda_gpu.py > "$OUT/pytest.log" 2>&1
+echo "==== pytest: rc $?, ended at $SECONDS s"; grep -vE "^$|site-packages|Warning" "$OUT/pytest.log" | tail -90
+wait
+echo "==== sanitizers and warm-up ended at $SECONDS s"
+for x in memcheck racecheck; do [ -f "$OUT/$x.log" ] && { echo "== $x"; tail -12 "$OUT/$x.log"; }; done
+for x in warm warm_training; do echo "== $x"; tail -3 "$OUT/$x.log"; grep -A12 Traceback "$OUT/$x.log" | head -40; done
+timeout "$(left 60)" python3 /tmp/check/bench.py main 2>&1 | tee "$OUT/bench.log"
 echo "==== bench ended at $SECONDS s"
-if which ncu >/dev/null; then
+[ $SECONDS -lt $((LIMIT - 15)) ] && timeout "$(left 40)" python3 /tmp/check/bench.py training 2>&1 | tee -a "$OUT/bench.log"
+echo "==== training ended at $SECONDS s"
+if which ncu >/dev/null && [ $SECONDS -lt $((LIMIT - 8)) ]; then
   timeout "$(left 25)" ncu --clock-control none --kernel-name kda_prepare --section SpeedOfLight --section WarpStateStats --section SchedulerStats \
     --section Occupancy --section MemoryWorkloadAnalysis --section InstructionStats --section LaunchStats \
     python3 /tmp/check/small.py 16384 20 "$V" > "$OUT/ncu.log" 2>&1
-  grep -E "kda_prepare|Duration|Issue Slots Busy|Executed Ipc Active|Registers Per|Theoretical Occ|Achieved Occ|DRAM Throughput|L1/TEX Hit|Mem Busy|Warp Cycles Per Issued|conflict" "$OUT/ncu.log" | head -60
+  grep -E "kda_prepare|Duration|Issue Slots Busy|Executed Ipc Active|Registers Per|Theoretical Occ|Achieved Occ|DRAM Throughput|L1/TEX Hit|Mem Busy|Warp Cycles Per Issued|conflict|Executed Instructions" "$OUT/ncu.log" | head -60
 fi
-echo "==== ncu ended at $SECONDS s"
-SAN=$(which compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
-export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-if [ -n "$SAN" ]; then
-  (timeout "$(left 45)" "$SAN" --tool memcheck python3 /tmp/check/small.py 150 2 "$V" > "$OUT/memcheck.log" 2>&1; echo "rc $?" >> "$OUT/memcheck.log") &
-  (timeout "$(left 45)" "$SAN" --tool racecheck python3 /tmp/check/small.py 150 2 "$V" > "$OUT/racecheck.log" 2>&1; echo "rc $?" >> "$OUT/racecheck.log") &
-fi
-unset PYTORCH_NO_CUDA_MEMORY_CACHING
-timeout "$(left 75)" python3 -m pytest -v -p no:cacheprovider --durations=6 tests/ops/test_cuda_gpu.py 2>&1 | tee "$OUT/pytest.log" | grep -vE "^$|site-packages" | tail -80
-echo "==== pytest ended at $SECONDS s"
-wait
-for x in memcheck racecheck; do [ -f "$OUT/$x.log" ] && { echo "== $x"; tail -25 "$OUT/$x.log"; }; done
-echo "==== sanitizers ended at $SECONDS s"
-[ $SECONDS -lt $((LIMIT - 15)) ] && timeout "$(left 60)" python3 /tmp/check/bench.py training 2>&1 | tee -a "$OUT/bench.log"
 echo "==== all ended at $SECONDS s"
