@@ -4,9 +4,9 @@ import logging
 
 import pytest
 import torch
-from test_gpu import BOUNDS, check_gradients, error, make_inputs, too_large
+from gpu_cases import BOUNDS, check_gradients, error, make_inputs, too_large
 
-from deltify import kda
+from deltify.ops import kda
 from deltify.ops.cuda import prepare
 from deltify.ops.triton import selfcheck
 from deltify.ops.triton.launch import Plan, Prepared
