@@ -326,8 +326,13 @@ KERNEL(256, BLOCKS) kda_prepare(BY_VALUE Call call) {
   }
   sync();
 
-  // ---- the inverse: blocks of 16 by substitution, then T21 = -T22 M21 T11, twice
-  if (warp < 4) {
+  // ---- the inverse: blocks of 16 by substitution, then T21 = -T22 M21 T11, twice; other warps store P meanwhile
+  if (warp >= 4) {
+    UNROLL for (int n = 0; n < 4; n++) {
+      const int at = THREAD - 128 + 128 * n, row = at >> 3, j = at & 7;
+      ((u4*)call.square)[((long long)call.slots + slot) * 512 + at] = *(const u4*)(shared + S_P + row * 128 + ((j ^ (row & 7)) << 4));
+    }
+  } else {
     const int c = lane & 15;
     float x[16];
     UNROLL for (int n = 0; n < 16; n++) {
@@ -403,17 +408,13 @@ KERNEL(256, BLOCKS) kda_prepare(BY_VALUE Call call) {
   }
   sync();
 
-  // ---- A and P to global memory
-  {
-    const int row = THREAD >> 2;
-    UNROLL for (int n = 0; n < 2; n++) {
-      const int j = (THREAD & 3) + 4 * n, here = row * 128 + ((j ^ (row & 7)) << 4);
-      u4* to = (u4*)call.square + (long long)slot * 512 + row * 8 + j;
-      const u4 x = *(const u4*)(shared + S_T + here);
-      const f4 y = *(const f4*)(beta + 8 * j), z = *(const f4*)(beta + 8 * j + 4);
-      to[0] = {bf16_pair(fp16_low(x.x) * y.x, fp16_high(x.x) * y.y), bf16_pair(fp16_low(x.y) * y.z, fp16_high(x.y) * y.w),
-               bf16_pair(fp16_low(x.z) * z.x, fp16_high(x.z) * z.y), bf16_pair(fp16_low(x.w) * z.z, fp16_high(x.w) * z.w)};
-      to[(long long)call.slots * 512] = *(const u4*)(shared + S_P + here);
-    }
+  // ---- A to global memory
+  UNROLL for (int n = 0; n < 2; n++) {
+    const int at = THREAD + 256 * n, row = at >> 3, j = at & 7;
+    const u4 x = *(const u4*)(shared + S_T + row * 128 + ((j ^ (row & 7)) << 4));
+    const f4 y = *(const f4*)(beta + 8 * j), z = *(const f4*)(beta + 8 * j + 4);
+    const u4 a = {bf16_pair(fp16_low(x.x) * y.x, fp16_high(x.x) * y.y), bf16_pair(fp16_low(x.y) * y.z, fp16_high(x.y) * y.w),
+                  bf16_pair(fp16_low(x.z) * z.x, fp16_high(x.z) * z.y), bf16_pair(fp16_low(x.w) * z.z, fp16_high(x.w) * z.w)};
+    ((u4*)call.square)[(long long)slot * 512 + at] = a;
   }
 }
