@@ -15,7 +15,7 @@ from deltify.ops import kda
 from deltify.ops.cuda import compiler, prepare
 
 C, HEADS = 64, 2
-GATES = ("slow", "library", "middle", "fast", "bounded", "zero", "mixed", "strong", "collinear")
+GATES = ("slow", "library", "middle", "fast", "bounded", "zero", "mixed", "strong", "turns", "collinear")
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
@@ -45,7 +45,7 @@ def make_inputs(B, T, K, V, gates):
     v, b = draw(B, T, HEADS, V), draw(B, T, HEADS)
     A_log, dt_bias = torch.linspace(1, 16, HEADS).log(), torch.linspace(-6.9, -2.3, HEADS * K).exp().expm1().log()
     dt_bias = dt_bias[torch.randperm(HEADS * K, generator=torch.Generator().manual_seed(0))]
-    if gates in ("slow", "middle", "mixed", "strong"):  # "middle" decays by about 2^-150 over a chunk
+    if gates in ("slow", "middle", "mixed", "strong", "turns"):  # "middle" decays by about 2^-150 over a chunk
         A_log, dt_bias = torch.zeros(HEADS), torch.full((HEADS * K,), 1.2 if gates == "middle" else -5.0)
     if gates in ("fast", "bounded"):
         dt_bias = torch.zeros(HEADS * K)
@@ -55,6 +55,9 @@ def make_inputs(B, T, K, V, gates):
         f = torch.full_like(f, -60)
     if gates in ("strong", "mixed"):  # -50 a token, in all channels or in half of them
         f = torch.full_like(f, 55).where(torch.tensor(gates == "strong") | (f < 0), -60)
+    if gates == "turns":  # -50 a token in eight tokens, nothing in the next eight
+        strong = (torch.arange(T)[:, None] // 8 + torch.arange(K)) % 2 == 0
+        f = torch.full_like(f, 55).where(strong[None, :, None], -60)
     if gates == "collinear":
         k, b, f = draw(HEADS, K) + 0.01 * k, b * 0 + 8, torch.full_like(f, -60)
     return [x.bfloat16() for x in (q, k, v, f, b)] + [A_log, dt_bias]
