@@ -1,5 +1,6 @@
 #!/bin/bash
 # One run on an H200 that tells everything about the CUDA prepare, in about 150 seconds. Results under $OUT.
+# Needs src, tests, benchmarks, pyproject.toml and prepare_tiles.cu beside it.
 cd "$(dirname "$0")" || exit 1
 export OUT=${OUT:-/tmp/out} PYTHONPATH=/tmp/check:$PWD/src${PYTHONPATH:+:$PYTHONPATH} HERE=$PWD PYTHONUNBUFFERED=1 DELTIFY_CACHE=/tmp/deltify_cache HF_HUB_OFFLINE=1
 LIMIT=${LIMIT:-150}
@@ -21,7 +22,7 @@ sys.path.insert(0, "benchmarks")
 import torch, triton
 import kda_gpu
 from common import graph_seconds, eager_seconds
-from deltify import kda
+from deltify.ops import kda
 from deltify.ops.cuda import compiler, prepare
 from deltify.ops.triton import selfcheck
 from deltify.ops.triton.launch import Plan, Prepared
