@@ -3,10 +3,12 @@
 import ctypes
 import functools
 import itertools
+import logging
 import math
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ def emulated(tmp_path_factory):
     @functools.cache
     def build(K, bounded):
         path = folder / f"{K}-{bounded}.cpp"
-        source = prepare.source_of(K, bounded, prepare.VARIANT)
+        source = prepare.source_of(K, bounded)
         source = source.replace(Path(prepare.__file__).with_name("machine.h").read_text(), "")
         path.write_text('#include "emulator.h"\n' + source + "RUN_PREPARE\n")
         command = ["g++", "-O1", "-std=c++17", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", f"-I{Path(__file__).parent}"]
@@ -134,9 +136,8 @@ def test_the_struct_of_arguments_and_the_shared_memory_are_those_of_the_source(t
     source += '\nint main() { printf("%d %d", (int)sizeof(Call), SHARED_BYTES); }\n'
     (tmp_path / "sizes.cpp").write_text(source)
     for K in prepare.WIDTHS:
-        constants = [f"-D{name}={value}" for name, value in ({"K": K, "BOUNDED": 0} | prepare.VARIANT).items()]
         program = str(tmp_path / f"sizes{K}")
-        command = ["g++", "-w", "-std=c++17", f"-I{Path(__file__).parent}", *constants, "-o", program]
+        command = ["g++", "-w", "-std=c++17", f"-I{Path(__file__).parent}", f"-DK={K}", "-DBOUNDED=0", "-o", program]
         subprocess.run([*command, str(tmp_path / "sizes.cpp")], check=True)
         printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
         assert printed == f"{prepare.CALL.size} {prepare.shared_bytes(K)}"
@@ -157,7 +158,7 @@ def test_machine_code_is_compiled_once_and_kept(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setenv("DELTIFY_CACHE", str(tmp_path))
     monkeypatch.setattr(compiler, "nvrtc_version", lambda: "13.0")
-    monkeypatch.setattr(compiler, "compile_source", lambda source: (compiled.append(source) or source.encode(), ""))
+    monkeypatch.setattr(compiler, "compile_source", lambda source: compiled.append(source) or source.encode())
     assert compiler.cubin_of("one") == compiler.cubin_of("one") == b"one"
     assert compiler.cubin_of("two") == b"two"
     monkeypatch.setattr(compiler, "nvrtc_version", lambda: "13.1")
@@ -165,3 +166,35 @@ def test_machine_code_is_compiled_once_and_kept(tmp_path, monkeypatch):
     assert compiled == ["one", "two", "one"]
     monkeypatch.setenv("DELTIFY_CACHE", "/proc/nowhere")
     assert compiler.cubin_of("one") == b"one"
+
+
+def test_the_kernel_is_chosen_by_hand_or_by_the_gpu_and_the_check(monkeypatch, caplog):
+    selfcheck = pytest.importorskip("deltify.ops.triton.selfcheck", reason="Triton is not installed")
+    caplog.set_level(logging.INFO)
+    q, k, _, f, b, *gates = make_inputs(1, 8, 64, 64, "slow")
+    facts = {"dtype": q.dtype, "shape": q.shape, "data_ptr": q.data_ptr, "device": SimpleNamespace(index=0)}
+    on_gpu = SimpleNamespace(is_cuda=True, **facts)
+    state = {"capability": (9, 0), "failure": None}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: state["capability"])
+    monkeypatch.setattr(selfcheck, "failure", lambda *part: state["failure"])
+
+    def chosen(choice, q=on_gpu, **changes):
+        state.update(changes)
+        selfcheck.cuda_refusal.cache_clear()
+        monkeypatch.setenv("DELTIFY_PREPARE", choice)
+        return selfcheck.prepares_in_cuda(q, k, f, b, *gates, None)
+
+    assert chosen("auto") and chosen("cuda") and not chosen("triton")
+    assert caplog.messages[-1] == "deltify: KDA prepares chunks in CUDA C++"
+    assert not chosen("cuda", q)  # on a CPU
+    with pytest.raises(ValueError, match="choose from auto, triton, cuda"):
+        chosen("nonsense")
+    assert not chosen("auto", failure="wrong results") and caplog.records[-1].levelname == "WARNING"
+    assert not chosen("auto", capability=(8, 0)) and caplog.records[-1].levelname == "INFO"
+    with pytest.raises(RuntimeError, match=r"it needs compute capability 9\.0. Choose auto or triton"):
+        chosen("cuda")
+    on_gpu.dtype = torch.float16
+    assert not chosen("auto", capability=(9, 0), failure=None)
+    with pytest.raises(RuntimeError, match="it needs bfloat16"):
+        chosen("cuda")
+    selfcheck.cuda_refusal.cache_clear()

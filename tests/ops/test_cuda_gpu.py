@@ -1,7 +1,5 @@
 """The kernel in CUDA C++ on a GPU of compute capability 9.0; skipped elsewhere."""
 
-import logging
-
 import pytest
 import torch
 from gpu_cases import BOUNDS, check_gradients, error, make_inputs, too_large
@@ -101,38 +99,14 @@ def test_a_captured_call_gives_the_eager_result():
     assert torch.equal(got, want)
 
 
-def test_the_choice_by_hand_and_by_the_gpu(monkeypatch, caplog):
-    caplog.set_level(logging.INFO)
-    q, k, _, f, b, *gates = make_inputs(1, 100, 2, 64, 64)
-    chosen = lambda: selfcheck.prepares_in_cuda(q, k, f, b, *gates, None)  # noqa: E731
-    selfcheck.cuda_refusal.cache_clear()
-    assert chosen() and "KDA prepares chunks in CUDA C++" in caplog.text
-    monkeypatch.setenv("DELTIFY_PREPARE", "triton")
-    assert not chosen()
-    monkeypatch.setenv("DELTIFY_PREPARE", "nonsense")
-    with pytest.raises(ValueError, match="choose from auto, triton, cuda"):
-        chosen()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
-    selfcheck.cuda_refusal.cache_clear()
-    monkeypatch.setenv("DELTIFY_PREPARE", "cuda")
-    with pytest.raises(RuntimeError, match=r"compute capability 9\.0"):
-        chosen()
-    monkeypatch.setenv("DELTIFY_PREPARE", "auto")
-    assert not chosen()
-    monkeypatch.undo()
-    selfcheck.cuda_refusal.cache_clear()
-    assert selfcheck.prepares_in_cuda(q, k, f, b, *gates, None)
-    assert not selfcheck.prepares_in_cuda(q.half(), k.half(), f.half(), b.half(), *gates, None)
-
-
 def test_a_wrong_kernel_is_not_used(monkeypatch, caplog):
     monkeypatch.setenv("DELTIFY_PREPARE", "auto")
     inputs = make_inputs(1, 100, 2, 64, 64)
     want = kda(*inputs, backend="triton")[0]
     selfcheck.cuda_refusal.cache_clear()
     selfcheck.failure.cache_clear()
-    wrong = prepare.source_of(64, False, prepare.VARIANT).replace("on = diagonal[row]", "on = 0.f")
-    assert wrong != prepare.source_of(64, False, prepare.VARIANT)
+    wrong = prepare.source_of(64, False).replace("on = diagonal[row]", "on = 0.f")
+    assert wrong != prepare.source_of(64, False)
     monkeypatch.setattr(prepare, "source_of", lambda *_: wrong)
     prepare.kernel.cache_clear()
     assert error(kda(*inputs, backend="triton")[0], want.double()) < 5e-3

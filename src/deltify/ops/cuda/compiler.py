@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 ARCHITECTURE = "sm_90"
-OPTIONS = [f"--gpu-architecture={ARCHITECTURE}", "-std=c++17", "-default-device", "--ptxas-options=-v"]
+OPTIONS = [f"--gpu-architecture={ARCHITECTURE}", "-std=c++17", "-default-device"]
 MAX_SHARED, CARVEOUT = 8, 9  # attributes of a function: CU_FUNC_ATTRIBUTE_...
 
 
@@ -45,8 +45,8 @@ def nvrtc_version() -> str:
     return f"{major.value}.{minor.value}"
 
 
-def compile_source(source: str) -> tuple[bytes, str]:
-    """Return machine code (a cubin) and the compiler's log.
+def compile_source(source: str) -> bytes:
+    """Return machine code (a cubin).
 
     Raises:
         RuntimeError: If the source does not compile.
@@ -55,12 +55,12 @@ def compile_source(source: str) -> tuple[bytes, str]:
     library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"deltify.cu", 0, None, None)
     options = (ctypes.c_char_p * len(OPTIONS))(*(x.encode() for x in OPTIONS))
     code = library.nvrtcCompileProgram(program, len(options), options)
-    log = read_from(program, library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog).rstrip(b"\0").decode()
     if code:
+        log = read_from(program, library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog).rstrip(b"\0").decode()
         raise RuntimeError(f"NVRTC {nvrtc_version()} cannot compile the kernel: {log}")
     cubin = read_from(program, library.nvrtcGetCUBINSize, library.nvrtcGetCUBIN)
     library.nvrtcDestroyProgram(ctypes.byref(program))
-    return cubin, log
+    return cubin
 
 
 def read_from(program: ctypes.c_void_p, size_of, read) -> bytes:
@@ -81,7 +81,7 @@ def cubin_of(source: str) -> bytes:
     path = cache_folder() / f"{ARCHITECTURE}-{key}.cubin"
     with contextlib.suppress(OSError):
         return path.read_bytes()
-    cubin, _ = compile_source(source)
+    cubin = compile_source(source)
     with contextlib.suppress(OSError):  # a disk that cannot be written costs a second in each process
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
@@ -115,11 +115,6 @@ class Kernel:
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(struct))
         size = (blocks, 1, 1, self.threads, 1, 1, self.shared)
         check(driver().cuLaunchKernel(self.function, *size, ctypes.c_void_p(stream), pointers, None))
-
-    def blocks_of_a_multiprocessor(self) -> int:
-        count, occupancy = ctypes.c_int(), driver().cuOccupancyMaxActiveBlocksPerMultiprocessor
-        check(occupancy(ctypes.byref(count), self.function, self.threads, ctypes.c_size_t(self.shared)))
-        return count.value
 
 
 def load(device: int, source: str, name: str, threads: int, shared: int) -> Kernel:

@@ -1,7 +1,7 @@
 // Everything of a chunk that does not need the state, as ../triton/prepare.py computes it. One block of 256 threads
 // handles one head of a chunk of 64 tokens.
 //
-// Compiled with K (64 or 128), BOUNDED (the gate's form) and BLOCKS (that a multiprocessor holds).
+// Compiled with K (64 or 128) and BOUNDED (the gate's form).
 //
 // Exact for any gates. A token's decay is at least 2^-28, which is less than what float32 can add to 1, so eight tokens
 // decay by 2^-224 at most. Rows and columns are multiplied by the decay from an anchor, where half of a channel's decay is
@@ -116,7 +116,7 @@ DEVICE void scale_rows(u32* a, const char* factors) {
 #define EIGHTS(job, b) UNROLL for (int job = 0; job < 2; job++) if (const int b = job ? 7 - warp : warp; job == 0 || warp < 3)
 #define TILES(job, b, d) UNROLL for (int d = job ? 5 : 0; d < (job ? 8 : 5) && d <= b; d++)
 
-KERNEL(256, BLOCKS) kda_prepare(BY_VALUE Call call) {
+KERNEL(256, 3) kda_prepare(BY_VALUE Call call) {
   const int slot = call.first_slot + BLOCK, heads = call.heads, chunk = slot / heads, head = slot - chunk * heads;
   const int warp = THREAD / 32, lane = THREAD & 31;
   int first, have;

@@ -15,17 +15,14 @@ from .compiler import Kernel, load
 CAPABILITY = (9, 0)
 WIDTHS = (64, 128)
 THREADS = 256
-VARIANT = {"BLOCKS": 3}
 # struct Call of prepare.cu
 CALL = struct.Struct("@10P3i2f2i4x")
 
 
-def source_of(K: int, bounded: bool, variant: dict[str, int]) -> str:
+def source_of(K: int, bounded: bool) -> str:
     """Return the source for a width of heads and a kind of gate."""
-    folder = Path(__file__).parent
-    constants = {"K": K, "BOUNDED": int(bounded), **variant}
-    lines = [f"#define {name} {value}\n" for name, value in constants.items()]
-    return "".join([*lines, (folder / "machine.h").read_text(), (folder / "prepare.cu").read_text()])
+    constants = f"#define K {K}\n#define BOUNDED {int(bounded)}\n"
+    return constants + "".join(Path(__file__).with_name(name).read_text() for name in ("machine.h", "prepare.cu"))
 
 
 def shared_bytes(K: int) -> int:
@@ -34,8 +31,8 @@ def shared_bytes(K: int) -> int:
 
 
 @functools.cache
-def kernel(device: int, K: int, bounded: bool, variant: tuple[tuple[str, int], ...]) -> Kernel:
-    return load(device, source_of(K, bounded, dict(variant)), "kda_prepare", THREADS, shared_bytes(K))
+def kernel(device: int, K: int, bounded: bool) -> Kernel:
+    return load(device, source_of(K, bounded), "kda_prepare", THREADS, shared_bytes(K))
 
 
 def refusal(device: int) -> str | None:
@@ -75,5 +72,5 @@ def prepare(
     """
     tensors = (q, k, f, b, A_log, dt_bias, bounds, wide, square, ends)
     arguments = pack_arguments(*tensors, documents, lower_bound or 0.0, scale, slots.start)
-    run = kernel(q.device.index, q.shape[-1], lower_bound is not None, tuple(VARIANT.items()))
+    run = kernel(q.device.index, q.shape[-1], lower_bound is not None)
     run(len(slots), arguments, torch.cuda.current_stream(q.device).cuda_stream)

@@ -15,7 +15,8 @@ from .tiles import wants_gradients
 
 # token-heads of a part: what a part's intermediate results take, 1 KB and 2.5 KB a token-head, bounds the memory
 PART, PART_BACKWARD = 2**20, 2**18
-OVERLAP = False  # whether the scan of the first segments and the preparation of the last one run at the same time
+# token-heads from which the last segment is prepared while the scan maps the others: less is not worth the launches
+OVERLAP = 2**18
 
 
 @functools.cache
@@ -44,7 +45,7 @@ def plan_for(q, k, v, f, b, A_log, dt_bias, cu_seqlens: Tensor | None) -> Plan:
         # reading the lengths of documents would wait for the GPU, so one document may have all tokens
         plan = replace(plan, segment=-(-tokens // C))
     cuda = prepares_in_cuda(q, k, f, b, A_log, dt_bias, cu_seqlens)
-    overlap = OVERLAP and cuda and plan.split and batch == 1 and cu_seqlens is None
+    overlap = cuda and plan.split and batch == 1 and cu_seqlens is None and tokens * heads >= OVERLAP
     return replace(plan, beside=plan.beside and v.is_cuda, cuda=cuda, overlap=overlap)
 
 
