@@ -5,6 +5,8 @@ error against float64. Attention has 20 query heads over 4 key/value heads, as A
 Run: python benchmarks/kda_gpu.py [parts of cases' names] (needs a CUDA GPU; flash-linear-attention==0.6.0 for the peer)
 """
 
+import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,6 +87,15 @@ def peer_forward(inputs: list[Tensor], lower_bound: float | None, cu_seqlens: Te
     )
 
 
+@contextlib.contextmanager
+def prepare_in_triton() -> Iterator[None]:
+    """Choose the Triton kernel for prepare where the one in CUDA C++ would run."""
+    before = os.environ.get("DELTIFY_PREPARE", "auto")
+    os.environ["DELTIFY_PREPARE"] = "triton"
+    yield
+    os.environ["DELTIFY_PREPARE"] = before
+
+
 @torch.no_grad()
 def forward_rows(wanted: list[str]) -> Iterator[list[dict]]:
     cases = [(shape, g, None) for shape, gates in FORWARD for g in gates]
@@ -103,6 +114,8 @@ def forward_rows(wanted: list[str]) -> Iterator[list[dict]]:
             if chunk_kda and seconds is eager_seconds:  # its autotuner cannot be captured
                 peer = seconds(theirs)
             rows.append(row(case, metric, seconds(ours), peer, PEER))
+        with prepare_in_triton():
+            rows.append(row(case, "graph seconds", rows[-1]["ours"], graph_seconds(ours), "prepare in Triton"))
         rows.append(row(case, "relative error", error(gates, H, lower_bound), None, "float64"))
         yield rows
 

@@ -35,6 +35,7 @@ def test_a_gpu_has_a_line_for_itself_and_each_part_of_the_kernels(monkeypatch):
         CHECKS=("forward", "step"),
         WIDTHS=(64, 128),
         failure=lambda index, part, width: "wrong results" if (part, width) == ("step", 128) else None,
+        cuda_refusal=lambda index, width: "it needs compute capability 9.0",
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -44,7 +45,13 @@ def test_a_gpu_has_a_line_for_itself_and_each_part_of_the_kernels(monkeypatch):
     lines = environment.environment()
     assert "device cuda:0: Some GPU, 80.0 GiB, compute capability 9.0" in lines
     assert "auto means device cuda, precision bf16" in lines
-    assert lines[-2:] == ["kernels on cuda:0, forward: Triton", "kernels on cuda:0, step: plain PyTorch: wrong results"]
+    assert lines[-3:] == [
+        "kernels on cuda:0, forward: Triton",
+        "kernels on cuda:0, step: plain PyTorch: wrong results",
+        "kernels on cuda:0, prepare: Triton: it needs compute capability 9.0",
+    ]
+    kernels.cuda_refusal = lambda index, width: None
+    assert environment.environment()[-1] == "kernels on cuda:0, prepare: CUDA C++"
     monkeypatch.setattr(dispatch, "triton_kernels", lambda: None)
     assert environment.environment()[-1] == "kernels on cuda:0, all: plain PyTorch: Triton is not installed"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .ops.dispatch import kernel_refusals
+from .ops.dispatch import kernel_refusals, prepare_refusal
 from .utils.devices import machine_memory, pick_device, pick_precision
 
 PACKAGES = (
@@ -45,8 +45,12 @@ def environment() -> list[str]:
     if auto.type != "cuda":
         lines.append(f"kernels on {auto.type}: plain PyTorch")
     for index in range(torch.cuda.device_count()):
-        for part, reason in kernel_refusals(index).items():
+        refusals = kernel_refusals(index)
+        for part, reason in refusals.items():
             lines.append(f"kernels on cuda:{index}, {part}: " + (f"plain PyTorch: {reason}" if reason else "Triton"))
+        if refusals.get("forward", "") is None:
+            reason = prepare_refusal(index)
+            lines.append(f"kernels on cuda:{index}, prepare: " + (f"Triton: {reason}" if reason else "CUDA C++"))
     return lines
 
 

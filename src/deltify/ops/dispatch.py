@@ -138,6 +138,13 @@ def kernel_refusals(index: int) -> dict[str, str | None]:
     }
 
 
+def prepare_refusal(index: int) -> str | None:
+    """Return why this GPU prepares chunks in Triton and not in CUDA C++, or None. The kernel is compiled and run."""
+    kernels = triton_kernels()
+    assert kernels is not None  # else there is nothing to refuse
+    return next(filter(None, (kernels.cuda_refusal(index, width) for width in kernels.WIDTHS)), None)
+
+
 @functools.cache
 def notice(text: str) -> None:
     """Log a warning once."""

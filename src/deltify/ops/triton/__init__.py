@@ -7,7 +7,7 @@ from .conv import MAX_PARTS, TAPS, short_conv_split
 from .decode import layer_step
 from .norms import MAX_WIDTH, norm
 from .operator import kda_triton
-from .selfcheck import CHECKS, WIDTHS, failure, refusal
+from .selfcheck import CHECKS, WIDTHS, cuda_refusal, failure, refusal
 
 __all__ = [
     "CHECKS",
@@ -15,6 +15,7 @@ __all__ = [
     "MAX_WIDTH",
     "TAPS",
     "WIDTHS",
+    "cuda_refusal",
     "failure",
     "kda_triton",
     "layer_step",

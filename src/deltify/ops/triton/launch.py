@@ -1,13 +1,17 @@
 """Launch the kernels: allocate tensors, choose grids, and run the kernels of a forward or backward pass in order."""
 
+import contextlib
+import functools
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..cuda.prepare import prepare
 from .finish import ROWS, finish_kernel, pairs_kernel
 from .prepare import prepare_kernel
 from .scan import combine_kernel, reverse_kernel, scan_kernel
@@ -24,6 +28,9 @@ class Plan:
     segment: int  # number of chunks of a segment
     split: bool  # whether a document has several segments
     stages: int = 3  # number of loads in flight in the scan
+    cuda: bool = False  # whether prepare is the kernel in CUDA C++
+    beside: bool = False  # whether the two scans of the backward pass run at the same time
+    overlap: bool = False  # whether the last segment is prepared while the scan maps the others; for one row
     channels: int = 64  # of a slice in prepare and finish; with 32 or 16, Triton 3.6 gives wrong results on Hopper
 
 
@@ -44,6 +51,23 @@ def open_context(device: torch.device) -> None:
     if device not in OPENED.devices:
         torch.zeros(1, device=device)
         OPENED.devices.add(device)
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)  # its blocks go first
+
+
+@contextlib.contextmanager
+def on_side_stream(enabled: bool, device: torch.device) -> Iterator[None]:
+    """Run kernels on a second stream, after all earlier ones of the current stream. The caller waits for them."""
+    if not enabled:
+        yield
+        return
+    side = side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        yield
 
 
 class Prepared:
@@ -69,6 +93,16 @@ class Prepared:
         self.wide = TensorDescriptor.from_tensor(wide, [C, K])
         self.square = TensorDescriptor.from_tensor(square, [C, C])
         self.tables = make_tables(q.device, gate_dtype(q.dtype)), make_tables(q.device, q.dtype)
+        self.prepare_rest: Callable[[], None] | None = None
+        if plan.cuda:
+            out, numbers = (wide, square, self.ends), (self.documents, lower_bound, scale)
+            run = functools.partial(prepare, q, k, f, b, A_log, dt_bias, cu_seqlens, *out, *numbers)
+            cut = self.slots
+            if plan.overlap:
+                cut = (triton.cdiv(self.chunks, plan.segment) - 1) * plan.segment * heads
+                self.prepare_rest = functools.partial(run, slots=range(cut, self.slots))
+            run(slots=range(cut))
+            return
         slices = TensorDescriptor.from_tensor(wide, [C, plan.channels])
         prepare_kernel[(self.chunks, heads)](
             *self.tables, q, k, f, b, A_log, dt_bias, cu_seqlens, slices, self.square, self.ends,
@@ -91,12 +125,17 @@ class Prepared:
             local = torch.empty(units, self.heads, V, K, **numbers)
         for is_first in (True, False) if plan.split else (False,):
             tiles = (K + V if is_first else V) // BV
-            scan_kernel[(self.heads * tiles, units)](
-                self.wide, self.square, self.ends, v, self.bounds, state, maps, local, out, final, states,
-                *self.sizes, self.slots, plan.segment,
-                **self.widths, BV=BV, MAPS=is_first, KEEP=keep and not is_first, SPLIT=plan.split,
-                HAS_STATE=state is not None, **self.documents_are, STAGES=plan.stages, num_warps=4,
-            )  # fmt: skip
+            with on_side_stream(plan.overlap and is_first, v.device):
+                scan_kernel[(self.heads * tiles, units)](
+                    self.wide, self.square, self.ends, v, self.bounds, state, maps, local, out, final, states,
+                    *self.sizes, self.slots, plan.segment,
+                    **self.widths, BV=BV, MAPS=is_first, KEEP=keep and not is_first, SPLIT=plan.split,
+                    HAS_STATE=state is not None, **self.documents_are, STAGES=plan.stages, num_warps=4,
+                )  # fmt: skip
+            if self.prepare_rest:
+                self.prepare_rest()
+                self.prepare_rest = None
+                torch.cuda.current_stream(v.device).wait_stream(side_stream(v.device))
             if is_first:
                 combine_kernel[(self.heads * V // COMBINE_BV, self.documents)](
                     maps, local, self.bounds, *self.sizes, plan.segment,
@@ -119,17 +158,23 @@ def backward(
     All intermediate results of the forward pass but its output `o` are computed again. `do` and `dfinal` are the
     gradients of the output and of the final states; `dfinal` may be None.
     """
+    plan = replace(plan, overlap=False)
     p = Prepared(q, k, v, f, b, A_log, dt_bias, cu_seqlens, lower_bound, scale, plan)
     dq, dk, dv, df, db = out
     u = torch.empty_like(v)
-    _, states = p.scan(v, state, plan, u, keep=True)
     K, V = p.widths.values()
-    dstates = torch.empty_like(states)
+    dstates = torch.empty(p.slots, V, K, dtype=v.dtype, device=v.device)
     dstate = torch.empty(p.documents, p.heads, K, V, dtype=torch.float32, device=v.device)
-    reverse_kernel[(p.heads * (V // BV), p.documents)](
-        p.wide, p.square, p.ends, do, cu_seqlens, dfinal, dv, dstate, dstates, *p.sizes, p.slots,
-        **p.widths, BV=BV, HAS_DFINAL=dfinal is not None, **p.documents_are, STAGES=plan.stages, num_warps=4,
-    )  # fmt: skip
+    with on_side_stream(plan.beside, v.device):
+        reverse_kernel[(p.heads * (V // BV), p.documents)](
+            p.wide, p.square, p.ends, do, cu_seqlens, dfinal, dv, dstate, dstates, *p.sizes, p.slots,
+            **p.widths, BV=BV, HAS_DFINAL=dfinal is not None, **p.documents_are, STAGES=plan.stages, num_warps=4,
+        )  # fmt: skip
+    if plan.beside:  # reverse takes as long as a scan that is not split
+        plan = replace(plan, segment=triton.cdiv(p.tokens, C), split=False)
+    _, states = p.scan(v, state, plan, u, keep=True)
+    if plan.beside:
+        torch.cuda.current_stream(v.device).wait_stream(side_stream(v.device))
     del p.wide, p.square, p.ends
     numbers = {"dtype": torch.float32, "device": v.device}
     pairs = torch.empty(4, p.slots, C, C, dtype=v.dtype, device=v.device)

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from .launch import BV, C, Plan, backward, forward
+from .selfcheck import prepares_in_cuda
 from .tiles import wants_gradients
 
 # token-heads of a part: what a part's intermediate results take, 1 KB and 2.5 KB a token-head, bounds the memory
 PART, PART_BACKWARD = 2**20, 2**18
+# token-heads from which the last segment is prepared while the scan maps the others: less is not worth the launches
+OVERLAP = 2**18
 
 
 @functools.cache
@@ -24,22 +27,26 @@ def processors(device: int) -> int:
 def make_plan(documents: int, tokens: int, heads: int, V: int, count: int) -> Plan:
     """Return the plan for documents of `tokens` tokens on average, on a GPU with `count` multiprocessors.
 
-    Splitting the sequence costs another pass. It pays off where less than half of the GPU would be busy.
+    Splitting the sequence costs another pass. It pays off where less than half of the GPU would be busy. There, the two
+    scans of the backward pass also run at the same time.
     """
     chunks, tiles = -(-tokens // C), documents * heads * V // BV
-    parts = max(1, min(count // tiles, chunks // 16)) if tiles * 2 <= count and chunks >= 64 else 1
-    return Plan(max(1, -(-chunks // parts)), parts > 1)
+    few = tiles * 2 <= count
+    parts = max(1, min(count // tiles, chunks // 16)) if few and chunks >= 64 else 1
+    return Plan(max(1, -(-chunks // parts)), parts > 1, beside=few)
 
 
-def plan_for(v: Tensor, cu_seqlens: Tensor | None) -> Plan:
+def plan_for(q, k, v, f, b, A_log, dt_bias, cu_seqlens: Tensor | None) -> Plan:
     batch, tokens, heads, V = v.shape
     count = processors(v.device.index or 0)
-    if cu_seqlens is None:
-        return make_plan(batch, tokens, heads, V, count)
-    documents = len(cu_seqlens) - 1
-    plan = make_plan(documents, tokens // documents, heads, V, count)
-    # reading the lengths of documents would wait for the GPU, so one document may have all tokens
-    return plan if plan.split else replace(plan, segment=-(-tokens // C))
+    documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    plan = make_plan(documents, tokens if cu_seqlens is None else tokens // documents, heads, V, count)
+    if cu_seqlens is not None and not plan.split:
+        # reading the lengths of documents would wait for the GPU, so one document may have all tokens
+        plan = replace(plan, segment=-(-tokens // C))
+    cuda = prepares_in_cuda(q, k, f, b, A_log, dt_bias, cu_seqlens)
+    overlap = cuda and plan.split and batch == 1 and cu_seqlens is None and tokens * heads >= OVERLAP
+    return replace(plan, beside=plan.beside and v.is_cuda, cuda=cuda, overlap=overlap)
 
 
 def parts(v: Tensor, cu_seqlens: Tensor | None, limit: int) -> list[slice]:
@@ -62,7 +69,7 @@ def run_forward(
     state = None if state is None else state.contiguous()
     for part in parts(v, cu_seqlens, PART_BACKWARD if keep else PART):
         now = [x[:, part] for x in rows]
-        plan = plan_for(now[2], cu_seqlens)
+        plan = plan_for(*now, *gates, cu_seqlens)
         state = forward(*now, *gates, state, cu_seqlens, lower_bound, scale, plan, o[:, part])
         states.append(state)
     return o, states
@@ -82,7 +89,7 @@ def run_backward(
     shares = []
     for part, begin in reversed(list(zip(parts(v, cu_seqlens, PART_BACKWARD), states))):
         now, here = [x[:, part] for x in rows], [x[:, part] for x in out]
-        plan, gradients = plan_for(now[2], cu_seqlens), (o[:, part], do[:, part], dstate, here)
+        plan, gradients = plan_for(*now, *gates, cu_seqlens), (o[:, part], do[:, part], dstate, here)
         *share, dstate = backward(*now, *gates, begin, cu_seqlens, lower_bound, scale, plan, *gradients)
         shares.append(share)
     dA_log, ddt_bias = (functools.reduce(torch.add, x) for x in zip(*shares))

@@ -1,6 +1,9 @@
 """Decide which calls the GPU kernels take, by a comparison with CPU results at the first use of each part."""
 
 import functools
+import logging
+import os
+from dataclasses import replace
 
 import torch
 import triton
@@ -8,6 +11,7 @@ from torch import Tensor
 
 from ..chunked import kda_chunked
 from ..conv import short_conv_split_torch
+from ..cuda import prepare as cuda_prepare
 from ..reference import gated_rms_norm
 from ..step import layer_step_torch
 from .conv import short_conv_split
@@ -17,7 +21,10 @@ from .norms import norm
 
 WIDTHS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
+WHOLE, SPLIT = Plan(8, False), Plan(2, True)
 TOLERANCE = 0.02  # RMS of the difference over RMS of the reference
+PREPARE = "DELTIFY_PREPARE"  # environment variable that chooses the kernel for prepare
+logger = logging.getLogger(__name__)
 
 
 def refusal(device: int, dtype: torch.dtype, v_dtype: torch.dtype, K: int, V: int, gradients: bool) -> str | None:
@@ -54,6 +61,39 @@ def failure(device: int, part: str, width: int = WIDTHS[0]) -> str | None:
     return None if error < TOLERANCE else f"{name}: wrong results, error {error:.2g}"
 
 
+def prepares_in_cuda(q, k, f, b, A_log, dt_bias, bounds: Tensor | None) -> bool:
+    """Return whether the kernel in CUDA C++ prepares the chunks of these inputs.
+
+    The environment variable DELTIFY_PREPARE chooses: "auto", "triton" or "cuda".
+
+    Raises:
+        ValueError: If the variable has another value.
+        RuntimeError: If it is "cuda" and the kernel cannot run.
+    """
+    choice = os.environ.get(PREPARE, "auto")
+    if choice not in ("auto", "triton", "cuda"):
+        raise ValueError(f"{PREPARE}={choice} is unknown; choose from auto, triton, cuda")
+    if choice == "triton" or not q.is_cuda:
+        return False
+    if not cuda_prepare.fits(q, k, f, b, A_log, dt_bias, bounds):
+        reason = "it needs bfloat16, float32 gate parameters and rows at multiples of 16 bytes"
+    else:
+        reason = cuda_refusal(q.device.index, q.shape[-1])
+    if reason and choice == "cuda":
+        raise RuntimeError(f"{PREPARE}=cuda, but the CUDA kernel cannot run: {reason}. Choose auto or triton")
+    return not reason
+
+
+@functools.cache
+def cuda_refusal(device: int, width: int) -> str | None:
+    """Return why the kernel in CUDA C++ does not run on this device, or None. Logs one line about it."""
+    unfit = cuda_prepare.refusal(device)
+    reason = unfit or failure(device, "cuda", width)
+    kind = f"in Triton, not in CUDA C++: {reason}" if reason else "in CUDA C++"
+    logger.log(logging.WARNING if reason and not unfit else logging.INFO, f"deltify: KDA prepares chunks {kind}")
+    return reason
+
+
 @torch.enable_grad()
 def largest_error(part: str, width: int, place: str, dtype: torch.dtype, tokens: int = 300) -> float:
     """Return the largest relative error of a part's outputs, states and gradients.
@@ -63,27 +103,40 @@ def largest_error(part: str, width: int, place: str, dtype: torch.dtype, tokens:
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     # Hide the saved tensors from activation checkpointing, which would not find them when it recomputes a layer.
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-        pairs = list(CHECKS[part](draw, width, place, dtype, tokens))
+        pairs = list((CHECKS | {"cuda": cuda_pairs})[part](draw, width, place, dtype, tokens))
     errors = [(x.cpu().double() - y.detach()).square().mean() / y.detach().double().square().mean() for x, y in pairs]
     return float(torch.stack(errors).max().sqrt())  # NaN, if any is
 
 
-def operator_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int, gradients: bool):
-    """Return results and references of the operator in one piece and split: output, state and, if asked, gradients."""
+def operator_pairs(
+    draw, width: int, place: str, dtype: torch.dtype, tokens: int, gradients: bool,
+    plans: tuple[Plan, ...] = (WHOLE, SPLIT), shift: float = 0.0, lower_bound: float | None = None,
+):  # fmt: skip
+    """Return results and references of the operator in one piece and split: output, state and, if asked, gradients.
+
+    `shift` is added to the decay logits.
+    """
     raw = [draw(1, tokens, 2, width) for _ in range(4)] + [draw(1, tokens, 2)]
-    gates = [draw(2).sigmoid(), draw(2 * width)]
+    gates = [draw(2).sigmoid(), draw(2 * width) + shift]
     zeros = torch.zeros(1, 2, width, width, dtype=torch.float64)
     leaves = [x.double().requires_grad_() for x in raw + gates]
-    want = kda_chunked(*leaves, zeros, None, None, width**-0.5)
+    want = kda_chunked(*leaves, zeros, None, lower_bound, width**-0.5)
     inputs, pairs = [x.to(place, dtype) for x in raw] + [x.to(place) for x in gates], []
-    for plan in (Plan(8, False), Plan(2, True)):
-        o, call = torch.empty_like(inputs[2]), (*inputs, None, None, None, width**-0.5, plan)
+    for plan in plans:
+        o, call = torch.empty_like(inputs[2]), (*inputs, None, None, lower_bound, width**-0.5, plan)
         pairs += zip((o, forward(*call, o)), want)
     if gradients:
         do, out = draw(1, tokens, 2, width), [torch.empty_like(x) for x in inputs[:5]]
         rest = backward(*call, o, do.to(o), None, out)
         pairs += zip([*out, *rest], torch.autograd.grad(want[0], leaves, do.double()))
     return pairs
+
+
+def cuda_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int):
+    """Yield results and references of the operator with the CUDA kernel, for fast, slow and bounded gates."""
+    for shift, lower_bound in ((0.0, None), (-6.0, None), (0.0, -5.0)):
+        plans = (replace(WHOLE, cuda=True),)
+        yield from operator_pairs(draw, width, place, dtype, tokens, False, plans, shift, lower_bound)
 
 
 def step_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int):
