@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 PROCESSES = multiprocessing.get_context("forkserver")
-STEPS, ROW, EVAL_EVERY = 12, 32, 3
+STEPS, ROW, EVERY = 12, 32, 3
 CLOCK = ("seconds", "tokens_per_second", "validation_seconds", "time")
 
 
@@ -37,7 +37,7 @@ def recipe_of(folder: Path):
         data=DataSpec(folder=str(folder.parent / "data"), max_tokens=5000),
         align=stage,
         match=stage,
-        run=RunSpec("cpu", "fp32", heldout_tokens=128, heldout_sequence_length=ROW, eval_every=EVAL_EVERY, save_every=2),
+        run=RunSpec("cpu", "fp32", heldout_tokens=128, heldout_sequence_length=ROW, eval_every=EVERY, save_every=2),
     )
 
 
@@ -109,7 +109,7 @@ def assert_same(folder: Path, unbroken: Path) -> None:
     different = [name for name in want if not torch.equal(got[name], want[name])]
     assert not different, f"{folder}: {len(different)} tensors differ, the first is {different[0]}"
     assert got_lines == want_lines, f"{folder}: metrics differ"
-    validations = 1 + 2 * (STEPS // EVAL_EVERY)
+    validations = 1 + 2 * (STEPS // EVERY)
     assert len(got_lines) == 1 + 2 * STEPS + 1 + validations  # metrics, and samples of the teacher and the student
 
 

@@ -126,6 +126,11 @@ def evaluate_recall(student: DeltifyForCausalLM, probes: list[Probe], autocast: 
     return figures | {f"recall_right_{bucket.distance}": bucket.right for bucket in buckets}
 
 
+def curve_of(figures: dict) -> dict[int, float]:
+    """Return the mean log-probability by distance in a line of metrics.jsonl."""
+    return {int(key.removeprefix(LOG_PROB)): value for key, value in figures.items() if key.startswith(LOG_PROB)}
+
+
 def recall_text(figures: dict[str, float]) -> str:
     """Return `recall` for a line of the terminal, or nothing where it was not measured."""
     return f", recall {figures['recall']:.2f}" if "recall" in figures else ""

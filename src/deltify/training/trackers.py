@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import Recipe
 from ..utils.files import write_text
-from .recall import LOG_PROB
+from .recall import curve_of
 from .run_folder import holds_run
 
 TRACKERS = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
@@ -131,14 +131,13 @@ def picture_of_recall(records: Sequence[dict]) -> np.ndarray:
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axis = figure.subplots()
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(list(curve_of(records[-1])), [f"{distance:,}" for distance in curve_of(records[-1])])
     chosen = np.unique(np.linspace(0, len(records) - 1, CURVES).round().astype(int))
-    for number, index in enumerate(chosen, 1):
-        record = records[index]
-        curve = {int(key.removeprefix(LOG_PROB)): value for key, value in record.items() if key.startswith(LOG_PROB)}
+    for number, record in enumerate((records[index] for index in chosen), 1):
         color = matplotlib.colormaps["viridis_r"](number / len(chosen))
         label = f"{record['stage']}, {record['tokens']:,} tokens"
-        axis.plot(list(curve), list(curve.values()), "o-", color=color, label=label, markersize=4)
-    axis.set_xscale("log", base=2)
+        axis.plot(*zip(*curve_of(record).items()), "o-", color=color, label=label, markersize=4)
     axis.set_xlabel("smallest distance, tokens")
     axis.set_ylabel("log-probability of answer tokens, nats")
     axis.grid(alpha=0.3)
