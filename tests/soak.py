@@ -45,8 +45,10 @@ def train(folder: Path) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from deltify import distill
+    from deltify.training import samples
     from deltify.utils.console import console
 
+    samples.NEW_TOKENS = 4
     torch.set_num_threads(1)
     console.quiet = True
     disable_progress_bar()

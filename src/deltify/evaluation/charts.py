@@ -66,7 +66,10 @@ def layout(chart: Chart) -> dict:
     xs, ys = ([point[axis] for points in drawn for point in points] for axis in (0, 1))
     logarithmic = chart.from_zero and min(ys) > 0 and max(ys) > LOG_RATIO * min(ys)
     x_ticks = distance_ticks(xs) if chart.doubling else token_ticks(max(xs))
-    y_ticks = value_ticks(0.0 if chart.from_zero and not logarithmic else min(ys), max(ys), logarithmic)
+    low, high = 0.0 if chart.from_zero and not logarithmic else min(ys), max(ys)
+    if high == low:  # a single validation
+        low, high = (0.0, 1.0) if chart.from_zero else (low - 0.5, high + 0.5)
+    y_ticks = value_ticks(low, high, logarithmic)
     x_place = scale(min(xs) if chart.doubling else 0.0, max(xs), LEFT, WIDTH - RIGHT, chart.doubling)
     y_place = scale(min(y_ticks[0][0], *ys), max(y_ticks[-1][0], *ys), HEIGHT - BOTTOM, TOP, logarithmic)
     placed = [[(x_place(x), y_place(y), x, y) for x, y in points] for points in drawn]
@@ -110,9 +113,9 @@ def scale(low: float, high: float, start: float, end: float, logarithmic: bool) 
 
 def token_ticks(high: float) -> list[tuple[float, str]]:
     """Return round numbers of tokens from 0 to `high`, and their texts, such as 500k."""
-    ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, high or 1)
+    ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, high) if high else [0.0]
     text = EngFormatter(sep="")
-    return [(tick, text(tick)) for tick in ticks if 0 <= tick <= (high or 1)]
+    return [(float(tick), text(tick)) for tick in ticks if 0 <= tick <= high]
 
 
 def distance_ticks(distances: Sequence[float]) -> list[tuple[float, str]]:

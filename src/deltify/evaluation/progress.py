@@ -137,8 +137,12 @@ def recipe_path(folder: Path) -> Path:
         return path
     problem = f"{folder} has no recipe.yaml" if folder.is_dir() else f"there is no folder {folder}"
     runs = sorted(str(found.parent) for found in folder.glob("*/recipe.yaml"))
-    advice = f"Choose one of the runs in it: {', '.join(runs)}" if runs else "Give the folder of a run, runs/NAME"
-    raise FileNotFoundError(f"{problem}, so it is no run. {advice}. `deltify distill` writes it when training begins")
+    advice = (
+        f"Choose one of the runs in it: {', '.join(runs)}"
+        if runs
+        else "Give the folder of a run, runs/NAME, once training has begun"
+    )
+    raise FileNotFoundError(f"{problem}, so it is no run. {advice}")
 
 
 def read_lines(path: Path) -> list[dict]:

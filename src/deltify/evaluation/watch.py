@@ -26,6 +26,7 @@ from . import charts
 from .charts import Chart, Line
 from .plots import short
 from .progress import RunProgress, read_progress
+from .report import flat
 
 REFRESH_SECONDS, REFRESH_FINISHED_SECONDS = 5, 30
 RECALL_CURVES = 4  # validations whose recall curves are drawn
@@ -182,7 +183,7 @@ def state_of(progress: RunProgress) -> tuple[str, str]:
         return "quiet", f"It has written nothing for {quiet}. If its process has ended, continue it with: {resume}"
     if not progress.records:
         return "starting", "The teacher and the text are being opened, and the teacher is being converted."
-    return "running", f"{stage.name}, step {stage.done:,} of {stage.steps:,}"
+    return "running", f"{stage.name}, step {min(stage.done + 1, stage.steps):,} of {stage.steps:,}"
 
 
 def charts_of(progress: RunProgress) -> list[Chart]:
@@ -243,13 +244,8 @@ def samples_of(progress: RunProgress) -> list[tuple[str, list[tuple[str, str]]]]
     by_prompt: dict[str, list[tuple[str, str]]] = {}
     for line in shown:
         for sample in line["samples"]:
-            by_prompt.setdefault(dense(sample["prompt"]), []).append((place(line), dense(sample["continuation"])))
+            by_prompt.setdefault(flat(sample["prompt"]), []).append((place(line), flat(sample["continuation"])))
     return list(by_prompt.items())
-
-
-def dense(text: str) -> str:
-    """Return a text without empty lines."""
-    return "\n".join(line for line in text.splitlines() if line.strip())
 
 
 def duration(seconds: float) -> str:
