@@ -14,7 +14,7 @@ from ..training.run_folder import read_run
 
 RECENT = 20  # latest steps whose median is the speed
 # Time per token relative to align. A stage that has not begun is taken to be as fast as the one before, times the ratio
-# of these. Measured: 1.5 to 2.5 on an H200 (docs/log/benchmarks.md).
+# of these. Measured were 1.5 and 2.6 (docs/log/benchmarks.md).
 RELATIVE_TIME = {"align": 1.0, "match": 2.0, "extend": 2.0}
 # A run is quiet if it has written nothing for this many times its usual step and validation.
 QUIET_STEPS, QUIET_VALIDATIONS, QUIET_SECONDS = 20, 3, 120
