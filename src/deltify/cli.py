@@ -15,6 +15,7 @@ DESCRIPTION = """\
 Convert a pretrained transformer into a Kimi Delta Attention (KDA) language model by distillation.
 
   deltify distill smollm2-135m-demo                convert the teacher and train the student, stage by stage
+  deltify watch runs/smollm2-135m-demo             follow the run on a page, from another terminal
   deltify evaluate runs/smollm2-135m-demo          measure the student beside its teacher
   deltify report runs/smollm2-135m-demo            write tables, plots, report.html and a model card
   deltify generate runs/smollm2-135m-demo "Once"   generate text with the student

@@ -169,7 +169,7 @@ def test_charts_place_points_in_the_picture_and_shorten_long_lines():
     assert chart["title"] == "loss" and [text for _, text in chart["x_ticks"]] == ["0", "500"]
     steep = layout(Chart("loss", "tokens", [Line("a", [(0, 10.0), (1e6, 0.1)], 1, dots=True)]))
     assert steep["title"] == "loss, logarithmic" and {"0.1", "1", "10"} <= {text for _, text in steep["y_ticks"]}
-    assert [text for *_, text in steep["lines"][0]["dots"]] == ["a: 10 at 0", "a: 0.1 at 1 M"]
+    assert [text for *_, text in steep["lines"][0]["dots"]] == ["a: 10 at 0", "a: 0.1 at 1M"]
     for from_zero, texts in ((True, {"0", "1"}), (False, {"-10", "-9.6"})):  # a single validation
         single = layout(Chart("KL", "tokens", [Line("a", [(0, -10.2 * (not from_zero))], 1)], from_zero=from_zero))
         assert [text for _, text in single["x_ticks"]] == ["0"] and texts <= {text for _, text in single["y_ticks"]}

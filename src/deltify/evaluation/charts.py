@@ -14,6 +14,7 @@ from .plots import short
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 48, 18, 10, 40  # margins for the labels
 MAX_POINTS = 150  # a line with more of them is drawn as means
+MAX_DOTS = 30  # a line with more points is drawn without dots
 LOG_RATIO = 10  # positive values that differ by more get a logarithmic axis
 
 Points = Sequence[tuple[float, float]]
@@ -28,7 +29,7 @@ class Line:
         points: Its points (x, y), by ascending x.
         color: Number of its colour.
         opacity: From 0, invisible, to 1.
-        dots: Whether to draw the points.
+        dots: Whether to draw the points, if there are at most MAX_DOTS.
         before: A point before the first one that the line begins at, if any.
     """
 
@@ -85,11 +86,11 @@ def layout(chart: Chart) -> dict:
                 "opacity": line.opacity,
                 "path": "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, _, _ in places),
                 "dots": [
-                    (x, y, f"{line.name}: {value:.4g} at {EngFormatter()(at)}")
+                    (x, y, f"{line.name}: {value:.4g} at {si(at)}")
                     for x, y, at, value in places
-                    if line.dots and (at, value) != line.before
+                    if line.dots and len(line.points) <= MAX_DOTS and (at, value) != line.before
                 ],
-                "last": "" if chart.doubling else f"{line.points[-1][1]:.3g}",
+                "last": "" if chart.doubling else si(line.points[-1][1]),
             }
             for line, places in zip(lines, placed)
         ],
@@ -131,3 +132,11 @@ def value_ticks(low: float, high: float, logarithmic: bool) -> list[tuple[float,
     ticks = LogLocator(subs=(1, 2, 5)).tick_values(low, high)
     inside = [float(tick) for tick in ticks if low <= tick <= high]
     return [(tick, f"{tick:g}") for tick in (inside if len(inside) < 8 else inside[::3])]
+
+
+def si(number: float) -> str:
+    """Return a number with three digits and an SI prefix from 1000 on, such as 16.4k."""
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= unit:
+            return f"{number / unit:.3g}{letter}"
+    return f"{number:.3g}"

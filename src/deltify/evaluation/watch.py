@@ -5,6 +5,7 @@
 It needs nothing but the folder, so it works during a run, after it, and on a copy.
 """
 
+import functools
 import secrets
 import socket
 import threading
@@ -17,7 +18,7 @@ from typing import cast
 from urllib.parse import urlsplit
 
 import numpy as np
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, Template
 
 from ..config import STAGES, Recipe
 from ..training.recall import curve_of
@@ -153,11 +154,7 @@ def render_page(progress: RunProgress, nonce: str) -> str:
     Args:
         nonce: Random text that allows the page's script to run.
     """
-    environment = Environment(
-        loader=PackageLoader("deltify.evaluation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"duration": duration, "si": si, "gib": gib}
-    return environment.get_template("watch.html").render(
+    return template().render(
         run=progress,
         nonce=nonce,
         size=(charts.WIDTH, charts.HEIGHT, charts.LEFT, charts.RIGHT, charts.TOP, charts.BOTTOM),
@@ -168,6 +165,16 @@ def render_page(progress: RunProgress, nonce: str) -> str:
         samples=samples_of(progress),
         refresh=REFRESH_FINISHED_SECONDS if progress.finished else REFRESH_SECONDS,
     )
+
+
+@functools.cache
+def template() -> Template:
+    """Return the template of the page."""
+    environment = Environment(
+        loader=PackageLoader("deltify.evaluation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"duration": duration, "si": charts.si, "gib": gib}
+    return environment.get_template("watch.html")
 
 
 def state_of(progress: RunProgress) -> tuple[str, str]:
@@ -258,14 +265,6 @@ def duration(seconds: float) -> str:
     if hours < 48:
         return f"{minutes // 60} h {minutes % 60:02} min"
     return f"{round(hours) // 24} d {round(hours) % 24} h"
-
-
-def si(number: float) -> str:
-    """Return a number with three digits and an SI prefix, such as 16.4k."""
-    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{letter}"
-    return f"{number:.3g}"
 
 
 def gib(size: float) -> str:
