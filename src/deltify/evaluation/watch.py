@@ -214,6 +214,7 @@ def charts_of(progress: RunProgress) -> list[Chart]:
         for number, i in enumerate(chosen)
     ]
     distances = list(curve_of(recalls[-1])) if recalls else []
+    by_distance = by_distance if len(distances) > 1 else []  # one distance is no curve
     over_tokens = [
         Line(f"from {short(d)} tokens", [(r["tokens"], curve_of(r)[d]) for r in recalls], number % 6 + 1, dots=True)
         for number, d in enumerate(distances)
