@@ -152,11 +152,11 @@ def test_recall_memory_and_the_gpu_are_shown_where_they_were_measured(tmp_path):
 
 def test_text_of_a_model_is_never_markup(tmp_path):
     folder = write_run(tmp_path, CONVERTED)
-    samples = [{"prompt": "a < b", "continuation": "<script>alert(1)</script>\n\n\nend"}]
+    samples = [{"prompt": "a < b", "continuation": "<script>alert(1)</script>\n\n\nend\0"}]
     line = {"stage": "converted", "step": 0, "tokens": 0, "samples": samples}
     (folder / "samples.jsonl").write_text(json.dumps(line) + "\n")
     page = render_page(read_progress(folder), "x")
-    assert "a &lt; b" in page and "&lt;script&gt;alert(1)&lt;/script&gt; end" in page
+    assert "a &lt; b" in page and "&lt;script&gt;alert(1)&lt;/script&gt; end\ufffd" in page
     assert page.count("<script") == page.count('<script nonce="x">') == 1
 
 

@@ -252,8 +252,15 @@ def samples_of(progress: RunProgress) -> list[tuple[str, list[tuple[str, str]]]]
     by_prompt: dict[str, list[tuple[str, str]]] = {}
     for line in shown:
         for sample in line["samples"]:
-            by_prompt.setdefault(flat(sample["prompt"]), []).append((place(line), flat(sample["continuation"])))
+            by_prompt.setdefault(shown_text(sample["prompt"]), []).append(
+                (place(line), shown_text(sample["continuation"]))
+            )
     return list(by_prompt.items())
+
+
+def shown_text(text: str) -> str:
+    """Return a text as one line, without control characters."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in flat(text))
 
 
 def duration(seconds: float) -> str:
