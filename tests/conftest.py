@@ -32,6 +32,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def short_samples():
+    """Validations of tiny runs write short samples, which take a quarter of a run's time otherwise."""
+    from deltify.training import samples  # not earlier: the environment must be set first
+
+    samples.NEW_TOKENS = 4
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

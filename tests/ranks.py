@@ -45,14 +45,14 @@ def steps(name: str, how: str, out: Path) -> None:
     mix = MixedBatches([TokenFile(tokens, bounds, "")], [1.0], stage.sequence_length, stage.batch_size, 0)
     metrics = SimpleNamespace(truncate=lambda *_: None, write=lambda **_: None)
     stopper, cpu = SimpleNamespace(signal=0), torch.device("cpu")
-    context = RunContext(recipe, cpu, "fp32", [], {name: mix}, [], [], metrics, stopper)
+    context = RunContext(recipe, cpu, "fp32", [], {name: mix}, [], [], torch.empty(0, 1), metrics, stopper)
     with distributed.process_group(cpu):
         sharded = how == "shard"
         live = LiveTeacher(teacher)
         trainer = StageTrainer(context, name, live, student, sharded)
         if sharded:
             live.shard()
-        trainer.evaluate = dict
+        trainer.evaluate = lambda: ({}, [])
         batch = mix.batch(0, distributed.rank(), distributed.world_size())
         trainer.accumulate_gradients(batch)
         gradients = {n: distributed.full_tensor(p.grad) for n, p in student.named_parameters() if p.grad is not None}

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file
 
 PROCESSES = multiprocessing.get_context("forkserver")
-STEPS, ROW = 12, 32
-CLOCK = ("seconds", "tokens_per_second")
+STEPS, ROW, EVERY = 12, 32, 3
+CLOCK = ("seconds", "tokens_per_second", "validation_seconds", "time")
 
 
 def recipe_of(folder: Path):
@@ -37,7 +37,7 @@ def recipe_of(folder: Path):
         data=DataSpec(folder=str(folder.parent / "data"), max_tokens=5000),
         align=stage,
         match=stage,
-        run=RunSpec("cpu", "fp32", heldout_tokens=128, heldout_sequence_length=ROW, eval_every=3, save_every=2),
+        run=RunSpec("cpu", "fp32", heldout_tokens=128, heldout_sequence_length=ROW, eval_every=EVERY, save_every=2),
     )
 
 
@@ -45,8 +45,10 @@ def train(folder: Path) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from deltify import distill
+    from deltify.training import samples
     from deltify.utils.console import console
 
+    samples.NEW_TOKENS = 4
     torch.set_num_threads(1)
     console.quiet = True
     disable_progress_bar()
@@ -92,13 +94,14 @@ def kill(folder: Path, after_seconds: float, while_saving: bool = False) -> str:
 
 
 def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """Return every stage's weights and every line of metrics, without the times."""
+    """Return every stage's weights and every line of metrics and samples, without the times."""
     weights = {
         f"{stage}.{name}": tensor
         for stage in ("converted", "align", "match")
         for name, tensor in load_file(folder / "run" / stage / "model.safetensors").items()
     }
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    texts = [(folder / "run" / f"{name}.jsonl").read_text() for name in ("metrics", "samples")]
+    lines = [json.loads(line) for text in texts for line in text.splitlines()]
     return weights, [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
 
 
@@ -108,7 +111,8 @@ def assert_same(folder: Path, unbroken: Path) -> None:
     different = [name for name in want if not torch.equal(got[name], want[name])]
     assert not different, f"{folder}: {len(different)} tensors differ, the first is {different[0]}"
     assert got_lines == want_lines, f"{folder}: metrics differ"
-    assert len(got_lines) == 1 + 2 * STEPS
+    validations = 1 + 2 * (STEPS // EVERY)
+    assert len(got_lines) == 1 + 2 * STEPS + 1 + validations  # metrics, and samples of the teacher and the student
 
 
 def soak(folder: Path, moments: int, seed: int) -> Iterator[str]:

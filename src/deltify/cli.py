@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from . import __version__
@@ -13,6 +15,7 @@ DESCRIPTION = """\
 Convert a pretrained transformer into a Kimi Delta Attention (KDA) language model by distillation.
 
   deltify distill smollm2-135m-demo                convert the teacher and train the student, stage by stage
+  deltify watch runs/smollm2-135m-demo             follow the run on a page, from another terminal
   deltify evaluate runs/smollm2-135m-demo          measure the student beside its teacher
   deltify report runs/smollm2-135m-demo            write tables, plots, report.html and a model card
   deltify generate runs/smollm2-135m-demo "Once"   generate text with the student
@@ -141,6 +144,7 @@ def add_distill(commands: argparse._SubParsersAction) -> None:
         "--smoke", action="store_true", help="run two steps per stage with a tiny random model on the CPU"
     )
     distill.add_argument("--max-minutes", type=float, help="stop training after this time; --resume continues")
+    distill.add_argument("--dashboard", action="store_true", help="serve the page of `deltify watch` during the run")
 
 
 def run_distill(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -151,7 +155,27 @@ def run_distill(options: argparse.Namespace, overrides: list[str]) -> None:
     recipe = load_recipe(options.recipe, overrides)
     if not options.smoke and recipe.run.device in ("auto", "cuda"):
         relaunch_with_torchrun()
-    distill(smoke(recipe) if options.smoke else recipe, resume=options.resume, max_minutes=options.max_minutes)
+    recipe = smoke(recipe) if options.smoke else recipe
+    with ExitStack() as stack:
+        if options.dashboard and os.environ.get("RANK", "0") == "0":  # the first process serves
+            from .evaluation.watch import serving
+
+            print(f"progress: {stack.enter_context(serving(recipe.folder, recipe=recipe))}", flush=True)
+        distill(recipe, resume=options.resume, max_minutes=options.max_minutes)
+
+
+def add_watch(commands: argparse._SubParsersAction) -> None:
+    summary = "show the progress of a run on a page: curves, samples, speed, time left"
+    watch = commands.add_parser("watch", help=summary, description=summary)
+    watch.add_argument("run", help="folder of a run, during or after training, or a copy of it")
+    watch.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    watch.add_argument("--port", type=int, default=8010, help="port to listen on; 0 for a free one (default: 8010)")
+
+
+def run_watch(options: argparse.Namespace, _: list[str]) -> None:
+    from .evaluation.watch import watch
+
+    watch(options.run, host=options.host, port=options.port)
 
 
 def add_convert(commands: argparse._SubParsersAction) -> None:
@@ -525,6 +549,7 @@ COMMANDS: dict[str, tuple[Add, Run]] = {
     "recipes": (add_recipes, run_recipes),
     "init": (add_init, run_init),
     "distill": (add_distill, run_distill),
+    "watch": (add_watch, run_watch),
     "convert": (add_convert, run_convert),
     "capture": (add_capture, run_capture),
     "plan": (add_plan, run_plan),

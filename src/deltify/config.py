@@ -150,7 +150,7 @@ class RunSpec:
             states are float32.
         heldout_tokens: Number of validation tokens.
         heldout_sequence_length: Tokens per validation sequence.
-        eval_every: Validate every N steps.
+        eval_every: Validate every N steps, and write samples.
         save_every_minutes: Save a checkpoint every N minutes.
         save_every: Save a checkpoint every N steps; 0 to save by time only.
         keep_checkpoints: Number of latest checkpoints to keep. The best one is kept, too.

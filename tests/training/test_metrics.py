@@ -11,6 +11,8 @@ from helpers import die_in_step, records, tiny_recipe
 
 from deltify import distill
 from deltify.config import Recipe
+from deltify.training.metrics import Metrics
+from deltify.training.trackers import Table, picture_of_recall
 
 
 class Tracker:
@@ -29,6 +31,12 @@ class Tracker:
 
     def finish(self):
         self.finished += 1
+
+    def Table(self, columns, data):
+        return columns, data
+
+    def Image(self, picture):
+        return picture.shape
 
 
 def interrupted(recipe: Recipe) -> None:
@@ -77,6 +85,8 @@ def test_tensorboard_takes_steps_that_are_made_again_in_place_of_the_old_ones(tm
         def add_scalar(self, key, value, step):
             points.append((key, step, value))
 
+        add_text = add_scalar
+
         def close(self):
             opened.append("closed")
 
@@ -97,5 +107,28 @@ def test_one_tracker_sees_the_whole_run(tmp_path, monkeypatch):
     assert [settings["name"] for settings in tracker.opened] == ["tiny"] and tracker.finished == 1
     logged = tracker.logged
     assert [step for step, _ in logged] == list(range(17))
-    assert logged[0][1].keys() == {"converted/tokens", "converted/heldout_kl", "converted/heldout_perplexity"}
+    scores = ("tokens", "heldout_kl", "heldout_perplexity", "validation_seconds")
+    assert logged[0][1].keys() == {*(f"converted/{score}" for score in scores), "samples"}
     assert "align/loss" in logged[8][1] and "match/lr_other" in logged[9][1]
+
+
+def test_validations_send_a_table_of_samples_and_a_picture_of_the_recall_curve(tmp_path, monkeypatch):
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    recipe = tiny_recipe(tmp_path)
+    recipe.folder.mkdir(parents=True)
+    curve = {"recall": -3.0, "recall_logprob_128": -2.0, "recall_logprob_256": -4.0}
+    with Metrics(replace(recipe, run=replace(recipe.run, report_to="trackio"))) as metrics:
+        metrics.write("converted", 0, [{"prompt": "a", "continuation": "b"}], tokens=0, **curve)
+        metrics.write("align", 1, tokens=64, loss=1.0)
+    (_, validated), (_, plain) = tracker.logged
+    assert validated["samples"] == (["stage", "prompt", "continuation"], [["converted", "a", "b"]])
+    assert validated["recall_curve"] == (480, 720, 3) and plain == {"align/tokens": 64, "align/loss": 1.0}
+    assert [sorted(record) for record in records(recipe.folder)][1] == ["loss", "stage", "step", "time", "tokens"]
+    pictures = [picture_of_recall([{"stage": "align", "tokens": 9} | curve] * count) for count in (1, 20)]
+    assert all(picture.std() > 0 for picture in pictures) and (pictures[0] != pictures[1]).any()
+
+
+def test_a_table_in_markdown_keeps_its_rows():
+    table = Table(("prompt", "continuation"), [["a\nb", "c | d"]])
+    assert table.markdown() == "| prompt | continuation |\n| --- | --- |\n| a b | c \\| d |"

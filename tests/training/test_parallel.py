@@ -1,5 +1,6 @@
 """Two processes on a CPU give the results of one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -51,6 +52,9 @@ def test_a_run_resumes_from_two_processes_on_one_and_back(tmp_path):
     write_recipe(shard, tmp_path / "recipe.yaml")
     said = run(2, "distill", tmp_path / "recipe.yaml", "--resume")
     assert "resuming from step 2" in said and "2 processes: each has a shard" in said
+    assert "samples are not written while the models are sharded" in said
+    sampled = {json.loads(line)["stage"] for line in (recipe.folder / "samples.jsonl").read_text().splitlines()}
+    assert sampled == {"teacher", "converted", "align"}  # align began on whole models
     whole = distill(tiny_recipe(tmp_path / "whole"))
     for name in ("align", "match"):
         got, want = (load_file(folder / name / "model.safetensors") for folder in (recipe.folder, whole))

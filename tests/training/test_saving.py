@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from deltify import distill
 from deltify.config import RunSpec, Stage
-from deltify.training import checkpoint, runner, trainer
+from deltify.training import checkpoint, trainer
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,7 @@ def test_a_folder_that_is_replaced_is_complete_at_any_time(tmp_path, monkeypatch
 def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     kls = iter([9.0, 5.0, 6.0, 7.0, 4.0])  # after the conversion and steps 2, 4, 6 and 8
     evaluate_heldout = lambda *args: {"heldout_kl": next(kls), "heldout_perplexity": 1.0}  # noqa: E731
-    for module in (runner, trainer):
-        monkeypatch.setattr(module, "evaluate_heldout", evaluate_heldout)
+    monkeypatch.setattr(trainer, "evaluate_heldout", evaluate_heldout)
     run = RunSpec(
         "cpu", "fp32", heldout_tokens=64, heldout_sequence_length=32, eval_every=2, save_every=3, keep_checkpoints=1
     )

@@ -26,6 +26,7 @@ DISTANCES = tuple(128 * 2**i for i in range(10))  # 128 to 65,536: the smallest 
 MAX_TOKENS = 12_288  # of the documents of a validation: less than a tenth of the time of 65,536 validation tokens
 SHARE = 5  # smallest number of validation tokens per token of these documents
 SHORTEST = 512  # tokens of the shortest documents
+LOG_PROB = "recall_logprob_"  # begins the names of a curve's figures, which end in the smallest distance
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,13 @@ def evaluate_recall(student: DeltifyForCausalLM, probes: list[Probe], autocast: 
     if not buckets:
         return {}
     figures = {"recall": sum(bucket.log_prob for bucket in buckets) / len(buckets)}
-    figures |= {f"recall_logprob_{bucket.distance}": bucket.log_prob for bucket in buckets}
+    figures |= {f"{LOG_PROB}{bucket.distance}": bucket.log_prob for bucket in buckets}
     return figures | {f"recall_right_{bucket.distance}": bucket.right for bucket in buckets}
+
+
+def curve_of(figures: dict) -> dict[int, float]:
+    """Return the mean log-probability by distance in a line of metrics.jsonl."""
+    return {int(key.removeprefix(LOG_PROB)): value for key, value in figures.items() if key.startswith(LOG_PROB)}
 
 
 def recall_text(figures: dict[str, float]) -> str:

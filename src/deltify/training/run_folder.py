@@ -93,7 +93,7 @@ def read_run(folder: Path) -> dict:
 
 
 def write_run(recipe: Recipe, device: torch.device, precision: str, data: dict[str, str], weights: str) -> None:
-    """Write recipe.yaml and run.json, which holds the device, the precision, and the checksums of text and teacher.
+    """Write recipe.yaml and run.json: device, precision, name and memory of a GPU, checksums of text and teacher.
 
     Args:
         data: Checksums of the tokens of each source.
@@ -101,6 +101,9 @@ def write_run(recipe: Recipe, device: torch.device, precision: str, data: dict[s
     """
     recipe.folder.mkdir(parents=True, exist_ok=True)
     made = machine(device, precision) | {"data": data, "weights": weights}
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        made |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory}
     write_text(recipe.folder / "run.json", json.dumps(made))
     write_recipe(recipe, recipe.folder / "recipe.yaml")
 

@@ -25,14 +25,16 @@ from ..utils.console import console, log
 from ..utils.devices import pick_device, pick_precision
 from ..utils.folders import model_folder
 from . import checkpoint, distributed
-from .metrics import Metrics, tracker_module
+from .metrics import Metrics
 from .optimizers import training_bytes
-from .recall import evaluate_recall, heldout_probes, recall_text
+from .recall import heldout_probes, recall_text
 from .run_folder import check_data, check_run, check_weights, write_run
+from .samples import heldout_prompts
 from .signals import Stopper
-from .steps import StageTeacher, evaluate_heldout
+from .steps import StageTeacher
 from .teacher_cache import CachedTeacher, capture, read_about
 from .teachers import LiveTeacher, open_teacher
+from .trackers import tracker_module
 from .trainer import RunContext, StageTrainer, unshare_weights
 
 
@@ -113,8 +115,13 @@ def open_everything(
     probes = heldout_probes(heldout, longest, recipe.run.heldout_tokens, teacher.tokenizer)
     if not probes:
         log("recall is not measured: it needs longer validation text, run.heldout_tokens, and a fast tokenizer")
+    prompts = heldout_prompts(heldout)
+    if not len(prompts):
+        log("samples are not written: no validation document is long enough for a prompt")
     metrics = Metrics(recipe)
-    return teacher, RunContext(recipe, device, precision, train, mixes, batches, probes, metrics, stopper, deadline)
+    return teacher, RunContext(
+        recipe, device, precision, train, mixes, batches, probes, prompts, metrics, stopper, deadline
+    )
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -242,10 +249,12 @@ def convert_stage(context: RunContext, teacher: StageTeacher) -> DeltifyForCausa
     assert isinstance(teacher, LiveTeacher)  # the cached one opens after the conversion
     name, folder = "converted", context.recipe.folder / "converted"
     student = create_student(context.recipe, teacher.pretrained, context.train).eval()
-    scores = evaluate_heldout(teacher, student, context.heldout, context.autocast)
-    scores |= evaluate_recall(student, context.probes, context.autocast)
+    scores, samples = context.validate(teacher, student, sharded=False)
+    context.metrics.truncate("teacher", -1)
     context.metrics.truncate(name, -1)
-    context.metrics.write(stage=name, step=0, tokens=0, **scores)
+    if samples:
+        context.metrics.write_samples("teacher", 0, 0, context.samples(teacher.pretrained.model, teacher.tokenizer))
+    context.metrics.write(stage=name, step=0, tokens=0, samples=samples, **scores)
     checkpoint.save_model(folder, student, teacher.tokenizer)
     console.print(f"converted: held-out KL {scores['heldout_kl']:.3f}{recall_text(scores)}, before any training")
     # all ranks continue from the first rank's weights, bit for bit
@@ -278,6 +287,8 @@ def choose_sharding(recipe: Recipe, teacher: StageTeacher, student: DeltifyForCa
     chosen = bool(distributed.all_reduce_max(chosen, device))
     share = "a shard of the models" if chosen else "the whole models"
     log(f"{distributed.world_size()} processes: each has {share}")
+    if chosen:
+        log("samples are not written while the models are sharded")
     return chosen
 
 

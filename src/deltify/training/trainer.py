@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import Recipe, Stage
 from ..data.batches import Batch, MixedBatches
@@ -30,6 +31,7 @@ from .optimizers import (
     waits_for_ranks,
 )
 from .recall import evaluate_recall, recall_text
+from .samples import write_samples
 from .signals import Stopped, Stopper
 from .steps import StageTeacher, align_step, evaluate_heldout, match_step
 
@@ -44,6 +46,7 @@ class RunContext:
         mixes: Training batches of each stage that is to run.
         heldout: Validation batches.
         probes: Documents of the recall curve.
+        prompts: Tokens of the held-out prompts that samples continue, [prompts, tokens].
         deadline: Time of `time.monotonic()` after which training stops.
     """
 
@@ -54,12 +57,31 @@ class RunContext:
     mixes: dict[str, MixedBatches]
     heldout: list[Batch]
     probes: list[Probe]
+    prompts: Tensor
     metrics: Metrics
     stopper: Stopper
     deadline: float = math.inf
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def validate(
+        self, teacher: StageTeacher, student: DeltifyForCausalLM, sharded: bool
+    ) -> tuple[dict[str, float], list[dict[str, str]]]:
+        """Return the figures of a student on held-out text, and samples unless it is sharded.
+
+        The student must be in eval mode.
+        """
+        started = time.monotonic()
+        figures = evaluate_heldout(teacher, student, self.heldout, self.autocast)
+        figures |= evaluate_recall(student, self.probes, self.autocast)
+        samples = [] if sharded or self.metrics.silent else self.samples(student, teacher.tokenizer)
+        return figures | {"validation_seconds": time.monotonic() - started}, samples
+
+    def samples(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+        """Return the prompts and the model's greedy continuations."""
+        with self.autocast():
+            return write_samples(model, self.prompts, tokenizer)
 
 
 class StageTrainer:
@@ -102,17 +124,20 @@ class StageTrainer:
         """
         self.resume()
         self.student.train()
+        if self.context.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.context.device)
         self.last_save = self.last_clock = time.monotonic()
         with ProgressBar(self.name, self.stage.steps) as show:
             for step in range(self.progress.step, self.stage.steps):
-                figures = self.train_step(step)
+                figures, samples = self.train_step(step), []
                 speed = self.count_step()
                 self.check_for_stop()
                 finished_at = self.last_clock
                 if self.progress.step % self.recipe.run.eval_every == 0 or self.is_last_step or self.stopped_early:
-                    figures |= self.evaluate()
+                    scores, samples = self.evaluate()
+                    figures |= scores
                     self.last_clock = time.monotonic()
-                self.log_step(figures, speed)
+                self.log_step(figures, speed, samples)
                 show(self.progress.step, figures["loss"], speed)
                 self.save_if_due(finished_at)
                 if self.signal:
@@ -163,12 +188,16 @@ class StageTrainer:
         late = not self.is_last_step and self.last_clock > self.context.deadline
         self.stopped_early = bool(distributed.all_reduce_max(late, device))
 
-    def log_step(self, figures: dict[str, float], speed: float) -> None:
-        """Write the line of a step to metrics.jsonl and the tracker."""
+    def log_step(self, figures: dict[str, float], speed: float, samples: list[dict[str, str]]) -> None:
+        """Write the line of a step to metrics.jsonl and the tracker, and the samples of a validation."""
+        device = self.context.device
+        if device.type == "cuda":
+            figures = figures | {"peak_memory_bytes": torch.cuda.max_memory_allocated(device)}
         self.context.metrics.write(
             stage=self.name,
             step=self.progress.step,
             tokens=self.progress.tokens,
+            samples=samples,
             **figures,
             **{f"lr_{group['name']}": group["lr"] for group in groups(self.optimizers)},
             tokens_per_second=speed,
@@ -236,11 +265,10 @@ class StageTrainer:
             f"lower learning rate: --resume --{self.name}.lr_mixers {self.stage.lr_mixers / 2:g}"
         )
 
-    def evaluate(self) -> dict[str, float]:
-        """Evaluate on held-out text, and note the step if it is the best so far."""
+    def evaluate(self) -> tuple[dict[str, float], list[dict[str, str]]]:
+        """Evaluate on held-out text, write samples, and note the step if it is the best so far."""
         self.student.eval()
-        scores = evaluate_heldout(self.teacher, self.student, self.context.heldout, self.context.autocast)
-        scores |= evaluate_recall(self.student, self.context.probes, self.context.autocast)
+        scores, samples = self.context.validate(self.teacher, self.student, self.sharded)
         self.student.train()
         if self.progress.best_kl is None or scores["heldout_kl"] < self.progress.best_kl:
             self.progress = replace(self.progress, best_kl=scores["heldout_kl"], best_step=self.progress.step)
@@ -249,7 +277,7 @@ class StageTrainer:
             f"perplexity {scores['heldout_perplexity']:.1f}{recall_text(scores)}",
             highlight=False,
         )
-        return scores
+        return scores, samples
 
 
 def share_frozen_weights(student: DeltifyForCausalLM, teacher_parameters: dict[str, nn.Parameter]) -> None:
