@@ -141,17 +141,27 @@ def add_distill(commands: argparse._SubParsersAction) -> None:
         "--smoke", action="store_true", help="run two steps per stage with a tiny random model on the CPU"
     )
     distill.add_argument("--max-minutes", type=float, help="stop training after this time; --resume continues")
+    distill.add_argument(
+        "--fit-minutes",
+        type=float,
+        help="measure this machine's speed and choose numbers of tokens for a run of about this time",
+    )
 
 
 def run_distill(options: argparse.Namespace, overrides: list[str]) -> None:
     from .config import load_recipe, smoke
     from .training.distributed import relaunch_with_torchrun
+    from .training.fit import fit_to_time
     from .training.runner import distill
 
     recipe = load_recipe(options.recipe, overrides)
-    if not options.smoke and recipe.run.device in ("auto", "cuda"):
+    if options.smoke:
+        recipe = smoke(recipe)
+    elif recipe.run.device in ("auto", "cuda") and options.fit_minutes is None:
         relaunch_with_torchrun()
-    distill(smoke(recipe) if options.smoke else recipe, resume=options.resume, max_minutes=options.max_minutes)
+    if options.fit_minutes is not None:
+        recipe = fit_to_time(recipe, options.fit_minutes)
+    distill(recipe, resume=options.resume, max_minutes=options.max_minutes)
 
 
 def add_convert(commands: argparse._SubParsersAction) -> None:

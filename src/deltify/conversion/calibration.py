@@ -9,12 +9,14 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.batches import Batch
 from ..model import DeltifyForCausalLM, DeltifyKDA
 from ..model.mixers import Packing, factors, find_packing, inverse_softplus
 from .attention import HeadStatistics, best_retrieval_heads
+from .constant_memory import read_memory, share_products
 from .teacher import Teacher
 
 # Memories that a head may start with: beta of every token, half-life as a fraction of the mean distance that the head
@@ -114,7 +116,6 @@ class Calibration:
         tokens = positions_BT.shape[1]
         self.num_choice_rows = max(1, CHOICE_TOKENS // tokens)
         self.packing = find_packing(None, positions_BT, tokens, cached=False)
-        self.choice_packing = find_packing(None, positions_BT[: self.num_choice_rows], tokens, cached=False)
         self.captured = torch.empty(0)  # heads' outputs [B, T, H * K] in the teacher layer that runs
         self.explained: list[str] = []  # for each KDA layer, the fraction of variance that its o_proj explains
         self.silence: dict[int, list[str]] = {}  # for each KDA layer, see `describe_silence`
@@ -163,12 +164,13 @@ class Calibration:
         center_projections(mixer, x_ND, centred, constant_direction_D)
         heads_NHK = split_heads(gather(self.captured, self.packing), mixer.head_dim)
         fit_output_gate(mixer, x_ND, heads_NHK, constant_direction_D)
-        teacher_heads_NHK = split_heads(gather(self.captured[:rows], self.choice_packing), mixer.head_dim)
+        teacher_heads_NHK = split_heads(self.captured[:rows].flatten(0, 1), mixer.head_dim)
+        positions_BT = self.batch.position_ids[:rows]
         weigh_equally(mixer, equal_H, constant_direction_D)
         if self.constant:
             add_constant(mixer, x_ND, constant_direction_D)
         distance_H = self.statistics[index].distance_H.masked_fill(silent["values"], 0)
-        choice_inputs = (x_BTD[:rows], self.choice_packing, constant_direction_D, distance_H, teacher_heads_NHK)
+        choice_inputs = (x_BTD[:rows], positions_BT, constant_direction_D, distance_H, teacher_heads_NHK)
         choice = choose_memory(mixer, *choice_inputs)
         self.chosen.update(memory for head, memory in enumerate(choice) if head not in retrieving)
         set_retrieval(mixer, retrieving, self.statistics[index], x_ND, constant_direction_D)
@@ -335,7 +337,7 @@ def add_constant(mixer: DeltifyKDA, x_ND: Tensor, constant_direction_D: Tensor) 
 def choose_memory(
     mixer: DeltifyKDA,
     x_BTD: Tensor,
-    packing: Packing | None,
+    position_ids_BT: Tensor,
     constant_direction_D: Tensor,
     distance_H: Tensor,
     teacher_heads_NHK: Tensor,
@@ -348,28 +350,52 @@ def choose_memory(
     Args:
         mixer: KDA layer, changed in place.
         x_BTD: Inputs of the layer.
-        packing: Documents of the inputs.
+        position_ids_BT: Positions of the inputs in their documents.
         constant_direction_D: Vector whose product with every input is about 1.
         distance_H: Mean distance in tokens that each head looks back.
         teacher_heads_NHK: Outputs of the teacher's heads for the same inputs.
     """
-    residuals = []
-    for candidate in CANDIDATES:
-        set_memory(mixer, [candidate] * len(distance_H), constant_direction_D, distance_H)
-        features_NHK = split_heads(mixer_output(mixer, x_BTD, packing).flatten(0, 1), mixer.head_dim)
-        residuals.append(residual_sum_of_squares(features_NHK.float(), teacher_heads_NHK))
-    best = [CANDIDATES[index] for index in torch.stack(residuals).argmin(0).tolist()]
+    q, k, v = (
+        F.silu(CONV_TAP * split_heads(projection(x_BTD), mixer.head_dim))
+        for projection in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    )
+    gate = split_heads(mixer.g_proj(x_BTD), mixer.head_dim)
+    one_BT1 = (x_BTD @ constant_direction_D)[..., None]
+    residuals: dict[Memory, Tensor] = {}
+    for lag in sorted({lag for _, _, lag in CANDIDATES}):
+        shared = share_products(q, delay(k, lag, position_ids_BT), delay(v, lag, position_ids_BT), position_ids_BT)
+        for beta, fraction, _ in (candidate for candidate in CANDIDATES if candidate[2] == lag):
+            beta_BTH = (math.log(beta / (1 - beta)) * one_BT1).sigmoid().expand(-1, -1, len(distance_H))
+            o = read_memory(shared, beta_BTH, math.log(2) / half_life(fraction, distance_H))
+            features_NHK = mixer.o_norm(o, gate).flatten(0, 1)
+            residuals[beta, fraction, lag] = residual_sum_of_squares(features_NHK, teacher_heads_NHK)
+    memories = list(residuals)
+    best = [memories[index] for index in torch.stack(list(residuals.values())).argmin(0).tolist()]
     set_memory(mixer, best, constant_direction_D, distance_H)
     return best
+
+
+def delay(x_BTHK: Tensor, lag: int, position_ids_BT: Tensor) -> Tensor:
+    """Return the value of each token `lag` tokens earlier, or zero where its document begins later."""
+    if not lag:
+        return x_BTHK
+    earlier = F.pad(x_BTHK, (0, 0, 0, 0, lag, 0))[:, :-lag]
+    return earlier.masked_fill((position_ids_BT < lag)[..., None, None], 0)
+
+
+def half_life(fraction: float | Tensor, distance_H: Tensor) -> Tensor:
+    """Return the half-life in tokens of each head, from its fraction of the mean distance."""
+    return (fraction * distance_H).clamp(min=0.5)
 
 
 def set_memory(mixer: DeltifyKDA, memories: list[Memory], constant_direction_D: Tensor, distance_H: Tensor) -> None:
     """Set decay, beta and convolutions of each head."""
     device = constant_direction_D.device
     beta_H, fraction_H, lag_H = torch.tensor(memories, device=device, dtype=torch.float32).unbind(1)
-    half_life_H = (fraction_H * distance_H).clamp(min=0.5)
     mixer.A_log.zero_()
-    mixer.dt_bias.copy_(inverse_softplus(math.log(2) / half_life_H).repeat_interleave(mixer.head_dim))
+    mixer.dt_bias.copy_(
+        inverse_softplus(math.log(2) / half_life(fraction_H, distance_H)).repeat_interleave(mixer.head_dim)
+    )
     factors(mixer.f_proj)[1].weight.zero_()
     mixer.b_proj.weight.copy_(beta_H.logit()[:, None] * constant_direction_D)
     # queries never lag: the current token reads what earlier tokens wrote
