@@ -321,12 +321,13 @@ def test_each_head_gets_the_memory_that_predicts_it_best(teacher):
     one = ridge(x.flatten(0, 1), torch.ones(256, 1), 1e-3)[:, 0]
     heads = student.config.num_attention_heads
     distance, silent = torch.full((heads,), 8.0), torch.zeros(256, heads, mixer.head_dim)
+    positions = torch.arange(64).repeat(4, 1)
     for candidate in (CANDIDATES[0], CANDIDATES[-1]):
         with torch.no_grad():
             fit_output_gate(mixer, x.flatten(0, 1), silent, one)
             set_memory(mixer, [candidate] * heads, one, distance)
             wanted = mixer.inner(x).flatten(0, 1).unflatten(-1, (heads, -1))
-            assert choose_memory(mixer, x, None, one, distance, wanted) == [candidate] * heads
+            assert choose_memory(mixer, x, positions, one, distance, wanted) == [candidate] * heads
 
 
 def test_the_output_gate_follows_the_size_of_a_heads_output(teacher):

@@ -154,7 +154,7 @@ class Calibration:
             target_ND = target_ND - mixer.o_proj.bias
         variance = (target_ND - target_ND.mean(0)).square().sum()
         is_constant = variance <= LEAST_VARIANCE * target_ND.square().sum()
-        silent = silent_heads(mixer, x_ND)
+        silent = silent_heads(mixer, x_ND[:CHOICE_TOKENS])
         # Softmax weighs all tokens equally where queries or keys are zero. Where all outputs are equal, weights do not
         # matter, so equal ones serve.
         equal_H = silent["queries"] | silent["keys"] | (is_constant & ~is_silent(target_ND))
