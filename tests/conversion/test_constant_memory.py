@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from deltify.conversion.calibration import delay
+from deltify.conversion.calibration import delay, memory_output, set_memory
 from deltify.conversion.constant_memory import read_memory, share_products
+from deltify.conversion.student import convert
+from deltify.conversion.teacher import random_teacher
 from deltify.model.mixers import find_packing, inverse_softplus
 from deltify.ops import kda
 
@@ -45,5 +47,22 @@ def test_a_constant_memory_equals_kda(shape, starts):
 def test_a_delayed_token_does_not_come_from_another_document():
     x = torch.arange(1.0, 7.0).view(1, 6, 1, 1)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    assert delay(x, 1, positions).flatten().tolist() == [0, 1, 2, 0, 4, 5]
-    assert delay(x, 0, positions) is x
+    assert delay(x, positions).flatten().tolist() == [0, 1, 2, 0, 4, 5]
+
+
+def test_calibration_sees_what_the_layer_will_put_out():
+    """With documents in a sequence, and with heads that lag."""
+    torch.manual_seed(0)
+    student = convert(random_teacher("llama"), init="library")
+    mixer, width = student.model.layers[0].self_attn, student.config.hidden_size
+    heads = student.config.num_attention_heads
+    x, one = torch.randn(2, 80, width), torch.randn(width) / width
+    positions = torch.arange(80).repeat(2, 1)
+    positions[0, 30:] = torch.arange(50)
+    lags = [head % 2 for head in range(heads)]
+    with torch.no_grad():
+        set_memory(mixer, [(0.2, 0.5, lag) for lag in lags], one, torch.linspace(2, 50, heads))
+        packing = find_packing(None, positions, 80, cached=False)
+        wanted = mixer.inner(packing.gather(x), None, packing)[0]
+        got = memory_output(mixer, x, positions, torch.tensor(lags))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)

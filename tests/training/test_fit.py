@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import records, tiny_recipe
 
 from deltify.config import Recipe, RunSpec, Stage, StudentSpec, load_recipe
 from deltify.training import fit as fitting
@@ -21,7 +22,6 @@ from deltify.training.fit import (
 )
 from deltify.training.metrics import read_stages
 from deltify.training.runner import distill
-from tests.helpers import records, tiny_recipe
 
 RECIPE = Recipe(
     name="r",
