@@ -10,7 +10,8 @@ from deltify.config import Recipe, RunSpec, Stage, StudentSpec, load_recipe
 from deltify.training import fit as fitting
 from deltify.training.fit import (
     FEWEST_STEPS,
-    LEAST_TOKENS,
+    LEAST_CALIBRATION,
+    LEAST_VALIDATION,
     MOST_GROWTH,
     Speed,
     fit,
@@ -46,8 +47,8 @@ def test_a_run_takes_the_time_it_is_fitted_to(speed):
         assert fitted.stage(name).steps >= FEWEST_STEPS
         assert fitted.stage(name).steps * 256 * fitted.stage(name).batch_size == fitted.stage(name).tokens
         assert fitted.stage(name).tokens <= MOST_GROWTH * RECIPE.stage(name).tokens
-    assert LEAST_TOKENS <= fitted.student.calibration_tokens <= 8192
-    assert LEAST_TOKENS <= fitted.run.heldout_tokens <= 8192
+    assert LEAST_CALIBRATION <= fitted.student.calibration_tokens <= 8192
+    assert LEAST_VALIDATION <= fitted.run.heldout_tokens <= 8192
 
 
 def test_a_slow_machine_gets_less_of_everything_and_smaller_batches():
@@ -61,7 +62,7 @@ def test_every_stage_trains_on_a_machine_that_is_too_slow():
     fitted = fit(RECIPE, machine(1), 600)
     assert (fitted.align.steps, fitted.align.batch_size) == (2, 1)
     assert (fitted.match.steps, fitted.match.batch_size) == (2, 1)
-    assert fitted.student.calibration_tokens == fitted.run.heldout_tokens == LEAST_TOKENS
+    assert (fitted.student.calibration_tokens, fitted.run.heldout_tokens) == (LEAST_CALIBRATION, LEAST_VALIDATION)
 
 
 def test_a_fast_machine_trains_more_up_to_a_limit():

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..config import STAGES, Recipe, Stage, StudentSpec, check, load_recipe
+from ..conversion.calibration import CHOICE_TOKENS
 from ..conversion.student import INITS, KIND_BY_LETTER, convert, layer_kinds
 from ..conversion.teacher import Teacher
 from ..data.batches import MixedBatches
@@ -24,9 +25,11 @@ from .steps import StageTeacher, evaluate_heldout
 from .teachers import LiveTeacher, open_teacher
 from .trainer import RunContext, StageTrainer
 
-CONVERSION_COST = 2.5  # time of a calibration token, in validation tokens; measured on a CPU with SmolLM2-135M
+# Time of the conversion, in validation tokens: per calibration token, and more per token of the first CHOICE_TOKENS.
+# Measured on a CPU with SmolLM2-135M.
+CONVERSION_COST, CHOICE_COST = 0.7, 1.5
 CONVERSION_SHARE, VALIDATION_SHARE = 0.3, 0.15  # largest fractions of the time
-LEAST_TOKENS = 1024  # of calibration and validation text, where the recipe has as many
+LEAST_CALIBRATION, LEAST_VALIDATION = 1024, 512  # tokens, where the recipe has as many
 FEWEST_STEPS = 6  # of a stage, if smaller batches allow it
 MOST_GROWTH = 32  # largest factor of a stage's tokens on a fast machine
 LITTLE = 5.0  # seconds in which a CPU should do the work on a batch, or else a single sequence is measured
@@ -82,10 +85,13 @@ def fit(recipe: Recipe, speed: Speed, seconds: float) -> Recipe:
     too few steps gets smaller batches. Every stage makes two steps at least, so a slow machine may take longer.
     """
     spec, run = recipe.student, recipe.run
-    budget = CONVERSION_SHARE * seconds / (CONVERSION_COST * speed.validation)
-    calibration = at_most(spec.calibration_tokens, budget, spec.calibration_sequence_length)
-    budget = VALIDATION_SHARE * seconds / (validations(recipe) * speed.validation)
-    heldout = at_most(run.heldout_tokens, budget, run.heldout_sequence_length)
+    budget = CONVERSION_SHARE * seconds / speed.validation
+    calibration = spec.calibration_tokens
+    while conversion_cost(calibration) > budget and calibration > LEAST_CALIBRATION:
+        calibration = max(LEAST_CALIBRATION, calibration - spec.calibration_sequence_length)
+    sequences = VALIDATION_SHARE * seconds / speed.validation / validations(recipe) // run.heldout_sequence_length
+    fewest = math.ceil(LEAST_VALIDATION / run.heldout_sequence_length)
+    heldout = min(run.heldout_tokens, int(max(fewest, sequences)) * run.heldout_sequence_length)
     fitted = replace(
         recipe,
         student=replace(spec, calibration_tokens=calibration),
@@ -99,10 +105,9 @@ def fit(recipe: Recipe, speed: Speed, seconds: float) -> Recipe:
     )
 
 
-def at_most(wanted: int, affordable: float, multiple: int) -> int:
-    """Return `wanted`, or the largest affordable multiple, but LEAST_TOKENS at least."""
-    fewest = min(wanted, math.ceil(LEAST_TOKENS / multiple) * multiple)
-    return wanted if affordable >= wanted else max(fewest, int(affordable // multiple) * multiple)
+def conversion_cost(tokens: int) -> float:
+    """Return the time of a conversion on this number of calibration tokens, in validation tokens."""
+    return CONVERSION_COST * tokens + CHOICE_COST * min(tokens, CHOICE_TOKENS)
 
 
 def resize(stage: Stage, factor: float) -> Stage:
@@ -123,7 +128,7 @@ def validations(recipe: Recipe) -> int:
 def run_seconds(recipe: Recipe, speed: Speed) -> float:
     """Return the estimated seconds of a run."""
     calibration = recipe.student.calibration_tokens if recipe.student.init in INITS else 0
-    tokens = CONVERSION_COST * calibration + validations(recipe) * recipe.run.heldout_tokens
+    tokens = conversion_cost(calibration) + validations(recipe) * recipe.run.heldout_tokens
     return speed.opening + tokens * speed.validation + training_seconds(recipe, speed)
 
 
