@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from deltify.conversion.attention import HeadStatistics, far_copies, measure_attention
 from deltify.conversion.calibration import (
-    CANDIDATES,
+    LAGGING,
     add_constant,
     choose_memory,
     fit_output_gate,
@@ -314,7 +314,7 @@ def test_heads_without_queries_or_keys_take_a_mean_of_values(rows):
 
 
 def test_each_head_gets_the_memory_that_predicts_it_best(teacher):
-    """Heads whose output was computed with a candidate get that candidate."""
+    """Heads whose output was computed with a memory get that memory."""
     student = convert(teacher, init="library")
     mixer, x = student.model.layers[0].self_attn, torch.randn(4, 64, student.config.hidden_size)
     x += torch.randn(student.config.hidden_size)  # a direction that all inputs share
@@ -322,7 +322,7 @@ def test_each_head_gets_the_memory_that_predicts_it_best(teacher):
     heads = student.config.num_attention_heads
     distance, silent = torch.full((heads,), 8.0), torch.zeros(256, heads, mixer.head_dim)
     positions = torch.arange(64).repeat(4, 1)
-    for candidate in (CANDIDATES[0], CANDIDATES[-1]):
+    for candidate in ((0.2, 3.0, 0), (0.6, 1.0, 0), (0.1, 0.3, 0), *LAGGING):
         with torch.no_grad():
             fit_output_gate(mixer, x.flatten(0, 1), silent, one)
             set_memory(mixer, [candidate] * heads, one, distance)
