@@ -104,7 +104,7 @@ def test_a_fitted_run_trains_all_stages_and_resumes_with_its_numbers(tmp_path, c
     fitted = fit_to_time(recipe, 0.03)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("This machine trains"))
     steps = fitted.align.steps
-    assert f"align 8 -> {steps} steps of {fitted.align.batch_size} sequences" in line
+    assert f"align 8 steps -> {steps}" in line and ("batches of" in line) == (fitted.align.batch_size != 2)
     assert steps != 8 and replace(take_numbers(fitted, recipe), run=recipe.run) == recipe  # nothing else has changed
     run = distill(fitted, max_minutes=0)
     assert load_recipe(run / "recipe.yaml") == fitted

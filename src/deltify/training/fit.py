@@ -100,9 +100,14 @@ def fit(recipe: Recipe, speed: Speed, seconds: float) -> Recipe:
     fixed = run_seconds(fitted, speed) - training_seconds(fitted, speed)
     factor = min(MOST_GROWTH, max(0.0, seconds - fixed) / training_seconds(fitted, speed))
     stages = {name: resize(recipe.stage(name), factor) for name in STAGES if recipe.stage(name).tokens}
-    return check(
-        replace(fitted, run=replace(fitted.run, eval_every=math.ceil(run.eval_every * max(1, factor))), **stages)
-    )
+    every = math.ceil(run.eval_every * max(1, factor))
+    return check(with_stages(replace(fitted, run=replace(fitted.run, eval_every=every)), stages))
+
+
+def with_stages(recipe: Recipe, stages: dict[str, Stage]) -> Recipe:
+    """Return the recipe with other stages of these names."""
+    align, match, extend = (stages.get(name, recipe.stage(name)) for name in STAGES)
+    return replace(recipe, align=align, match=match, extend=extend)
 
 
 def conversion_cost(tokens: int) -> float:
@@ -139,37 +144,32 @@ def training_seconds(recipe: Recipe, speed: Speed) -> float:
 
 def take_numbers(recipe: Recipe, stored: Recipe) -> Recipe:
     """Return the recipe with the numbers of tokens that the run of `stored` was fitted to."""
-    stages = {
-        name: replace(
-            recipe.stage(name),
-            **{key: getattr(stored.stage(name), key) for key in ("tokens", "batch_size", "micro_batch_size")},
-        )
-        for name in STAGES
-    }
-    return replace(
+    stages = {}
+    for name in STAGES:
+        old = stored.stage(name)
+        sizes = {"tokens": old.tokens, "batch_size": old.batch_size, "micro_batch_size": old.micro_batch_size}
+        stages[name] = replace(recipe.stage(name), **sizes)
+    same = replace(
         recipe,
         student=replace(recipe.student, calibration_tokens=stored.student.calibration_tokens),
         run=replace(recipe.run, heldout_tokens=stored.run.heldout_tokens, eval_every=stored.run.eval_every),
-        **stages,
     )
+    return with_stages(same, stages)
 
 
 def describe_fit(recipe: Recipe, fitted: Recipe, speed: Speed, minutes: float) -> str:
     """Return a line with the speed of each stage and what the fit has changed."""
     speeds = " and ".join(f"{1 / seconds:,.0f} tokens/s in {name}" for name, seconds in speed.training.items())
-    changes = [
-        (
-            name,
-            recipe.stage(name).steps,
-            fitted.stage(name).steps,
-            f"steps of {fitted.stage(name).batch_size} sequences",
+    changes = []
+    for name in speed.training:
+        old, new = recipe.stage(name), fitted.stage(name)
+        batches = (
+            f" with batches of {new.batch_size} instead of {old.batch_size}" if new.batch_size != old.batch_size else ""
         )
-        for name in speed.training
-    ]
-    changes.append(("calibration", recipe.student.calibration_tokens, fitted.student.calibration_tokens, "tokens"))
-    changes.append(("validation", recipe.run.heldout_tokens, fitted.run.heldout_tokens, "tokens"))
-    listed = ", ".join(f"{name} {old:,} -> {new:,} {what}" for name, old, new, what in changes)
-    return f"This machine trains {speeds}: {listed}, so that the run takes about {minutes:.0f} minutes"
+        changes.append(f"{name} {old.steps:,} steps -> {new.steps:,}{batches}")
+    changes.append(f"calibration {recipe.student.calibration_tokens:,} tokens -> {fitted.student.calibration_tokens:,}")
+    changes.append(f"validation {recipe.run.heldout_tokens:,} tokens -> {fitted.run.heldout_tokens:,}")
+    return f"This machine trains {speeds}: {', '.join(changes)}, so that the run takes about {minutes:.0f} minutes"
 
 
 # ---- the speed of this machine ---------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def time_stage(context: RunContext, name: str, teacher: StageTeacher, student: D
     def trainer(sequences: int) -> Callable[[int], object]:
         micro = min(stage.micro_batch_size, sequences)
         part = replace(stage, batch_size=sequences, micro_batch_size=micro)
-        recipe = replace(context.recipe, **{name: part})
+        recipe = with_stages(context.recipe, {name: part})
         mix = MixedBatches(
             context.train, list(recipe.data.train.values()), part.sequence_length, sequences, recipe.seed
         )
@@ -235,7 +235,8 @@ def time_validation(context: RunContext, teacher: StageTeacher, student: Deltify
         return lambda _: evaluate_heldout(teacher, student, [part], context.autocast)
 
     student.eval()
-    return per_sequence(validate, *batch.input_ids.shape[:1], context.device) / batch.input_ids.shape[1]
+    rows, length = batch.input_ids.shape
+    return per_sequence(validate, rows, context.device) / length
 
 
 def per_sequence(make: Callable[[int], Callable[[int], object]], sequences: int, device: torch.device) -> float:
