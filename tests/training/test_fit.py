@@ -52,10 +52,11 @@ def test_a_run_takes_the_time_it_is_fitted_to(speed):
 
 
 def test_a_slow_machine_gets_less_of_everything_and_smaller_batches():
-    fitted = fit(RECIPE, machine(40), 600)
+    fitted = fit(RECIPE, machine(20), 600)
     assert fitted.student.calibration_tokens < 8192 and fitted.run.heldout_tokens < 8192
     assert fitted.match.batch_size < 8 and fitted.match.batch_size % fitted.match.micro_batch_size == 0
     assert fitted.run.eval_every == 24
+    assert fitted.match.lr_mixers == pytest.approx(RECIPE.match.lr_mixers * (fitted.match.batch_size / 8) ** 0.5)
 
 
 def test_every_stage_trains_on_a_machine_that_is_too_slow():
