@@ -20,7 +20,7 @@ RUN := runs/smollm2-135m-demo
 # they wait make it 9 times as slow on a CPU that other programs use, too.
 demo: export OMP_WAIT_POLICY = passive
 demo: .venv/installed
-	$(BIN)/deltify distill smollm2-135m-demo --resume --fit-minutes 9 --max-minutes 13
+	$(BIN)/deltify distill smollm2-135m-demo --resume --fit-minutes 10 --max-minutes 14
 	$(BIN)/deltify evaluate $(RUN) --contexts 256,1024
 	rm -rf $(RUN)/kimi_linear $(RUN)/gguf
 	$(BIN)/deltify export $(RUN) --layout kimi_linear -o $(RUN)/kimi_linear

@@ -29,7 +29,7 @@ RETRIEVAL_HALF_LIFE = 1e5  # tokens, of heads that retrieve; docs/log/recall.md
 # Such heads write rarely, or tokens in between overwrite what they keep. Beta has this mean over the tokens, and its
 # logit is this multiple of the logarithm of the attention that a token receives.
 MEAN_WRITE, WRITE_SLOPE, WRITE_PENALTY = 0.03, 2.0, 1e-2
-CHOICE_TOKENS = 1024  # number of tokens on which memories are compared and attention distances are measured
+CHOICE_TOKENS = 2048  # number of tokens on which memories are compared and attention distances are measured
 CONV_TAP = 0.03  # SiLU is nearly linear here; 0.3 and 0.1 give a worse initialisation, 0.01 no better one
 CONSTANT = 3.0  # size of the constant channel of a head's values, relative to the norm of all its channels
 RIDGE_PENALTY, GATE_PENALTY, DIRECTION_PENALTY = 1e-4, 0.1, 1e-3
