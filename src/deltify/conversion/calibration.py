@@ -21,10 +21,12 @@ from .constant_memory import SharedProducts, read_memory, share_products
 from .teacher import Teacher
 
 Memory = tuple[float, float, int]  # beta, half-life as a fraction of the mean distance that the head looks back, lag
-# Memories that a head may start with. Half-lives are compared with a beta of FIRST_BETA, then betas with the best of
-# them. Last come memories in which keys and values lag by one token: a head sees the previous token, not the current.
-HALF_LIVES, FIRST_BETA, OTHER_BETAS = (0.1, 0.3, 1.0, 3.0), 0.2, (0.1, 0.35, 0.6)
-LAGGING: tuple[Memory, ...] = ((0.5, 0.03, 1), (0.3, 0.1, 1), (0.2, 0.3, 1))
+# Memories that a head may start with. With a lag of 1, a head sees the previous token but not the current one.
+MEMORIES: tuple[Memory, ...] = (
+    *((beta, fraction, 0) for beta in (0.1, 0.2, 0.35, 0.6) for fraction in (0.3, 1.0, 3.0)),
+    *((beta, 0.1, 0) for beta in (0.2, 0.4)),
+    *((0.5, 0.03, 1), (0.3, 0.1, 1), (0.2, 0.3, 1)),
+)
 RETRIEVAL_HALF_LIFE = 1e5  # tokens, of heads that retrieve; docs/log/recall.md
 # Such heads write rarely, or tokens in between overwrite what they keep. Beta has this mean over the tokens, and its
 # logit is this multiple of the logarithm of the attention that a token receives.
@@ -66,9 +68,8 @@ def calibrate(
       layers lack: of q, k and v (see `fold_bias`), of the output gate, and of beta.
     - Output gate: a linear prediction of the norm of each head's output, which `o_norm` removes.
     - Centring: queries and keys lose their means, see `center_projections`.
-    - Memory: each head gets a half-life, beta and lag that predict the teacher head's output well, see
-      `choose_memory`. The heads that retrieve get a memory that lasts instead, see `set_retrieval`. `f_proj` starts at
-      zero.
+    - Memory: each head gets the one of `MEMORIES` that predicts the teacher head's output best. The heads that
+      retrieve get a memory that lasts instead, see `set_retrieval`. `f_proj` starts at zero.
     - Convolutions pass one token, scaled down. The L2 norms of q and k and `o_norm` undo the scale.
     - `o_proj`: the ridge regression of the teacher's attention output on the input of the student's `o_proj`. It also
       restores the scale of each head that `o_norm` removes.
@@ -347,29 +348,16 @@ def choose_memory(
         distance_H: Mean distance in tokens that each head looks back.
         teacher_heads_NHK: Outputs of the teacher's heads for the same inputs.
     """
-    heads = len(distance_H)
     inputs = head_inputs(mixer, x_BTD)
     one_BT1 = (x_BTD @ constant_direction_D)[..., None]
-    best: list[Memory] = [(FIRST_BETA, 1.0, 0)] * heads
-    least_H = torch.full_like(distance_H, math.inf)
-
-    def compare(shared: SharedProducts, memories: list[Memory]) -> None:
-        """Keep the memory of each head that predicts better than the best one so far."""
-        beta_H, fraction_H, _ = torch.tensor(memories, device=x_BTD.device).unbind(1)
-        decay_rate_H = math.log(2) / half_life(fraction_H, distance_H)
-        o = read_memory(shared, (beta_H.logit() * one_BT1).sigmoid(), decay_rate_H)
-        residual_H = residual_sum_of_squares(mixer.o_norm(o, inputs.gate).flatten(0, 1), teacher_heads_NHK)
-        for head in (residual_H < least_H).nonzero().flatten().tolist():
-            best[head], least_H[head] = memories[head], residual_H[head]
-
-    shared = inputs.share(torch.zeros_like(distance_H), position_ids_BT)
-    for fraction in HALF_LIVES:
-        compare(shared, [(FIRST_BETA, fraction, 0)] * heads)
-    for beta in OTHER_BETAS:
-        compare(shared, [(beta, fraction, 0) for _, fraction, _ in best])
-    shared = inputs.share(torch.ones_like(distance_H), position_ids_BT)
-    for memory in LAGGING:
-        compare(shared, [memory] * heads)
+    shared = [inputs.share(torch.full_like(distance_H, lag), position_ids_BT) for lag in (0, 1)]
+    residuals = []
+    for beta, fraction, lag in MEMORIES:
+        beta_BTH = (math.log(beta / (1 - beta)) * one_BT1).sigmoid().expand(-1, -1, len(distance_H))
+        o = read_memory(shared[lag], beta_BTH, math.log(2) / half_life(fraction, distance_H))
+        features_NHK = mixer.o_norm(o, inputs.gate).flatten(0, 1)
+        residuals.append(residual_sum_of_squares(features_NHK, teacher_heads_NHK))
+    best = [MEMORIES[index] for index in torch.stack(residuals).argmin(0).tolist()]
     set_memory(mixer, best, constant_direction_D, distance_H)
     return best
 

@@ -27,7 +27,7 @@ from .trainer import RunContext, StageTrainer
 
 # Time of the conversion, in validation tokens: per calibration token, and more per token of the first CHOICE_TOKENS.
 # Measured on a CPU with SmolLM2-135M.
-CONVERSION_COST, CHOICE_COST = 0.6, 1.1
+CONVERSION_COST, CHOICE_COST = 0.6, 1.5
 CONVERSION_SHARE, VALIDATION_SHARE = 0.5, 0.15  # largest fractions of the time
 # Tokens, where the recipe has as many. With 1,024 calibration tokens, SmolLM2-135M starts at a KL of 6.9, not 2.2.
 LEAST_CALIBRATION, LEAST_VALIDATION = 4096, 512
