@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/smollm2-135m-demo
+
 .PHONY: demo test docs soak lint clean
 
 .venv/installed: pyproject.toml
@@ -17,7 +18,7 @@ RUN := runs/smollm2-135m-demo
 	touch $@
 
 # distill fits its work to this machine, so that the whole ends within 20 minutes. Threads of OpenMP that spin while
-# they wait make it 9 times as slow on a CPU that other programs use, too.
+# they wait would make it several times as slow on a CPU that other programs use, too.
 demo: export OMP_WAIT_POLICY = passive
 demo: .venv/installed
 	$(BIN)/deltify distill smollm2-135m-demo --resume --fit-minutes 10 --max-minutes 14
