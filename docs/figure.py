@@ -9,7 +9,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = {"teacher": "teacher: attention", "hybrid": "hybrid: 3 KDA to 1 attention", "kda-only-88M": "KDA only"}  # of the same sizes as kda-only
+MODELS = {
+    "teacher": "teacher: attention",
+    "hybrid": "hybrid: 3 KDA to 1 attention",
+    "kda-only-88M": "KDA only",
+}  # of the same sizes as kda-only
 
 
 def main() -> None:

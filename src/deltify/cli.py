@@ -145,17 +145,26 @@ def add_distill(commands: argparse._SubParsersAction) -> None:
     )
     distill.add_argument("--max-minutes", type=float, help="stop training after this time; --resume continues")
     distill.add_argument("--dashboard", action="store_true", help="serve the page of `deltify watch` during the run")
+    distill.add_argument(
+        "--fit-minutes",
+        type=float,
+        help="measure this machine's speed and choose numbers of tokens for a run of about this time",
+    )
 
 
 def run_distill(options: argparse.Namespace, overrides: list[str]) -> None:
     from .config import load_recipe, smoke
     from .training.distributed import relaunch_with_torchrun
+    from .training.fit import fit_to_time
     from .training.runner import distill
 
     recipe = load_recipe(options.recipe, overrides)
-    if not options.smoke and recipe.run.device in ("auto", "cuda"):
+    if options.smoke:
+        recipe = smoke(recipe)
+    elif recipe.run.device in ("auto", "cuda") and options.fit_minutes is None:
         relaunch_with_torchrun()
-    recipe = smoke(recipe) if options.smoke else recipe
+    if options.fit_minutes is not None:
+        recipe = fit_to_time(recipe, options.fit_minutes)
     with ExitStack() as stack:
         if options.dashboard and os.environ.get("RANK", "0") == "0":  # the first process serves
             from .evaluation.watch import serving

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from deltify.conversion.attention import HeadStatistics, far_copies, measure_attention
 from deltify.conversion.calibration import (
-    CANDIDATES,
+    MEMORIES,
     add_constant,
     choose_memory,
     fit_output_gate,
@@ -314,19 +314,20 @@ def test_heads_without_queries_or_keys_take_a_mean_of_values(rows):
 
 
 def test_each_head_gets_the_memory_that_predicts_it_best(teacher):
-    """Heads whose output was computed with a candidate get that candidate."""
+    """Heads whose output was computed with a memory get that memory."""
     student = convert(teacher, init="library")
     mixer, x = student.model.layers[0].self_attn, torch.randn(4, 64, student.config.hidden_size)
     x += torch.randn(student.config.hidden_size)  # a direction that all inputs share
     one = ridge(x.flatten(0, 1), torch.ones(256, 1), 1e-3)[:, 0]
     heads = student.config.num_attention_heads
     distance, silent = torch.full((heads,), 8.0), torch.zeros(256, heads, mixer.head_dim)
-    for candidate in (CANDIDATES[0], CANDIDATES[-1]):
+    positions = torch.arange(64).repeat(4, 1)
+    for candidate in (MEMORIES[0], MEMORIES[-1]):
         with torch.no_grad():
             fit_output_gate(mixer, x.flatten(0, 1), silent, one)
             set_memory(mixer, [candidate] * heads, one, distance)
             wanted = mixer.inner(x).flatten(0, 1).unflatten(-1, (heads, -1))
-            assert choose_memory(mixer, x, None, one, distance, wanted) == [candidate] * heads
+            assert choose_memory(mixer, x, positions, one, distance, wanted) == [candidate] * heads
 
 
 def test_the_output_gate_follows_the_size_of_a_heads_output(teacher):

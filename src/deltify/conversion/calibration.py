@@ -6,31 +6,32 @@ Legend: B batch, T tokens, D model width, H heads, K head width, N calibration t
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.batches import Batch
 from ..model import DeltifyForCausalLM, DeltifyKDA
-from ..model.mixers import Packing, factors, find_packing, inverse_softplus
+from ..model.mixers import factors, inverse_softplus
 from .attention import HeadStatistics, best_retrieval_heads
+from .constant_memory import SharedProducts, read_memory, share_products
 from .teacher import Teacher
 
-# Memories that a head may start with: beta of every token, half-life as a fraction of the mean distance that the head
-# looks back, and the number of tokens by which keys and values lag. With a lag of 1, a head sees the previous token but
-# not the current one.
-CANDIDATES = (
+Memory = tuple[float, float, int]  # beta, half-life as a fraction of the mean distance that the head looks back, lag
+# Memories that a head may start with. With a lag of 1, a head sees the previous token but not the current one.
+MEMORIES: tuple[Memory, ...] = (
     *((beta, fraction, 0) for beta in (0.1, 0.2, 0.35, 0.6) for fraction in (0.3, 1.0, 3.0)),
     *((beta, 0.1, 0) for beta in (0.2, 0.4)),
     *((0.5, 0.03, 1), (0.3, 0.1, 1), (0.2, 0.3, 1)),
 )
-Memory = tuple[float, float, int]  # beta, half-life as a fraction of the mean distance, lag in tokens
 RETRIEVAL_HALF_LIFE = 1e5  # tokens, of heads that retrieve; docs/log/recall.md
 # Such heads write rarely, or tokens in between overwrite what they keep. Beta has this mean over the tokens, and its
 # logit is this multiple of the logarithm of the attention that a token receives.
 MEAN_WRITE, WRITE_SLOPE, WRITE_PENALTY = 0.03, 2.0, 1e-2
-CHOICE_TOKENS = 2048  # number of tokens on which the candidates are compared
+CHOICE_TOKENS = 2048  # number of tokens on which memories are compared and attention distances are measured
 CONV_TAP = 0.03  # SiLU is nearly linear here; 0.3 and 0.1 give a worse initialisation, 0.01 no better one
 CONSTANT = 3.0  # size of the constant channel of a head's values, relative to the norm of all its channels
 RIDGE_PENALTY, GATE_PENALTY, DIRECTION_PENALTY = 1e-4, 0.1, 1e-3
@@ -67,7 +68,7 @@ def calibrate(
       layers lack: of q, k and v (see `fold_bias`), of the output gate, and of beta.
     - Output gate: a linear prediction of the norm of each head's output, which `o_norm` removes.
     - Centring: queries and keys lose their means, see `center_projections`.
-    - Memory: each head gets the one of `CANDIDATES` that predicts the teacher head's output best. The heads that
+    - Memory: each head gets the one of `MEMORIES` that predicts the teacher head's output best. The heads that
       retrieve get a memory that lasts instead, see `set_retrieval`. `f_proj` starts at zero.
     - Convolutions pass one token, scaled down. The L2 norms of q and k and `o_norm` undo the scale.
     - `o_proj`: the ridge regression of the teacher's attention output on the input of the student's `o_proj`. It also
@@ -93,6 +94,11 @@ def calibrate(
         log(line)
 
 
+def first_sequences(batch: Batch) -> Batch:
+    """Return the first sequences of calibration text, of CHOICE_TOKENS tokens in all, but one at least."""
+    return batch.split(max(1, CHOICE_TOKENS // batch.input_ids.shape[1]))[0]
+
+
 class Calibration:
     """One pass of the teacher over calibration text; hooks on its attention layers fit the student's KDA layers."""
 
@@ -110,11 +116,7 @@ class Calibration:
         self.statistics, self.constant, self.center = statistics, constant, center
         linear = [i for i, layer in enumerate(student.model.layers) if layer.linear]
         self.retrieval_heads = best_retrieval_heads(statistics, linear, retrieval_heads)
-        positions_BT = self.batch.position_ids
-        tokens = positions_BT.shape[1]
-        self.num_choice_rows = max(1, CHOICE_TOKENS // tokens)
-        self.packing = find_packing(None, positions_BT, tokens, cached=False)
-        self.choice_packing = find_packing(None, positions_BT[: self.num_choice_rows], tokens, cached=False)
+        self.rows = len(first_sequences(batch).input_ids)
         self.captured = torch.empty(0)  # heads' outputs [B, T, H * K] in the teacher layer that runs
         self.explained: list[str] = []  # for each KDA layer, the fraction of variance that its o_proj explains
         self.silence: dict[int, list[str]] = {}  # for each KDA layer, see `describe_silence`
@@ -143,17 +145,17 @@ class Calibration:
         layer = self.student.model.layers[index]
         if not layer.linear:
             return
-        mixer, x_BTD, rows = layer.self_attn, kwargs["hidden_states"].float(), self.num_choice_rows
-        x_ND = gather(x_BTD, self.packing)
+        mixer, x_BTD = layer.self_attn, kwargs["hidden_states"].float()
+        x_ND = x_BTD.flatten(0, 1)
         constant_direction_D = constant_direction(x_ND)
         take_biases(mixer, attention, constant_direction_D)
-        target_ND = gather(output[0].float(), self.packing)
+        target_ND = output[0].float().flatten(0, 1)
         is_zero = is_silent(target_ND)
         if mixer.o_proj.bias is not None:
             target_ND = target_ND - mixer.o_proj.bias
         variance = (target_ND - target_ND.mean(0)).square().sum()
         is_constant = variance <= LEAST_VARIANCE * target_ND.square().sum()
-        silent = silent_heads(mixer, x_ND)
+        silent = silent_heads(mixer, x_ND[:CHOICE_TOKENS])
         # Softmax weighs all tokens equally where queries or keys are zero. Where all outputs are equal, weights do not
         # matter, so equal ones serve.
         equal_H = silent["queries"] | silent["keys"] | (is_constant & ~is_silent(target_ND))
@@ -161,19 +163,22 @@ class Calibration:
         retrieving = self.retrieval_heads.get(index, [])
         centred = {"none": [], "retrieval": retrieving, "all": list(range(len(mixer.A_log)))}[self.center]
         center_projections(mixer, x_ND, centred, constant_direction_D)
-        heads_NHK = split_heads(gather(self.captured, self.packing), mixer.head_dim)
+        heads_NHK = split_heads(self.captured.flatten(0, 1), mixer.head_dim)
         fit_output_gate(mixer, x_ND, heads_NHK, constant_direction_D)
-        teacher_heads_NHK = split_heads(gather(self.captured[:rows], self.choice_packing), mixer.head_dim)
         weigh_equally(mixer, equal_H, constant_direction_D)
         if self.constant:
             add_constant(mixer, x_ND, constant_direction_D)
         distance_H = self.statistics[index].distance_H.masked_fill(silent["values"], 0)
-        choice_inputs = (x_BTD[:rows], self.choice_packing, constant_direction_D, distance_H, teacher_heads_NHK)
-        choice = choose_memory(mixer, *choice_inputs)
+        parts = list(zip(x_BTD.split(self.rows), self.batch.position_ids.split(self.rows)))
+        x_part, positions_part = parts[0]
+        choice_inputs = (constant_direction_D, distance_H, heads_NHK[: positions_part.numel()])
+        choice = choose_memory(mixer, x_part, positions_part, *choice_inputs)
         self.chosen.update(memory for head, memory in enumerate(choice) if head not in retrieving)
         set_retrieval(mixer, retrieving, self.statistics[index], x_ND, constant_direction_D)
 
-        features = mixer_output(mixer, x_BTD, self.packing).flatten(0, 1)
+        lags = [0 if head in retrieving else lag for head, (_, _, lag) in enumerate(choice)]
+        lag_H = torch.tensor(lags, device=x_ND.device)
+        features = torch.cat([memory_output(mixer, x, positions, lag_H) for x, positions in parts])
         can_fit = not is_silent(features)
         if can_fit:
             mixer.o_proj.weight.copy_(ridge(features, target_ND, RIDGE_PENALTY).t())
@@ -195,11 +200,6 @@ class Calibration:
         return lines
 
 
-def gather(x_BTD: Tensor, packing: Packing | None) -> Tensor:
-    """Return the tokens of a batch, [N, D], without padding."""
-    return x_BTD.flatten(0, 1) if packing is None else packing.gather(x_BTD)[0]
-
-
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """Return x [..., H * K] as [..., H, K]."""
     return x.unflatten(-1, (-1, head_dim))
@@ -212,11 +212,6 @@ def repeat_heads(x: Tensor, heads: int, head_dim: int) -> Tensor:
     """
     blocks = x.unflatten(0, (-1, head_dim))
     return blocks.repeat_interleave(heads // blocks.shape[0], dim=0).flatten(0, 1)
-
-
-def mixer_output(mixer: DeltifyKDA, x_BTD: Tensor, packing: Packing | None) -> Tensor:
-    """Return the input of the mixer's `o_proj`."""
-    return mixer.inner(x_BTD if packing is None else packing.gather(x_BTD), None, packing)
 
 
 # ---- degenerate layers -----------------------------------------------------------------------------------------------
@@ -335,41 +330,93 @@ def add_constant(mixer: DeltifyKDA, x_ND: Tensor, constant_direction_D: Tensor) 
 def choose_memory(
     mixer: DeltifyKDA,
     x_BTD: Tensor,
-    packing: Packing | None,
+    position_ids_BT: Tensor,
     constant_direction_D: Tensor,
     distance_H: Tensor,
     teacher_heads_NHK: Tensor,
 ) -> list[Memory]:
     """Give each head the memory that predicts the teacher's head best, and return the memories.
 
-    Candidates are compared by the residual of a regression of the teacher head's output on the student head's output,
+    Memories are compared by the residual of a regression of the teacher head's output on the student head's output,
     normalised and gated.
 
     Args:
         mixer: KDA layer, changed in place.
         x_BTD: Inputs of the layer.
-        packing: Documents of the inputs.
+        position_ids_BT: Positions of the inputs in their documents.
         constant_direction_D: Vector whose product with every input is about 1.
         distance_H: Mean distance in tokens that each head looks back.
         teacher_heads_NHK: Outputs of the teacher's heads for the same inputs.
     """
+    inputs = head_inputs(mixer, x_BTD)
+    one_BT1 = (x_BTD @ constant_direction_D)[..., None]
+    shared = [inputs.share(torch.full_like(distance_H, lag), position_ids_BT) for lag in (0, 1)]
     residuals = []
-    for candidate in CANDIDATES:
-        set_memory(mixer, [candidate] * len(distance_H), constant_direction_D, distance_H)
-        features_NHK = split_heads(mixer_output(mixer, x_BTD, packing).flatten(0, 1), mixer.head_dim)
-        residuals.append(residual_sum_of_squares(features_NHK.float(), teacher_heads_NHK))
-    best = [CANDIDATES[index] for index in torch.stack(residuals).argmin(0).tolist()]
+    for beta, fraction, lag in MEMORIES:
+        beta_BTH = (math.log(beta / (1 - beta)) * one_BT1).sigmoid().expand(-1, -1, len(distance_H))
+        o = read_memory(shared[lag], beta_BTH, math.log(2) / half_life(fraction, distance_H))
+        features_NHK = mixer.o_norm(o, inputs.gate).flatten(0, 1)
+        residuals.append(residual_sum_of_squares(features_NHK, teacher_heads_NHK))
+    best = [MEMORIES[index] for index in torch.stack(residuals).argmin(0).tolist()]
     set_memory(mixer, best, constant_direction_D, distance_H)
     return best
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """Queries, keys and values of a KDA layer, [B, T, H, K], without lag, and the logits of its output gate."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor
+
+    def share(self, lag_H: Tensor, position_ids_BT: Tensor) -> SharedProducts:
+        """Return what memories share whose keys and values lag by 0 or 1 tokens in each head."""
+        k, v = self.k, self.v
+        if lag_H.any():
+            k, v = (torch.where(lag_H[:, None] > 0, delay(x, position_ids_BT), x) for x in (k, v))
+        return share_products(self.q, k, v, position_ids_BT)
+
+
+def head_inputs(mixer: DeltifyKDA, x_BTD: Tensor) -> HeadInputs:
+    """Return the inputs of a layer's heads, for convolutions as `set_memory` makes them."""
+    q, k, v = (
+        F.silu(CONV_TAP * split_heads(projection(x_BTD), mixer.head_dim))
+        for projection in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    )
+    return HeadInputs(q, k, v, split_heads(mixer.g_proj(x_BTD), mixer.head_dim))
+
+
+def delay(x_BTHK: Tensor, position_ids_BT: Tensor) -> Tensor:
+    """Return what the token before each token has, or zero for the first token of a document."""
+    return F.pad(x_BTHK, (0, 0, 0, 0, 1, 0))[:, :-1].masked_fill((position_ids_BT == 0)[..., None, None], 0)
+
+
+def memory_output(mixer: DeltifyKDA, x_BTD: Tensor, position_ids_BT: Tensor, lag_H: Tensor) -> Tensor:
+    """Return the input [N, H * K] of `o_proj` of a layer whose decay is constant, as `set_memory` makes it.
+
+    It equals `mixer.inner` and takes half its time on a CPU.
+    """
+    inputs = head_inputs(mixer, x_BTD)
+    decay_rate_H = F.softplus(mixer.dt_bias.view(-1, mixer.head_dim)[:, 0])
+    o = read_memory(inputs.share(lag_H, position_ids_BT), mixer.b_proj(x_BTD).sigmoid(), decay_rate_H)
+    return mixer.o_norm(o, inputs.gate).flatten(2).flatten(0, 1)
+
+
+def half_life(fraction: float | Tensor, distance_H: Tensor) -> Tensor:
+    """Return the half-life in tokens of each head, from its fraction of the mean distance."""
+    return (fraction * distance_H).clamp(min=0.5)
 
 
 def set_memory(mixer: DeltifyKDA, memories: list[Memory], constant_direction_D: Tensor, distance_H: Tensor) -> None:
     """Set decay, beta and convolutions of each head."""
     device = constant_direction_D.device
     beta_H, fraction_H, lag_H = torch.tensor(memories, device=device, dtype=torch.float32).unbind(1)
-    half_life_H = (fraction_H * distance_H).clamp(min=0.5)
     mixer.A_log.zero_()
-    mixer.dt_bias.copy_(inverse_softplus(math.log(2) / half_life_H).repeat_interleave(mixer.head_dim))
+    mixer.dt_bias.copy_(
+        inverse_softplus(math.log(2) / half_life(fraction_H, distance_H)).repeat_interleave(mixer.head_dim)
+    )
     factors(mixer.f_proj)[1].weight.zero_()
     mixer.b_proj.weight.copy_(beta_H.logit()[:, None] * constant_direction_D)
     # queries never lag: the current token reads what earlier tokens wrote

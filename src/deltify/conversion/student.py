@@ -16,7 +16,7 @@ from ..model import ArceeKDAConfig, DeltifyConfig, DeltifyForCausalLM
 from ..model.generation import supported_settings
 from ..model.modeling import rotary_embedding
 from .attention import HeadStatistics, measure_attention
-from .calibration import calibrate, repeat_heads
+from .calibration import calibrate, first_sequences, repeat_heads
 from .teacher import Teacher, freeze, head_width
 
 INITS = ("calibrated", "calibrated-constant", "library", "arcee")
@@ -243,7 +243,8 @@ def convert(
         raise ValueError(f"full_attention_layers={full_attention_layers!r} needs calibration text. Give it")
     statistics = None
     if calibration is not None and (is_measured or is_calibrated):
-        statistics = measure_attention(teacher, calibration.to(teacher.model.device))
+        sample = calibration if is_measured or retrieval_heads else first_sequences(calibration)
+        statistics = measure_attention(teacher, sample.to(teacher.model.device))
     kinds = layer_kinds(full_attention_layers, layers, statistics)
     if is_measured:
         log(f"attention layers, which retrieve most: {[i for i, kind in enumerate(kinds) if kind == 'full_attention']}")

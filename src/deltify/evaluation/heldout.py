@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config import STAGES, Recipe, load_recipe
@@ -59,12 +60,14 @@ def heldout_scores(
     tokens, length = recipe.run.heldout_tokens, recipe.run.heldout_sequence_length
     train, held = open_data(data, recipe.teacher.model, teacher.tokenizer, tokens, length)
     batches = heldout_batches(held, length, BATCH_SEQUENCES, tokens)
-    teacher_perplexity, _, _ = score_against_teacher(teacher.model, teacher.model, batches)
+    read = read_heldout(teacher.model, batches)
+    teacher_perplexity, _, _ = score_against_teacher(teacher.model, teacher.model, batches, read, read)
     scores = [Score("teacher", teacher_perplexity, 0.0, 1.0)]
     scores += ngram_baselines(train, batches, teacher.config.vocab_size)
     trained = trained_tokens(recipe) | {Path(path).name: trained_tokens(run)["extend"] for path, run in runs.items()}
     for name, model in models.items():
-        scores.append(Score(name, *score_against_teacher(teacher.model, model, batches), trained.get(name, 0)))
+        measured = score_against_teacher(teacher.model, model, batches, read, read_heldout(model, batches))
+        scores.append(Score(name, *measured, trained.get(name, 0)))
     return {
         "heldout_tokens": sum(batch.input_ids.numel() for batch in batches),
         "heldout_sequence_length": batches[0].input_ids.shape[1],
@@ -73,18 +76,33 @@ def heldout_scores(
 
 
 @torch.no_grad()
+def read_heldout(model: PreTrainedModel, heldout: list[Batch]) -> list[Tensor]:
+    """Return the last hidden states [N, D] of each batch, in the model's precision."""
+    return [hidden_states(model, batch.to(model.device)) for batch in heldout]
+
+
+@torch.no_grad()
 def score_against_teacher(
-    teacher: PreTrainedModel, model: PreTrainedModel, heldout: list[Batch]
+    teacher: PreTrainedModel,
+    model: PreTrainedModel,
+    heldout: list[Batch],
+    teacher_states: list[Tensor],
+    states: list[Tensor],
 ) -> tuple[float, float, float]:
     """Return perplexity, KL(teacher | model) in nats per token, and top-1 agreement.
 
-    Both models run in their own precision; log-probabilities are float32.
+    Log-probabilities are float32.
+
+    Args:
+        teacher: Teacher, of which only the head runs.
+        model: Model that is scored, likewise.
+        heldout: Validation batches.
+        teacher_states: Hidden states of the teacher for them, see `read_heldout`.
+        states: Hidden states of the model.
     """
     ce = kl = agreed = tokens = labelled = 0.0
-    for batch in heldout:
-        batch = batch.to(model.device)
-        labels = next_tokens(batch).flatten()
-        student_hidden, teacher_hidden = hidden_states(model, batch), hidden_states(teacher, batch)
+    for batch, teacher_hidden, student_hidden in zip(heldout, teacher_states, states):
+        labels = next_tokens(batch.to(model.device)).flatten()
         for start in range(0, len(labels), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
             log_q, log_p = log_probs(model, student_hidden[part]), log_probs(teacher, teacher_hidden[part])

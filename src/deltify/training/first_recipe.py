@@ -43,7 +43,7 @@ BATCH_CUTS = (1, 2, 4)  # divisors of the batch size to try, so that a slow mach
 # Measured on one core with SmolLM2-135M: what a step reaches of the rate of one product of two float32 matrices
 CPU_EFFICIENCY = 0.6
 # ... and what conversion takes at that rate, per calibration token and parameter of the teacher's layers
-CALIBRATION_FLOPS = 33
+CALIBRATION_FLOPS = 14
 MICRO: dict[str, Any] = {"micro_batch_size": 1}
 RECOMPUTED = MICRO | {"activation_checkpointing": True}
 # Changes of a stage that save memory, in the order in which they cost time
