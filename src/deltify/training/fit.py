@@ -12,14 +12,13 @@ from ..config import STAGES, Recipe, Stage, StudentSpec, check, load_recipe
 from ..conversion.calibration import CHOICE_TOKENS
 from ..conversion.student import INITS, KIND_BY_LETTER, convert, layer_kinds
 from ..conversion.teacher import Teacher
-from ..data.batches import MixedBatches
 from ..model import DeltifyForCausalLM
 from ..utils.console import console, log
 from ..utils.devices import pick_device, pick_precision
 from ..utils.folders import model_folder
 from .metrics import Metrics
 from .run_folder import holds_run
-from .runner import dtype_of, load_student, open_text
+from .runner import dtype_of, load_student, open_text, stage_mix
 from .signals import Stopper
 from .steps import StageTeacher, evaluate_heldout
 from .teachers import LiveTeacher, open_teacher
@@ -204,7 +203,10 @@ def measure_speed(recipe: Recipe) -> Speed:
     opening = time.monotonic() - started
     student = rough_student(recipe.student, teacher.pretrained, device)
     silent = Metrics(replace(recipe, run=replace(recipe.run, report_to=None)))
-    context = RunContext(recipe, device, precision, train, {}, heldout, [], silent, Stopper())
+    nothing = {"mixes": {}, "probes": [], "prompts": torch.empty(0, 0, dtype=torch.int64)}
+    context = RunContext(
+        recipe, device, precision, train, heldout=heldout, metrics=silent, stopper=Stopper(), **nothing
+    )
     training = {name: time_stage(context, name, teacher, student) for name in STAGES if recipe.stage(name).tokens}
     return Speed(opening, time_validation(context, teacher, student), training)
 
@@ -234,12 +236,8 @@ def time_stage(context: RunContext, name: str, teacher: StageTeacher, student: D
         micro = min(stage.micro_batch_size, sequences)
         part = replace(stage, batch_size=sequences, micro_batch_size=micro)
         recipe = with_stages(context.recipe, {name: part})
-        mix = MixedBatches(
-            context.train, list(recipe.data.train.values()), part.sequence_length, sequences, recipe.seed
-        )
-        return StageTrainer(
-            replace(context, recipe=recipe, mixes={name: mix}), name, teacher, student, False
-        ).train_step
+        mixes = {name: stage_mix(recipe, name, context.train)}
+        return StageTrainer(replace(context, recipe=recipe, mixes=mixes), name, teacher, student, False).train_step
 
     student.train()
     return per_sequence(trainer, stage.batch_size, context.device) / stage.sequence_length
