@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..training.metrics import read_stages
+from ..utils.formats import short
 
 if TYPE_CHECKING:  # matplotlib is imported when a figure is drawn
     from matplotlib.axes import Axes
@@ -31,14 +32,6 @@ def style(names: Sequence[str]) -> dict[str, dict]:
             "linestyle": "--" if control else "-",
         }
     return {name: {"markersize": 4, "linewidth": 1.5, **looks[name]} for name in names}
-
-
-def short(tokens: float) -> str:
-    """Return a short form of a number of tokens, such as 512, 1.5k, 4k or 1M."""
-    for unit, letter in ((2**20, "M"), (2**10, "k")):
-        if tokens >= unit:
-            return f"{tokens / unit:.3g}{letter}"
-    return f"{tokens:g}"
 
 
 def open_figure(rows: int, columns: int, width: float, height: float) -> tuple["Figure", np.ndarray]:
@@ -101,7 +94,7 @@ def draw_training(run: Path, results: dict) -> list[Path]:
     """
     from matplotlib.ticker import EngFormatter
 
-    stages = list(read_stages(run))
+    stages = read_stages(run).items()
     recalls = [record for _, records in stages for record in records if "recall" in record]
     figure, ((left, right, *more),) = open_figure(1, 2 + bool(recalls), 11 + 5 * bool(recalls), 4)
     last = None
