@@ -16,7 +16,8 @@ from deltify.evaluation.controls import equal_window, layer_state_bytes, make_co
 from deltify.evaluation.decode_cost import decode_cost
 from deltify.evaluation.plots import draw_by_position, draw_decode_cost
 from deltify.evaluation.positions import by_position, position_edges
-from deltify.inference.prefill import cache_bytes, key_value_bytes, new_cache, prefill, read_pieces
+from deltify.inference.prefill import cache_bytes, key_value_bytes, prefill, read_pieces
+from deltify.model.cache import new_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

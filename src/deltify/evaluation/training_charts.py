@@ -1,6 +1,6 @@
 """Charts of a run's training, made from its metrics.jsonl: for report.html and the page of `deltify watch`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -11,7 +11,7 @@ from ..utils.formats import rounded, short
 from .svg import COLOURS, Axis, Line, Look, line_chart, log_ticks, ticks
 
 MOST_POINTS = 150  # a line with more of them is drawn as means
-MOST_MARKERS = 30  # a line with more points is drawn without markers
+MOST_MARKERS = 30  # a chart with a line of more points has no markers
 LOG_RATIO = 10  # positive values that differ by more get a logarithmic axis
 RECALL = "log-probability of far answers, nats"
 LOOKS = {stage: Look(number) for number, stage in enumerate(("converted", *STAGES))}
@@ -57,12 +57,12 @@ def training_curves(stages: dict[str, list[dict]]) -> list[Curves]:
     return [chart for chart in charts if chart is not None]
 
 
-def of_stages(stages: dict[str, list[dict]], key: str) -> dict[str, Points]:
+def of_stages(stages: dict[str, list[dict]], key: str) -> Mapping[str, Points]:
     """Return the values of a figure over training tokens, for each stage."""
     return {stage: [(r["tokens"], r[key]) for r in records if key in r] for stage, records in stages.items()}
 
 
-def recall_points(records: list[dict]) -> dict[str, Points]:
+def recall_points(records: list[dict]) -> Mapping[str, Points]:
     """Return the recall curve over training tokens: the mean over distances, and each distance."""
     if not records:
         return {}
@@ -76,7 +76,7 @@ def recall_points(records: list[dict]) -> dict[str, Points]:
 def draw_curves(
     title: str,
     unit: str,
-    data: dict[str, Points],
+    data: Mapping[str, Points],
     looks: dict[str, Look] = LOOKS,
     *,
     x: Axis | None = None,
@@ -97,9 +97,9 @@ def draw_curves(
         return None
     last = {} if x else {name: rounded(points[-1][1]) for name, points in data.items()}
     x = x or token_axis(max(points[-1][0] for points in data.values()))
+    marked = max(map(len, data.values())) <= MOST_MARKERS
     lines, before = [], []
     for name, points in data.items():
-        marked = len(points) <= MOST_MARKERS
         drawn = [(at, y, 0, f"{name}, {x.show(at)}: {y:.3g}" if marked else "") for at, y in means(points)]
         lines.append(Line(name, before + drawn))
         before = [(*points[-1], 0, "")] if joined else []
@@ -121,7 +121,7 @@ def token_axis(high: float) -> Axis:
 
 
 def value_axis(unit: str, values: Sequence[float]) -> Axis:
-    """Return an axis of values. It begins at 0 if all are positive, unless it is logarithmic."""
+    """Return an axis of values. It begins at 0 if no value is negative, unless it is logarithmic."""
     low, high = min(values), max(values)
     if low > 0 and high > LOG_RATIO * low:
         return Axis(f"{unit}, logarithmic", log_ticks(low, high), log=True, show=rounded)

@@ -8,7 +8,7 @@ It needs nothing but the folder, so it works during a run, after it, and on a co
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
 
-import numpy as np
-
 from ..config import Recipe
 from ..training.recall import curve_of
 from ..utils.console import log
 from ..utils.formats import duration, flat
+from ..utils.statistics import spread
 from .charts import tokens_axis
 from .pages import render
 from .progress import RunProgress, read_progress
@@ -197,12 +196,6 @@ def recall_by_distance(records: list[dict]) -> Curves | None:
     looks = {name: Look(1, opacity=(number + 1) / len(data)) for number, name in enumerate(data)}
     x = tokens_axis("distance of the answer, tokens", distances)
     return draw_curves("Recall by distance", RECALL, data, looks, x=x)
-
-
-def spread(lines: Sequence[dict], most: int) -> list[dict]:
-    """Return at most `most` lines at even distances, with the first and the last."""
-    places = np.unique(np.linspace(0, len(lines) - 1, most).round().astype(int))
-    return [lines[number] for number in places]
 
 
 def place(record: dict) -> str:

@@ -24,7 +24,7 @@ def rounded(number: float) -> str:
 
 def gib(size: float) -> str:
     """Return a number of bytes in GiB, or in MiB if it is smaller."""
-    return f"{size / 2**30:.1f} GiB" if size > 2**30 else f"{size / 2**20:.0f} MiB"
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def duration(seconds: float) -> str:
