@@ -174,6 +174,8 @@ def test_charts_place_points_in_the_picture_and_shorten_long_lines():
     steep, last = drawn({"align": [(0, 10.0), (1e6, 0.1)]})
     assert {"nats, logarithmic", "0.1", "1", "10", "1M"} <= texts(steep) and last == {"align": "0.1"}
     assert [tip.text for tip in steep.findall("g/circle/title")] == ["align, 0: 10", "align, 1M: 0.1"]
+    broken, last = drawn({"align": [(0, 1.0), (1000, float("nan"))], "match": [(2000, float("inf"))]})
+    assert len(broken.findall("g")) == 1 and last == {"align": "1"}  # training diverged
     for value, shown in ((0.0, {"0", "0.2"}), (-10.2, {"-15", "-10"})):  # a single validation
         assert {"training tokens"} | shown <= texts(drawn({"align": [(0, value)]})[0])
 

@@ -1,5 +1,6 @@
 """Charts of a run's training, made from its metrics.jsonl: for report.html and the page of `deltify watch`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -67,7 +68,7 @@ def recall_points(records: list[dict]) -> Mapping[str, Points]:
     if not records:
         return {}
     by_distance = {
-        f"from {short(distance)} tokens": [(r["tokens"], curve_of(r)[distance]) for r in records]
+        f"from {short(distance)} tokens": [(r["tokens"], curve_of(r)[distance]) for r in records if distance in curve_of(r)]
         for distance in curve_of(records[-1])
     }
     return {"mean of distances": [(r["tokens"], r["recall"]) for r in records]} | by_distance
@@ -87,12 +88,13 @@ def draw_curves(
     Args:
         title: What it shows.
         unit: Label of the vertical axis.
-        data: Points of each line. Lines without points are left out.
+        data: Points of each line. Values that are not finite, and lines without points, are left out.
         looks: Look of each line.
         x: Horizontal axis. Defaults to training tokens.
         joined: Whether each line begins at the end of the one before.
     """
-    data = {name: points for name, points in data.items() if points}
+    finite = {name: [(at, y) for at, y in points if math.isfinite(y)] for name, points in data.items()}
+    data = {name: points for name, points in finite.items() if points}
     if not data:
         return None
     last = {} if x else {name: rounded(points[-1][1]) for name, points in data.items()}

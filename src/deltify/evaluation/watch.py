@@ -193,7 +193,7 @@ def recall_by_distance(records: list[dict]) -> Curves | None:
         return None
     chosen = spread(records, RECALL_CURVES)
     data = {place(record): list(curve_of(record).items()) for record in chosen}
-    looks = {name: Look(1, opacity=(number + 1) / len(data)) for number, name in enumerate(data)}
+    looks = {name: Look(1, opacity=(number + 2) / (len(data) + 1)) for number, name in enumerate(data)}
     x = tokens_axis("distance of the answer, tokens", distances)
     return draw_curves("Recall by distance", RECALL, data, looks, x=x)
 
