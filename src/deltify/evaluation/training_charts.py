@@ -68,7 +68,9 @@ def recall_points(records: list[dict]) -> Mapping[str, Points]:
     if not records:
         return {}
     by_distance = {
-        f"from {short(distance)} tokens": [(r["tokens"], curve_of(r)[distance]) for r in records if distance in curve_of(r)]
+        f"from {short(distance)} tokens": [
+            (r["tokens"], curve_of(r)[distance]) for r in records if distance in curve_of(r)
+        ]
         for distance in curve_of(records[-1])
     }
     return {"mean of distances": [(r["tokens"], r["recall"]) for r in records]} | by_distance

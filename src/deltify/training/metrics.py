@@ -16,8 +16,15 @@ from .trackers import Table, open_tracker, picture_of_recall
 
 
 def read_stages(folder: Path) -> dict[str, list[dict]]:
-    """Return the lines of metrics.jsonl of each stage, see `by_stage`."""
-    return by_stage([record for _, record in lines(folder / "metrics.jsonl")])
+    """Return the lines of metrics.jsonl of each stage, see `by_stage`.
+
+    Raises:
+        FileNotFoundError: If the folder has none.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no metrics.jsonl. Give the folder of a run that has begun")
+    return by_stage([record for _, record in lines(path)])
 
 
 def by_stage(records: list[dict]) -> dict[str, list[dict]]:
