@@ -137,5 +137,5 @@ def test_a_table_in_markdown_keeps_its_rows():
 def test_tokens_of_stages_count_from_the_start_of_the_run(tmp_path):
     lines = [{"stage": stage, "tokens": tokens} for stage, tokens in (("match", 5), ("align", 10), ("align", 20))]
     assert by_stage(lines) == {"align": lines[1:], "match": [{"stage": "match", "tokens": 25}]}
-    with pytest.raises(FileNotFoundError, match="has no metrics.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"has no metrics\.jsonl"):
         read_stages(tmp_path)
