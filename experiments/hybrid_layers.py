@@ -76,7 +76,7 @@ def main() -> None:
     for number in options.layers:
         for name, layers in ((f"measured-{number}", f"measured:{number}"), (f"even-{number}", evenly_spaced(number))):
             folder = run(name, layers, options)
-            line = [line for lines in read_stages(folder).values() for line in lines if "heldout_kl" in line][-1]
+            line = [line for _, lines in read_stages(folder) for line in lines if "heldout_kl" in line][-1]
             curve = " / ".join(f"{value:.2f}" for key, value in line.items() if key.startswith("recall_logprob"))
             right = " / ".join(f"{100 * value:.0f}" for key, value in line.items() if key.startswith("recall_right"))
             rows.append(

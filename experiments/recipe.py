@@ -185,7 +185,7 @@ def run(name: str, options: argparse.Namespace) -> dict:
     started = time.monotonic()
     folder = distill(recipe, resume=(recipe.folder / "recipe.yaml").exists())
     seconds = time.monotonic() - started
-    lines = [line for stage in read_stages(folder).values() for line in stage]
+    lines = [line for _, stage in read_stages(folder) for line in stage]
     curve = [(line["tokens"], line["heldout_kl"]) for line in lines if "heldout_kl" in line]
     teacher, student = open_models(recipe, folder)
     models = {"student": student}

@@ -139,7 +139,7 @@ def main() -> None:
             join(*models, joined_folder(options, name), all_weights)
         recipe = make_recipe(name, options)
         folder = distill(recipe, resume=(recipe.folder / "recipe.yaml").exists())
-        for stage, lines in read_stages(folder).items():
+        for stage, lines in read_stages(folder):
             for line in lines:
                 if "heldout_kl" in line:
                     curve = " / ".join(

@@ -202,7 +202,7 @@ def test_curves_are_drawn_without_an_evaluation(run):
     paths, figure = drawn_by(draw_training, run, {"teacher": "random:llama"})
     assert [path.name for path in paths] == ["curves.png", "curves.svg"] and all(path.is_file() for path in paths)
     divergence, loss = figure.axes
-    validated = {name: [r for r in records if "heldout_kl" in r] for name, records in read_stages(run).items()}
+    validated = {name: [r for r in records if "heldout_kl" in r] for name, records in read_stages(run)}
     labels = [f"{stage}: {records[-1]['heldout_kl']:.2f}" for stage, records in validated.items()]
     lines = lines_of(divergence)
     assert list(lines) == labels and [label.split(":")[0] for label in labels] == ["converted", "align", "match"]

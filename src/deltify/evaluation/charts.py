@@ -224,7 +224,7 @@ def training_charts(run: Path) -> Charts:
 
     KL and loss have a line for each stage. Recall has one for each distance, and one for their mean.
     """
-    curves = training_curves(read_stages(run))
+    curves = training_curves(dict(read_stages(run)))
     looks = {name: look for chart in curves for name, look in chart.looks.items()}
     note = f"Lines of more than {MOST_POINTS} points are drawn as means of neighbours."
     return Charts([(chart.title, chart.svg) for chart in curves], looks, note)

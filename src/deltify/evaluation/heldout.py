@@ -127,7 +127,7 @@ def trained_tokens(recipe: Recipe) -> dict[str, int]:
     """
     parent = Path(recipe.student.init).expanduser() / "recipe.yaml"
     start = total = trained_tokens(load_recipe(parent))["extend"] if parent.is_file() else 0
-    last = {name: records[-1]["tokens"] for name, records in read_stages(recipe.folder).items()}
+    last = {name: records[-1]["tokens"] for name, records in read_stages(recipe.folder)}
     trained = {}
     for name in STAGES:
         total = start + last[name] if name in last else total

@@ -95,7 +95,7 @@ def draw_training(run: Path, results: dict) -> list[Path]:
     """
     from matplotlib.ticker import EngFormatter
 
-    stages = read_stages(run).items()
+    stages = list(read_stages(run))
     recalls = [record for _, records in stages for record in records if "recall" in record]
     figure, ((left, right, *more),) = open_figure(1, 2 + bool(recalls), 11 + 5 * bool(recalls), 4)
     last = None

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import ItemsView, Iterator, Sequence
 from pathlib import Path
 
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
@@ -15,8 +15,8 @@ from . import distributed
 from .trackers import Table, open_tracker, picture_of_recall
 
 
-def read_stages(folder: Path) -> dict[str, list[dict]]:
-    """Return the lines of metrics.jsonl of each stage, see `by_stage`.
+def read_stages(folder: Path) -> ItemsView[str, list[dict]]:
+    """Return each stage of a run with its lines of metrics.jsonl, see `by_stage`.
 
     Raises:
         FileNotFoundError: If the folder has none.
@@ -24,7 +24,7 @@ def read_stages(folder: Path) -> dict[str, list[dict]]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no metrics.jsonl. Give the folder of a run that has begun")
-    return by_stage([record for _, record in lines(path)])
+    return by_stage([record for _, record in lines(path)]).items()
 
 
 def by_stage(records: list[dict]) -> dict[str, list[dict]]:
