@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import RESULTS, keep, row, write
 
 from deltify.evaluation.plots import draw_decode_cost
-from deltify.inference.prefill import cache_bytes, new_cache, prefill
+from deltify.inference.prefill import cache_bytes, prefill
 from deltify.model import ArceeKDAConfig, ArceeKDAForCausalLM
+from deltify.model.cache import new_cache
 from deltify.model.capture import STEPS, CapturedStep
 
 QUICK = "--quick" in sys.argv

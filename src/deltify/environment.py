@@ -10,6 +10,7 @@ import torch
 
 from .ops.dispatch import kernel_refusals, prepare_refusal
 from .utils.devices import machine_memory, pick_device, pick_precision
+from .utils.formats import gib
 
 PACKAGES = (
     "transformers",
@@ -87,13 +88,11 @@ def devices() -> list[str]:
     """Return a line for the processor and for each GPU, with its memory."""
     lines = [
         f"cpu: {torch.cpu.get_capabilities().get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads, "
-        f"{machine_memory() / 2**30:.1f} GiB"
+        f"{gib(machine_memory())}"
     ]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        lines.append(
-            f"cuda:{index}: {gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, compute capability {gpu.major}.{gpu.minor}"
-        )
+        lines.append(f"cuda:{index}: {gpu.name}, {gib(gpu.total_memory)}, compute capability {gpu.major}.{gpu.minor}")
     if torch.backends.mps.is_available():
-        lines.append(f"mps: {torch.mps.recommended_max_memory() / 2**30:.1f} GiB")
+        lines.append(f"mps: {gib(torch.mps.recommended_max_memory())}")
     return lines

@@ -14,9 +14,10 @@ from deltify.conversion.teacher import random_teacher
 from deltify.evaluation import positions
 from deltify.evaluation.controls import equal_window, layer_state_bytes, make_controls, zero_state_every
 from deltify.evaluation.decode_cost import decode_cost
-from deltify.evaluation.plots import draw_by_position, draw_decode_cost, short
+from deltify.evaluation.plots import draw_by_position, draw_decode_cost
 from deltify.evaluation.positions import by_position, position_edges
-from deltify.inference.prefill import cache_bytes, key_value_bytes, new_cache, prefill, read_pieces
+from deltify.inference.prefill import cache_bytes, key_value_bytes, prefill, read_pieces
+from deltify.model.cache import new_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -262,6 +263,3 @@ def test_pictures(teacher, student, tmp_path):
             assert x == [32, 64] and y == [row[field] / unit for row in of_model]
     with pytest.raises(ValueError, match="no rows"):
         draw_by_position([], tmp_path / "none")
-    assert [short(x) for x in (512, 1024, 1536, 65536, 2**20, 700, 2500)] == [
-        *("512", "1k", "1.5k", "64k", "1M", "700", "2.44k")
-    ]

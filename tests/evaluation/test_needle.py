@@ -22,6 +22,7 @@ from deltify.evaluation.needles import DEPTHS, TASKS, NeedleMaker, ask, ask_need
 from deltify.evaluation.plots import draw_by_length, draw_heat_map
 from deltify.evaluation.tables import needle_table
 from deltify.inference import prefill
+from deltify.model.cache import new_cache
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -331,14 +332,14 @@ def test_reading_in_pieces_changes_nothing(layers, make, monkeypatch):
     samples = [make("niah_single_2", 900, index) for index in range(3)]
     ids = torch.from_numpy(samples[0].ids).long()[None]
     whole = ask(model, make.tokenizer, samples, ANSWER_TOKENS)
-    logits = prefill.prefill(model, ids, prefill.new_cache(model))
+    logits = prefill.prefill(model, ids, new_cache(model))
     sizes = []
     forward = model.model.forward
     monkeypatch.setattr(prefill, "FORWARD_TOKENS", 200)
     monkeypatch.setattr(
         model.model, "forward", lambda *a, **kw: sizes.append(kw["input_ids"].shape) or forward(*a, **kw)
     )
-    torch.testing.assert_close(prefill.prefill(model, ids, prefill.new_cache(model)), logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(prefill.prefill(model, ids, new_cache(model)), logits, atol=1e-4, rtol=1e-4)
     assert ask(model, make.tokenizer, samples, ANSWER_TOKENS) == whole
     assert (1, 192) in sizes and (3, 64) in sizes and max(rows * tokens for rows, tokens in sizes) <= 200
 

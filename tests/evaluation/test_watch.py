@@ -9,17 +9,19 @@ import urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from browser import open_browser
 from helpers import records, tiny_recipe
-from watch_browser import CHROMIUM, Browser
 
 from deltify.cli import main
 from deltify.config import Stage, write_recipe
 from deltify.evaluation import watch
-from deltify.evaluation.live_charts import HEIGHT, TOP, WIDTH, Chart, Line, layout
 from deltify.evaluation.progress import read_progress
-from deltify.evaluation.watch import duration, render_page, serving
+from deltify.evaluation.svg import BOTTOM, HEIGHT, TOP, WIDTH
+from deltify.evaluation.training_charts import draw_curves
+from deltify.evaluation.watch import render_page, serving
 from deltify.training import runner
 
 STAGE = Stage(tokens=10 * 1000, sequence_length=100, batch_size=10)
@@ -132,7 +134,7 @@ def test_page_of_a_finished_run_copied_without_its_models(whole, tmp_path):
     last = records(whole)[-1]
     assert '<span class="state finished">finished</span>' in page and "time left" not in page
     assert f"{last['heldout_kl']:.3f}" in page and f"{last['loss']:.4g}" in page and "8 / 8" in page
-    for title in ("KL to the teacher", "Training loss, nats", "Training loss of align", "Tokens per second"):
+    for title in ("KL to the teacher", "Training loss<", "Training loss of align", "Speed"):
         assert page.count(f"<figcaption>{title}") == 1
     for name in ("teacher", "converted", "align, step 4", "align, step 8", "match, step 4", "match, step 8"):
         assert page.count(f"<dt>{name}</dt>") == 4  # prompts
@@ -162,22 +164,37 @@ def test_text_of_a_model_is_never_markup(tmp_path):
 
 def test_charts_place_points_in_the_picture_and_shorten_long_lines():
     wave = [(float(x), 1.5 + (-1) ** x) for x in range(1000)]
-    chart = layout(Chart("loss", "tokens", [Line("a", wave, 1), Line("none", [], 2)]))
-    (line,) = chart["lines"]
-    places = [tuple(map(float, place.split())) for place in line["path"][1:].split("L")]
-    assert len(places) == 143 and all(0 <= x <= WIDTH and TOP <= y <= HEIGHT for x, y in places)
-    assert chart["title"] == "loss" and [text for _, text in chart["x_ticks"]] == ["0", "500"]
-    steep = layout(Chart("loss", "tokens", [Line("a", [(0, 10.0), (1e6, 0.1)], 1, dots=True)]))
-    assert steep["title"] == "loss, logarithmic" and {"0.1", "1", "10"} <= {text for _, text in steep["y_ticks"]}
-    assert [text for *_, text in steep["lines"][0]["dots"]] == ["a: 10 at 0", "a: 0.1 at 1M"]
-    for from_zero, texts in ((True, {"0", "1"}), (False, {"-10", "-9.6"})):  # a single validation
-        single = layout(Chart("KL", "tokens", [Line("a", [(0, -10.2 * (not from_zero))], 1)], from_zero=from_zero))
-        assert [text for _, text in single["x_ticks"]] == ["0"] and texts <= {text for _, text in single["y_ticks"]}
+    root, last = drawn({"align": wave, "match": []})
+    (group,) = root.findall("g")
+    places = [tuple(map(float, place.split(","))) for place in group.find("polyline").get("points").split()]
+    assert len(places) == 143 and all(0 <= x <= WIDTH and TOP <= y <= HEIGHT - BOTTOM for x, y in places)
+    assert not group.findall("path") and last == {"align": "0.5"}
+    assert {"nats", "0", "200", "800"} <= texts(root)
+
+    steep, last = drawn({"align": [(0, 10.0), (1e6, 0.1)]})
+    assert {"nats, logarithmic", "0.1", "1", "10", "1M"} <= texts(steep) and last == {"align": "0.1"}
+    assert [tip.text for tip in steep.findall("g/circle/title")] == ["align, 0: 10", "align, 1M: 0.1"]
+    broken, last = drawn({"align": [(0, 1.0), (1000, float("nan"))], "match": [(2000, float("inf"))]})
+    assert len(broken.findall("g")) == 1 and last == {"align": "1"}  # training diverged
+    for value, shown in ((0.0, {"0", "0.2"}), (-10.2, {"-15", "-10"})):  # a single validation
+        assert {"training tokens"} | shown <= texts(drawn({"align": [(0, value)]})[0])
 
 
-def test_durations_are_short():
-    times = (5, 600, 3 * 3600 + 300, 50 * 3600, 47.99 * 3600)
-    assert list(map(duration, times)) == ["5 s", "10 min", "3 h 05 min", "2 d 2 h", "47 h 59 min"]
+def test_a_line_begins_at_the_end_of_the_one_before():
+    root, _ = drawn({"align": [(0, 4.0), (1000, 2.0)], "match": [(2000, 1.0)]}, joined=True)
+    first, second = (group.find("polyline").get("points").split() for group in root.findall("g"))
+    assert second[0] == first[-1] and len(second) == 2
+    assert [len(group.findall("circle")) for group in root.findall("g")] == [2, 1]
+
+
+def drawn(data: dict, **options):
+    """Return a chart as XML, and the last values in its legend."""
+    curves = draw_curves("loss", "nats", data, **options)
+    return ElementTree.fromstring(curves.svg), curves.last
+
+
+def texts(root) -> set[str]:
+    return {text.text for text in root.findall("text")}
 
 
 # ---- serving ---------------------------------------------------------------------------------------------------------
@@ -244,27 +261,27 @@ def test_distill_serves_the_page_before_the_folder_of_the_run_exists(tmp_path, c
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_page_fits_desktop_and_phone_and_follows_the_run(whole, tmp_path, monkeypatch):
     folder = Path(shutil.copytree(whole, tmp_path / "run"))
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(lines[:-1]))  # one step to go
     monkeypatch.setattr(watch, "REFRESH_SECONDS", 0.2)
-    with serving(folder) as url, Browser() as browser:
+    with serving(folder) as url, open_browser(tmp_path / "profile") as tab:
         inks = []
-        for width, phone, dark in ((1280, False, False), (390, True, True)):
-            browser.open(url, width=width, phone=phone, dark=dark)
-            assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), width
-            widths = browser.evaluate("[...document.querySelectorAll('.chart svg')].map(svg => svg.clientWidth)")
+        for width, dark in ((1280, False), (390, True)):
+            tab.look(width=width, dark=dark)
+            tab.open(url)
+            assert tab.run("document.documentElement.scrollWidth <= innerWidth"), width
+            widths = tab.run("[...document.querySelectorAll('.chart > svg')].map(svg => svg.clientWidth)")
             assert len(widths) == 4 and min(widths) > 300
-            size = "parseFloat(getComputedStyle(document.querySelector('.chart text')).fontSize)"
-            assert browser.evaluate(f"{size} * document.querySelector('.chart svg').clientWidth / {WIDTH}") > 9
-            inks.append(browser.evaluate("getComputedStyle(document.body).color"))
+            size = "parseFloat(getComputedStyle(document.querySelector('.chart .tick')).fontSize)"
+            assert tab.run(f"{size} * document.querySelector('.chart > svg').clientWidth / {WIDTH}") > 9
+            inks.append(tab.run("getComputedStyle(document.body).color"))
         assert inks[0] != inks[1]  # light and dark
-        browser.evaluate("document.querySelector('details').open = true")
+        tab.run("document.querySelector('details').open = true")
         metrics.write_text("".join(lines))
-        finished = "new Promise(done => setInterval(() => document.querySelector('.state.finished') && done(true), 50))"
-        assert browser.evaluate(finished)  # without loading the page again
-        assert browser.evaluate("document.querySelector('details').open && document.body.className === ''")
+        tab.wait("document.querySelector('.state.finished')")  # without loading the page again
+        assert tab.run("document.querySelector('details').open && document.body.className === ''")
+        assert not [line for line in tab.log if not line.startswith(url)]  # no errors, nothing fetched from elsewhere
     assert "100 %" in render_page(read_progress(folder), "x")

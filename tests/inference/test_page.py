@@ -14,7 +14,8 @@ from helpers import random_student, small_tokenizer
 
 from deltify import State
 from deltify.conversion.teacher import random_teacher
-from deltify.inference.prefill import cache_bytes, new_cache, prefill
+from deltify.inference.prefill import cache_bytes, prefill
+from deltify.model.cache import new_cache
 
 fastapi = pytest.importorskip("fastapi")
 uvicorn, testclient = pytest.importorskip("uvicorn"), pytest.importorskip("fastapi.testclient")

@@ -11,7 +11,7 @@ from helpers import die_in_step, records, tiny_recipe
 
 from deltify import distill
 from deltify.config import Recipe
-from deltify.training.metrics import Metrics
+from deltify.training.metrics import Metrics, by_stage, read_stages
 from deltify.training.trackers import Table, picture_of_recall
 
 
@@ -132,3 +132,10 @@ def test_validations_send_a_table_of_samples_and_a_picture_of_the_recall_curve(t
 def test_a_table_in_markdown_keeps_its_rows():
     table = Table(("prompt", "continuation"), [["a\nb", "c | d"]])
     assert table.markdown() == "| prompt | continuation |\n| --- | --- |\n| a b | c \\| d |"
+
+
+def test_tokens_of_stages_count_from_the_start_of_the_run(tmp_path):
+    lines = [{"stage": stage, "tokens": tokens} for stage, tokens in (("match", 5), ("align", 10), ("align", 20))]
+    assert by_stage(lines) == {"align": lines[1:], "match": [{"stage": "match", "tokens": 25}]}
+    with pytest.raises(FileNotFoundError, match=r"has no metrics\.jsonl"):
+        read_stages(tmp_path)

@@ -8,12 +8,13 @@ from pathlib import Path
 from markupsafe import Markup
 
 from ..training.metrics import read_stages
+from ..utils.formats import short
 from .comparison import FOUND, Kept, Recall
-from .plots import count_hits, ordered, short
+from .plots import count_hits, ordered
 from .svg import COLOURS, Axis, Line, Look, bar_chart, line_chart, log_ticks, ticks
 from .tables import amount
+from .training_charts import MOST_POINTS, training_curves
 
-MOST_POINTS = 300  # of a line without markers
 PERCENT = Axis("needles found, %", (0, 20, 40, 60, 80, 100), limits=(0, 100))
 
 
@@ -219,62 +220,16 @@ def position_point(row: dict, key: str) -> tuple[float, float, float, str]:
 
 
 def training_charts(run: Path) -> Charts:
-    """Return held-out KL, training loss and the recall curve over tokens from metrics.jsonl.
+    """Return held-out KL, training loss and recall over tokens from metrics.jsonl.
 
-    KL and loss have a line for each stage, recall has one for each distance.
+    KL and loss have a line for each stage. Recall has one for each distance, and one for their mean.
     """
-    stages = dict(read_stages(run))
-    validated, losses, size = [], [], 1
-    for stage, records in stages.items():
-        held = [(r["tokens"], r["heldout_kl"]) for r in records if "heldout_kl" in r]
-        before = [point for line in validated[-1:] for point in line.points[-1:]]
-        validated.append(Line(stage, [*before, *((x, y, 0, f"{stage}, {counted(x)}: {y:.3g}") for x, y in held)]))
-        steps = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
-        size = max(size, -(-len(steps) // MOST_POINTS))
-        blocks = [steps[start : start + size] for start in range(0, len(steps), size)]
-        means = [tuple(sum(part) / len(part) for part in zip(*block)) for block in blocks]
-        losses.append(Line(stage, [(x, y, 0, "") for x, y in means], markers=False))
-    recalls = recall_lines([record for records in stages.values() for record in records if "recall" in record])
-    looks = {name: Look(n % (COLOURS + 1)) for n, name in enumerate([*stages, *(line.name for line in recalls)])}
-    charts = []
-    for label, unit, lines in (
-        ("KL to teacher on held-out text", "nats per token", validated),
-        ("Training loss", "", losses),
-        ("Recall: log-probability of answer tokens", "nats", recalls),
-    ):
-        points = [point for line in lines for point in line.points]
-        if points:
-            x = Axis("training tokens", ticks(0, max(x for x, *_ in points)), show=counted)
-            y = Axis(unit, ticks(min(0, *(y for _, y, *_ in points)), max(0, *(y for _, y, *_ in points))))
-            drawn = [line for line in lines if line.points]
-            charts.append((label, line_chart(f"{label}, over training tokens", drawn, looks, x, y)))
-    note = "Training loss: relative error of the mixers in align, KL to the teacher in later stages."
-    if size > 1:
-        note += f" Each of its points is the mean of up to {size} steps."
-    return Charts(charts, looks, note)
-
-
-def recall_lines(records: list[dict]) -> list[Line]:
-    """Return the recall curve of each validation over tokens, with a line for each distance and one for their mean."""
-    keys = [key for key in (records[-1] if records else ()) if key == "recall" or key.startswith("recall_logprob_")]
-    lines = []
-    for key in keys:
-        name = "mean of distances" if key == "recall" else f"from {short(int(key.rpartition('_')[2]))} tokens"
-        points = [
-            (r["tokens"], r[key], 0, f"{name}, {counted(r['tokens'])}: {r[key]:.2f}") for r in records if key in r
-        ]
-        lines.append(Line(name, points))
-    return lines
+    curves = training_curves(dict(read_stages(run)))
+    looks = {name: look for chart in curves for name, look in chart.looks.items()}
+    note = f"Lines of more than {MOST_POINTS} points are drawn as means of neighbours."
+    return Charts([(chart.title, chart.svg) for chart in curves], looks, note)
 
 
 def with_trained(note: str, trained: int | None) -> str:
     """Return a note with the meaning of the dotted line."""
     return note if trained is None else f"{note} Dotted line: training length, {short(trained)} tokens."
-
-
-def counted(tokens: float) -> str:
-    """Return a number of training tokens, such as 250k or 40M."""
-    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if tokens >= unit:
-            return f"{tokens / unit:.3g}{letter}"
-    return f"{tokens:g}"

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..inference.prefill import cache_bytes, new_cache, prefill
+from ..inference.prefill import cache_bytes, prefill
+from ..model.cache import new_cache
 from ..utils.devices import device_name
 
 WARM_UP_TOKENS = 4  # tokens decoded before each measurement

@@ -5,6 +5,7 @@ All numbers come from results.json. The words follow from the thresholds below, 
 
 from dataclasses import dataclass, field
 
+from ..utils.formats import short
 from .comparison import (
     FOUND,
     Absent,
@@ -17,7 +18,6 @@ from .comparison import (
     reasons_of,
     share_kept,
 )
-from .plots import short
 from .tables import amount
 
 # least share of the teacher's score above chance, words for it, grade

@@ -24,7 +24,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.sources import PYTHON_DOCS
-from ..inference.prefill import max_batch_size, new_cache, prefill, stop_tokens
+from ..inference.prefill import max_batch_size, prefill, stop_tokens
+from ..model.cache import new_cache
 from ..utils.files import read_jsonl
 from ..utils.fingerprint import fingerprint
 from .haystack import Haystack, Words, distinct, draw, fill, line_haystack, text_haystack

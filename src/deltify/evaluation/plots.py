@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..training.metrics import read_stages
+from ..utils.formats import short
+from .training_charts import recall_points
 
 if TYPE_CHECKING:  # matplotlib is imported when a figure is drawn
     from matplotlib.axes import Axes
@@ -31,14 +33,6 @@ def style(names: Sequence[str]) -> dict[str, dict]:
             "linestyle": "--" if control else "-",
         }
     return {name: {"markersize": 4, "linewidth": 1.5, **looks[name]} for name in names}
-
-
-def short(tokens: float) -> str:
-    """Return a short form of a number of tokens, such as 512, 1.5k, 4k or 1M."""
-    for unit, letter in ((2**20, "M"), (2**10, "k")):
-        if tokens >= unit:
-            return f"{tokens / unit:.3g}{letter}"
-    return f"{tokens:g}"
 
 
 def open_figure(rows: int, columns: int, width: float, height: float) -> tuple["Figure", np.ndarray]:
@@ -137,13 +131,10 @@ def draw_training(run: Path, results: dict) -> list[Path]:
 
 def draw_recall_over_tokens(axis: "Axes", records: list[dict]) -> None:
     """Draw the recall curve of each validation over tokens, with a line for each distance."""
-    tokens = [record["tokens"] for record in records]
-    axis.plot(tokens, [record["recall"] for record in records], "k-", label="mean of distances", linewidth=2)
-    keys = [key for key in records[-1] if key.startswith("recall_logprob_")]
-    for number, key in enumerate(keys):
-        color = COLORS[number % len(COLORS)]
-        label = f"from {short(int(key.removeprefix('recall_logprob_')))} tokens"
-        axis.plot(tokens, [record[key] for record in records], color=color, label=label, linewidth=1)
+    mean, *distances = recall_points(records).items()
+    axis.plot(*zip(*mean[1]), "k-", label=mean[0], linewidth=2)
+    for number, (name, points) in enumerate(distances):
+        axis.plot(*zip(*points), color=COLORS[number % len(COLORS)], label=name, linewidth=1)
     axis.set_ylabel("log-probability of answer tokens, nats")
 
 

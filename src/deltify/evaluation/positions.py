@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..inference.prefill import new_cache, piece_length, read_pieces
+from ..inference.prefill import piece_length, read_pieces
+from ..model.cache import new_cache
 from ..training.losses import CHUNK_BYTES
 from ..utils.scoring import kl_terms, label_log_probs, log_probs, perplexity
 from ..utils.statistics import mean_over_documents

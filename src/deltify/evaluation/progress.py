@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import STAGES, Recipe, load_recipe
-from ..training.metrics import lines
+from ..training.metrics import by_stage, lines
 from ..training.run_folder import read_run
 
 RECENT = 20  # latest steps whose median is the speed
@@ -54,6 +54,7 @@ class RunProgress:
     Attributes:
         about: Contents of run.json.
         records: Lines of metrics.jsonl in the order of stages. Their tokens count from the start of the run.
+        stage_records: The same lines by stage.
         samples: Lines of samples.jsonl.
         stages: Progress of the stages that have tokens in the recipe.
         stopped_early: Whether --max-minutes ended the run after its last line.
@@ -64,6 +65,7 @@ class RunProgress:
     recipe: Recipe
     about: dict
     records: list[dict]
+    stage_records: dict[str, list[dict]]
     samples: list[dict]
     stages: list[StageProgress]
     stopped_early: bool
@@ -106,19 +108,15 @@ def read_progress(folder: Path, recipe: Recipe | None = None) -> RunProgress:
         ValueError: If a file of the run is damaged.
     """
     recipe = recipe or load_recipe(recipe_path(folder))
-    by_stage = {stage: [] for stage in ("converted", *STAGES)}
-    for record in read_lines(folder / "metrics.jsonl"):
-        by_stage[record["stage"]].append(record)
-    stages = stage_progress(recipe, by_stage)
-    before, records = 0, []
-    for of_stage in by_stage.values():
-        records += [record | {"tokens": before + record["tokens"]} for record in of_stage]
-        before = records[-1]["tokens"] if records else 0
+    stage_records = by_stage(read_lines(folder / "metrics.jsonl"))
+    stages = stage_progress(recipe, stage_records)
+    records = [record for of_stage in stage_records.values() for record in of_stage]
     return RunProgress(
         folder,
         recipe,
         read_run(folder),
         records,
+        stage_records,
         read_lines(folder / "samples.jsonl"),
         stages,
         stopped_early(folder, records),
@@ -158,18 +156,18 @@ def parse_lines(path: Path, changed: int, size: int) -> list[dict]:
     return [record for _, record in lines(path)]
 
 
-def stage_progress(recipe: Recipe, by_stage: dict[str, list[dict]]) -> list[StageProgress]:
+def stage_progress(recipe: Recipe, stage_records: dict[str, list[dict]]) -> list[StageProgress]:
     """Return the progress of each stage that has tokens.
 
     Args:
-        by_stage: Lines of metrics.jsonl of each stage.
+        stage_records: Result of `by_stage`.
     """
-    durations = [r["validation_seconds"] for stage in by_stage.values() for r in stage if "validation_seconds" in r]
+    durations = [r["validation_seconds"] for rs in stage_records.values() for r in rs if "validation_seconds" in r]
     validation_seconds = statistics.median(durations[-RECENT:]) if durations else 0.0
     known: tuple[str, float] | None = None  # the latest stage with a measured speed, and its seconds per token
-    stages = []
+    stages, before = [], 0
     for name in STAGES:
-        stage, records = recipe.stage(name), by_stage[name]
+        stage, records = recipe.stage(name), stage_records.get(name, [])
         if not stage.tokens:
             continue
         done, speed = records[-1]["step"] if records else 0, None
@@ -192,7 +190,7 @@ def stage_progress(recipe: Recipe, by_stage: dict[str, list[dict]]) -> list[Stag
                 name=name,
                 steps=stage.steps,
                 done=done,
-                tokens=records[-1]["tokens"] if records else 0,
+                tokens=records[-1]["tokens"] - before if records else 0,
                 seconds=spent + (records[-1]["seconds"] if records else 0.0),
                 tokens_per_second=speed,
                 measured=bool(records),
@@ -200,6 +198,7 @@ def stage_progress(recipe: Recipe, by_stage: dict[str, list[dict]]) -> list[Stag
                 peak_memory_bytes=max(peaks, default=None),
             )
         )
+        before = records[-1]["tokens"] if records else before
     return stages
 
 

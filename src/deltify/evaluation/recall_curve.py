@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.probes import Probe, make_probe, text_probes
 from ..data.sources import documents
-from ..inference.prefill import new_cache, piece_length, read_pieces
+from ..inference.prefill import piece_length, read_pieces
+from ..model.cache import new_cache
 from ..training.recall import SHORTEST, RecallBucket, answer_scores, recall_buckets
 from ..utils.files import read_jsonl
 from ..utils.fingerprint import fingerprint

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
 from ..utils.console import console
 from ..utils.files import write_text
+from ..utils.formats import flat
 from .card import Layouts, card_metadata, last_stage, recipes_of, teacher_facts
 from .charts import (
     Charts,
@@ -26,8 +26,9 @@ from .charts import (
 )
 from .comparison import FOUND, Absent, Kept
 from .headline import REPLACES, Headline, headlines
+from .pages import render
 from .plots import draw_by_length, draw_by_position, draw_decode_cost, draw_heat_map, draw_recall, draw_training
-from .svg import Look, marker
+from .svg import Look
 from .tables import (
     Table,
     benchmark_table,
@@ -92,7 +93,7 @@ def report(run: str | Path) -> list[Path]:
     for name, texts in results.get("samples", {}).items():
         console.print(f"\nSamples of [bold]{name}[/]")
         for text in texts:
-            console.print(f"  {' '.join(text.split())!r}", highlight=False, markup=False)
+            console.print(f"  {flat(text)!r}", highlight=False, markup=False)
 
     facts = {"name": run.name, "results": results, "sections": sections, "recipe": recipe_text(run, results)}
     facts |= {"screens": screens, "comparison": comparison(screens)}
@@ -273,16 +274,6 @@ def commands_for_exports(run: Path) -> list[tuple[str, str]]:
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
-def render(template: str, **facts) -> str:
-    """Return a page made from a template."""
-    escape = select_autoescape(["html"], default=False)
-    environment = Environment(
-        loader=PackageLoader("deltify.evaluation"), autoescape=escape, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"flat": flat, "marker": marker, "unbroken": unbroken}
-    return environment.get_template(template).render(**facts)
-
-
 def render_card(
     run: Path, stage: str, results: dict | None, sections: list[Section], facts: dict[str, Any], layouts: Layouts
 ) -> str:
@@ -311,13 +302,3 @@ def render_card(
 def recipe_text(run: Path, results: dict | None) -> str:
     """Return the recipes of all runs, each after those of the runs that it started from."""
     return "\n---\n".join(recipes_of((results or {}).get("runs") or [run]).values())
-
-
-def unbroken(text: str) -> str:
-    """Return a text in which no line ends before a percent sign."""
-    return text.replace(" %", "\u00a0%")
-
-
-def flat(text: str) -> str:
-    """Return a text as one line."""
-    return " ".join(text.split())

@@ -1,7 +1,7 @@
 """Charts as inline SVG for pages that need no network. Colours are CSS variables, so charts follow light and dark.
 
-The page defines the classes and variables in templates/charts.css. Points have their values as tooltips, and every
-drawn line has an attribute data-model, by which templates/charts.js hides and shows models.
+The page includes templates/charts.css, which defines the classes and variables. Points have their values as tooltips,
+and every drawn line has an attribute data-model, by which templates/report.js hides and shows models.
 """
 
 import math
@@ -24,10 +24,18 @@ class Look:
     Args:
         number: Number of its colour. 0 is the teacher's.
         dashed: Whether its lines are dashed.
+        opacity: From 0, invisible, to 1.
     """
 
     number: int
     dashed: bool = False
+    opacity: float = 1.0
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Attributes of an element with this look."""
+        kind = f"model line-{self.number}{' dashed' if self.dashed else ''}"
+        return {"class": kind} | ({} if self.opacity == 1 else {"opacity": f"{self.opacity:g}"})
 
 
 @dataclass(frozen=True)
@@ -36,13 +44,11 @@ class Line:
 
     Args:
         name: Model.
-        points: x, y, half of the error bar (or 0) and tooltip of each point.
-        markers: Whether points are marked.
+        points: x, y, half of the error bar (or 0) and tooltip of each point. Those with a tooltip are marked.
     """
 
     name: str
     points: Sequence[tuple[float, float, float, str]]
-    markers: bool = True
 
 
 @dataclass(frozen=True)
@@ -120,9 +126,8 @@ def line_chart(
 
 
 def draw_line(chart: ElementTree.Element, line: Line, look: Look, x: Axis, y: Axis) -> None:
-    """Draw a line with its error bars, and a marker with a tooltip at each point."""
-    kind = f"model line-{look.number}{' dashed' if look.dashed else ''}"
-    group = ElementTree.SubElement(chart, "g", {"class": kind, "data-model": line.name})
+    """Draw a line with its error bars, and a marker at each point with a tooltip."""
+    group = ElementTree.SubElement(chart, "g", {**look.attributes, "data-model": line.name})
     bottom, places = HEIGHT - BOTTOM, []
     for value, height, error, _ in line.points:
         at, over = x.place(value, LEFT + 8, WIDTH - RIGHT - 8), y.place(height, bottom, TOP)
@@ -131,12 +136,19 @@ def draw_line(chart: ElementTree.Element, line: Line, look: Look, x: Axis, y: Ax
             y1, y2 = (min(max(y.place(height + e, bottom, TOP), TOP), bottom) for e in (-error, error))
             draw(group, "line", "error", x1=at, x2=at, y1=y1, y2=y2)
     draw(group, "polyline", "curve", points=" ".join(f"{at:g},{over:g}" for at, over in places))
-    if not line.markers:
-        return
     for (at, over), (*_, tip) in zip(places, line.points):
-        draw(group, "path", "mark", d=marker(look.number, at, over))
-        hit = draw(group, "circle", "hit", cx=at, cy=over, r=9)
-        ElementTree.SubElement(hit, "title").text = tip
+        if tip:
+            draw(group, "path", "mark", d=marker(look.number, at, over))
+            hit = draw(group, "circle", "hit", cx=at, cy=over, r=9)
+            ElementTree.SubElement(hit, "title").text = tip
+
+
+def swatch(look: Look) -> Markup:
+    """Return a piece of a line for a legend."""
+    picture = ElementTree.Element("svg", {**look.attributes, "viewBox": "0 0 30 10", "aria-hidden": "true"})
+    draw(picture, "path", "curve", d="M1 5h28")
+    draw(picture, "path", "mark", d=marker(look.number, 15, 5))
+    return markup(picture)
 
 
 def marker(number: int, x: float, y: float) -> str:

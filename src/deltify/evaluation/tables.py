@@ -7,7 +7,7 @@ from itertools import pairwise
 from rich.table import Table as RichTable
 
 from ..config import STAGES
-from .plots import short
+from ..utils.formats import short
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,10 @@
 It needs nothing but the folder, so it works during a run, after it, and on a copy.
 """
 
-import functools
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,23 +16,20 @@ from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
 
-import numpy as np
-from jinja2 import Environment, PackageLoader, Template
-
-from ..config import STAGES, Recipe
+from ..config import Recipe
 from ..training.recall import curve_of
 from ..utils.console import log
-from . import live_charts as charts
-from .live_charts import Chart, Line
-from .plots import short
+from ..utils.formats import duration, flat
+from ..utils.statistics import spread
+from .charts import tokens_axis
+from .pages import render
 from .progress import RunProgress, read_progress
-from .report import flat
+from .svg import Look
+from .training_charts import RECALL, Curves, draw_curves, of_stages, training_curves
 
 REFRESH_SECONDS, REFRESH_FINISHED_SECONDS = 5, 30
 RECALL_CURVES = 4  # validations whose recall curves are drawn
 SHOWN_SAMPLES = 5  # validations whose samples are shown
-RECALL = "log-probability of far answers, nats"
-COLOR_OF = {stage: number for number, stage in enumerate(("converted", *STAGES))}
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -154,27 +150,17 @@ def render_page(progress: RunProgress, nonce: str) -> str:
     Args:
         nonce: Random text that allows the page's script to run.
     """
-    return template().render(
+    return render(
+        "watch.html",
         run=progress,
         nonce=nonce,
-        size=(charts.WIDTH, charts.HEIGHT, charts.LEFT, charts.RIGHT, charts.TOP, charts.BOTTOM),
         state=state_of(progress),
         validations=[record for record in progress.records if "heldout_kl" in record],
         last=next((record for record in reversed(progress.records) if "loss" in record), None),
-        charts=[charts.layout(chart) for chart in charts_of(progress) if any(line.points for line in chart.lines)],
+        charts=charts_of(progress),
         samples=samples_of(progress),
         refresh=REFRESH_FINISHED_SECONDS if progress.finished else REFRESH_SECONDS,
     )
-
-
-@functools.cache
-def template() -> Template:
-    """Return the template of the page."""
-    environment = Environment(
-        loader=PackageLoader("deltify.evaluation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"duration": duration, "si": charts.si, "gib": gib}
-    return environment.get_template("watch.html")
 
 
 def state_of(progress: RunProgress) -> tuple[str, str]:
@@ -193,47 +179,23 @@ def state_of(progress: RunProgress) -> tuple[str, str]:
     return "running", f"{stage.name}, step {min(stage.done + 1, stage.steps):,} of {stage.steps:,}"
 
 
-def charts_of(progress: RunProgress) -> list[Chart]:
-    """Return the charts of a run. Those without figures have no points."""
-    records = progress.records
-    stages = list(dict.fromkeys(record["stage"] for record in records))
-    validated = [(r["tokens"], r["heldout_kl"]) for r in records if "heldout_kl" in r]
-
-    def lines(key: str, of_stages: Sequence[str], **looks) -> list[Line]:
-        of = {s: [(r["tokens"], r[key]) for r in records if r["stage"] == s and key in r] for s in of_stages}
-        return [Line(stage, points, COLOR_OF[stage], **looks) for stage, points in of.items()]
-
-    kl = [
-        Line(line.name, line.points, line.color, dots=True, before=last_before(validated, line))
-        for line in lines("heldout_kl", stages)
-    ]
-    recalls = [record for record in records if "recall" in record]
-    chosen = np.unique(np.linspace(0, len(recalls) - 1, RECALL_CURVES).round().astype(int)) if recalls else []
-    by_distance = [
-        Line(place(recalls[i]), list(curve_of(recalls[i]).items()), 1, (number + 1) / len(chosen), True)
-        for number, i in enumerate(chosen)
-    ]
-    distances = list(curve_of(recalls[-1])) if recalls else []
-    by_distance = by_distance if len(distances) > 1 else []  # one distance is no curve
-    over_tokens = [
-        Line(f"from {short(d)} tokens", [(r["tokens"], curve_of(r)[d]) for r in recalls], number % 6 + 1, dots=True)
-        for number, d in enumerate(distances)
-    ]
-    x = "training tokens"
-    return [
-        Chart("KL to the teacher on held-out text, nats per token", x, kl),
-        Chart("Training loss, nats per token", x, lines("loss", [s for s in stages if s != "align"])),
-        Chart("Training loss of align, relative error", x, lines("loss", [s for s in stages if s == "align"])),
-        Chart(f"Recall by distance: {RECALL}", "distance of the answer, tokens", by_distance, True, False),
-        Chart(f"Recall over training: {RECALL}", x, over_tokens, from_zero=False),
-        Chart("Tokens per second", x, lines("tokens_per_second", stages)),
-    ]
+def charts_of(progress: RunProgress) -> list[Curves]:
+    """Return the charts of a run, without those that have no points."""
+    recalls = [record for record in progress.records if "recall" in record]
+    speed = draw_curves("Speed", "tokens per second", of_stages(progress.stage_records, "tokens_per_second"))
+    charts = [*training_curves(progress.stage_records), recall_by_distance(recalls), speed]
+    return [chart for chart in charts if chart is not None]
 
 
-def last_before(points: charts.Points, line: Line) -> tuple[float, float] | None:
-    """Return the last of some points before a line."""
-    earlier = [point for point in points if line.points and point[0] < line.points[0][0]]
-    return earlier[-1] if earlier else None
+def recall_by_distance(records: list[dict]) -> Curves | None:
+    """Return the recall curves of some validations, the latest strongest. One distance is no curve."""
+    if not records or len(distances := list(curve_of(records[-1]))) < 2:
+        return None
+    chosen = spread(records, RECALL_CURVES)
+    data = {place(record): list(curve_of(record).items()) for record in chosen}
+    looks = {name: Look(1, opacity=(number + 2) / (len(data) + 1)) for number, name in enumerate(data)}
+    x = tokens_axis("distance of the answer, tokens", distances)
+    return draw_curves("Recall by distance", RECALL, data, looks, x=x)
 
 
 def place(record: dict) -> str:
@@ -247,8 +209,7 @@ def samples_of(progress: RunProgress) -> list[tuple[str, list[tuple[str, str]]]]
     students = [line for line in progress.samples if line["stage"] != "teacher"]
     if not students:
         return []
-    indices = np.unique(np.linspace(0, len(students) - 1, SHOWN_SAMPLES).round().astype(int))
-    shown = [*teacher, *(students[i] for i in reversed(indices))]
+    shown = [*teacher, *reversed(spread(students, SHOWN_SAMPLES))]
     by_prompt: dict[str, list[tuple[str, str]]] = {}
     for line in shown:
         for sample in line["samples"]:
@@ -261,20 +222,3 @@ def samples_of(progress: RunProgress) -> list[tuple[str, list[tuple[str, str]]]]
 def shown_text(text: str) -> str:
     """Return a text as one line, without control characters."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in flat(text))
-
-
-def duration(seconds: float) -> str:
-    """Return a time such as 40 s, 12 min, 3 h 05 min or 2 d 4 h."""
-    minutes, hours = round(seconds / 60), seconds / 3600
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if minutes < 90:
-        return f"{minutes} min"
-    if hours < 48:
-        return f"{minutes // 60} h {minutes % 60:02} min"
-    return f"{round(hours) // 24} d {round(hours) % 24} h"
-
-
-def gib(size: float) -> str:
-    """Return a number of bytes in GiB."""
-    return f"{size / 2**30:.1f} GiB"

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from ..model.cache import new_cache
 from ..model.causal_lm import CausalLM
 from .loading import load_model, load_tokenizer
-from .prefill import new_cache
 
 
 class Conversation:

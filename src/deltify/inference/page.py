@@ -20,10 +20,12 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
+from ..model.cache import new_cache
 from ..model.causal_lm import CausalLM
 from ..utils.devices import device_name
+from ..utils.formats import gib
 from .book import Book, answer, attention_layers, beginning_ids, growing_bytes, question_ids, remember
-from .prefill import cache_bytes, max_cache_bytes, new_cache, piece_length, read_pieces, teacher_cache_bytes
+from .prefill import cache_bytes, max_cache_bytes, piece_length, read_pieces, teacher_cache_bytes
 
 MAX_TEXT_BYTES = 5_000_000
 MAX_QUESTION_CHARACTERS = 20_000  # of the question and the conversation before it
@@ -210,9 +212,8 @@ def check_size(model: CausalLM, tokens: int, others: int) -> None:
     if needed > available:
         raise ValueError(
             f"The text has {tokens:,} tokens. For these, the attention layers of this model would keep "
-            f"{needed / 2**30:.1f} GiB. {available / 2**30:.1f} GiB are allowed, which is "
-            f"{tokens * available // needed:,} tokens. Give a part of the text, or serve a model without attention "
-            "layers."
+            f"{gib(needed)}. {gib(available)} are allowed, which is {tokens * available // needed:,} tokens. Give a "
+            "part of the text, or serve a model without attention layers."
         )
     if needed and needed + others > available:
         raise ValueError("Other texts are being read, and there is no memory for this one. Try again later.")

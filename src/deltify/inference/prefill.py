@@ -11,7 +11,6 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTra
 
 from ..conversion.teacher import head_width
 from ..model import DeltifyConfig
-from ..model.modeling import DeltifyCache
 
 # upper bounds of one forward pass and of the cache
 PREFILL_CHUNK = {"cpu": 4096, "cuda": 16384}  # tokens of one sequence in a forward pass
@@ -19,12 +18,6 @@ FORWARD_TOKENS = 2**14  # tokens of all sequences in a forward pass
 MASK_BYTES = 2**28  # attention mask [B, piece, context] of one byte per entry
 CACHE_BYTES = 2**31  # keys and values of all sequences on a CPU
 CACHE_SHARE = 0.25  # keys and values of all sequences, as a fraction of a GPU's free memory
-
-
-def new_cache(model: PreTrainedModel) -> DynamicCache:
-    """Return an empty cache of the model's class."""
-    config = model.config
-    return DeltifyCache(config=config) if isinstance(config, DeltifyConfig) else DynamicCache(config=config)
 
 
 def has_growing_cache(model: PreTrainedModel) -> bool:

@@ -29,12 +29,11 @@ from ..model.causal_lm import CausalLM
 from ..utils.console import log
 from ..utils.devices import pick_device
 from ..utils.folders import model_folder
-from ..utils.tokens import token_ids
+from ..utils.tokens import CUT_CHARACTER, token_ids
 from .loading import load_model, load_tokenizer
 from .prefill import stop_tokens
 
 MAX_CHARS_PER_TOKEN = 100  # upper bound, so that whole documents are not tokenized
-CUT_CHARACTER = "\ufffd"  # what decoding makes of a character whose last bytes are missing
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from .configuration import DeltifyConfig
@@ -222,6 +222,12 @@ class DeltifyCache(DynamicCache):
                 f"{name}: the states of KDA and sliding layers cannot be rolled back. Copy the cache beforehand "
                 "(copy.deepcopy(cache)), and continue from the copy"
             )
+
+
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """Return an empty cache of the model's class, for a student or a teacher."""
+    config = model.config
+    return DeltifyCache(config=config) if isinstance(config, DeltifyConfig) else DynamicCache(config=config)
 
 
 def held(layer) -> list[Tensor]:

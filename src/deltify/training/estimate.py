@@ -28,6 +28,7 @@ from ..conversion.teacher import (
 )
 from ..model import DeltifyForCausalLM
 from ..utils.console import console
+from ..utils.formats import gib
 from . import distributed
 from .losses import CHUNK_BYTES
 from .optimizers import choose_trained, recomputes, training_bytes, waits_for_ranks
@@ -278,11 +279,6 @@ def files(recipe: Recipe, student: DeltifyForCausalLM, plans: list[StagePlan]) -
         "recipe.yaml, run.json, metrics.jsonl, samples.jsonl; results.json and report.html later"
     )
     return table
-
-
-def gib(size: int) -> str:
-    """Return a number of bytes as text."""
-    return f"{size / 2**30:.1f} GiB" if size > 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def count(model: nn.Module) -> int:

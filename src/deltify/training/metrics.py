@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import ItemsView, Iterator, Sequence
 from pathlib import Path
 
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
@@ -15,14 +15,25 @@ from . import distributed
 from .trackers import Table, open_tracker, picture_of_recall
 
 
-def read_stages(folder: Path) -> Iterator[tuple[str, list[dict]]]:
-    """Yield each stage of a run with its lines of metrics.jsonl. Their tokens count from the start of the run."""
-    lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]  # a last line without a newline is incomplete
-    records, before = [json.loads(line) for line in lines], 0
+def read_stages(folder: Path) -> ItemsView[str, list[dict]]:
+    """Return each stage of a run with its lines of metrics.jsonl, see `by_stage`.
+
+    Raises:
+        FileNotFoundError: If the folder has none.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no metrics.jsonl. Give the folder of a run that has begun")
+    return by_stage([record for _, record in lines(path)]).items()
+
+
+def by_stage(records: list[dict]) -> dict[str, list[dict]]:
+    """Return the lines of each stage that has any, in the order of stages. Tokens count from the start of the run."""
+    stages, before = {}, 0
     for stage in ("converted", *STAGES):
         if mine := [r | {"tokens": before + r["tokens"]} for r in records if r["stage"] == stage]:
-            yield stage, mine
-            before = mine[-1]["tokens"]
+            stages[stage], before = mine, mine[-1]["tokens"]
+    return stages
 
 
 class Metrics:

@@ -8,16 +8,16 @@ from itertools import islice, pairwise, takewhile, zip_longest
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.token_files import TokenFile
-from ..model import DeltifyConfig
-from ..model.modeling import DeltifyCache, cache_argument
+from ..model.cache import new_cache
+from ..model.modeling import cache_argument
+from ..utils.tokens import CUT_CHARACTER
 
 PROMPTS = 4
 PROMPT_TOKENS = 32
 NEW_TOKENS = 32
-CUT_CHARACTER = "\ufffd"  # what decoding makes of a character whose last bytes are missing
 
 
 def heldout_prompts(heldout: list[TokenFile]) -> Tensor:
@@ -43,9 +43,7 @@ def greedy_tokens(model: PreTrainedModel, prompts_BP: Tensor, new_tokens: int) -
 
     Neither the model's generation settings nor a random number generator is used. The model must be in eval mode.
     """
-    config = model.config
-    cache = DeltifyCache(config=config) if isinstance(config, DeltifyConfig) else DynamicCache(config=config)
-    ids, drawn = prompts_BP.to(model.device), []
+    cache, ids, drawn = new_cache(model), prompts_BP.to(model.device), []
     for _ in range(new_tokens):
         hidden_BD = model.model(input_ids=ids, use_cache=True, **cache_argument(cache)).last_hidden_state[:, -1]
         ids = model.lm_head(hidden_BD).argmax(-1, keepdim=True)

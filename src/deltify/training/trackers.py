@@ -11,6 +11,8 @@ import numpy as np
 
 from ..config import Recipe
 from ..utils.files import write_text
+from ..utils.formats import flat
+from ..utils.statistics import spread
 from .recall import curve_of
 from .run_folder import holds_run
 
@@ -29,7 +31,7 @@ class Table:
     def markdown(self) -> str:
         """Return the table in Markdown."""
         rows = [self.columns, ["---"] * len(self.columns), *self.rows]
-        cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+        cells = [[flat(cell).replace("|", "\\|") for cell in row] for row in rows]
         return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
@@ -133,8 +135,8 @@ def picture_of_recall(records: Sequence[dict]) -> np.ndarray:
     axis = figure.subplots()
     axis.set_xscale("log", base=2)
     axis.set_xticks(list(curve_of(records[-1])), [f"{distance:,}" for distance in curve_of(records[-1])])
-    chosen = np.unique(np.linspace(0, len(records) - 1, CURVES).round().astype(int))
-    for number, record in enumerate((records[index] for index in chosen), 1):
+    chosen = spread(records, CURVES)
+    for number, record in enumerate(chosen, 1):
         color = matplotlib.colormaps["viridis_r"](number / len(chosen))
         label = f"{record['stage']}, {record['tokens']:,} tokens"
         axis.plot(*zip(*curve_of(record).items()), "o-", color=color, label=label, markersize=4)

@@ -1,6 +1,11 @@
-"""Means with their standard errors."""
+"""Means with their standard errors, and choices at even distances."""
+
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 def mean_over_documents(documents: list[np.ndarray]) -> tuple[float | None, float | None]:
@@ -14,3 +19,9 @@ def mean_over_documents(documents: list[np.ndarray]) -> tuple[float | None, floa
         return float(mean), None
     spread = np.square(sums - mean * sizes).sum() * len(documents) / (len(documents) - 1)
     return float(mean), float(np.sqrt(spread) / sizes.sum())
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """Return at most `most` items at even distances, with the first and the last."""
+    places = np.unique(np.linspace(0, len(items) - 1, most).round().astype(int)) if items else []
+    return [items[place] for place in places]

@@ -10,6 +10,8 @@ from itertools import takewhile
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
+CUT_CHARACTER = "\ufffd"  # what decoding makes of a character whose last bytes are missing
+
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, begins: bool = True) -> list[int]:
     """Return the token ids of a text, without tokens that end a document. An empty text has none.
