@@ -184,15 +184,15 @@ def test_pieces_equal_whole_documents(kind, probes):
 
 def test_a_run_has_the_curve_at_each_validation(tmp_path, capsys):
     recipe = tiny_recipe(tmp_path)
-    recipe = replace(recipe, run=replace(recipe.run, heldout_tokens=5120, heldout_sequence_length=64))
+    recipe = replace(recipe, run=replace(recipe.run, heldout_tokens=10240, heldout_sequence_length=64))
     run = distill(recipe)
     lines = records(run)
     validated = [line for line in lines if "heldout_kl" in line]
     assert len(validated) == 5 and [line for line in lines if "recall" in line] == validated
     teacher = random_teacher("llama")
-    _, heldout = open_data(recipe.data, recipe.teacher.model, teacher.tokenizer, 5120, 64)
-    probes = heldout_probes(heldout, 32, 5120, teacher.tokenizer)
-    assert [len(probe.ids) for probe in probes] == [512, 512]
+    _, heldout = open_data(recipe.data, recipe.teacher.model, teacher.tokenizer, 10240, 64)
+    probes = heldout_probes(heldout, 32, 10240, teacher.tokenizer)
+    assert [len(probe.ids) for probe in probes] == [512] * 4
     for line, stage in ((validated[0], "converted"), (validated[2], "align"), (validated[-1], "match")):
         assert line["stage"] == stage
         buckets = recall_curve(AutoModelForCausalLM.from_pretrained(run / stage, dtype=torch.float32), probes)
@@ -220,7 +220,7 @@ def test_the_documents_of_a_run_fit_into_a_fifth_of_the_validation(tmp_path):
     assert lengths(8192, 65536) == [8192]
     assert lengths(8192, 16384) == [3276]
     assert lengths(32, 2**30) == [512] * 8 + [2048] * 4
-    assert lengths(2048, 2559) == []
+    assert lengths(2048, 10239) == []
 
 
 def test_scores_on_file_are_reused(tmp_path, tokenizer, probes, monkeypatch):
