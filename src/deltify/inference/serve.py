@@ -46,7 +46,7 @@ def serve(path: str | Path, *, host: str = "localhost", port: int = 8000, device
             [loaded] = self._model_manager.loaded_models.values()
             app = cast(FastAPI, self.server.config.app)
             app.include_router(page_routes(cast(CausalLM, loaded.model), load_tokenizer(folder), name))
-            print(f"page: http://{host}:{port}/", flush=True)
+            print(f"model for requests: {folder}\npage: http://{host}:{port}/", flush=True)
             self.server.run()
 
     Server(folder, host=host, port=port, device=device, non_blocking=True)
