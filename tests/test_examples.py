@@ -36,7 +36,7 @@ def test_the_notebook_runs_in_its_smoke_form(tmp_path, monkeypatch, capsys):
     assert {row["stage"] for row in records(run)} == {"converted", "align", "match"}
     assert (run / "report.html").is_file() and json.loads((run / "results.json").read_text())["needles"]
     output = capsys.readouterr().out
-    assert "Samples of match" in output and "Needles found" in output
+    assert "Samples of match" in output and "No model finds a needle in" in output  # the teacher is random
     assert gguf.GGUFReader(tmp_path / "notebook-f16.gguf").tensors
 
 

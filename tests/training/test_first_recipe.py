@@ -92,7 +92,7 @@ def test_too_little_time_or_memory_is_refused_with_what_is_enough(smollm2, monke
     enough = float(re.search(r"--hours ([\d.]+),", str(refused.value)).group(1))
     assert 0.1 < enough < 2 and first_recipe.first_recipe(str(smollm2), cpu=True, hours=enough)
     monkeypatch.setattr(first_recipe, "machine_memory", lambda: 2**30)
-    with pytest.raises(ValueError, match=r"does not fit cpu: .*of 1024 MiB may be used\. Choose --gpu h100 or h200"):
+    with pytest.raises(ValueError, match=r"does not fit cpu: .*of 1\.0 GiB may be used\. Choose --gpu h100 or h200"):
         first_recipe.first_recipe(str(smollm2), cpu=True)
     with pytest.raises(ValueError, match=r"hours=0 must be above 0"):
         first_recipe.first_recipe(str(smollm2), cpu=True, hours=0)

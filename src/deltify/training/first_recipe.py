@@ -271,7 +271,9 @@ def fit_time(plans: list[StagePlan], pair: Pair, machine: Machine, fixed: Fixed,
 
 def with_batch(plan: StagePlan, batch_size: int, pair: Pair, machine: Machine) -> StagePlan:
     """Return the plan of a stage with another batch size."""
-    return machine.plan(plan.name, replace(plan.stage, batch_size=max(1, batch_size)), *pair)
+    batch = max(1, batch_size)
+    micro = math.gcd(plan.stage.micro_batch_size, batch) if plan.stage.micro_batch_size else 0
+    return machine.plan(plan.name, replace(plan.stage, batch_size=batch, micro_batch_size=micro), *pair)
 
 
 def rounded_up(hours: float) -> str:
