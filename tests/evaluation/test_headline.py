@@ -257,7 +257,7 @@ def test_thresholds_are_written_down():
         "share of the scores kept": ([good], [fair]),
         "memory": ([LEAN], [HEAVY]),
         "speed": ([FAST], [SLOW]),
-        "needles": ([FAR], [NEAR]),
+        "longest context with 90 % of the needles, in percent of the teacher's": ([FAR], [NEAR]),
     }
     for name, thresholds in expected.items():
         for cell, values in zip(rows[name], thresholds):
