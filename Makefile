@@ -40,7 +40,7 @@ lint: .venv/developing
 
 # Two processes with one thread each: the models are tiny, and idle threads would only spin.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 # Build the documentation into site/. A broken link is an error.
 docs: .venv/developing

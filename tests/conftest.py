@@ -25,6 +25,7 @@ def with_special_tokens(tokenizer: PreTrainedTokenizerBase, *, end: bool) -> Pre
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "test_parallel" not in item.nodeid)  # the slowest file first, so that none waits for it
     if torch.cuda.is_available():
         return
     for item in items:

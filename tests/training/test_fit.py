@@ -100,7 +100,8 @@ def test_a_batch_is_timed_where_that_takes_little_time(monkeypatch):
     assert per_sequence(worker(0.1, 90), 8, gpu) == pytest.approx(0.1)  # its first call compiles kernels
 
 
-def test_a_fitted_run_trains_all_stages_and_resumes_with_its_numbers(tmp_path, capsys):
+def test_a_fitted_run_trains_all_stages_and_resumes_with_its_numbers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fitting, "measure_speed", lambda _: Speed(0.1, 1e-3, {"align": 2e-3, "match": 4e-3}))
     recipe = tiny_recipe(tmp_path)
     fitted = fit_to_time(recipe, 0.03)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("This machine trains"))
