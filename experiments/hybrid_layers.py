@@ -13,6 +13,7 @@ from pathlib import Path
 
 from deltify.config import STAGES, Stage, load_recipe
 from deltify.training.metrics import read_stages
+from deltify.training.recall import curve_of
 from deltify.training.runner import distill
 
 LAYERS = 30  # of SmolLM2-135M-Instruct
@@ -27,8 +28,9 @@ def run(name: str, layers: str | list[int], options: argparse.Namespace) -> Path
     """Convert, and train if there are tokens, and return the run's folder."""
     recipe = load_recipe("smollm2-135m-kda")
     stage = Stage(sequence_length=2048, batch_size=2, lr_mixers=1e-3, lr_other=3e-4)
-    shares = {"align": options.tokens // 8, "match": options.tokens * 7 // 8, "extend": 0}
-    stages = {name: dataclasses.replace(stage, tokens=shares[name] or stage.sequence_length * 2) for name in STAGES}
+    align, match = options.tokens // 8, options.tokens * 7 // 8
+    if not options.tokens:  # nothing trains, but a recipe needs a stage
+        match = stage.batch_size * stage.sequence_length
     student = dataclasses.replace(
         recipe.student,
         full_attention_layers=layers,
@@ -53,9 +55,11 @@ def run(name: str, layers: str | list[int], options: argparse.Namespace) -> Path
         run=dataclasses.replace(
             recipe.run, heldout_tokens=options.heldout_tokens, heldout_sequence_length=2048, eval_every=500
         ),
-        **stages,
+        align=dataclasses.replace(stage, tokens=align),
+        match=dataclasses.replace(stage, tokens=match),
+        extend=Stage(),
     )
-    wanted = STAGES[:2] if options.tokens else ()
+    wanted = STAGES if options.tokens else ()
     return distill(recipe, resume=(recipe.folder / "recipe.yaml").exists(), stages=wanted)
 
 
@@ -77,7 +81,7 @@ def main() -> None:
         for name, layers in ((f"measured-{number}", f"measured:{number}"), (f"even-{number}", evenly_spaced(number))):
             folder = run(name, layers, options)
             line = [line for _, lines in read_stages(folder) for line in lines if "heldout_kl" in line][-1]
-            curve = " / ".join(f"{value:.2f}" for key, value in line.items() if key.startswith("recall_logprob"))
+            curve = " / ".join(f"{value:.2f}" for value in curve_of(line).values())
             right = " / ".join(f"{100 * value:.0f}" for key, value in line.items() if key.startswith("recall_right"))
             rows.append(
                 f"| {name} | {line['heldout_kl']:.3f} | {line.get('recall', float('nan')):.2f} | {curve} | {right} |"

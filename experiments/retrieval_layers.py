@@ -12,10 +12,12 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from deltify.config import Recipe, Stage, load_recipe
 from deltify.training.metrics import read_stages
+from deltify.training.recall import curve_of
 from deltify.training.runner import distill
 
 RETRIEVING = list(range(17, 25))  # layers of SmolLM2-135M-Instruct with 15 of its 20 best retrieval heads
@@ -118,8 +120,8 @@ def join(retrieving: Path, others: Path, whole: Path, out: Path, all_weights: bo
         return not name.startswith(layers) if all_weights else name.startswith(mixers)
 
     shutil.copytree(whole, out, dirs_exist_ok=True)
-    names = load_file(whole / "model.safetensors")
-    joined = {name: (theirs if is_theirs(name) else ours)[name] for name in names}
+    with safe_open(whole / "model.safetensors", "pt") as model:
+        joined = {name: (theirs if is_theirs(name) else ours)[name] for name in model.keys()}  # noqa: SIM118
     save_file(joined, out / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -142,9 +144,7 @@ def main() -> None:
         for stage, lines in read_stages(folder):
             for line in lines:
                 if "heldout_kl" in line:
-                    curve = " / ".join(
-                        f"{value:.2f}" for key, value in line.items() if key.startswith("recall_logprob")
-                    )
+                    curve = " / ".join(f"{value:.2f}" for value in curve_of(line).values())
                     kl, recall = line["heldout_kl"], line.get("recall", float("nan"))
                     print(f"{name} {stage} {line['tokens']:>11,} tokens: KL {kl:.4f}, recall {recall:.2f}: {curve}")
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.chunked import CHUNK, Chunks, scan
-from ..ops.reference import L2NORM_EPS
+from ..ops.reference import l2norm
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ def share_products(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, position_ids_
         x = F.pad(x_BTH, (0, 0) * (x_BTH.dim() - 2) + (0, -tokens % chunk))
         return x.unflatten(1, (-1, chunk)).transpose(0, 1).movedim(3, 2).flatten(0, 2)
 
-    q = split(q_BTHK * (q_BTHK.square().sum(-1, keepdim=True) + L2NORM_EPS).rsqrt()) * width**-0.5
-    k = split(k_BTHK * (k_BTHK.square().sum(-1, keepdim=True) + L2NORM_EPS).rsqrt())
+    q, k = split(l2norm(q_BTHK)) * width**-0.5, split(l2norm(k_BTHK))
     position_nC = split(position_ids_BT[..., None].expand(-1, -1, heads))
     place_C = torch.arange(chunk, device=q.device)
     document_nC = place_C - position_nC  # place in the chunk where the document begins

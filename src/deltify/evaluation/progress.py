@@ -162,7 +162,7 @@ def stage_progress(recipe: Recipe, stage_records: dict[str, list[dict]]) -> list
     Args:
         stage_records: Result of `by_stage`.
     """
-    durations = [r["validation_seconds"] for rs in stage_records.values() for r in rs if "validation_seconds" in r]
+    durations = validation_times([record for records in stage_records.values() for record in records])
     validation_seconds = statistics.median(durations[-RECENT:]) if durations else 0.0
     known: tuple[str, float] | None = None  # the latest stage with a measured speed, and its seconds per token
     stages, before = [], 0
@@ -202,6 +202,11 @@ def stage_progress(recipe: Recipe, stage_records: dict[str, list[dict]]) -> list
     return stages
 
 
+def validation_times(records: list[dict]) -> list[float]:
+    """Return the seconds of each validation."""
+    return [record["validation_seconds"] for record in records if "validation_seconds" in record]
+
+
 def stopped_early(folder: Path, records: list[dict]) -> bool:
     """Return whether --max-minutes ended the run after its last line."""
     path = folder / str(records[-1]["stage"] if records else "") / "unfinished.json"
@@ -214,7 +219,7 @@ def quiet_seconds(records: list[dict], stages: list[StageProgress]) -> float | N
     current = next((stage for stage in stages if stage.name == last.get("stage")), None)
     if current is None or "time" not in last:  # the conversion, and what precedes training, have no usual time
         return None
-    durations = [record["validation_seconds"] for record in records if "validation_seconds" in record]
+    durations = validation_times(records)
     seconds = last["seconds"] / max(1, last["step"])
     usual = QUIET_STEPS * seconds + QUIET_VALIDATIONS * max(durations, default=0.0)
     quiet = time.time() - last["time"]

@@ -236,7 +236,7 @@ class JSONLines(StreamingResponse):
             for event in self.events:
                 yield json.dumps(event) + "\n"
         except Exception as error:
-            if not isinstance(error, ValueError):  # out of memory, or a mistake of ours
+            if not isinstance(error, ValueError):  # out of memory, or a fault of this server
                 traceback.print_exc()
             yield json.dumps({"error": str(error)}) + "\n"
 

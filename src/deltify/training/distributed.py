@@ -78,8 +78,10 @@ def own_device(device: torch.device) -> torch.device:
     """Return the GPU of this process, if `device` is a GPU: number LOCAL_RANK, or the current one if it sees fewer."""
     if device.type != "cuda":
         return device
-    index = int(os.environ.get("LOCAL_RANK", torch.cuda.device_count()))
-    return torch.device("cuda", index if index < torch.cuda.device_count() else torch.cuda.current_device())
+    local_rank = os.environ.get("LOCAL_RANK")
+    if local_rank is None or int(local_rank) >= torch.cuda.device_count():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", int(local_rank))
 
 
 def barrier() -> None:

@@ -203,9 +203,17 @@ def measure_speed(recipe: Recipe) -> Speed:
     opening = time.monotonic() - started
     student = rough_student(recipe.student, teacher.pretrained, device)
     silent = Metrics(replace(recipe, run=replace(recipe.run, report_to=None)))
-    nothing = {"mixes": {}, "probes": [], "prompts": torch.empty(0, 0, dtype=torch.int64)}
     context = RunContext(
-        recipe, device, precision, train, heldout=heldout, metrics=silent, stopper=Stopper(), **nothing
+        recipe,
+        device,
+        precision,
+        train,
+        mixes={},
+        heldout=heldout,
+        probes=[],
+        prompts=torch.empty(0, 0, dtype=torch.int64),
+        metrics=silent,
+        stopper=Stopper(),
     )
     training = {name: time_stage(context, name, teacher, student) for name in STAGES if recipe.stage(name).tokens}
     return Speed(opening, time_validation(context, teacher, student), training)
