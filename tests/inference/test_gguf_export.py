@@ -196,7 +196,10 @@ def trained_tokenizer(split, **options):
 @pytest.mark.parametrize("name", [name for name in SPLITS if name != "default"])
 def test_llama_cpp_splits_text_as_we_do(tmp_path, name):
     tokenizer = trained_tokenizer(SPLITS[name])
-    assert name_split(json.loads(tokenizer.backend_tokenizer.to_str())) == name
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    assert name_split(state) == name
+    if state["normalizer"] is None:  # transformers 5.17 writes an empty list instead
+        assert name_split(state | {"normalizer": {"type": "Sequence", "normalizers": []}}) == name
     write_gguf(random_student("K", hidden_size=32, vocab_size=len(tokenizer)), tokenizer, tmp_path / "model.gguf")
     # llama.cpp's own form of tekken's expression knows no combining marks
     texts = [text for text in HARD_TEXTS if name != "tekken" or "हिन्दी" not in text]

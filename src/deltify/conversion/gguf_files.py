@@ -377,7 +377,10 @@ def steps_before_merging(state: dict) -> tuple:
     steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]  # not of ids
     model = state["model"]
     marks = [model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix")]
-    return model["type"], model.get("ignore_merges"), marks, state["normalizer"], steps
+    normalizer = state["normalizer"]
+    if normalizer == {"type": "Sequence", "normalizers": []}:  # transformers 5.17 writes this for none
+        normalizer = None
+    return model["type"], model.get("ignore_merges"), marks, normalizer, steps
 
 
 # ---- write -----------------------------------------------------------------------------------------------------------
