@@ -100,6 +100,8 @@ def test_every_source_can_be_a_path(run, tmp_path):
 def test_several_models_need_a_place_and_one_teacher(run, tmp_path):
     with pytest.raises(ValueError, match="--output"):
         evaluate([str(run), str(run / "match")])
+    with pytest.raises(ValueError, match=r"gone has no recipe\.yaml, so it is no run\. Check the path"):
+        evaluate(tmp_path / "gone")
     other = distill(tiny_recipe(tmp_path, name="other", align=Stage()))
     path = evaluate([run, other], EvaluationSpec(controls=False), output=tmp_path / "both")
     both = json.loads(path.read_text())
