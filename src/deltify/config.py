@@ -55,8 +55,8 @@ class StudentSpec:
         calibration_sequence_length: Tokens per sequence of the calibration text.
         retrieval_heads: Number of heads that the calibrated initialisation gives a long memory: the heads of all layers
             that attend most to an earlier occurrence of the current tokens in the teacher.
-        center: Heads whose queries and keys lose their means in the calibrated initialisation: none, retrieval (those
-            of retrieval_heads) or all.
+        center: Heads for which the calibrated initialisation subtracts the mean over tokens from queries and keys:
+            none, retrieval (those of retrieval_heads) or all.
         gate_bias: Whether the output gate has a bias. Without it, the student runs in other runtimes.
     """
 
