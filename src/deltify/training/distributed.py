@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import islice
+from itertools import count, islice
 from typing import TypeVar
 
 import torch
@@ -31,6 +31,7 @@ from .signals import Stopped
 
 T = TypeVar("T")
 R = TypeVar("R")
+GROUPS = count()  # process groups so far, of which there is one at a time
 LONG_WAIT = timedelta(days=7)  # of a rank for others, where their work may take long; torchrun sees which ones failed
 BUCKET = 2**26  # gradient elements that are averaged at a time
 
@@ -75,11 +76,15 @@ def process_group(device: torch.device, timeout: timedelta | None = None) -> Gen
         yield device
         return
     device = own_device(device)
+    store, number, processes = next(dist.rendezvous("env://"))
+    # without a prefix, a second group of the same processes would find the addresses of the first one
+    options = {"store": dist.PrefixStore(f"deltify-{next(GROUPS)}", store), "timeout": timeout}
+    options |= {"rank": number, "world_size": processes}
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, timeout=timeout)
+        dist.init_process_group("nccl", device_id=device, **options)
     else:
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", **options)
     console.quiet = rank() > 0
     try:
         yield device
