@@ -16,6 +16,7 @@ from ranks import measure
 from deltify import distill, evaluate
 from deltify.cli import main
 from deltify.config import Stage
+from deltify.training import distributed
 from deltify.utils.files import read_jsonl
 
 FILES = ("items/teacher/arc_easy.jsonl", "items/match/arc_easy.jsonl", "needles.jsonl", "recall.jsonl", "own.jsonl")
@@ -124,3 +125,13 @@ def test_other_commands_refuse_to_run_several_times(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["report", "runs/kda"]) == 1
     assert "torchrun started 2 processes, but report runs in one" in capsys.readouterr().err
+
+
+def test_processes_that_read_other_files_are_stopped(monkeypatch):
+    distributed.check_same("models", lambda: 1)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_gather", lambda own: [own, own])
+    distributed.check_same("models", lambda: [1, "a"])
+    monkeypatch.setattr(distributed, "all_gather", lambda own: [own, "other"])
+    with pytest.raises(ValueError, match="The 2 processes have different models. Give all of them the same files"):
+        distributed.check_same("models", lambda: [1, "a"])

@@ -13,7 +13,7 @@ from ..config import STAGES, Recipe, load_recipe
 from ..conversion.teacher import Teacher
 from ..data.batches import Batch, heldout_batches
 from ..data.token_files import TokenFile, open_data
-from ..training.distributed import from_first, share_out
+from ..training.distributed import check_same, from_first, share_out
 from ..training.metrics import read_stages
 from ..training.steps import hidden_states, next_tokens
 from ..utils.scoring import kl_terms, label_log_probs, log_probs, perplexity
@@ -62,6 +62,7 @@ def heldout_scores(
     tokens, length = recipe.run.heldout_tokens, recipe.run.heldout_sequence_length
     train, held = open_data(data, recipe.teacher.model, teacher.tokenizer, tokens, length)
     batches = heldout_batches(held, length, BATCH_SEQUENCES, tokens)
+    check_same("held-out text", lambda: [batch.input_ids.tolist() for batch in batches])
     scored = {"teacher": teacher.model, **models}
     sums = np.sum([each for _, each in share_out(batches, lambda batch: sums_of(scored, teacher.model, batch))], 0)
     measured = {name: means(*of_model) for name, of_model in zip(scored, sums.tolist())}

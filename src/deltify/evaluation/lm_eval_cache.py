@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import handle_non_serializable, hash_string
 from tqdm import tqdm
 
-from ..training.distributed import from_first, rank, share_out
+from ..training.distributed import check_same, from_first, rank, share_out
 from ..utils.files import atomic_write, read_jsonl
 from ..utils.fingerprint import fingerprint
 from .lm_eval_model import ConstantStateLM
@@ -132,6 +132,7 @@ class CachedLM(LM):
             self.missing[document] = len(keys)
             for key in keys:
                 self.waiting.setdefault(key, []).append(document)
+        check_same("benchmark items or examples", lambda: [self.model, *sorted(self.waiting)])
         lines = from_first(lambda: read_jsonl(self.path))
         known = {key: answer for line in lines for key, answer in answers_of(line)}
         with self.opened(append=False) as self.file:

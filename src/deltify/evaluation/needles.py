@@ -359,6 +359,8 @@ def ask_needles(
         done |= {row_key(row): row for row in found}
         take_finished()
     take_finished()
+    if unfinished:
+        raise ValueError(f"The processes have different haystacks, {make.source}. Give all of them the same text.")
     return rows
 
 

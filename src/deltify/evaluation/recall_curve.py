@@ -22,7 +22,7 @@ from ..data.probes import Probe, make_probe, text_probes
 from ..data.sources import documents
 from ..inference.prefill import piece_length, read_pieces
 from ..model.cache import new_cache
-from ..training.distributed import from_first, rank, share_out
+from ..training.distributed import check_same, from_first, rank, share_out
 from ..training.recall import SHORTEST, RecallBucket, answer_scores, recall_buckets
 from ..utils.files import append_jsonl, read_jsonl
 from ..utils.fingerprint import fingerprint
@@ -113,6 +113,7 @@ def measure_recall(
     done = {row["probe"]: row["scores"] for row in on_file if mine.items() <= row.items()}
     probes = list(probes)
     keyed = {probe.fingerprint: probe for probe in probes}
+    check_same("documents of the recall curve", lambda: list(keyed))
     missing = sorted((key for key in keyed if key not in done), key=lambda key: len(keyed[key].ids))
     for key, scores in share_out(missing, lambda key: read_probe(model, keyed[key]).tolist()):
         probe, done[key] = keyed[key], scores

@@ -22,7 +22,7 @@ from ..data.sources import documents
 from ..data.token_files import file_name
 from ..inference.loading import load_model, load_tokenizer
 from ..model.causal_lm import CausalLM
-from ..training.distributed import LONG_WAIT, from_first, process_group, rank, share_out
+from ..training.distributed import LONG_WAIT, check_same, from_first, process_group, rank, share_out
 from ..training.run_folder import check_weights
 from ..training.teachers import open_teacher
 from ..utils.console import log
@@ -139,6 +139,8 @@ class Evaluation:
         opened = open_models(sources, runs, device, dtype, all_stages=all_stages)
         self.scored = {name: model for name, (model, _) in opened.items()}
         self.students = {name: model for name, (model, is_final) in opened.items() if is_final}
+        all_models = [*([self.teacher.model] if self.teacher else []), *self.scored.values()]
+        check_same("models", lambda: [fingerprint(model) for model in all_models])
         self.tokenizer = self.teacher.tokenizer if self.teacher else load_tokenizer(sources[0])
         self.models: dict[str, PreTrainedModel] = {}  # teacher, controls and students, in this order
         self.teacher_and_students: dict[str, CausalLM] = {}

@@ -28,9 +28,10 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from ..conversion.teacher import locate
 from ..data.sources import documents, held_out, text_files, unpacked
 from ..model.causal_lm import CausalLM
-from ..training.distributed import LONG_WAIT, process_group, rank, share_out
+from ..training.distributed import LONG_WAIT, check_same, process_group, rank, share_out
 from ..utils.console import log
 from ..utils.devices import pick_device
+from ..utils.fingerprint import fingerprint
 from ..utils.folders import model_folder
 from ..utils.tokens import CUT_CHARACTER, token_ids
 from .loading import load_model, load_tokenizer
@@ -270,6 +271,7 @@ def open_writer(
     """Return a model that samples from its plain distribution, and its end-of-sequence tokens."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     loaded = load_model(folder, device=device, dtype=dtype)
+    check_same("models", lambda: fingerprint(loaded))
     eos_token_ids = stop_tokens(loaded, tokenizer)
     loaded.generation_config = GenerationConfig()  # penalties and the like would change the distribution
     return loaded, eos_token_ids

@@ -9,6 +9,7 @@ Then make the optimizer from the shards.
 Evaluation and sampling divide their work by `share_out`, whose results do not depend on the number of ranks.
 """
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -76,15 +77,14 @@ def process_group(device: torch.device, timeout: timedelta | None = None) -> Gen
         yield device
         return
     device = own_device(device)
-    store, number, processes = next(dist.rendezvous("env://"))
+    gpu = device if device.type == "cuda" else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    store, number, size = next(dist.rendezvous("env://"))
     # without a prefix, a second group of the same processes would find the addresses of the first one
-    options = {"store": dist.PrefixStore(f"deltify-{next(GROUPS)}", store), "timeout": timeout}
-    options |= {"rank": number, "world_size": processes}
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, **options)
-    else:
-        dist.init_process_group("gloo", **options)
+    store = dist.PrefixStore(f"deltify-{next(GROUPS)}", store)
+    backend = "gloo" if gpu is None else "nccl"
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timeout, device_id=gpu)
     console.quiet = rank() > 0
     try:
         yield device
@@ -126,6 +126,17 @@ def all_gather(x: T) -> list[T]:
     gathered: list = [None] * world_size()
     dist.all_gather_object(gathered, x)
     return gathered
+
+
+def check_same(what: str, value: Callable[[], object]) -> None:
+    """Raise ValueError if the values of the ranks, as text, differ. Their work would then not fit together.
+
+    Args:
+        what: What is compared.
+        value: Function that returns the value. It is called if there are several ranks.
+    """
+    if world_size() > 1 and len(set(all_gather(hashlib.sha256(repr(value()).encode()).hexdigest()))) > 1:
+        raise ValueError(f"The {world_size()} processes have different {what}. Give all of them the same files.")
 
 
 def share_out(items: Iterable[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
