@@ -133,5 +133,5 @@ def test_processes_that_read_other_files_are_stopped(monkeypatch):
     monkeypatch.setattr(distributed, "all_gather", lambda own: [own, own])
     distributed.check_same("models", lambda: [1, "a"])
     monkeypatch.setattr(distributed, "all_gather", lambda own: [own, "other"])
-    with pytest.raises(ValueError, match="The 2 processes have different models. Give all of them the same files"):
+    with pytest.raises(ValueError, match=r"The 2 processes have different models\. Give all of them the same files"):
         distributed.check_same("models", lambda: [1, "a"])
