@@ -108,7 +108,8 @@ if __name__ == "__main__":
         steps(sys.argv[2], sys.argv[3], Path(sys.argv[4]))
     elif sys.argv[1] == "measure":
         run, data, *folders = map(Path, sys.argv[2:])
-        print(*(f"{folder.name} {measure(run, data, folder)}" for folder in folders), sep="\n")
+        for folder in folders:
+            print(f"{folder.name} {measure(run, data, folder)}", flush=True)
     else:
         if "--first" in sys.argv and sys.argv[sys.argv.index("--first") + 1] != os.environ["RANK"]:
             unpack = teacher_module.unpack_gguf

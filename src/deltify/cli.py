@@ -260,7 +260,8 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="measure a run's stages, or any models, beside their teacher",
-        description="Score models on held-out text. Options add benchmarks, needles, recall, curves and decoding.",
+        description="Score models on held-out text. Options add benchmarks, needles, recall, curves and decoding. "
+        "Several GPUs share the work of: torchrun --nproc-per-node 4 -m deltify.cli evaluate ...",
     )
     evaluate.add_argument("sources", nargs="+", metavar="MODEL", help="folder of a run or model, or hub id")
     evaluate.add_argument("-o", "--output", type=Path, help="folder for the results (default: the run's own)")

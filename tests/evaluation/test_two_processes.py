@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -92,10 +93,10 @@ def is_resumed(whole: Path, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_files_are_those_of_one_process_and_resume_on_any_number(run, data, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two = tmp_path / "by_one", tmp_path / "by_two"
     tokens = measure(run, data, one)
-    resumed_by_two = halve(one, tmp_path / "resumed_by_two")
-    script = [str(Path(__file__).parents[1] / "ranks.py"), "measure", *map(str, (run, data, two, resumed_by_two))]
+    of_one = halve(one, tmp_path / "of_one")
+    script = [str(Path(__file__).parents[1] / "ranks.py"), "measure", *map(str, (run, data, two, of_one))]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *torchrun, *script], capture_output=True, text=True, env=environment)
@@ -105,14 +106,14 @@ def test_files_are_those_of_one_process_and_resume_on_any_number(run, data, tmp_
     assert {path.name for path in two.rglob("*")} == {path.name for path in one.rglob("*")}
     assert results(two) == results(one)
     assert len(read_jsonl(two / "own.jsonl")) == 10
-    shares = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("two ")]
+    shares = [int(share) for share in re.findall(r"by_two (\d+)", done.stdout)]
     assert len(shares) == 2 and all(0.3 * tokens < share < 0.7 * tokens for share in shares)
     assert done.stdout.count("match: niah_single_1 at 600 tokens") == 2  # the first process prints, in both evaluations
 
-    is_resumed(one, resumed_by_two)
-    resumed_by_one = halve(two, tmp_path / "resumed_by_one")
-    assert measure(run, data, resumed_by_one) < 0.8 * tokens
-    is_resumed(two, resumed_by_one)
+    is_resumed(one, of_one)
+    of_two = halve(two, tmp_path / "of_two")
+    assert measure(run, data, of_two) < 0.8 * tokens
+    is_resumed(two, of_two)
 
 
 def test_a_folder_has_one_evaluation_at_a_time(run, tmp_path):

@@ -90,7 +90,8 @@ def sums_of(models: Mapping[str, PreTrainedModel], teacher: PreTrainedModel, bat
         hidden = teacher_hidden if model is teacher else hidden_states(model, batch)
         for start in range(0, len(labels), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            log_q, log_p = log_probs(model, hidden[part]), log_probs(teacher, teacher_hidden[part])
+            log_p = log_probs(teacher, teacher_hidden[part])
+            log_q = log_p if model is teacher else log_probs(model, hidden[part])
             known = labels[part] >= 0  # the last token of a document has no label
             ce = -label_log_probs(log_q[known], labels[part][known]).sum()
             agreed = (log_p.argmax(-1) == log_q.argmax(-1)).sum()

@@ -339,8 +339,8 @@ def ask_needles(
                 yield sample
 
     def answer(group: list[Sample]) -> list[dict]:
-        answers = ask(model, make.tokenizer, group, make.answer_tokens)
-        found = [result_row(name, sample, answer, make.answer_tokens) for sample, answer in zip(group, answers)]
+        texts = ask(model, make.tokenizer, group, make.answer_tokens)
+        found = [result_row(name, sample, text, make.answer_tokens) for sample, text in zip(group, texts)]
         return [row | {"weights": weights} for row in found]
 
     def take_finished() -> None:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -80,7 +81,7 @@ def process_group(device: torch.device, timeout: timedelta | None = None) -> Gen
     gpu = device if device.type == "cuda" else None
     if gpu is not None:
         torch.cuda.set_device(gpu)
-    store, number, size = next(dist.rendezvous("env://"))
+    store, number, size = next(rendezvous("env://"))
     # without a prefix, a second group of the same processes would find the addresses of the first one
     store = dist.PrefixStore(f"deltify-{next(GROUPS)}", store)
     backend = "gloo" if gpu is None else "nccl"
