@@ -1,4 +1,4 @@
-"""The program that test_parallel.py runs in two processes under torchrun: jobs divided by "then".
+"""The program that tests run in two processes under torchrun: jobs divided by "then".
 
 steps STAGE HOW OUT   ten steps in float64; writes the gradients of the first and the weights after the last;
                       HOW is replicate or shard
@@ -79,8 +79,6 @@ if __name__ == "__main__":
     jobs: list[list[str]] = [[]]
     for argument in sys.argv[1:]:
         jobs.append([]) if argument == "then" else jobs[-1].append(argument)
-    if len(jobs) > 1:  # one group for all, since torchrun's store does not open a second one
-        torch.distributed.init_process_group("gloo")
     for kind, *arguments in jobs:
         if kind == "steps":
             steps(arguments[0], arguments[1], Path(arguments[2]))

@@ -29,6 +29,7 @@ Every field of the recipe is also a flag: --match.tokens 1000000 --data.train '{
 Fields:
 """
 
+PARALLEL_COMMANDS = ("distill", "convert", "evaluate", "sample")  # those that torchrun may start
 RECIPE_COMMANDS = ("distill", "convert", "plan", "capture")
 MODEL_HELP = "folder of a model or run, or hub id"
 DEVICE_HELP = "auto, cpu, cuda or mps (default: auto)"
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     disable_progress_bar()
     try:
+        check_launcher(options.command)
         COMMANDS[options.command][1](options, extra)
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"deltify: {error}", file=sys.stderr)
@@ -55,6 +57,17 @@ def main(arguments: list[str] | None = None) -> int:
         print("deltify: stopped. Continue from the last checkpoint with --resume", file=sys.stderr)
         return 130
     return 0
+
+
+def check_launcher(command: str) -> None:
+    """Raise ValueError if torchrun started several processes of a command that does not share its work."""
+    processes = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if processes > 1 and command not in PARALLEL_COMMANDS:
+        shared = ", ".join(PARALLEL_COMMANDS)
+        raise ValueError(
+            f"torchrun started {processes} processes, but {command} runs in one. Only {shared} share their work. Run: "
+            f"deltify {command} ..."
+        )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -247,7 +260,8 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="measure a run's stages, or any models, beside their teacher",
-        description="Score models on held-out text. Options add benchmarks, needles, recall, curves and decoding.",
+        description="Score models on held-out text. Options add benchmarks, needles, recall, curves and decoding. "
+        "Several GPUs share the work of: torchrun --nproc-per-node 4 -m deltify.cli evaluate ...",
     )
     evaluate.add_argument("sources", nargs="+", metavar="MODEL", help="folder of a run or model, or hub id")
     evaluate.add_argument("-o", "--output", type=Path, help="folder for the results (default: the run's own)")
@@ -302,6 +316,7 @@ def run_evaluate(options: argparse.Namespace, _: list[str]) -> None:
     from .evaluation.needles import TASKS as NEEDLES
     from .evaluation.runner import evaluate
     from .evaluation.settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec, RecallSpec
+    from .utils.console import log
 
     o = options
     tasks = TASKS if o.tasks == ("default",) else o.tasks
@@ -320,7 +335,7 @@ def run_evaluate(options: argparse.Namespace, _: list[str]) -> None:
         device=o.device,
         dtype=o.dtype,
     )
-    print(evaluate(o.sources, spec, output=o.output))
+    log(str(evaluate(o.sources, spec, output=o.output)))
 
 
 def add_report(commands: argparse._SubParsersAction) -> None:
@@ -458,11 +473,12 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
 
 def run_sample(options: argparse.Namespace, _: list[str]) -> None:
     from .inference.sample import sample, sample_answers
+    from .utils.console import log
 
     o = {key: value for key, value in vars(options).items() if key not in ("command", "chat")}
     left_out = ("prompt_tokens",) if options.chat else ("field", "samples", "keep_number")
     write = sample_answers if options.chat else sample
-    print(write(**{key: value for key, value in o.items() if key not in left_out}))
+    log(str(write(**{key: value for key, value in o.items() if key not in left_out})))
 
 
 def add_export(commands: argparse._SubParsersAction) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..data.token_files import file_name
+from ..training.distributed import all_gather, rank
 from ..utils.files import read_jsonl
 from .lm_eval_tasks import LETTERS, ROTATED, Benchmark, load_benchmark, parse_letter
 
@@ -82,7 +83,8 @@ def run_benchmarks(
         started = time.perf_counter()
         new = run_benchmark(lm, benchmark, items_folder, seed)
         rows += new
-        (items_folder / "rows.json").write_text(json.dumps(rows, indent=1))
+        if rank() == 0:
+            (items_folder / "rows.json").write_text(json.dumps(rows, indent=1))
         scores = ", ".join(f"{row['metric']} {row['value']:.4f}" for row in new)
         log(f"{benchmark.name}: {scores}; {new[0]['items']} items, {time.perf_counter() - started:.1f} s")
     return rows
@@ -108,7 +110,8 @@ def run_benchmark(lm, benchmark: Benchmark, items_folder: Path, seed: int = SEED
         results = evaluate(cached, loaded, samples=benchmark.samples, bootstrap_iters=1000, log_samples=False)
     items = cached.finish()
     rows = letter_bias(items) if benchmark.base in ROTATED else score_rows(benchmark, results["results"], items)
-    tokens = (lm.tokens_read, lm.tokens_whole) if counted else (None, None)
+    counts = all_gather((lm.tokens_read, lm.tokens_whole) if counted else (0, 0))
+    tokens = tuple(map(sum, zip(*counts))) if counted else (None, None)
     return [
         {**row, "task": row.get("task", benchmark.name), "tokens_read": tokens[0], "tokens_whole": tokens[1]}
         for row in rows

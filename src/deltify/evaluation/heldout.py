@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config import STAGES, Recipe, load_recipe
 from ..conversion.teacher import Teacher
 from ..data.batches import Batch, heldout_batches
 from ..data.token_files import TokenFile, open_data
+from ..training.distributed import check_same, from_first, share_out
 from ..training.metrics import read_stages
 from ..training.steps import hidden_states, next_tokens
 from ..utils.scoring import kl_terms, label_log_probs, log_probs, perplexity
@@ -50,6 +50,8 @@ def heldout_scores(
 ) -> dict:
     """Return the entries of results.json on held-out text: its size, and scores of teacher, n-grams and models.
 
+    Processes under torchrun share the batches of the text.
+
     Args:
         runs: Recipes by the path of their run. The first one gives text and sequence length.
         models: Models to score by name.
@@ -60,14 +62,14 @@ def heldout_scores(
     tokens, length = recipe.run.heldout_tokens, recipe.run.heldout_sequence_length
     train, held = open_data(data, recipe.teacher.model, teacher.tokenizer, tokens, length)
     batches = heldout_batches(held, length, BATCH_SEQUENCES, tokens)
-    read = read_heldout(teacher.model, batches)
-    teacher_perplexity, _, _ = score_against_teacher(teacher.model, teacher.model, batches, read, read)
-    scores = [Score("teacher", teacher_perplexity, 0.0, 1.0)]
-    scores += ngram_baselines(train, batches, teacher.config.vocab_size)
+    check_same("held-out text", lambda: [batch.input_ids.tolist() for batch in batches])
+    scored = {"teacher": teacher.model, **models}
+    sums = np.sum([each for _, each in share_out(batches, lambda batch: sums_of(scored, teacher.model, batch))], 0)
+    measured = {name: means(*of_model) for name, of_model in zip(scored, sums.tolist())}
+    scores = [Score("teacher", *measured.pop("teacher"))]
+    scores += from_first(lambda: ngram_baselines(train, batches, teacher.config.vocab_size))
     trained = trained_tokens(recipe) | {Path(path).name: trained_tokens(run)["extend"] for path, run in runs.items()}
-    for name, model in models.items():
-        measured = score_against_teacher(teacher.model, model, batches, read, read_heldout(model, batches))
-        scores.append(Score(name, *measured, trained.get(name, 0)))
+    scores += [Score(name, *values, trained.get(name, 0)) for name, values in measured.items()]
     return {
         "heldout_tokens": sum(batch.input_ids.numel() for batch in batches),
         "heldout_sequence_length": batches[0].input_ids.shape[1],
@@ -76,42 +78,37 @@ def heldout_scores(
 
 
 @torch.no_grad()
-def read_heldout(model: PreTrainedModel, heldout: list[Batch]) -> list[Tensor]:
-    """Return the last hidden states [N, D] of each batch, in the model's precision."""
-    return [hidden_states(model, batch.to(model.device)) for batch in heldout]
-
-
-@torch.no_grad()
-def score_against_teacher(
-    teacher: PreTrainedModel,
-    model: PreTrainedModel,
-    heldout: list[Batch],
-    teacher_states: list[Tensor],
-    states: list[Tensor],
-) -> tuple[float, float, float]:
-    """Return perplexity, KL(teacher | model) in nats per token, and top-1 agreement.
+def sums_of(models: Mapping[str, PreTrainedModel], teacher: PreTrainedModel, batch: Batch) -> np.ndarray:
+    """Return sums over the tokens of a batch, as the arguments of `means`: [models, 5].
 
     Log-probabilities are float32.
-
-    Args:
-        teacher: Teacher, of which only the head runs.
-        model: Model that is scored, likewise.
-        heldout: Validation batches.
-        teacher_states: Hidden states of the teacher for them, see `read_heldout`.
-        states: Hidden states of the model.
     """
-    ce = kl = agreed = tokens = labelled = 0.0
-    for batch, teacher_hidden, student_hidden in zip(heldout, teacher_states, states):
-        labels = next_tokens(batch.to(model.device)).flatten()
+    batch = batch.to(teacher.device)
+    labels = next_tokens(batch).flatten()
+    teacher_hidden, sums = hidden_states(teacher, batch), np.zeros((len(models), 5))
+    for row, model in zip(sums, models.values()):
+        hidden = teacher_hidden if model is teacher else hidden_states(model, batch)
         for start in range(0, len(labels), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            log_q, log_p = log_probs(model, student_hidden[part]), log_probs(teacher, teacher_hidden[part])
-            kl += float(kl_terms(log_p, log_q).sum())
-            agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+            log_p = log_probs(teacher, teacher_hidden[part])
+            log_q = log_p if model is teacher else log_probs(model, hidden[part])
             known = labels[part] >= 0  # the last token of a document has no label
-            ce -= float(label_log_probs(log_q[known], labels[part][known]).sum())
-            labelled += int(known.sum())
-        tokens += len(labels)
+            ce = -label_log_probs(log_q[known], labels[part][known]).sum()
+            agreed = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+            row += [float(ce), int(known.sum()), float(kl_terms(log_p, log_q).sum()), int(agreed), len(log_q)]
+    return sums
+
+
+def means(ce: float, labelled: float, kl: float, agreed: float, tokens: float) -> tuple[float, float, float]:
+    """Return perplexity, KL(teacher | model) in nats per token, and top-1 agreement.
+
+    Args:
+        ce: Cross-entropy, summed over the tokens that have a label, in nats.
+        labelled: Number of these tokens.
+        kl: KL, summed over all tokens.
+        agreed: Number of tokens at which model and teacher agree.
+        tokens: Number of all tokens.
+    """
     return perplexity(ce / labelled), kl / tokens, agreed / tokens
 
 

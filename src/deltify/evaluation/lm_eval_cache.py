@@ -9,21 +9,28 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, hash_args
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import handle_non_serializable, hash_string
+from tqdm import tqdm
 
+from ..training.distributed import check_same, from_first, rank, share_out
 from ..utils.files import atomic_write, read_jsonl
 from ..utils.fingerprint import fingerprint
+from .lm_eval_model import ConstantStateLM
 
 Answer = tuple[float, bool] | float | str  # log-likelihood and whether greedy, rolling log-likelihood, text
 Document = tuple[str, int]  # task, number
+PIECE_DOCUMENTS = 256  # largest number of documents that a process answers before it exchanges answers with others
 
 
 def answer_key(lm: HFLM) -> str:
@@ -39,6 +46,8 @@ class CachedLM(LM):
     An item is a line of JSON with the answers and scores of one document. Until a task is complete, the file also has
     single answers between the items, so that an interrupted task resumes. Documents with repeated requests, or with
     requests of several types, are not cached.
+
+    Under torchrun every process has all answers, gives its share of the new ones, and only the first one writes.
     """
 
     def __init__(self, lm: HFLM, tasks: dict[str, Task], path: Path):
@@ -67,16 +76,46 @@ class CachedLM(LM):
         self.on_first_request.close()
         if not self.started:
             self.start()
-        cached = [self.answers.get(self.key(kind, request.args)) for request in requests]
-        new_requests = [request for request, answer in zip(requests, cached) if answer is None]
-        if not new_requests:
-            return cached
-        with self.path.open("a", encoding="utf-8") as self.file:
-            answers = getattr(self.lm, kind)(new_requests, disable_tqdm=not sys.stderr.isatty())
-            for request, answer in zip(new_requests, answers):  # some models do not call the hook
-                self.keep(self.key(kind, request.args), answer)
-        new_answers = iter(answers)
-        return [next(new_answers) if answer is None else answer for answer in cached]
+        answers = [self.answers.get(self.key(kind, request.args)) for request in requests]
+
+        def ask(indices: list[int]) -> list[Answer]:
+            torch.manual_seed(indices[0])  # for tasks that sample
+            return getattr(self.lm, kind)([requests[i] for i in indices], disable_tqdm=True)
+
+        missing = {i: requests[i] for i, answer in enumerate(answers) if answer is None}
+        hidden = not missing or rank() > 0 or not sys.stderr.isatty()
+        with self.opened(append=True) as self.file, tqdm(total=len(missing), desc=kind, disable=hidden) as bar:
+            for indices, new in share_out(self.pieces(missing), ask):
+                for i, answer in zip(indices, new):
+                    self.keep(self.key(kind, requests[i].args), answer)
+                    answers[i] = answer
+                bar.update(len(indices))
+        return answers
+
+    def pieces(self, requests: Mapping[int, Instance]) -> list[list[int]]:
+        """Return the indices of requests in pieces of whole documents, which processes under torchrun share.
+
+        Pieces do not depend on the number of processes, so neither do batches, on which rounding depends. Long pieces
+        come first. A piece has documents of similar length, or neighbours if the model reads shared prefixes once.
+        """
+        sizes = {i: sum(len(part) for part in r.args if isinstance(part, str)) for i, r in requests.items()}
+        documents: dict[tuple, list[int]] = {}
+        for i, request in requests.items():
+            documents.setdefault((request.task_name, request.doc_id), []).append(i)
+
+        def longest(groups: Iterable[list[int]]) -> list[list[int]]:
+            return sorted(groups, key=lambda indices: -sum(sizes[i] for i in indices))
+
+        neighbours = isinstance(self.lm, ConstantStateLM)
+        ordered = list(documents.values()) if neighbours else longest(documents.values())
+        size = min(int(self.lm.batch_size), PIECE_DOCUMENTS)
+        return longest(list(chain(*ordered[at : at + size])) for at in range(0, len(ordered), size))
+
+    def opened(self, *, append: bool) -> contextlib.AbstractContextManager[TextIO | None]:
+        """Open the file, to append to it or to replace it. Only the first process has a file."""
+        if rank() > 0:
+            return contextlib.nullcontext()
+        return self.path.open("a", encoding="utf-8") if append else atomic_write(self.path)
 
     def start(self) -> None:
         """Read the file, and rewrite it with the answers that are needed now."""
@@ -93,8 +132,10 @@ class CachedLM(LM):
             self.missing[document] = len(keys)
             for key in keys:
                 self.waiting.setdefault(key, []).append(document)
-        known = {key: answer for line in read_jsonl(self.path) for key, answer in answers_of(line)}
-        with atomic_write(self.path) as self.file:
+        check_same("benchmark items or examples", lambda: [self.model, *sorted(self.waiting)])
+        lines = from_first(lambda: read_jsonl(self.path))
+        known = {key: answer for line in lines for key, answer in answers_of(line)}
+        with self.opened(append=False) as self.file:
             for key in list(self.waiting):
                 if key in known:
                     self.keep(key, known[key])
@@ -120,6 +161,8 @@ class CachedLM(LM):
 
     def write(self, line: dict) -> None:
         """Write a line of JSON at once."""
+        if self.file is None:
+            return
         self.file.write(json.dumps(line, default=handle_non_serializable) + "\n")
         self.file.flush()
 
@@ -127,7 +170,7 @@ class CachedLM(LM):
         """Rewrite the file with items alone, and return them by task and document."""
         order = {name: number for number, name in enumerate(self.tasks)}
         items = [self.items[key] for key in sorted(self.items, key=lambda key: (order[key[0]], key[1]))]
-        with atomic_write(self.path) as self.file:
+        with self.opened(append=False) as self.file:
             for item in items:
                 self.write(item)
         return items

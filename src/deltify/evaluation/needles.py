@@ -11,7 +11,6 @@ Prompts are assembled from the token ids of words, so that a haystack is tokeniz
 
 import difflib
 import hashlib
-import json
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.sources import PYTHON_DOCS
 from ..inference.prefill import max_batch_size, prefill, stop_tokens
 from ..model.cache import new_cache
-from ..utils.files import read_jsonl
+from ..training.distributed import from_first, rank, share_out
+from ..utils.files import append_jsonl, read_jsonl
 from ..utils.fingerprint import fingerprint
 from .haystack import Haystack, Words, distinct, draw, fill, line_haystack, text_haystack
 
@@ -84,6 +84,7 @@ ANSWER = (
 )
 
 MIN_HAYSTACK_TOKENS = 16
+GROUP_TOKENS = 2**20  # tokens of samples that are asked together; several GPUs share the groups
 ANSWER_TOKENS = 128  # tokens of an answer in lm-eval; a sample's length includes them
 DEPTHS = (6, 19, 31, 44, 56, 69, 81, 94)  # in percent of the haystack, evenly spread like the 40 depths of lm-eval
 
@@ -304,7 +305,8 @@ def ask_needles(
     """Run needle tasks on a model, append new rows to a file, and return all rows.
 
     Rows that the file has for the same prompts, weights and dtype are reused, so that an interrupted run resumes.
-    Lengths may exceed the model's context window.
+    Processes under torchrun share groups of samples, which are the same for any number of processes. Lengths may exceed
+    the model's context window.
 
     Args:
         model: Model to test.
@@ -322,32 +324,53 @@ def ask_needles(
         value), answer, expected, prompt and weights (fingerprints).
     """
     path, weights = Path(path), f"{fingerprint(model)}-{str(model.dtype).removeprefix('torch.')}"
-    on_file = read_jsonl(path, repair=True)
+    on_file = from_first(lambda: read_jsonl(path, repair=True))
     done = {row_key(row): row for row in on_file if row["model"] == name and row.get("weights") == weights}
-    rows = []
-    for length in lengths:
-        keys: dict[str, list[tuple]] = {task: [] for task in tasks}
+    tasks, lengths = list(dict.fromkeys(tasks)), list(dict.fromkeys(lengths))
+    keys: dict[tuple[int, str], list[tuple]] = {pair: [] for pair in product(lengths, tasks)}
+    unfinished, rows = list(keys), []
 
-        def missing_samples(length: int = length, keys: dict[str, list[tuple]] = keys) -> Iterator[Sample]:
-            for task, index in product(tasks, range(samples)):
-                sample = make(task, length, index)
-                keys[task].append((name, task, length, index, sample.fingerprint))
-                if keys[task][-1] not in done:
-                    yield sample
+    def missing_samples(length: int) -> Iterator[Sample]:
+        for task, index in product(tasks, range(samples)):
+            sample = make(task, length, index)
+            key = (name, task, length, index, sample.fingerprint)
+            keys[length, task].append(key)
+            if key not in done:
+                yield sample
 
-        for group in batches(missing_samples(), max_batch_size(model, length)):
-            answers = ask(model, make.tokenizer, group, make.answer_tokens)
-            with path.open("a", encoding="utf-8") as out:
-                for sample, answer in zip(group, answers):
-                    row = result_row(name, sample, answer, make.answer_tokens) | {"weights": weights}
-                    out.write(json.dumps(row) + "\n")
-                    done[row_key(row)] = row
-        for task in tasks:
-            of_task = [done[key] for key in keys[task]]
-            score = sum(row["correct"] for row in of_task) / max(1, len(of_task))
-            log(f"{name}: {task} at {length:,} tokens: {score:.2f} of {len(of_task)} samples")
-            rows += of_task
+    def answer(group: list[Sample]) -> list[dict]:
+        texts = ask(model, make.tokenizer, group, make.answer_tokens)
+        found = [result_row(name, sample, text, make.answer_tokens) for sample, text in zip(group, texts)]
+        return [row | {"weights": weights} for row in found]
+
+    def take_finished() -> None:
+        """Move rows of finished tasks and lengths to `rows`."""
+        while unfinished and len(own := [done[key] for key in keys[unfinished[0]] if key in done]) == samples:
+            length, task = unfinished.pop(0)
+            score = sum(row["correct"] for row in own) / max(1, samples)
+            log(f"{name}: {task} at {length:,} tokens: {score:.2f} of {samples} samples")
+            rows.extend(own)
+
+    sizes = from_first(lambda: {length: group_size(model, length) for length in lengths})
+    groups = (group for length in lengths for group in batches(missing_samples(length), sizes[length]))
+    for _, found in share_out(groups, answer):
+        if rank() == 0:
+            append_jsonl(path, found)
+        done |= {row_key(row): row for row in found}
+        take_finished()
+    take_finished()
+    if unfinished:
+        raise ValueError(f"The processes have different haystacks, {make.source}. Give all of them the same text.")
     return rows
+
+
+def group_size(model: PreTrainedModel, length: int) -> int:
+    """Return how many samples of `length` tokens are asked together.
+
+    It is a power of two, so that it is the same for a little more or less free memory.
+    """
+    fitting = min(max_batch_size(model, length), max(1, GROUP_TOKENS // length))
+    return 2 ** (fitting.bit_length() - 1)
 
 
 def batches(samples: Iterable[Sample], batch_size: int) -> Iterator[list[Sample]]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..inference.prefill import piece_length, read_pieces
 from ..model.cache import new_cache
+from ..training.distributed import check_same, share_out
 from ..training.losses import CHUNK_BYTES
 from ..utils.scoring import kl_terms, label_log_probs, log_probs, perplexity
 from ..utils.statistics import mean_over_documents
@@ -105,8 +106,10 @@ def by_position(
         raise ValueError("Curves by position need at least one document, and at least two tokens in each.")
     edges = position_edges(max(map(len, ids)) - 1, teacher.config.max_position_embeddings)
     scores = []
-    for number, document in enumerate(ids, 1):
-        scores.append(token_scores(models, teacher, document, piece=piece))
+    check_same("documents", lambda: [document.tolist() for document in ids])
+    read = share_out(ids, lambda document: token_scores(models, teacher, document, piece=piece))
+    for number, (document, of_document) in enumerate(read, 1):
+        scores.append(of_document)
         log(f"document {number} of {len(ids)}: {len(document):,} tokens read")
     rows = [
         bucket_row(name, start, end, [of_document[name] for of_document in scores])

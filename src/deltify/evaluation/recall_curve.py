@@ -9,7 +9,6 @@ computes the same curve at each validation, on fewer documents (training/recall.
 Legend: T tokens, N answer tokens.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from itertools import product
@@ -23,8 +22,9 @@ from ..data.probes import Probe, make_probe, text_probes
 from ..data.sources import documents
 from ..inference.prefill import piece_length, read_pieces
 from ..model.cache import new_cache
+from ..training.distributed import check_same, from_first, rank, share_out
 from ..training.recall import SHORTEST, RecallBucket, answer_scores, recall_buckets
-from ..utils.files import read_jsonl
+from ..utils.files import append_jsonl, read_jsonl
 from ..utils.fingerprint import fingerprint
 from .needles import NeedleMaker, Sample
 from .settings import RecallSpec
@@ -96,7 +96,7 @@ def measure_recall(
     """Measure the recall curve of a model, append the scores of new documents to a file, and return the curve's rows.
 
     Scores that the file has for the same documents, weights and dtype are reused, so that an interrupted evaluation
-    resumes.
+    resumes. Processes under torchrun share the documents.
 
     Args:
         model: Model to test.
@@ -109,17 +109,20 @@ def measure_recall(
         Rows with model, task, and the fields of `RecallBucket`.
     """
     mine = {"model": name, "weights": f"{fingerprint(model)}-{str(model.dtype).removeprefix('torch.')}"}
-    on_file = read_jsonl(path, repair=True)
+    on_file = from_first(lambda: read_jsonl(path, repair=True))
     done = {row["probe"]: row["scores"] for row in on_file if mine.items() <= row.items()}
+    probes = list(probes)
+    keyed = {probe.fingerprint: probe for probe in probes}
+    check_same("documents of the recall curve", lambda: list(keyed))
+    missing = sorted((key for key in keyed if key not in done), key=lambda key: len(keyed[key].ids))
+    for key, scores in share_out(missing, lambda key: read_probe(model, keyed[key]).tolist()):
+        probe, done[key] = keyed[key], scores
+        row = {"task": probe.task, "tokens": len(probe.ids), "probe": key, "distances": probe.distances.tolist()}
+        if rank() == 0:
+            append_jsonl(path, [mine | row | {"scores": scores}])
     by_task: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for probe in probes:
-        key, distances = probe.fingerprint, probe.distances
-        if key not in done:
-            done[key] = read_probe(model, probe).tolist()
-            row = {"task": probe.task, "tokens": len(probe.ids), "probe": key, "distances": distances.tolist()}
-            with path.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(mine | row | {"scores": done[key]}) + "\n")
-        by_task.setdefault(probe.task, []).append((distances, np.asarray(done[key])))
+        by_task.setdefault(probe.task, []).append((probe.distances, np.asarray(done[probe.fingerprint])))
     rows = []
     for task, pairs in by_task.items():
         buckets = recall_buckets(*zip(*pairs))

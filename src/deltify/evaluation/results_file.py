@@ -13,6 +13,7 @@ import torch
 
 from ..config import STAGES, Recipe
 from ..conversion.teacher import Teacher
+from ..training.distributed import rank
 from ..utils.devices import device_name
 from ..utils.files import write_text
 
@@ -48,10 +49,11 @@ class Results:
         }
 
     def add(self, **measured) -> None:
-        """Add entries and write the file."""
+        """Add entries and write the file, which only the first process does."""
         self.content |= measured
         self.content["seconds"] = round(time.time() - self.started, 1)
-        write_text(self.path, json.dumps(self.content, indent=1))
+        if rank() == 0:
+            write_text(self.path, json.dumps(self.content, indent=1))
 
 
 def command_line() -> str:

@@ -8,10 +8,12 @@ next to it, and a second evaluation reuses them. `deltify.report` makes pages of
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import STAGES, Recipe, load_recipe
@@ -20,6 +22,7 @@ from ..data.sources import documents
 from ..data.token_files import file_name
 from ..inference.loading import load_model, load_tokenizer
 from ..model.causal_lm import CausalLM
+from ..training.distributed import LONG_WAIT, check_same, from_first, process_group, rank, share_out
 from ..training.run_folder import check_weights
 from ..training.teachers import open_teacher
 from ..utils.console import log
@@ -63,6 +66,8 @@ def evaluate(
         deltify.evaluate("runs/kda", spec)
         deltify.evaluate(["runs/kda", "runs/hybrid"], spec, output="runs/both")
 
+    Processes under torchrun share the work. The first one writes the files, which are those of a single process.
+
     Args:
         sources: One or several runs (folders with a recipe) or models (folders or hub ids). Every stage of a single
             run is scored on held-out text. All other measures, and several runs, use the last stage.
@@ -70,51 +75,77 @@ def evaluate(
         output: Folder for the results. Defaults to the run's own folder, if there is one run and nothing else.
 
     Raises:
-        ValueError: If sources do not fit together, or an argument of a measure is wrong.
+        ValueError: If sources do not fit together, an argument of a measure is wrong, or another evaluation writes to
+            the same folder.
     """
     names = [str(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
-    evaluation = Evaluation(names, spec or EvaluationSpec(), output)
-    evaluation.heldout()
-    evaluation.choose_models()
-    spec = evaluation.spec
-    if spec.samples:
-        evaluation.samples()
-    if spec.benchmarks:
-        evaluation.benchmarks(spec.benchmarks)
-    if spec.needles:
-        evaluation.needles(spec.needles)
-    if spec.recall:
-        evaluation.recall(spec.recall)
-    if spec.positions:
-        evaluation.positions(spec.positions)
-    if spec.decode:
-        evaluation.decoding(spec.decode)
+    spec = spec or EvaluationSpec()
+    runs = {path: load_recipe(recipe) for path in names if (recipe := Path(path) / "recipe.yaml").is_file()}
+    if output is None and len(names) > 1:
+        raise ValueError(f"there are {len(names)} sources. Name a folder for the results with --output")
+    if output is None and not runs:
+        raise ValueError(
+            f"{names[0]} has no recipe.yaml, so it is no run. Check the path. To evaluate a model that is no run, name "
+            "a folder for the results with --output"
+        )
+    folder = Path(output) if output else Path(names[0])
+    with process_group(pick_device(spec.device), timeout=LONG_WAIT) as device, sole_writer(folder):
+        evaluation = Evaluation(names, runs, spec, folder, device)
+        evaluation.heldout()
+        evaluation.choose_models()
+        if spec.samples:
+            evaluation.samples()
+        if spec.benchmarks:
+            evaluation.benchmarks(spec.benchmarks)
+        if spec.needles:
+            evaluation.needles(spec.needles)
+        if spec.recall:
+            evaluation.recall(spec.recall)
+        if spec.positions:
+            evaluation.positions(spec.positions)
+        if spec.decode:
+            evaluation.decoding(spec.decode)
     return evaluation.results.path
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Generator[None]:
+    """Create a folder and lock it, on the first process.
+
+    Raises:
+        ValueError: If another evaluation has locked it.
+    """
+    if rank() > 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / ".evaluation.lock").acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"Another evaluation writes to {folder}. Wait for it, or name another folder with --output. To use several "
+            "GPUs, start one evaluation with torchrun."
+        ) from None
+    with lock:
+        yield
 
 
 class Evaluation:
     """The models of one evaluation and the results so far. Each method adds one measure to results.json."""
 
-    def __init__(self, sources: list[str], spec: EvaluationSpec, output: str | Path | None):
-        self.spec = spec
-        self.runs = {path: load_recipe(recipe) for path in sources if (recipe := Path(path) / "recipe.yaml").is_file()}
-        if output is None and len(sources) > 1:
-            raise ValueError(f"there are {len(sources)} sources. Name a folder for the results with --output")
-        if output is None and not self.runs:
-            raise ValueError(
-                f"{sources[0]} has no recipe.yaml, so it is no run. Check the path. To evaluate a model that is no "
-                "run, name a folder for the results with --output"
-            )
-        torch_device = pick_device(spec.device)
-        torch_dtype = pick_dtype(spec.dtype, torch_device)
-        self.folder = Path(output) if output else Path(sources[0])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.teacher = open_reference(spec.teacher, list(self.runs.values()), torch_device, torch_dtype)
-        self.results = Results(self.folder / "results.json", self.teacher, self.runs, torch_device, torch_dtype)
+    def __init__(
+        self, sources: list[str], runs: dict[str, Recipe], spec: EvaluationSpec, folder: Path, device: torch.device
+    ):
+        self.spec, self.runs, self.folder = spec, runs, folder
+        dtype = pick_dtype(spec.dtype, device)
+        self.teacher = open_reference(spec.teacher, list(runs.values()), device, dtype)
+        self.results = Results(folder / "results.json", self.teacher, runs, device, dtype)
         all_stages = spec.stages and len(sources) == 1
-        opened = open_models(sources, self.runs, torch_device, torch_dtype, all_stages=all_stages)
+        opened = open_models(sources, runs, device, dtype, all_stages=all_stages)
         self.scored = {name: model for name, (model, _) in opened.items()}
         self.students = {name: model for name, (model, is_final) in opened.items() if is_final}
+        all_models = [*([self.teacher.model] if self.teacher else []), *self.scored.values()]
+        check_same("models", lambda: [fingerprint(model) for model in all_models])
         self.tokenizer = self.teacher.tokenizer if self.teacher else load_tokenizer(sources[0])
         self.models: dict[str, PreTrainedModel] = {}  # teacher, controls and students, in this order
         self.teacher_and_students: dict[str, CausalLM] = {}
@@ -158,7 +189,8 @@ class Evaluation:
             )
             rows += [{"model": name, **row} for row in new]
             self.results.add(benchmarks=rows)
-        self.results.add(benchmarks=compare_with_teacher(rows, items))
+        if rank() == 0:  # the others may not see its files
+            self.results.add(benchmarks=compare_with_teacher(rows, items))
 
     def needles(self, spec: NeedleSpec) -> None:
         """Run needle tasks on every model."""
@@ -193,8 +225,8 @@ class Evaluation:
         self.results.add(positions=rows)
 
     def decoding(self, spec: DecodeSpec) -> None:
-        """Measure memory and time of decoding. Controls are left out."""
-        self.results.add(decode=decode_cost(self.teacher_and_students, spec.contexts, log=log))
+        """Measure memory and time of decoding on the first process, while the others wait. Controls are left out."""
+        self.results.add(decode=from_first(lambda: decode_cost(self.teacher_and_students, spec.contexts, log=log)))
 
 
 def describe(name: str, model: PreTrainedModel, measured: dict) -> dict:
@@ -284,9 +316,10 @@ def longest_documents(source: str, count: int, tokenizer: PreTrainedTokenizerBas
 @torch.no_grad()
 def greedy_samples(tokenizer: PreTrainedTokenizerBase, model: CausalLM) -> list[str]:
     """Return greedy continuations of a few fixed prompts."""
-    texts = []
-    for prompt in PROMPTS:
+
+    def go_on(prompt: str) -> str:
         ids = torch.tensor([token_ids(tokenizer, prompt)], device=model.device)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=PROMPT_TOKENS, do_sample=False)
-        texts.append(str(tokenizer.decode(out[0], skip_special_tokens=True)))
-    return texts
+        return str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+    return [text for _, text in share_out(PROMPTS, go_on)]

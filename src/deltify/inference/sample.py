@@ -14,10 +14,12 @@ import io
 import itertools
 import json
 import math
+import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,13 +28,17 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from ..conversion.teacher import locate
 from ..data.sources import documents, held_out, text_files, unpacked
 from ..model.causal_lm import CausalLM
+from ..training.distributed import LONG_WAIT, check_same, process_group, rank, share_out
 from ..utils.console import log
 from ..utils.devices import pick_device
+from ..utils.fingerprint import fingerprint
 from ..utils.folders import model_folder
 from ..utils.tokens import CUT_CHARACTER, token_ids
 from .loading import load_model, load_tokenizer
 from .prefill import stop_tokens
 
+T = TypeVar("T")
+R = TypeVar("R")
 MAX_CHARS_PER_TOKEN = 100  # upper bound, so that whole documents are not tokenized
 
 
@@ -54,7 +60,8 @@ def sample(
 
     Each document continues the beginning of a document of the source. It ends with the model's end-of-sequence token or
     after `length` tokens. Documents that are held out for validation are not used. Every batch is written at once, so
-    that an interrupted run leaves a file that can be used.
+    that an interrupted run leaves a file that can be used. Processes under torchrun share the batches, and the file is
+    the same.
 
     Args:
         model: Folder of a model or run (its furthest stage), GGUF file, hub id, or name of the embedded teacher.
@@ -82,15 +89,19 @@ def sample(
     prompts = itertools.islice(beginnings(source, tokenizer, prompt_tokens), count)
     if (first := next(prompts, None)) is None:
         raise ValueError(f"No document of {source!r} has prompt_tokens={prompt_tokens} tokens. Give fewer.")
-    loaded, eos_token_ids = open_writer(folder, tokenizer, seed, device)
-    written = tokens = 0
     prompts = itertools.chain([first], prompts)
-    while batch_prompts := list(itertools.islice(prompts, batch)):
-        drawn = continuations(loaded, torch.tensor(batch_prompts), length, temperature, eos_token_ids)
-        sequences = [prompt + new for prompt, (new, _) in zip(batch_prompts, drawn)]
-        append(output, (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in sequences))
-        written, tokens = written + len(sequences), tokens + sum(map(len, sequences))
-        log(f"{written:,} of {count:,} documents, {tokens:,} tokens")
+    with process_group(pick_device(device), LONG_WAIT) as own_device:
+        loaded, eos_token_ids = open_writer(folder, tokenizer, own_device)
+
+        def go_on(batch_prompts: list[list[int]]) -> list[list[int]]:
+            drawn = continuations(loaded, torch.tensor(batch_prompts), length, temperature, eos_token_ids)
+            return [prompt + new for prompt, (new, _) in zip(batch_prompts, drawn)]
+
+        written = tokens = 0
+        for sequences in share_batches(prompts, batch, go_on, seed):
+            append(output, (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in sequences), new=not written)
+            written, tokens = written + len(sequences), tokens + sum(map(len, sequences))
+            log(f"{written:,} of {count:,} documents, {tokens:,} tokens")
     if written < count:
         log(f"{source} has no more documents of {prompt_tokens} tokens")
     return output
@@ -115,7 +126,8 @@ def sample_answers(
     """Write chats as JSON lines, {"text": ...}: a user's message and the model's answer. Return the path.
 
     The tokenizer's chat template renders them. Answers that do not end after `length` tokens are left out. Every batch
-    is written at once, so that an interrupted run leaves a file that can be used.
+    is written at once, so that an interrupted run leaves a file that can be used. Processes under torchrun share the
+    batches, and the file is the same.
 
     Args:
         model: As for `sample`.
@@ -146,28 +158,36 @@ def sample_answers(
         raise ValueError(f"The tokenizer of {model} has no chat template. Leave --chat out to continue documents.")
     questions = itertools.islice(read_questions(source, field, keep_number), count)
     asked = (question for question in questions for _ in range(samples))
-    loaded, eos_token_ids = open_writer(folder, tokenizer, seed, device)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tried = kept = skipped = 0
-    while group := list(itertools.islice(asked, batch)):
-        rendered = [(question, render(tokenizer, question.message)) for question in group]
-        fitting = [(question, prompt) for question, prompt in rendered if len(tokenizer.encode(prompt)) < length]
-        skipped += len(group) - len(fitting)
-        if not fitting:
-            continue
-        inputs = tokenizer(
-            [prompt for _, prompt in fitting], add_special_tokens=False, padding=True, return_tensors="pt"
-        )
-        drawn = continuations(loaded, inputs["input_ids"], length, temperature, eos_token_ids, inputs["attention_mask"])
-        chats = []
-        for (question, _), (new, ended) in zip(fitting, drawn):
-            answer = str(tokenizer.decode(new, skip_special_tokens=True))
-            if ended and question.accepts(answer):
-                chats.append(render(tokenizer, question.message, answer))
-        append(output, chats)
-        tried, kept = tried + len(fitting), kept + len(chats)
-        log(f"{tried:,} answers, {kept:,} kept")
+    with process_group(pick_device(device), LONG_WAIT) as own_device:
+        loaded, eos_token_ids = open_writer(folder, tokenizer, own_device)
+
+        def reply(group: list[Question]) -> tuple[int, int, list[str]]:
+            """Return how many messages fit, how many are too long, and the chats that are kept."""
+            rendered = [(question, render(tokenizer, question.message)) for question in group]
+            fitting = [(question, prompt) for question, prompt in rendered if len(tokenizer.encode(prompt)) < length]
+            if not fitting:
+                return 0, len(group), []
+            prompts = [prompt for _, prompt in fitting]
+            inputs = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            chats = []
+            drawn = continuations(loaded, ids, length, temperature, eos_token_ids, mask)
+            for (question, _), (new, ended) in zip(fitting, drawn):
+                answer = str(tokenizer.decode(new, skip_special_tokens=True))
+                if ended and question.accepts(answer):
+                    chats.append(render(tokenizer, question.message, answer))
+            return len(fitting), len(group) - len(fitting), chats
+
+        tried = kept = skipped = 0
+        for fitting, too_long, chats in share_batches(asked, batch, reply, seed):
+            skipped += too_long
+            if not fitting:
+                continue
+            append(output, chats, new=not tried)
+            tried, kept = tried + fitting, kept + len(chats)
+            log(f"{tried:,} answers, {kept:,} kept")
     if not tried:
         raise ValueError(f"No message of {source} is shorter than length={length} tokens. Give more.")
     if skipped:
@@ -246,22 +266,42 @@ def find_writer(model: str | Path, length: int) -> str | Path:
 
 
 def open_writer(
-    folder: str | Path, tokenizer: PreTrainedTokenizerBase, seed: int, device: str
+    folder: str | Path, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> tuple[CausalLM, set[int]]:
     """Return a model that samples from its plain distribution, and its end-of-sequence tokens."""
-    torch_device = pick_device(device)
-    dtype = torch.bfloat16 if torch_device.type == "cuda" else torch.float32
-    loaded = load_model(folder, device=torch_device, dtype=dtype)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    loaded = load_model(folder, device=device, dtype=dtype)
+    check_same("models", lambda: fingerprint(loaded))
     eos_token_ids = stop_tokens(loaded, tokenizer)
     loaded.generation_config = GenerationConfig()  # penalties and the like would change the distribution
-    torch.manual_seed(seed)
     return loaded, eos_token_ids
 
 
-def append(output: Path, texts: Iterable[str]) -> None:
-    """Append documents to a JSON-lines file."""
+def share_batches(items: Iterator[T], size: int, write: Callable[[list[T]], R], seed: int) -> Iterator[R]:
+    """Yield what `write` returns for each batch of items. Processes under torchrun share the batches.
+
+    Each batch has a random seed of its own, so that its samples do not depend on the number of processes.
+    """
+
+    def seeded(numbered: tuple[int, list[T]]) -> R:
+        number, batch = numbered
+        torch.manual_seed(random.Random(f"{seed}/{number}").getrandbits(32))
+        return write(batch)
+
+    batches = iter(lambda: list(itertools.islice(items, size)), [])
+    return (written for _, written in share_out(enumerate(batches), seeded))
+
+
+def append(output: Path, texts: Iterable[str], *, new: bool) -> None:
+    """Append documents to a JSON-lines file, which only the first process does.
+
+    Raises:
+        FileExistsError: If the file is `new` but exists, because another process writes it, too.
+    """
+    if rank() > 0:
+        return
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("a", encoding="utf-8") as out:
+    with output.open("x" if new else "a", encoding="utf-8") as out:
         out.writelines(json.dumps({"text": text.rstrip(CUT_CHARACTER)}) + "\n" for text in texts)
 
 

@@ -1,29 +1,40 @@
-"""Training on several processes under torchrun: ranks, collectives, and sharding.
+"""Several processes under torchrun: ranks, collectives, work that is shared out, and sharding.
 
-Each rank trains on its share of every batch. Small models are replicated: each rank has a full copy, and gradients are
-averaged before the optimizer step. Large models are sharded over the ranks (FSDP2): weights, gradients and optimizer
-states. Each layer is one unit, and its mixer another, because align runs mixers alone.
+In training, each rank trains on its share of every batch. Small models are replicated: each rank has a full copy, and
+gradients are averaged before the optimizer step. Large models are sharded over the ranks (FSDP2): weights, gradients
+and optimizer states. Each layer is one unit, and its mixer another, because align runs mixers alone. The order matters.
+First decide which parameters train, because a gathered copy keeps the flag it was made with. Then shard the models.
+Then make the optimizer from the shards.
 
-The order matters. First decide which parameters train, because a gathered copy keeps the flag it was made with. Then
-shard the models. Then make the optimizer from the shards.
+Evaluation and sampling divide their work by `share_out`, whose results do not depend on the number of ranks.
 """
 
+import hashlib
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from itertools import count, islice
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..model import DeltifyForCausalLM
+from ..utils.console import console
 from .signals import Stopped
 
+T = TypeVar("T")
+R = TypeVar("R")
+GROUPS = count()  # process groups so far, of which there is one at a time
+LONG_WAIT = timedelta(days=7)  # of a rank for others, where their work may take long; torchrun sees which ones failed
 BUCKET = 2**26  # gradient elements that are averaged at a time
 
 
@@ -49,23 +60,33 @@ def world_size() -> int:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Generator[torch.device]:
+def process_group(device: torch.device, timeout: timedelta | None = None) -> Generator[torch.device]:
     """Join the process group if torchrun started this process, and yield the process's own device.
 
-    A group that exists, such as that of Ray Train, Lightning or accelerate, is used and left to its owner.
+    A group that exists, such as that of Ray Train, Lightning or accelerate, is used and left to its owner. Ranks other
+    than the first no longer print.
+
+    Args:
+        device: Device that was asked for.
+        timeout: Time that a rank waits for others. Defaults to PyTorch's, which is 10 minutes on GPUs.
     """
     if dist.is_initialized():
+        console.quiet = rank() > 0
         yield own_device(device)
         return
     if "RANK" not in os.environ:
         yield device
         return
     device = own_device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
+    gpu = device if device.type == "cuda" else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    store, number, size = next(rendezvous("env://"))
+    # without a prefix, a second group of the same processes would find the addresses of the first one
+    store = dist.PrefixStore(f"deltify-{next(GROUPS)}", store)
+    backend = "gloo" if gpu is None else "nccl"
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timeout, device_id=gpu)
+    console.quiet = rank() > 0
     try:
         yield device
     except Stopped:  # all ranks raise it
@@ -88,6 +109,50 @@ def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """Return on all ranks what `make` returns on the first one, the only one that calls it."""
+    if world_size() == 1:
+        return make()
+    made = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(made, src=0)
+    return made[0]  # pyrefly: ignore[bad-return]  # the first rank's
+
+
+def all_gather(x: T) -> list[T]:
+    """Return the objects of all ranks."""
+    if world_size() == 1:
+        return [x]
+    gathered: list = [None] * world_size()
+    dist.all_gather_object(gathered, x)
+    return gathered
+
+
+def check_same(what: str, value: Callable[[], object]) -> None:
+    """Raise ValueError if the values of the ranks, as text, differ. Their work would then not fit together.
+
+    Args:
+        what: What is compared.
+        value: Function that returns the value. It is called if there are several ranks.
+    """
+    if world_size() > 1 and len(set(all_gather(hashlib.sha256(repr(value()).encode()).hexdigest()))) > 1:
+        raise ValueError(f"The {world_size()} processes have different {what}. Give all of them the same files.")
+
+
+def share_out(items: Iterable[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
+    """Yield each item with the result of its work, in the order of the items.
+
+    In each round, every rank works on one item, and all ranks get all results. So neighbours should take equally long.
+
+    Args:
+        items: The same items on all ranks.
+        work: Function whose result can be pickled. It depends neither on the rank nor on earlier items.
+    """
+    items = iter(items)
+    while batch := list(islice(items, world_size())):
+        result = work(batch[rank()]) if rank() < len(batch) else None
+        yield from zip(batch, all_gather(result))  # pyrefly: ignore[invalid-yield]  # ranks without an item are last
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:

@@ -65,7 +65,6 @@ def distill(
         )
     tracker_module(recipe.run.report_to)
     with distributed.process_group(pick_device(recipe.run.device)) as device:
-        console.quiet = distributed.rank() > 0
         check_batch_sizes(recipe)
         precision = pick_precision(recipe.run.precision, device)
         changes = check_run(recipe, resume, device, precision)

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,6 +135,12 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file that appears whole or not at all."""
     with atomic_write(path) as file:
         file.write(text)
+
+
+def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Append rows to a JSON lines file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read_jsonl(path: Path, *, repair: bool = False) -> list[dict]:
