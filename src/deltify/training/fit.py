@@ -69,6 +69,11 @@ def fit_to_time(recipe: Recipe, minutes: float) -> Recipe:
     """
     if not minutes > 0:
         raise ValueError(f"--fit-minutes {minutes:g} must be above 0")
+    if recipe.run.context_parallel > 1:
+        raise ValueError(
+            f"--fit-minutes measures the speed of one process, which run.context_parallel={recipe.run.context_parallel}"
+            " does not allow. Leave out --fit-minutes, or set run.context_parallel to 1"
+        )
     check(recipe)
     if holds_run(recipe.folder):
         return take_numbers(recipe, load_recipe(recipe.folder / "recipe.yaml"))
