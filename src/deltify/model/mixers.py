@@ -344,7 +344,9 @@ class DeltifyAttention(DeltifyGroupedQueryAttention):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         if cut is not None:
-            k, v = gather(torch.stack([k, v]), cut.group)[: cut.rank + 1].permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
+            # autocast has v in its precision, k in that of the rotary tables
+            both = gather(torch.stack([k.to(v.dtype), v]), cut.group)[: cut.rank + 1]
+            k, v = both.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
         backend = self.config._attn_implementation or "eager"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0

@@ -113,7 +113,7 @@ def kda_context_parallel(
         # the identity for documents that go on from an earlier segment; zeros stay zeros for all others
         eye = torch.eye(K, dtype=state_NHKV.dtype, device=v.device) * (cut.carried > 0).view(-1, 1, 1, 1)
         start = eye.new_zeros(len(state_NHKV), H, K, K).index_copy(0, first, eye.expand(-1, H, -1, -1))
-        no_values = v.new_zeros(*q.shape)
+        no_values = v.new_zeros(()).expand(q.shape)  # autograd keeps one element
         reads, map_NHKK = kda(q, k, no_values, f, b, A_log, dt_bias, state=start, **options)
         before_BHKV = state_before(map_NHKK[last], state_NHKV[last], cut)
         o_BTHV, reads_BTHK = (x.reshape(rows, tokens, H, -1) for x in (o, reads))
