@@ -15,10 +15,12 @@ ROWS, SEGMENT = 2, 8
 ROPE = {"use_rope": [True] * 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 SMALL = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 12, "vocab_size": 50}
 # where documents begin in each row of two segments, None for positions that are left out; and whether layers recompute
+DYNAMIC = ROPE | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
 CASES: dict[str, tuple[dict[str, Any], list[list[int]] | None, bool]] = {
     "NoPE": ({}, None, False),
     "RoPE": (ROPE, None, False),
     "RoPE and recomputed layers": (ROPE, None, True),
+    "RoPE that depends on the length": (DYNAMIC | {"max_position_embeddings": 5}, None, False),
     "RoPE, packed across the border": (ROPE | {"gate_bias": True, "kda_bias": True}, [[0, 3, 7], [0, 10]], False),
     "NoPE, packed at the border": ({"qk_norm": True}, [[0, 8], [0, 6, 9, 13]], True),
 }

@@ -25,8 +25,8 @@ def positions_of_rows(position_ids: Tensor | None, like_BTD: Tensor, group: "dis
     return torch.arange(group.size() * tokens, device=like_BTD.device).expand(rows, -1)
 
 
-def cut_rows(positions: Tensor, group: "dist.ProcessGroup") -> tuple[Tensor, Packing]:
-    """Return positions [B, T] and packing of this rank's segments for positions [B, R * T] of whole rows."""
+def cut_packing(positions: Tensor, group: "dist.ProcessGroup") -> Packing:
+    """Return the packing of this rank's segments for positions [B, R * T] of whole rows."""
     tokens = positions.shape[1] // group.size()
     begin = group.rank() * tokens
     starts = document_starts(positions).view_as(positions)
@@ -35,7 +35,7 @@ def cut_rows(positions: Tensor, group: "dist.ProcessGroup") -> tuple[Tensor, Pac
     own = starts[:, begin : begin + tokens].clone()
     own[:, 0] = True
     bounds = torch.cat([own.flatten().nonzero().squeeze(1), place.new_tensor([own.numel()])])
-    return positions[:, begin : begin + tokens], Packing(None, bounds.int(), CutRows(group, carried))
+    return Packing(None, bounds.int(), CutRows(group, carried))
 
 
 def cut_mask(positions: Tensor, group: "dist.ProcessGroup") -> Tensor:

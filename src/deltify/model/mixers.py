@@ -18,8 +18,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 
 from ..ops import (
     CutRows,
+    earlier_keys,
     gated_rms_norm,
-    gather,
     inputs_before,
     kda,
     kda_context_parallel,
@@ -34,7 +34,9 @@ from .sliding import Rotary, Slots, sliding_attention, sliding_step
 
 # torch.compile compiles the other parts of a layer. The operator has nothing to fuse, and its loops break graphs.
 kda, kda_layer_step, short_conv_split = map(torch.compiler.disable, (kda, kda_layer_step, short_conv_split))
-gather, inputs_before, kda_context_parallel = map(torch.compiler.disable, (gather, inputs_before, kda_context_parallel))
+earlier_keys, inputs_before, kda_context_parallel = map(
+    torch.compiler.disable, (earlier_keys, inputs_before, kda_context_parallel)
+)
 
 
 @dataclass(frozen=True)
@@ -344,9 +346,7 @@ class DeltifyAttention(DeltifyGroupedQueryAttention):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         if cut is not None:
-            # autocast has v in its precision, k in that of the rotary tables
-            both = gather(torch.stack([k.to(v.dtype), v]), cut.group)[: cut.rank + 1]
-            k, v = both.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
+            k, v = earlier_keys(k, v, cut.group)
         backend = self.config._attn_implementation or "eager"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0

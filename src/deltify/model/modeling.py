@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache import DeltifyCache, SinkLayer
 from .capture import captured_logits
 from .configuration import ArceeKDAConfig, DeltifyConfig
-from .context_parallel import check_cut, cut_mask, cut_rows, positions_of_rows
+from .context_parallel import check_cut, cut_mask, cut_packing, positions_of_rows
 from .documents import BOUNDS, check_positions, positions_of
 from .generation import DeltifyGenerationMixin
 from .loading import HUB_OPTIONS, check_shapes, checkpoint_shapes, kda_biases, layer_types_of, renamings, with_prefix
@@ -211,12 +211,14 @@ class DeltifyModel(DeltifyPreTrainedModel):
                 raise ValueError(f"{', '.join(bounds)} with a cache: packed documents cannot continue from a cache")
             position_ids = positions_of(bounds, position_ids, attention_mask, rows, tokens).to(x.device)
         mask = position_embeddings = None
+        own = slice(None)  # this pass's tokens in position_ids
         if row_group is None:
             packing = find_packing(attention_mask, position_ids, tokens, past_key_values is not None, max_documents)
         else:
-            row_positions = positions_of_rows(position_ids, x, row_group)
-            position_ids, packing = cut_rows(row_positions, row_group)
-            mask = cut_mask(row_positions, row_group) if self.has_attention else None
+            position_ids = positions_of_rows(position_ids, x, row_group)
+            own = slice(row_group.rank() * tokens, (row_group.rank() + 1) * tokens)
+            packing = cut_packing(position_ids, row_group)
+            mask = cut_mask(position_ids, row_group) if self.has_attention else None
             kwargs["cut"] = packing.cut
         packed_documents = row_group is None and packing is not None and len(packing.cu_seqlens) - 1 > len(x)
         if packed_documents and self.has_attention:
@@ -243,7 +245,8 @@ class DeltifyModel(DeltifyPreTrainedModel):
                     **cache_argument(past_key_values),
                 )
             if self.rotary_emb is not None:
-                position_embeddings = self.rotary_emb(x, position_ids=position_ids)
+                # of whole rows, because some kinds of RoPE depend on the largest position
+                position_embeddings = tuple(table[:, own] for table in self.rotary_emb(x, position_ids=position_ids))
         if "sliding_attention" in self.kinds:
             sliding = self.rotary_tables(x), self.slots(x, packing, past_key_values)
         for layer in self.layers:

@@ -166,6 +166,19 @@ def inputs_before(x: Tensor, past: int, *, cut: CutRows, cu_seqlens: Tensor | No
     return x.new_zeros(documents, *before_BPD.shape[1:]).index_copy(0, first, before_BPD).transpose(1, 2)
 
 
+def earlier_keys(k: Tensor, v: Tensor, group: "dist.ProcessGroup") -> Tensor:
+    """Return keys and values of the segments up to this rank's, [2, B, H, (rank + 1) * T, K], in v's dtype.
+
+    Args:
+        k: Keys of this rank's segments, [B, H, T, K].
+        v: Values, likewise.
+        group: Process group of the ranks that share the rows.
+    """
+    # under autocast, v has its precision and k that of the rotary tables
+    parts = gather(torch.stack([k.to(v.dtype), v]), group)[: group.rank() + 1]
+    return parts.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
+
+
 def tokens_of(x: Tensor, cut: CutRows, cu_seqlens: Tensor | None) -> int:
     """Return the number of tokens of each segment in x, [B, T, ...] or [1, B * T, ...].
 
