@@ -52,6 +52,46 @@ def test_losses_of_a_cut_row_are_those_of_the_row(tmp_path):
             assert (got[which][name] - x).norm() <= 1e-6 * x.norm(), name
 
 
+TEACHERS = {  # architecture and fields of the configuration, and whether each rank computes its segment only
+    "llama": ("llama", {}, True),
+    "smollm3, some layers without RoPE": ("smollm3", {}, True),
+    "qwen3, with norms of queries and keys": ("qwen3", {}, True),
+    "mistral, with windows": ("mistral", {"sliding_window": 5}, False),
+    "llama, with RoPE that depends on the length": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        False,
+    ),
+}
+
+
+def teacher_states(case: str, row_group: dist.ProcessGroup | None) -> tuple[bool, list[Tensor]]:
+    """Return whether a teacher is cut, and its states [B, T, D] of whole rows or of this rank's segments."""
+    architecture, facts, _ = TEACHERS[case]
+    torch.manual_seed(0)
+    live = LiveTeacher(random_teacher(architecture, **facts))
+    live.model.double()
+    positions = torch.stack([torch.arange(16), torch.arange(16) - torch.tensor([0] * 7 + [7] * 9)])
+    batch = Batch(torch.randint(0, 250, (2, 16)), positions)
+    with torch.no_grad():
+        states = [*live.layer_states(batch, row_group), live.hidden_states(batch, row_group)]
+    return live.can_be_cut, [x.unflatten(0, (2, -1)) for x in states]
+
+
+def cut_teacher_states() -> dict[str, tuple[bool, list[Tensor]]]:
+    return {case: teacher_states(case, dist.group.WORLD) for case in TEACHERS}
+
+
+def test_states_of_a_teachers_segments_are_those_of_its_rows(tmp_path):
+    first, second = run_in_processes(cut_teacher_states, 2, tmp_path)
+    for case, (_, _, can_be_cut) in TEACHERS.items():
+        _, want = teacher_states(case, None)
+        assert first[case][0] == second[case][0] == can_be_cut, case
+        assert len(want) > 3
+        for *parts, x in zip(first[case][1], second[case][1], want):
+            assert (torch.cat(parts, 1) - x).abs().max() <= 1e-10 * x.abs().max(), case
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("one") / "one.pt"

@@ -39,12 +39,12 @@ class StageTeacher(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """Return the last hidden states [N, D] of a batch."""
+    def hidden_states(self, batch: Batch, row_group: dist.ProcessGroup | None = None) -> Tensor:
+        """Return the last hidden states [N, D] of a batch, or of this rank's segments of its rows."""
         ...
 
-    def layer_states(self, batch: Batch) -> list[Tensor]:
-        """Return the last hidden states [N, D] and the output [N, D] of every layer."""
+    def layer_states(self, batch: Batch, row_group: dist.ProcessGroup | None = None) -> list[Tensor]:
+        """Return the last hidden states [N, D] and the output [N, D] of every layer, likewise."""
         ...
 
     def head(self) -> Tensor:
@@ -124,18 +124,16 @@ def match_step(
     teacher's context window contribute cross-entropy only.
 
     Args:
-        batch: Whole rows. The teacher computes all of them, also where the student computes a segment.
+        batch: Whole rows.
         scale: Factor of the gradients, which are added to those already there.
         max_documents: Number of documents to pack the batch as; see `find_packing`.
         row_group: Ranks that share the rows, each of which trains the student on its segment of them. The means of
             their losses and gradients are those of the rows.
     """
-    rows = len(batch.input_ids)
     weight, with_layers = stage.hidden_state_weight, bool(stage.hidden_state_weight)
     with torch.no_grad():
-        states = teacher.layer_states(batch) if with_layers else [teacher.hidden_states(batch)]
-    teacher_hidden, *teacher_layers = (segment(x.unflatten(0, (rows, -1)), row_group).flatten(0, 1) for x in states)
-    del states  # those of the other segments
+        states = teacher.layer_states(batch, row_group) if with_layers else [teacher.hidden_states(batch, row_group)]
+    teacher_hidden, *teacher_layers = states
     teacher_head = teacher.head()
     options: dict[str, Any] = {
         "labels": segment(next_tokens(batch), row_group).flatten() if stage.ce_weight else None,
@@ -147,7 +145,7 @@ def match_step(
     if batch.input_ids.shape[1] > context_window:
         inside = (batch.position_ids < context_window).float()
         options["weights"] = segment(inside / inside.mean(), row_group).flatten()
-    batch = Batch(segment(batch.input_ids, row_group), segment(batch.position_ids, row_group))
+    batch = segment_of(batch, row_group)
 
     def compute_losses(student: DeltifyForCausalLM) -> tuple[Tensor, ...]:
         student_hidden, *student_layers = layer_states(
@@ -173,6 +171,11 @@ def match_step(
 def segment(x_BT: Tensor, row_group: dist.ProcessGroup | None) -> Tensor:
     """Return this rank's segment of rows [B, T, ...], or the rows if no group shares them."""
     return x_BT if row_group is None else x_BT.chunk(row_group.size(), 1)[row_group.rank()].clone()
+
+
+def segment_of(batch: Batch, row_group: dist.ProcessGroup | None) -> Batch:
+    """Return this rank's segments of the rows of a batch."""
+    return Batch(segment(batch.input_ids, row_group), segment(batch.position_ids, row_group))
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
