@@ -111,6 +111,15 @@ def test_outputs_and_gradients_of_cut_rows_are_those_of_whole_rows(ranks, starts
             assert (got - want[name]).abs().max() <= 1e-10 * want[name].abs().max().clamp(min=1), name
 
 
+def test_one_rank_gives_what_the_operator_gives(alone):
+    *kda_inputs, _, _ = inputs(4)
+    one_row = [x[:1] for x in kda_inputs[:5]] + kda_inputs[5:]
+    want, cut = kda(*one_row), CutRows(alone, torch.zeros(1, dtype=torch.int64))
+    for bounds in (None, torch.tensor([0, 4 * SEGMENT], dtype=torch.int32)):
+        for got, x in zip(kda_context_parallel(*one_row, cut=cut, cu_seqlens=bounds), want):
+            assert torch.allclose(got, x, rtol=0, atol=1e-12)
+
+
 def test_segments_that_do_not_fit_are_refused(alone):
     cut = CutRows(alone, torch.zeros(B, dtype=torch.int64))
     q, k, v, f, b, *shared, x, _ = inputs(1)

@@ -105,6 +105,8 @@ def kda_context_parallel(
         ValueError: If the tokens do not fit the number of rows, or as in `kda`.
     """
     rows, tokens = len(cut.carried), tokens_of(q, cut, cu_seqlens)
+    if rows == 1 and cu_seqlens is not None and len(cu_seqlens) == 2:
+        cu_seqlens = None  # one document, for which the kernels need less memory without bounds
     first, last = cut.documents(cu_seqlens, tokens)
     options = {"cu_seqlens": cu_seqlens, "lower_bound": lower_bound, "scale": scale, "backend": backend}
     with torch.autocast(v.device.type, enabled=False):
