@@ -4,12 +4,13 @@
         --heldout heldout_dev.jsonl --seed 0 others retrieving
 
 Each run is a recipe of its own in --out, and its metrics.jsonl has the recall curve of each validation. Runs that are
-finished are not repeated. "staged" and "halves" begin with a model that joins two others, named in JOINED. Needs a GPU.
+finished are not repeated. "halves" begins with a model that joins two others, named in JOINED. Needs a GPU.
 """
 
 import argparse
 import dataclasses
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import safe_open
@@ -23,50 +24,68 @@ from deltify.training.runner import distill
 RETRIEVING = list(range(17, 25))  # layers of SmolLM2-135M-Instruct with 15 of its 20 best retrieval heads
 OTHERS = [layer for layer in range(30) if layer not in RETRIEVING]
 CENTRED = {"retrieval_heads": 20, "center": "all"}
+LONG_MEMORY = CENTRED | {"center": "retrieval"}
 TEXT, SPARSE = (0.4, 0.3, 0.3), 0.5  # weights of the three texts, and the fraction of sparse recall text
-# name: layers that stay attention, overrides of the student, tokens of align and match, overrides of match
-RUNS: dict[str, tuple[str | list[int], dict, int, int, dict]] = {
-    "align": ("none", {}, 4_000_000, 0, {}),
-    "align-retrieval": ("none", CENTRED | {"center": "retrieval"}, 4_000_000, 0, {}),
-    "align-centred": ("none", CENTRED, 4_000_000, 0, {}),
-    "others": (RETRIEVING, {}, 1_000_000, 3_000_000, {}),
-    "retrieving": (OTHERS, {}, 1_000_000, 3_000_000, {}),
-    "retrieving-centred": (OTHERS, CENTRED, 1_000_000, 2_000_000, {}),
-    "retrieving-40": (OTHERS, CENTRED | {"retrieval_heads": 40}, 1_000_000, 2_000_000, {}),
-    "retrieving-72": (OTHERS, CENTRED | {"retrieval_heads": 72}, 1_000_000, 2_000_000, {}),
-    "retrieving-lr-3e-3": (OTHERS, {}, 1_000_000, 2_000_000, {"lr_mixers": 3e-3}),
-    "retrieving-muon": (
-        OTHERS,
-        CENTRED,
-        1_000_000,
-        2_000_000,
-        {"optimizer": "muon", "lr_mixers": 2e-3, "lr_other": 6e-4},
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: which layers stay attention, and what differs from the recipe.
+
+    Attributes:
+        attention: full_attention_layers of the student.
+        align: Tokens of align.
+        match: Tokens of match.
+        student: Fields of the student.
+        in_match: Fields of match.
+    """
+
+    attention: str | list[int]
+    align: int
+    match: int
+    student: dict = field(default_factory=dict)
+    in_match: dict = field(default_factory=dict)
+
+
+M = 1_000_000
+MUON = {"optimizer": "muon", "lr_mixers": 2e-3, "lr_other": 6e-4}
+RUNS = {
+    "align": Run("none", 4 * M, 0),
+    "align-retrieval": Run("none", 4 * M, 0, LONG_MEMORY),
+    "align-centred": Run("none", 4 * M, 0, CENTRED),
+    "others": Run(RETRIEVING, 1 * M, 3 * M),
+    "retrieving": Run(OTHERS, 1 * M, 3 * M),
+    "retrieving-batch-1": Run(OTHERS, 1 * M, 2 * M, {}, {"batch_size": 1}),
+    "retrieving-centred": Run(OTHERS, 1 * M, 2 * M, CENTRED),
+    "retrieving-40": Run(OTHERS, 1 * M, 2 * M, CENTRED | {"retrieval_heads": 40}),
+    "retrieving-72": Run(OTHERS, 1 * M, 2 * M, CENTRED | {"retrieval_heads": 72}),
+    "retrieving-lr-3e-3": Run(OTHERS, 1 * M, 2 * M, {}, {"lr_mixers": 3e-3}),
+    "retrieving-muon": Run(OTHERS, 1 * M, 2 * M, CENTRED, MUON),
+    "retrieving-long": Run(
+        OTHERS, 0, 8 * M, {"init": "retrieving-centred"}, {"sequence_length": 4096, "batch_size": 1}
     ),
-    "retrieving-long": (
-        OTHERS,
-        {"init": "retrieving-centred"},
-        0,
-        8_000_000,
-        {"sequence_length": 4096, "batch_size": 1},
-    ),
-    "direct": ("none", {"init": "align-centred"}, 0, 28_000_000, {}),
-    "staged": ("none", {"init": "staged"}, 0, 28_000_000, {}),
-    "halves": ("none", {"init": "halves"}, 0, 28_000_000, {}),
+    # 10M tokens each: all layers at once, or two halves that are trained apart, joined and trained together
+    "direct": Run("none", 2 * M, 8 * M, LONG_MEMORY),
+    "half-others": Run(RETRIEVING, 1 * M, 1 * M, LONG_MEMORY),
+    "half-retrieving": Run(OTHERS, 1 * M, 3 * M, LONG_MEMORY),
+    "halves": Run("none", 0, 4 * M, {"init": "halves"}),
+    "direct-long": Run("none", 0, 28 * M, {"init": "direct"}, {"sequence_length": 4096, "batch_size": 1}),
 }
-STAGE = {"align-centred": "align"}  # stage whose model another run begins with, if it is not match
-# name: run that gives the layers RETRIEVING, run that gives the mixers of the other layers, and whether it gives all
-# other weights outside RETRIEVING, too
-JOINED = {"staged": ("retrieving-long", "align-centred", False), "halves": ("retrieving-long", "others", True)}
+WHOLE = "direct"  # run whose configuration the joined model has
+# name: run that gives the layers RETRIEVING, and run that gives all other weights
+JOINED = {"halves": ("half-retrieving", "half-others")}
 
 
 def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     """Return the recipe of a run with the texts and the folder of the command line."""
-    layers, student, align, match, changes = RUNS[name]
+    run = RUNS[name]
     recipe = load_recipe("smollm2-135m-kda")
     length = {"calibration_tokens": 32_768, "calibration_sequence_length": 2048}
-    spec = dataclasses.replace(recipe.student, full_attention_layers=layers, keep_rope=True, **length | student)
-    if (start := student.get("init")) is not None:
-        folder = joined_folder(options, start) if start in JOINED else finished(options, start)
+    spec = dataclasses.replace(
+        recipe.student, full_attention_layers=run.attention, keep_rope=True, **length | run.student
+    )
+    if (start := run.student.get("init")) is not None:
+        folder = joined_folder(options, start) if start in JOINED else run_folder(options, start) / "match"
         spec = dataclasses.replace(spec, init=str(folder))
     weights = {text: (1 - SPARSE) * weight for text, weight in zip(options.train, TEXT)}
     sparse = {f"sparse-recall:{text}": SPARSE / 2 for text in (options.train[0], options.train[2])}
@@ -80,8 +99,8 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
         data=dataclasses.replace(
             recipe.data, train=weights | sparse, heldout=options.heldout, folder=options.data, max_tokens=48_000_000
         ),
-        align=dataclasses.replace(stage, tokens=align),
-        match=dataclasses.replace(stage, tokens=match, **changes),
+        align=dataclasses.replace(stage, tokens=run.align),
+        match=dataclasses.replace(stage, tokens=run.match, **run.in_match),
         extend=Stage(),
         run=dataclasses.replace(
             recipe.run, heldout_tokens=98_304, heldout_sequence_length=2048, eval_every=244, save_every_minutes=60.0
@@ -93,35 +112,24 @@ def run_folder(options: argparse.Namespace, name: str) -> Path:
     return Path(options.out) / f"{name}-seed{options.seed}"
 
 
-def finished(options: argparse.Namespace, name: str) -> Path:
-    """Return the folder of a run's last model."""
-    return run_folder(options, name) / STAGE.get(name, "match")
-
-
 def joined_folder(options: argparse.Namespace, name: str) -> Path:
     return Path(options.out) / f"{name}-start-seed{options.seed}"
 
 
-def join(retrieving: Path, others: Path, whole: Path, out: Path, all_weights: bool) -> None:
+def join(retrieving: Path, others: Path, whole: Path, out: Path) -> None:
     """Write a model with KDA in all layers.
 
     Args:
-        retrieving: Model whose layers RETRIEVING are KDA. It gives all weights that `others` does not.
-        others: Model that gives the mixers of OTHERS.
+        retrieving: Model whose layers RETRIEVING are KDA and are kept.
+        others: Model that gives all other weights.
         whole: Model with KDA in all layers, whose configuration is kept.
         out: Folder to write.
-        all_weights: Whether `others` gives all weights outside the layers RETRIEVING.
     """
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (retrieving, others))
     layers = tuple(f"model.layers.{layer}." for layer in RETRIEVING)
-    mixers = tuple(f"model.layers.{layer}.self_attn." for layer in OTHERS)
-
-    def is_theirs(name: str) -> bool:
-        return not name.startswith(layers) if all_weights else name.startswith(mixers)
-
     shutil.copytree(whole, out, dirs_exist_ok=True)
     with safe_open(whole / "model.safetensors", "pt") as model:
-        joined = {name: (theirs if is_theirs(name) else ours)[name] for name in model.keys()}  # noqa: SIM118
+        joined = {name: (ours if name.startswith(layers) else theirs)[name] for name in model.keys()}  # noqa: SIM118
     save_file(joined, out / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -136,9 +144,8 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.runs:
         if name in JOINED:
-            retrieving, others, all_weights = JOINED[name]
-            models = [finished(options, run) for run in (retrieving, others, "align-centred")]
-            join(*models, joined_folder(options, name), all_weights)
+            retrieving, others = (run_folder(options, run) / "match" for run in JOINED[name])
+            join(retrieving, others, run_folder(options, WHOLE) / "converted", joined_folder(options, name))
         recipe = make_recipe(name, options)
         folder = distill(recipe, resume=(recipe.folder / "recipe.yaml").exists())
         for stage, lines in read_stages(folder):

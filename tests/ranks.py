@@ -1,9 +1,9 @@
-"""The program that test_parallel.py runs in one process, and in two under torchrun.
+"""The program that test_parallel.py runs in two processes under torchrun: jobs divided by "then".
 
-ranks.py steps STAGE HOW OUT  ten steps in float64; writes the gradients of the first and the weights after the last;
-                              HOW is replicate or shard, or cut or cut-shard, which cut each row over two processes
-ranks.py distill RECIPE [--resume] [--stop] [--first RANK]    a run; --stop ends it after one step, --first lets a rank
-                              begin before the others
+steps STAGE HOW OUT   ten steps in float64; writes the gradients of the first and the weights after the last;
+                      HOW is replicate or shard, or cut or cut-shard, which cut each row over two processes
+distill RECIPE [--resume] [--stop] [--first RANK]   a run; --stop ends it after one step, --first lets a rank begin
+                      before the others
 """
 
 import os
@@ -25,6 +25,8 @@ from deltify.data.token_files import TokenFile
 from deltify.training import distributed
 from deltify.training.teachers import LiveTeacher
 from deltify.training.trainer import RunContext, StageTrainer
+
+UNPACK = teacher_module.unpack_gguf
 
 
 def steps(name: str, how: str, out: Path) -> None:
@@ -77,13 +79,22 @@ def steps(name: str, how: str, out: Path) -> None:
             torch.save((gradients, weights), out)
 
 
+def distill_recipe(recipe: str, options: list[str]) -> None:
+    waits = "--first" in options and options[options.index("--first") + 1] != os.environ["RANK"]
+    teacher_module.unpack_gguf = (lambda path: (time.sleep(3), UNPACK(path))[1]) if waits else UNPACK
+    minutes = -time.monotonic() / 60 if "--stop" in options else None  # a deadline that has passed
+    distill(load_recipe(recipe), resume="--resume" in options, max_minutes=minutes)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "steps":
-        steps(sys.argv[2], sys.argv[3], Path(sys.argv[4]))
-    else:
-        if "--first" in sys.argv and sys.argv[sys.argv.index("--first") + 1] != os.environ["RANK"]:
-            unpack = teacher_module.unpack_gguf
-            teacher_module.unpack_gguf = lambda path: (time.sleep(3), unpack(path))[1]
-        minutes = -time.monotonic() / 60 if "--stop" in sys.argv else None  # a deadline that has passed
-        distill(load_recipe(sys.argv[2]), resume="--resume" in sys.argv, max_minutes=minutes)
+    jobs: list[list[str]] = [[]]
+    for argument in sys.argv[1:]:
+        jobs.append([]) if argument == "then" else jobs[-1].append(argument)
+    if len(jobs) > 1:  # one group for all, since torchrun's store does not open a second one
+        torch.distributed.init_process_group("gloo")
+    for kind, *arguments in jobs:
+        if kind == "steps":
+            steps(arguments[0], arguments[1], Path(arguments[2]))
+        else:
+            distill_recipe(arguments[0], arguments[1:])

@@ -55,8 +55,8 @@ class StudentSpec:
         calibration_sequence_length: Tokens per sequence of the calibration text.
         retrieval_heads: Number of heads that the calibrated initialisation gives a long memory: the heads of all layers
             that attend most to an earlier occurrence of the current tokens in the teacher.
-        center: Heads whose queries and keys lose their means in the calibrated initialisation: none, retrieval (those
-            of retrieval_heads) or all.
+        center: Heads for which the calibrated initialisation subtracts the mean over tokens from queries and keys:
+            none, retrieval (those of retrieval_heads) or all.
         gate_bias: Whether the output gate has a bias. Without it, the student runs in other runtimes.
     """
 
@@ -153,7 +153,8 @@ class RunSpec:
         eval_every: Validate every N steps, and write samples.
         save_every_minutes: Save a checkpoint every N minutes.
         save_every: Save a checkpoint every N steps; 0 to save by time only.
-        keep_checkpoints: Number of latest checkpoints to keep. The best one is kept, too.
+        keep_checkpoints: Number of latest checkpoints to keep during a stage. The best one is kept, too. After a stage,
+            only its best one is kept, and only if it is better than the stage's model.
         cuda_graphs: Whether to replay training steps as CUDA graphs on a GPU, where they can be captured.
         data_parallel: How several processes hold weights, gradients and optimizer states. replicate: each process holds
             all of them. shard: each holds a part (FSDP2). auto: sharded if they would fill more than half of a GPU.

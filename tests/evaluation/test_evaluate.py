@@ -71,7 +71,7 @@ def test_a_run_is_measured_by_everything_and_reported(run, data, tmp_path, capsy
     assert [path.name for path in pages] == ["report.html", "report.md", "README.md"]
     assert "http" not in html.split("</style>")[1].split("How to reproduce")[0]  # nothing to fetch
     assert html.count('role="img" aria-label=') >= 8 and "<img" not in html and "arc_easy, acc (4)" in html
-    assert "There is no full verdict" in html or "This student does not replace its teacher" in html
+    assert "No verdict yet" in html or "This student does not replace its teacher" in html
     assert "| random chance | 25.0 |" in text and "(needles.png)" in text
     assert "model-index" in card and "linear_attention" not in card and (run / "match" / "README.md").is_file()
     printed = " ".join(capsys.readouterr().out.split())
@@ -100,6 +100,8 @@ def test_every_source_can_be_a_path(run, tmp_path):
 def test_several_models_need_a_place_and_one_teacher(run, tmp_path):
     with pytest.raises(ValueError, match="--output"):
         evaluate([str(run), str(run / "match")])
+    with pytest.raises(ValueError, match=r"gone has no recipe\.yaml, so it is no run\. Check the path"):
+        evaluate(tmp_path / "gone")
     other = distill(tiny_recipe(tmp_path, name="other", align=Stage()))
     path = evaluate([run, other], EvaluationSpec(controls=False), output=tmp_path / "both")
     both = json.loads(path.read_text())

@@ -179,7 +179,7 @@ def test_a_student_that_finds_no_needle_is_called_so():
     card = headline(results(**GOOD | {"needles": unable}), "tiny").cards[2]
     assert (card.value, card.grade) == ("", "")
     assert headline(results(**GOOD | {"needles": unable}), "tiny").verdict == (
-        "There is no full verdict: it finds no needles, and the teacher too few."
+        "No verdict yet: it finds no needles, and the teacher too few."
     )
     assert card.sentence == "It finds no needles: none of 32. No task counts: the teacher finds too few needles."
 
@@ -208,10 +208,7 @@ def test_the_verdict_follows_from_the_worst_grade():
         "This student can replace its teacher, with limits: it needs 40 % of the memory and has 0.83 times the speed."
     )
     missing = {key: value for key, value in slower.items() if key != "benchmarks"}
-    assert (
-        headline(results(**missing), "tiny").verdict
-        == "There is no full verdict: the share of the scores is not known."
-    )
+    assert headline(results(**missing), "tiny").verdict == "No verdict yet: benchmark scores are missing."
     rows = [score("teacher", "easy", 0.65), score("tiny", "easy", 0.45, [0.5, 0.4, 0.6])]
     assert headline(results(benchmarks=rows), "tiny").verdict == (  # a poor grade is enough
         "This student does not replace its teacher: it keeps 50 % of the benchmark scores above chance."
@@ -221,8 +218,7 @@ def test_the_verdict_follows_from_the_worst_grade():
 def test_numbers_that_were_not_measured_are_absent_with_the_command_that_adds_them():
     (shown,) = headlines(results())
     assert shown.verdict == (
-        "There is no full verdict: the share of the scores is not known; memory and speed are not known; "
-        "recall of needles is not known."
+        "No verdict yet: benchmark scores are missing; memory and speed are missing; needles are missing."
     )
     assert [(card.value, card.grade, card.sentence) for card in shown.cards] == 3 * [("", "", "Not measured. Run:")]
     commands = [card.command for card in shown.cards]

@@ -134,7 +134,7 @@ def test_the_page_is_one_small_file_with_the_verdict_of_each_student(page):
     assert len(html) < 1_000_000 and "http" not in html and "<img" not in html and "src=" not in html
     assert "This student does not replace its teacher: it finds" not in html
     assert "This student can replace its teacher, with limits: it keeps 80\u00a0% of the benchmark scores" in html
-    assert "There is no full verdict: the share of the scores is not known; memory and speed are" in html
+    assert "No verdict yet: benchmark scores are missing; memory and speed are" in html
     assert "the teacher is not clearly above chance in mmlu_of_all_kinds_of_questions" in html
     assert "No model finds a needle in niah_multikey_3 (a table of zeros)" in html
     assert "<b>" not in html and "kda &amp; only" in html  # names and samples are text, not HTML

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,43 +17,44 @@ import sys
 {block}
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=True)
-ids = tokenizer("Hello there", return_tensors="pt")["input_ids"]
-with torch.no_grad():
-    generated = model.generate(ids, max_new_tokens=4, do_sample=False)
-    torch.save((type(model).__module__, model(ids).logits, generated), {out!r})
-operator = sys.modules[type(model.model.layers[0].self_attn).__module__].kda
-print(operator.__module__)
+for folder in {folders!r}:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    ids = tokenizer("Hello there", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        generated = model.generate(ids, max_new_tokens=4, do_sample=False)
+        logits = model(ids).logits
+    operator = sys.modules[type(model.model.layers[0].self_attn).__module__].kda.__module__
+    torch.save((type(model).__module__, operator, logits, generated), folder + "/out.pt")
 """
 
 
-def run_elsewhere(tmp_path, folder, block: str) -> tuple[str, tuple]:
-    out = str(tmp_path / "out.pt")
-    script = SCRIPT.format(folder=str(folder), out=out, block=block)
+# with deltify installed, its operator is preferred, and its classes once it is imported: so one folder only
+@pytest.mark.parametrize(
+    "block, origin, kinds",
+    [
+        ("sys.modules['deltify'] = None", "transformers_modules.", {"llama": "KKSF", "arcee": "none"}),
+        ("", "deltify.", {"llama": "KKSF"}),
+    ],
+    ids=["without", "with"],
+)
+def test_saved_folders_load_with_their_own_code(tmp_path, block, origin, kinds):
+    students, folders = [], [str(tmp_path / architecture) for architecture in kinds]
+    for folder, (architecture, kept) in zip(folders, kinds.items()):
+        teacher = random_teacher(architecture)
+        students.append(convert(teacher, full_attention_layers=kept, init="library").eval())
+        save_model(Path(folder), students[-1], teacher.tokenizer)
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "", "HOME": str(tmp_path)}
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # the last bits of a product depend on it
+    script = SCRIPT.format(folders=folders, block=block)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip(), torch.load(out)
-
-
-@pytest.mark.parametrize("architecture, kept", [("llama", "KKSF"), ("arcee", "none")])
-def test_a_saved_folder_loads_without_deltify(tmp_path, architecture, kept):
-    teacher = random_teacher(architecture)
-    student = convert(teacher, full_attention_layers=kept, init="library").eval()
-    save_model(tmp_path / "saved", student, teacher.tokenizer)
     ids = teacher.tokenizer("Hello there", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        want = student(ids).logits
-    operator, (module, logits, text) = run_elsewhere(tmp_path, tmp_path / "saved", "sys.modules['deltify'] = None")
-    assert module.startswith("transformers_modules.") and operator.startswith("transformers_modules.")
-    assert torch.equal(logits, want) and text.shape[1] == ids.shape[1] + 4
-    operator, (module, logits, _) = run_elsewhere(tmp_path, tmp_path / "saved", "")
-    assert (
-        module.startswith("transformers_modules.") and operator == "deltify.ops.dispatch"
-    )  # the installed operator is preferred
-    assert torch.equal(logits, want)
+    for folder, student in zip(folders, students):
+        module, operator, logits, text = torch.load(f"{folder}/out.pt")
+        assert module.startswith("transformers_modules.") and operator.startswith(origin)
+        with torch.no_grad():
+            assert torch.equal(logits, student(ids).logits) and text.shape[1] == ids.shape[1] + 4
 
 
 def test_the_layer_equals_transformers_own(monkeypatch):

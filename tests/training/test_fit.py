@@ -122,6 +122,12 @@ def test_the_time_must_be_positive(tmp_path):
         fit_to_time(tiny_recipe(tmp_path), 0)
 
 
+def test_several_processes_do_not_each_fit_their_own_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="speed of one process, but there are 2"):
+        fit_to_time(tiny_recipe(tmp_path), 1.0)
+
+
 @pytest.mark.parametrize("layers", ["1:1", "measured:1"])
 def test_the_speed_of_any_student_is_measured(tmp_path, layers):
     recipe = tiny_recipe(tmp_path, student=StudentSpec(full_attention_layers=layers, calibration_tokens=256))

@@ -37,15 +37,25 @@ def test_a_folder_that_is_replaced_is_complete_at_any_time(tmp_path, monkeypatch
     assert (tmp_path / "model" / "config.json").read_text() == "new"
 
 
-def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
-    kls = iter([9.0, 5.0, 6.0, 7.0, 4.0])  # after the conversion and steps 2, 4, 6 and 8
+@pytest.mark.parametrize("last, left", [(8.0, ["align-0000002"]), (4.0, [])])
+def test_after_a_stage_a_better_checkpoint_is_left(last, left, tmp_path, monkeypatch):
+    kls = iter([9.0, 5.0, 6.0, 7.0, last])  # after the conversion and steps 2, 4, 6 and 8
+    seen = []
+    save = checkpoint.save_model
+
+    def look(folder, *args, **options):
+        seen.append([path.name for path in checkpoint.checkpoints(folder.parent, "align")])
+        save(folder, *args, **options)
+
+    monkeypatch.setattr(checkpoint, "save_model", look)
     evaluate_heldout = lambda *args: {"heldout_kl": next(kls), "heldout_perplexity": 1.0}  # noqa: E731
     monkeypatch.setattr(trainer, "evaluate_heldout", evaluate_heldout)
     run = RunSpec(
         "cpu", "fp32", heldout_tokens=64, heldout_sequence_length=32, eval_every=2, save_every=3, keep_checkpoints=1
     )
     folder = distill(tiny_recipe(tmp_path, match=Stage(), run=run))
-    assert [path.name for path in checkpoint.checkpoints(folder, "align")] == ["align-0000002", "align-0000006"]
+    assert seen == [[], ["align-0000002", "align-0000006"]]  # the best and the latest
+    assert [path.name for path in checkpoint.checkpoints(folder, "align")] == left
 
 
 def truncate(folder: Path) -> None:

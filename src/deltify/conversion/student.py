@@ -204,19 +204,18 @@ def convert(
 
     Args:
         teacher: Teacher that is converted. It is not changed.
-        full_attention_layers: Layers that stay attention, see `layer_kinds`. "measured:N" needs calibration text.
+        full_attention_layers: Layers that stay attention, as in a recipe. "measured:N" needs calibration text.
         keep_rope: Whether full-attention layers keep rotary positions. Without them they have no positions (NoPE).
         sliding_window: Number of tokens that sliding layers see, see `DeltifyConfig`.
         sink_tokens: Number of first tokens that sliding layers always see.
         init: Initialisation of gates and convolutions. "library": as in fla. "arcee": as in AFM-4.5B's model card,
-            which forgets at once. "calibrated": memory, output gate and output projection by least squares, see
-            `calibrate`. "calibrated-constant": the same, with one constant channel in each head's values, see
-            `add_constant`.
+            which forgets at once. "calibrated": memory, output gate and output projection by least squares.
+            "calibrated-constant": the same, with one constant channel in each head's values.
         calibration: Sequences of text, a few thousand tokens. Calibrated initialisations need them.
         retrieval_heads: Number of heads that start with a long memory: the heads of all layers that attend most to an
             earlier occurrence of the current tokens in the teacher. Calibrated initialisations only.
-        center: Heads whose queries and keys are centred, see `center_projections`: "none", "retrieval" (those heads) or
-            "all". Calibrated initialisations only.
+        center: Heads for which the mean over tokens is subtracted from queries and keys: "none", "retrieval" (those
+            heads) or "all". Calibrated initialisations only.
         gate_bias: Whether the output gate has a bias, as in AFM-4.5B-Base-KDA-Only and fla. Without it, other runtimes
             can run the student, see `export`. Calibrated initialisations then make one channel of the gate constant.
             They fold the teacher's biases of q, k and v into the weights, too.

@@ -38,7 +38,7 @@ VERDICTS = {
     "good": "This student can replace its teacher, as far as was measured",
     "fair": "This student can replace its teacher, with limits",
     "poor": "This student does not replace its teacher",
-    "": "There is no full verdict",
+    "": "No verdict yet",
 }
 REPLACES = {"good": "yes, as far as was measured", "fair": "with limits", "poor": "no", "": "not known"}
 
@@ -112,7 +112,7 @@ def kept_card(kept: Kept | Absent) -> Card:
     """Return the card of the share of the teacher that is kept."""
     label = "Share of the teacher's benchmark scores kept"
     if isinstance(kept, Absent):
-        return Card(label, "", "", kept.why, "the share of the scores is not known", command=kept.command)
+        return Card(label, "", "", kept.why, "benchmark scores are missing", command=kept.command)
     share = round(kept.share, 2)  # what is shown decides
     words, grade = next((words, grade) for least, words, grade in KEPT if share >= least)
     sentence = f"It keeps {words} of the teacher's scores above chance."
@@ -139,7 +139,7 @@ def cost_card(cost: Cost | Absent, captured: bool = False) -> Card:
         captured: Whether all layers are KDA, so that a CUDA GPU decodes with a CUDA graph.
     """
     if isinstance(cost, Absent):
-        label, weakness = "Memory and speed against the teacher", "memory and speed are not known"
+        label, weakness = "Memory and speed against the teacher", "memory and speed are missing"
         return Card(label, "", "", cost.why, weakness, command=cost.command)
     memory, speed = cost.memory, cost.speed
     grade = "good" if memory <= LEAN and speed >= FAST else "poor" if memory >= HEAVY or speed < SLOW else "fair"
@@ -159,7 +159,7 @@ def recall_card(recall: Recall | Absent) -> Card:
     """Return the card of the longest length with `FOUND` of the needles."""
     label = f"Longest context with {LEAST} of the needles found"
     if isinstance(recall, Absent):
-        return Card(label, "", "", recall.why, "recall of needles is not known", command=recall.command)
+        return Card(label, "", "", recall.why, "needles are missing", command=recall.command)
     sentence, weakness = recall_words(recall)
     value = "" if not recall.curve else "none" if recall.length is None else f"{short(recall.length)} tokens"
     return Card(label, value, recall_grade(recall), sentence, weakness, recall_note(recall))
@@ -184,7 +184,7 @@ def recall_words(recall: Recall) -> tuple[str, str]:
         weakness = "it finds no needles, and the teacher too few" if nothing else "the teacher finds too few needles"
         return f"{nothing} No task counts: the teacher finds too few needles.".strip(), weakness
     if not recall.curve:
-        return f"{nothing} No length was measured with all tasks that count.".strip(), "recall of needles is not known"
+        return f"{nothing} No length was measured with all tasks that count.".strip(), "needles are missing"
     teacher = "" if recall.teacher_length is None else f" The teacher: {short(recall.teacher_length)} tokens."
     if nothing:
         return nothing + teacher, "it finds no needles"

@@ -98,8 +98,13 @@ class Evaluation:
     def __init__(self, sources: list[str], spec: EvaluationSpec, output: str | Path | None):
         self.spec = spec
         self.runs = {path: load_recipe(recipe) for path in sources if (recipe := Path(path) / "recipe.yaml").is_file()}
-        if output is None and (len(self.runs) != 1 or len(sources) > 1):
-            raise ValueError(f"There are {len(sources)} sources. Name a folder for the results with --output.")
+        if output is None and len(sources) > 1:
+            raise ValueError(f"there are {len(sources)} sources. Name a folder for the results with --output")
+        if output is None and not self.runs:
+            raise ValueError(
+                f"{sources[0]} has no recipe.yaml, so it is no run. Check the path. To evaluate a model that is no "
+                "run, name a folder for the results with --output"
+            )
         torch_device = pick_device(spec.device)
         torch_dtype = pick_dtype(spec.dtype, torch_device)
         self.folder = Path(output) if output else Path(sources[0])

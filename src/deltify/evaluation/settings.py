@@ -43,7 +43,7 @@ class PositionSpec:
     """Perplexity and KL to the teacher by position in long documents.
 
     Args:
-        source: Source of the documents, see `data.sources.documents`.
+        source: Source of the documents, as in `data.train` of a recipe.
         max_tokens: Number of tokens read of each document.
         documents: Number of documents. The longest of the source's first `20 * documents` are taken.
     """

@@ -23,7 +23,7 @@ class DeltifyConfig(PreTrainedConfig):
         mlp_gated: Whether the MLP is down(act(gate(x)) * up(x)) instead of down(act(up(x))).
         attention_bias: Whether q, k and v projections of attention layers have biases.
         attention_out_bias: Whether output projections have biases, in all layers.
-        kda_bias: Whether q, k and v projections of KDA layers have biases. Other runtimes support none.
+        kda_bias: Whether q, k and v projections of KDA layers have biases. vLLM, llama.cpp and MLX support none.
         gate_bias: Whether the output gate of KDA layers has a bias. Other runtimes support none.
         qk_norm: Whether attention layers normalise q and k of each head by RMSNorm. KDA layers use L2 norms instead.
         layer_types: Kind of each layer: "linear_attention" (KDA), "full_attention" or "sliding_attention" (the last

@@ -146,7 +146,8 @@ def prune(run: Path, stage: str, keep: int, best_step: int | None) -> None:
     """Delete all checkpoints of a stage except the last `keep` and the best one."""
     if distributed.rank() > 0:
         return
-    for path in checkpoints(run, stage)[:-keep]:
+    saved = checkpoints(run, stage)
+    for path in saved[: len(saved) - keep]:
         if int(step_of(path)) != best_step:
             shutil.rmtree(path)
 

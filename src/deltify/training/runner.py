@@ -283,7 +283,9 @@ def train_stage(
         unshare_weights(student, teacher.named_parameters())
     stopped_at = trainer.progress if trainer.stopped_early else None
     checkpoint.save_model(context.recipe.folder / name, student, teacher.tokenizer, stopped_at=stopped_at)
-    if stopped_at is not None:
+    if stopped_at is None:
+        checkpoint.prune(context.recipe.folder, name, 0, trainer.progress.best_step)
+    else:
         console.print(f"{name}: stopped by --max-minutes after {stopped_at.tokens:,} tokens; --resume continues")
     return stopped_at is None
 

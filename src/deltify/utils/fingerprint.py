@@ -1,7 +1,7 @@
 """Compute the fingerprint of a model, which identifies the results of its weights.
 
 Needle answers, benchmark answers, the teacher cache, saved states and runs store it. It covers every byte of the
-weights, at 2 GB/s per core (10 GB: 3 to 5 s on two cores).
+weights, at 2 GB/s per core.
 """
 
 import hashlib

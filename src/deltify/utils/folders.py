@@ -13,7 +13,7 @@ def model_folder(path: str) -> str:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        if path.count("/") > 1 or path.startswith((".", "/", "~")):
+        if path.count("/") > 1 or path.startswith((".", "/", "~", "runs/")):  # recipes write to runs
             raise FileNotFoundError(f"there is no folder {path}")
         return path
     if (folder / "config.json").is_file():

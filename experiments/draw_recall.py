@@ -1,0 +1,44 @@
+"""Draw docs/assets/recall-curves.png: recall over training tokens, for students that convert different layers.
+
+    python experiments/draw_recall.py
+
+Reads experiments/results/retrieval-layers.json, the validations of experiments/retrieval_layers.py and
+experiments/hybrid_layers.py.
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = {
+    "half-others": "KDA in all layers but 17-24",
+    "measured-4": "KDA in all layers but 17, 18, 20, 23 (measured:4)",
+    "even-7": "KDA in 23 layers, 7 evenly spaced ones stay attention",
+    "half-retrieving": "KDA in layers 17-24",
+    "direct": "KDA in all layers",
+}
+
+
+def main() -> None:
+    runs = json.loads((ROOT / "experiments/results/retrieval-layers.json").read_text())
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    for number, (name, label) in enumerate(RUNS.items()):
+        for seed, line in ((0, "-"), (1, "--")):
+            rows = runs.get(f"{name}-seed{seed}", [])
+            million = [row["tokens"] / 1e6 for row in rows]
+            style = {"color": f"C{number}", "linestyle": line, "marker": "o", "markersize": 3}
+            axes.plot(million, [row["recall"] for row in rows], label=None if seed else label, **style)
+    axes.set(xlabel="training tokens, millions", ylabel="recall, nats per token")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    figure.set_layout_engine("constrained")
+    figure.savefig(ROOT / "docs/assets/recall-curves.png", dpi=140)
+
+
+if __name__ == "__main__":
+    main()
