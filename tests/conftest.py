@@ -5,6 +5,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported,
 
 import pytest
 import torch
+import torch.distributed as dist
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
@@ -44,6 +45,14 @@ def short_samples():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

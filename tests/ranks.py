@@ -1,7 +1,7 @@
 """The program that tests run in two processes under torchrun: jobs divided by "then".
 
 steps STAGE HOW OUT   ten steps in float64; writes the gradients of the first and the weights after the last;
-                      HOW is replicate or shard
+                      HOW is replicate or shard, or cut or cut-shard, which cut each row over two processes
 distill RECIPE [--resume] [--stop] [--first RANK]   a run; --stop ends it after one step, --first lets a rank begin
                       before the others
 """
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 
 from deltify import distill, load_recipe
-from deltify.config import Recipe, Stage
+from deltify.config import Recipe, RunSpec, Stage
 from deltify.conversion import teacher as teacher_module
 from deltify.conversion.student import convert
 from deltify.conversion.teacher import random_teacher
@@ -41,22 +41,34 @@ def steps(name: str, how: str, out: Path) -> None:
         micro_batch_size=1 if name == "match" else 0,
         ce_weight=0.2,
     )
-    recipe = replace(Recipe("steps", output=str(out.parent / f"{out.stem}-run")), **{name: stage})
+    run = RunSpec(context_parallel=2 if how.startswith("cut") else 1)
+    recipe = replace(Recipe("steps", output=str(out.parent / f"{out.stem}-run"), run=run), **{name: stage})
     tokens = torch.randint(0, 250, (4000,), generator=torch.Generator().manual_seed(1)).numpy()
     bounds = torch.arange(0, 4001, 50).numpy()
     mix = MixedBatches([TokenFile(tokens, bounds, "")], [1.0], stage.sequence_length, stage.batch_size, 0)
     metrics = SimpleNamespace(truncate=lambda *_: None, write=lambda **_: None)
     stopper, cpu = SimpleNamespace(signal=0), torch.device("cpu")
-    context = RunContext(recipe, cpu, "fp32", [], {name: mix}, [], [], torch.empty(0, 1), metrics, stopper)
     with distributed.process_group(cpu):
-        sharded = how == "shard"
+        context = RunContext(
+            recipe,
+            cpu,
+            "fp32",
+            train=[],
+            mixes={name: mix},
+            heldout=[],
+            probes=[],
+            prompts=torch.empty(0, 1),
+            metrics=metrics,
+            stopper=stopper,
+            row_group=distributed.row_group(run.context_parallel),
+        )
+        sharded = how.endswith("shard")
         live = LiveTeacher(teacher)
         trainer = StageTrainer(context, name, live, student, sharded)
         if sharded:
             live.shard()
         trainer.evaluate = lambda: ({}, [])
-        batch = mix.batch(0, distributed.rank(), distributed.world_size())
-        trainer.accumulate_gradients(batch)
+        trainer.accumulate_gradients(trainer.batch(0))
         gradients = {n: distributed.full_tensor(p.grad) for n, p in student.named_parameters() if p.grad is not None}
         student.zero_grad(set_to_none=True)
         trainer.run()

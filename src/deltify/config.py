@@ -158,6 +158,8 @@ class RunSpec:
         cuda_graphs: Whether to replay training steps as CUDA graphs on a GPU, where they can be captured.
         data_parallel: How several processes hold weights, gradients and optimizer states. replicate: each process holds
             all of them. shard: each holds a part (FSDP2). auto: sharded if they would fill more than half of a GPU.
+        context_parallel: Number of processes that each row is cut over in match and extend. Each of them has an equal
+            segment of the row. The number of processes must be a multiple of it.
         report_to: Tracker besides metrics.jsonl: trackio, wandb or tensorboard. A resumed run continues its tracker's
             run.
     """
@@ -172,6 +174,7 @@ class RunSpec:
     keep_checkpoints: int = 2
     cuda_graphs: bool = True
     data_parallel: str = "auto"
+    context_parallel: int = 1
     report_to: str | None = None
 
 
@@ -233,6 +236,10 @@ class Recipe:
 
     def stage(self, name: str) -> Stage:
         return getattr(self, name)
+
+    def ranks_per_row(self, name: str) -> int:
+        """Return the number of processes that a stage cuts each row over. align trains on whole rows."""
+        return 1 if name == "align" else self.run.context_parallel
 
 
 def recipe_parser() -> ArgumentParser:
@@ -332,6 +339,7 @@ RULES = {
     "data.train": (are_weights, "must name sources with positive weights"),
     "run.precision": one_of(PRECISIONS),
     "run.data_parallel": one_of(DATA_PARALLEL),
+    "run.context_parallel": AT_LEAST_1,
     "run.keep_checkpoints": AT_LEAST_1,
     "run.eval_every": AT_LEAST_1,
     "run.heldout_sequence_length": AT_LEAST_2,
@@ -371,6 +379,11 @@ def check(recipe: Recipe) -> Recipe:
             f"must be at least run.heldout_sequence_length={run.heldout_sequence_length}",
         ),
         (any(stage.tokens for stage in stages.values()), "align.tokens", "or another stage's must be above 0"),
+        (
+            run.context_parallel == 1 or "S" not in str(recipe.student.full_attention_layers),
+            "run.context_parallel",
+            "must be 1 for a student with sliding-window layers, S in student.full_attention_layers",
+        ),
     ]
     for name, stage in stages.items():
         micro, weight = stage.micro_batch_size, stage.hidden_state_weight
@@ -379,6 +392,11 @@ def check(recipe: Recipe) -> Recipe:
             (not (weight and recipe.teacher.cache), f"{name}.hidden_state_weight", "needs teacher.cache null"),
             (not micro or stage.batch_size % micro == 0, f"{name}.micro_batch_size", "must divide batch_size"),
             (not stage.tokens or stage.steps, f"{name}.tokens", "is less than one step"),
+            (
+                not stage.tokens or stage.sequence_length % recipe.ranks_per_row(name) == 0,
+                f"{name}.sequence_length",
+                f"must be a multiple of run.context_parallel={run.context_parallel}",
+            ),
             (
                 set(stage.data_weights or ()) <= set(recipe.data.train),
                 f"{name}.data_weights",
@@ -419,7 +437,13 @@ def smoke(recipe: Recipe) -> Recipe:
         student=replace(recipe.student, calibration_tokens=256, calibration_sequence_length=32),
         data=replace(recipe.data, train={"python-docs": 1.0}, heldout=None, max_tokens=20_000),
         run=replace(
-            recipe.run, device="cpu", precision="fp32", heldout_tokens=64, heldout_sequence_length=32, eval_every=1
+            recipe.run,
+            device="cpu",
+            precision="fp32",
+            heldout_tokens=64,
+            heldout_sequence_length=32,
+            eval_every=1,
+            context_parallel=1,
         ),
         align=tiny(recipe.align),
         match=tiny(recipe.match),

@@ -16,7 +16,17 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
-from ..ops import gated_rms_norm, kda, kda_layer_step, rms_norm, short_conv_split
+from ..ops import (
+    CutRows,
+    earlier_keys,
+    gated_rms_norm,
+    inputs_before,
+    kda,
+    kda_context_parallel,
+    kda_layer_step,
+    rms_norm,
+    short_conv_split,
+)
 from .cache import SinkLayer, layer_of, read_states, writable, write_states
 from .configuration import DeltifyConfig
 from .documents import document_starts
@@ -24,6 +34,9 @@ from .sliding import Rotary, Slots, sliding_attention, sliding_step
 
 # torch.compile compiles the other parts of a layer. The operator has nothing to fuse, and its loops break graphs.
 kda, kda_layer_step, short_conv_split = map(torch.compiler.disable, (kda, kda_layer_step, short_conv_split))
+earlier_keys, inputs_before, kda_context_parallel = map(
+    torch.compiler.disable, (earlier_keys, inputs_before, kda_context_parallel)
+)
 
 
 @dataclass(frozen=True)
@@ -35,10 +48,13 @@ class Packing:
 
     index: Tensor | None  # rows of the flattened [B * T] that are tokens; None if all are
     cu_seqlens: Tensor  # [N + 1] int32
+    cut: CutRows | None = None  # how the rows are cut over processes, if they are
 
     def to(self, device: torch.device) -> "Packing":
         """accelerate calls this where a model is spread over devices."""
-        return Packing(None if self.index is None else self.index.to(device), self.cu_seqlens.to(device))
+        index = None if self.index is None else self.index.to(device)
+        cut = None if self.cut is None else self.cut.to(device)
+        return Packing(index, self.cu_seqlens.to(device), cut)
 
     def gather(self, x_BTD: Tensor) -> Tensor:
         flat = x_BTD.flatten(0, 1)
@@ -274,11 +290,17 @@ class DeltifyKDA(nn.Module):
             norm = {"norm_eps": self.o_norm.eps, "lower_bound": self.lower_bound}
             return kda_layer_step(*inputs, self.o_norm.weight, state, **norm).unsqueeze(1)
         conv_state, state = states or (None, None)
-        bounds = None if packing is None else packing.cu_seqlens
+        bounds, cut = (None, None) if packing is None else (packing.cu_seqlens, packing.cut)
+        if cut is not None:
+            conv_state = inputs_before(qkv, taps.shape[-1] - 1, cut=cut, cu_seqlens=bounds)
         qkv, conv_state = short_conv_split(qkv, taps, 3, state=conv_state, cu_seqlens=bounds)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
         gates = {"lower_bound": self.lower_bound, "cu_seqlens": bounds}
-        o, state = kda(q, k, v, f.view_as(q), b, self.A_log, self.dt_bias, state=state, **gates)
+        inputs = (q, k, v, f.view_as(q), b, self.A_log, self.dt_bias)
+        if cut is None:
+            o, state = kda(*inputs, state=state, **gates)
+        else:
+            o, state = kda_context_parallel(*inputs, cut=cut, **gates)
         if past is not None:
             write_states(past, conv_state, state)
         return self.o_norm(o, gate.view_as(o)).flatten(2)
@@ -317,12 +339,14 @@ class DeltifyGroupedQueryAttention(nn.Module):
 class DeltifyAttention(DeltifyGroupedQueryAttention):
     """Attention to all earlier tokens, with or without RoPE."""
 
-    def forward(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs):
+    def forward(self, hidden_states, position_embeddings, attention_mask, cache, cut: CutRows | None = None, **kwargs):
         q, k, v = (x.transpose(1, 2) for x in self.project(hidden_states))
         if self.use_rope:
             q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
+        if cut is not None:
+            k, v = earlier_keys(k, v, cut.group)
         backend = self.config._attn_implementation or "eager"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0

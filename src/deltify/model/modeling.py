@@ -7,6 +7,7 @@ import inspect
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -21,6 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache import DeltifyCache, SinkLayer
 from .capture import captured_logits
 from .configuration import ArceeKDAConfig, DeltifyConfig
+from .context_parallel import check_cut, cut_mask, cut_packing, positions_of_rows
 from .documents import BOUNDS, check_positions, positions_of
 from .generation import DeltifyGenerationMixin
 from .loading import HUB_OPTIONS, check_shapes, checkpoint_shapes, kda_biases, layer_types_of, renamings, with_prefix
@@ -170,6 +172,7 @@ class DeltifyModel(DeltifyPreTrainedModel):
         use_cache: bool | None = None,
         cache: Cache | None = None,
         max_documents: int | None = None,
+        row_group: "dist.ProcessGroup | None" = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Return the normalised last hidden states [B, T, D] and the cache.
@@ -178,6 +181,11 @@ class DeltifyModel(DeltifyPreTrainedModel):
         by bounds in one of the forms of `documents.BOUNDS`: `cu_seq_lens_q` and `cu_seq_lens_k` (transformers, trl),
         `cu_seqlens` (fla) or `seq_idx`. `cache` is the name of `past_key_values` since transformers 5.24.
         `max_documents` gives the packing a fixed shape, as CUDA graphs need it; see `find_packing`.
+
+        With `row_group`, the rows are cut into segments of equal length over the ranks of a process group, in order
+        (context parallelism). Each rank gives its own segments, and gets their hidden states. `position_ids` are those
+        in the whole rows. All ranks must call forward and backward equally often. The gradient of the sum of all
+        ranks' losses is the sum of the ranks' gradients.
 
         Raises:
             ValueError: If an argument is unknown, or does not fit the others or the cache. Arguments in `HARMLESS` are
@@ -188,6 +196,9 @@ class DeltifyModel(DeltifyPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         bounds = {name: kwargs.pop(name) for name in BOUNDS if kwargs.get(name) is not None}
         refuse_unknown(kwargs)
+        if row_group is not None:
+            whole = {"attention_mask": attention_mask, CACHE: past_key_values, "max_documents": max_documents}
+            check_cut(self.kinds, self.config._attn_implementation, **whole, **bounds)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         rows, tokens = x.shape[:2]
         if not tokens:
@@ -199,8 +210,17 @@ class DeltifyModel(DeltifyPreTrainedModel):
             if past_key_values is not None:
                 raise ValueError(f"{', '.join(bounds)} with a cache: packed documents cannot continue from a cache")
             position_ids = positions_of(bounds, position_ids, attention_mask, rows, tokens).to(x.device)
-        packing = find_packing(attention_mask, position_ids, tokens, past_key_values is not None, max_documents)
-        packed_documents = packing is not None and len(packing.cu_seqlens) - 1 > len(x)
+        mask = position_embeddings = None
+        own = slice(None)  # this pass's tokens in position_ids
+        if row_group is None:
+            packing = find_packing(attention_mask, position_ids, tokens, past_key_values is not None, max_documents)
+        else:
+            position_ids = positions_of_rows(position_ids, x, row_group)
+            own = slice(row_group.rank() * tokens, (row_group.rank() + 1) * tokens)
+            packing = cut_packing(position_ids, row_group)
+            mask = cut_mask(position_ids, row_group) if self.has_attention else None
+            kwargs["cut"] = packing.cut
+        packed_documents = row_group is None and packing is not None and len(packing.cu_seqlens) - 1 > len(x)
         if packed_documents and self.has_attention:
             if packing.index is not None:
                 raise ValueError(
@@ -210,22 +230,23 @@ class DeltifyModel(DeltifyPreTrainedModel):
             # FlashAttention finds them by their positions in a single sequence only
             kwargs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), packing.cu_seqlens)
             kwargs |= dict.fromkeys(("max_length_q", "max_length_k"), tokens)
-        if use_cache and past_key_values is None and not packed_documents:
+        if use_cache and past_key_values is None and not packed_documents and row_group is None:
             past_key_values = DeltifyCache(config=self.config)
-        mask = position_embeddings = None
         sliding = ()
         if self.has_attention:
             if position_ids is None:
                 position_ids = torch.arange(seen, seen + tokens, device=x.device).unsqueeze(0)
-            mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=x,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **cache_argument(past_key_values),
-            )
+            if row_group is None:
+                mask = create_causal_mask(
+                    config=self.config,
+                    inputs_embeds=x,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    **cache_argument(past_key_values),
+                )
             if self.rotary_emb is not None:
-                position_embeddings = self.rotary_emb(x, position_ids=position_ids)
+                # of whole rows, because some kinds of RoPE depend on the largest position
+                position_embeddings = tuple(table[:, own] for table in self.rotary_emb(x, position_ids=position_ids))
         if "sliding_attention" in self.kinds:
             sliding = self.rotary_tables(x), self.slots(x, packing, past_key_values)
         for layer in self.layers:
@@ -332,6 +353,11 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, DeltifyGenerationMixin):
         `logits_to_keep=1`, which generation uses, selects the last token of each sequence on either side of padding.
         """
         past_key_values = cache if past_key_values is None else past_key_values
+        if labels is not None and kwargs.get("row_group") is not None:
+            raise ValueError(
+                "labels with row_group: the label of a segment's last token is in the next rank's segment. Compute the "
+                "loss from the logits"
+            )
         asked = [name for name, value in kwargs.items() if value is not None and value is not False]
         plain = labels is None and HARMLESS.issuperset(asked)
         if plain and (logits := captured_logits(self, input_ids, past_key_values, attention_mask)) is not None:

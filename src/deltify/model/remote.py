@@ -15,6 +15,7 @@ FLAT = {
     "model.documents": "documents_deltify",
     "model.sliding": "sliding_deltify",
     "model.mixers": "mixers_deltify",
+    "model.context_parallel": "context_parallel_deltify",
     "model.capture": "capture_deltify",
     "model.generation": "generation_deltify",
     "model.modeling": "modeling_deltify",
@@ -24,6 +25,7 @@ FLAT = {
     "ops.chunked": "kda_chunked",
     "ops.conv": "kda_conv",
     "ops.step": "kda_one_step",
+    "ops.context_parallel": "kda_context_parallel",
 }
 INSTALLED_FIRST = """
 

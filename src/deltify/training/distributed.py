@@ -105,6 +105,18 @@ def own_device(device: torch.device) -> torch.device:
     return torch.device("cuda", int(local_rank))
 
 
+def row_group(size: int) -> dist.ProcessGroup | None:
+    """Return the group of `size` consecutive ranks that share rows with this one, or None if rows are not cut.
+
+    All ranks must call it.
+    """
+    if size == 1:
+        return None
+    group, _ = dist.new_subgroups(size)
+    assert isinstance(group, dist.ProcessGroup)  # every rank is in one
+    return group
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:

@@ -77,11 +77,16 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
         gpus: Number of GPUs, which share the work as run.data_parallel says.
 
     Raises:
-        ValueError: If the GPU is unknown, or the recipe has a wrong value.
+        ValueError: If the GPU is unknown, or the recipe has a wrong value, or cuts rows over processes.
     """
     if gpu not in GPUS:
         raise ValueError(f"gpu={gpu!r} is unknown; choose one of {', '.join(GPUS)}")
     check(recipe)
+    if recipe.run.context_parallel > 1:
+        raise ValueError(
+            f"run.context_parallel={recipe.run.context_parallel}: there is no estimate for rows that are cut over "
+            "processes. Give --run.context_parallel 1 for that of whole rows"
+        )
     teacher, student = skeletons(recipe)
     size = training_bytes(student) + 2 * count(teacher.model)
     sharded = gpus > 1 and distributed.should_shard(recipe.run.data_parallel, size, MEMORY[gpu])

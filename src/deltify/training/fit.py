@@ -65,8 +65,8 @@ def fit_to_time(recipe: Recipe, minutes: float) -> Recipe:
     If the recipe's folder holds a run, the numbers are those of that run, so that it can be resumed.
 
     Raises:
-        ValueError: If `minutes` is not above 0, a launcher has started several processes, or teacher or text do not
-            fit the recipe.
+        ValueError: If `minutes` is not above 0, a launcher has started several processes, the recipe cuts rows over
+            processes, or teacher or text do not fit it.
         FileNotFoundError: If there is no such teacher or text.
     """
     if not minutes > 0:
@@ -74,6 +74,11 @@ def fit_to_time(recipe: Recipe, minutes: float) -> Recipe:
     check(recipe)
     if holds_run(recipe.folder):
         return take_numbers(recipe, load_recipe(recipe.folder / "recipe.yaml"))
+    if recipe.run.context_parallel > 1:
+        raise ValueError(
+            f"--fit-minutes measures the speed of one process, which run.context_parallel={recipe.run.context_parallel}"
+            " does not allow. Leave out --fit-minutes, or set run.context_parallel to 1"
+        )
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ValueError(
             f"--fit-minutes measures the speed of one process, but there are {processes}. Leave it out and set the "

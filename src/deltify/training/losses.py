@@ -51,7 +51,7 @@ def linear_kl(
     ce_weight: float = 0.0,
     divergence: str = "forward",
     temperature: float = 1.0,
-    mask: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the divergence of student and teacher and the cross-entropy, from hidden states and output embeddings.
 
@@ -68,11 +68,12 @@ def linear_kl(
         divergence: forward, KL(teacher | student); reverse, KL(student | teacher); or jensen-shannon.
         temperature: Softmax temperature of both models in the divergence. The loss multiplies the divergence by its
             square (Hinton et al., arXiv 1503.02531).
-        mask: Boolean mask [N] of the tokens whose divergence counts. Defaults to all. The cross-entropy ignores it.
+        weights: Weights [N] of the tokens' divergence, 1 on average over all tokens of the loss. Default to 1. The
+            cross-entropy ignores them.
 
     Returns:
         (loss, kl, ce). The loss is (1 - ce_weight) temperature^2 kl + ce_weight ce and carries gradients. kl is the
-        mean over the tokens of the mask, in nats. ce is the sum over labelled tokens divided by N. All are float32, or
+        weighted mean over the tokens, in nats. ce is the sum over labelled tokens divided by N. All are float32, or
         float64 for float64 inputs.
 
     Raises:
@@ -80,7 +81,7 @@ def linear_kl(
     """
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence={divergence!r} is unknown; choose one of {', '.join(DIVERGENCES)}")
-    options = (labels, ce_weight, divergence, temperature, mask)
+    options = (labels, ce_weight, divergence, temperature, weights)
     loss, kl, ce = _LinearKL.apply(student_ND, student_head_WD, teacher_ND, teacher_head_WD, *options)
     return loss, kl.detach(), ce.detach()
 
@@ -112,7 +113,7 @@ def compute_logits(x_ND: Tensor, head_WD: Tensor, work: torch.dtype) -> Tensor:
 
 class _LinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, student_head, teacher, teacher_head, labels, ce_weight, divergence, temperature, mask):
+    def forward(ctx, student, student_head, teacher, teacher_head, labels, ce_weight, divergence, temperature, weights):
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         device, work = student.device.type, torch.promote_types(student.dtype, torch.float32)
         # under autocast the matrix products run in its precision, everything else in float32
@@ -121,9 +122,7 @@ class _LinearKL(torch.autograd.Function):
         d_hidden = torch.empty_like(student) if needs_hidden else None
         d_head = torch.zeros_like(student_head, dtype=work) if needs_head else None
         kl, ce = (torch.zeros((), dtype=work, device=student.device) for _ in range(2))
-        weights = None if mask is None else mask.to(work)
-        if weights is not None:
-            weights *= len(weights) / weights.sum().clamp(min=1)
+        weights = None if weights is None else weights.to(work)
         chunk = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (4 * len(head)))
         with torch.autocast(device, enabled=False):
             for start in range(0, len(student), chunk):

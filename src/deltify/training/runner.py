@@ -65,7 +65,7 @@ def distill(
         )
     tracker_module(recipe.run.report_to)
     with distributed.process_group(pick_device(recipe.run.device)) as device:
-        check_batch_sizes(recipe)
+        check_shares(recipe)
         precision = pick_precision(recipe.run.precision, device)
         changes = check_run(recipe, resume, device, precision)
         distributed.barrier()  # no rank writes while another still reads
@@ -79,15 +79,24 @@ def distill(
     return recipe.folder
 
 
-def check_batch_sizes(recipe: Recipe) -> None:
-    """Raise ValueError if the ranks cannot share a stage's batch in equal micro-batches."""
+def check_shares(recipe: Recipe) -> None:
+    """Raise ValueError if the ranks cannot share rows, or a stage's batch in equal micro-batches."""
+    ranks, per_row = distributed.world_size(), recipe.run.context_parallel
+    if ranks % per_row:
+        raise ValueError(
+            f"run.context_parallel={per_row} needs a number of processes that is a multiple of it, not {ranks}. Start "
+            f"as many on this machine, such as torchrun --standalone --nproc-per-node={per_row} -m deltify.cli distill "
+            "..., or set it to 1"
+        )
     for name in STAGES:
         stage = recipe.stage(name)
-        share, rest = divmod(stage.batch_size, distributed.world_size())
+        shares = ranks // recipe.ranks_per_row(name)
+        share, rest = divmod(stage.batch_size, shares)
         if stage.tokens and (rest or (stage.micro_batch_size and share % stage.micro_batch_size)):
+            who = f"{ranks} processes" if shares == ranks else f"{shares} groups of {per_row} processes"
             raise ValueError(
-                f"{distributed.world_size()} processes cannot share {name}.batch_size={stage.batch_size} in "
-                f"micro-batches of {stage.micro_batch_size or 'any size'}. Make it a multiple of their product"
+                f"{who} cannot share {name}.batch_size={stage.batch_size} in micro-batches of "
+                f"{stage.micro_batch_size or 'any size'}. Make it a multiple of their product"
             )
 
 
@@ -118,8 +127,9 @@ def open_everything(
     if not len(prompts):
         log("samples are not written: no validation document is long enough for a prompt")
     metrics = Metrics(recipe)
+    row_group = distributed.row_group(recipe.run.context_parallel)
     return teacher, RunContext(
-        recipe, device, precision, train, mixes, batches, probes, prompts, metrics, stopper, deadline
+        recipe, device, precision, train, mixes, batches, probes, prompts, metrics, stopper, deadline, row_group
     )
 
 

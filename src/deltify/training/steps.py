@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,12 +39,12 @@ class StageTeacher(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """Return the last hidden states [N, D] of a batch."""
+    def hidden_states(self, batch: Batch, row_group: dist.ProcessGroup | None = None) -> Tensor:
+        """Return the last hidden states [N, D] of a batch, or of this rank's segments of its rows."""
         ...
 
-    def layer_states(self, batch: Batch) -> list[Tensor]:
-        """Return the last hidden states [N, D] and the output [N, D] of every layer."""
+    def layer_states(self, batch: Batch, row_group: dist.ProcessGroup | None = None) -> list[Tensor]:
+        """Return the last hidden states [N, D] and the output [N, D] of every layer, likewise."""
         ...
 
     def head(self) -> Tensor:
@@ -115,6 +116,7 @@ def match_step(
     stage: Stage,
     scale: float,
     max_documents: int | None = None,
+    row_group: dist.ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
     """Train the whole student on the teacher's next-token distribution.
 
@@ -122,27 +124,32 @@ def match_step(
     teacher's context window contribute cross-entropy only.
 
     Args:
+        batch: Whole rows.
         scale: Factor of the gradients, which are added to those already there.
         max_documents: Number of documents to pack the batch as; see `find_packing`.
+        row_group: Ranks that share the rows, each of which trains the student on its segment of them. The means of
+            their losses and gradients are those of the rows.
     """
     weight, with_layers = stage.hidden_state_weight, bool(stage.hidden_state_weight)
     with torch.no_grad():
-        states = teacher.layer_states(batch) if with_layers else [teacher.hidden_states(batch)]
+        states = teacher.layer_states(batch, row_group) if with_layers else [teacher.hidden_states(batch, row_group)]
     teacher_hidden, *teacher_layers = states
     teacher_head = teacher.head()
     options: dict[str, Any] = {
-        "labels": next_tokens(batch).flatten() if stage.ce_weight else None,
+        "labels": segment(next_tokens(batch), row_group).flatten() if stage.ce_weight else None,
         "ce_weight": stage.ce_weight / (1 - weight),
         "divergence": stage.divergence,
         "temperature": stage.temperature,
     }
     context_window = teacher.config.max_position_embeddings
     if batch.input_ids.shape[1] > context_window:
-        options["mask"] = (batch.position_ids < context_window).flatten()
+        inside = (batch.position_ids < context_window).float()
+        options["weights"] = segment(inside / inside.mean(), row_group).flatten()
+    batch = segment_of(batch, row_group)
 
     def compute_losses(student: DeltifyForCausalLM) -> tuple[Tensor, ...]:
         student_hidden, *student_layers = layer_states(
-            student, batch, output_hidden_states=with_layers, max_documents=max_documents
+            student, batch, output_hidden_states=with_layers, max_documents=max_documents, row_group=row_group
         )
         loss, kl, ce = linear_kl(student_hidden, student.lm_head.weight, teacher_hidden, teacher_head, **options)
         if not with_layers:
@@ -159,6 +166,16 @@ def match_step(
     if hidden:
         losses["hidden"] = hidden[0]
     return losses
+
+
+def segment(x_BT: Tensor, row_group: dist.ProcessGroup | None) -> Tensor:
+    """Return this rank's segment of rows [B, T, ...], or the rows if no group shares them."""
+    return x_BT if row_group is None else x_BT.chunk(row_group.size(), 1)[row_group.rank()].clone()
+
+
+def segment_of(batch: Batch, row_group: dist.ProcessGroup | None) -> Batch:
+    """Return this rank's segments of the rows of a batch."""
+    return Batch(segment(batch.input_ids, row_group), segment(batch.position_ids, row_group))
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:

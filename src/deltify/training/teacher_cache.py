@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 import torch
+import torch.distributed as dist
 from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,7 @@ from ..data.batches import Batch, MixedBatches
 from ..utils.console import console
 from ..utils.files import write_text
 from .losses import linear_kl
+from .steps import segment
 from .teachers import LiveTeacher
 
 FORMATS = ("int8", "bf16")
@@ -234,9 +236,10 @@ class CachedTeacher:
     def fingerprint(self) -> str:
         return self.about.get("weights", "")
 
-    def hidden_states(self, batch: Batch) -> Tensor:
+    def hidden_states(self, batch: Batch, row_group: dist.ProcessGroup | None = None) -> Tensor:
         sequences = [self.read(sequence_key(*pair)) for pair in zip(batch.input_ids, batch.position_ids)]
-        return torch.stack(sequences).to(batch.input_ids.device, self.dtype).flatten(0, 1)
+        own = segment(torch.stack(sequences), row_group)
+        return own.to(batch.input_ids.device, self.dtype).flatten(0, 1)
 
     def read(self, key: str) -> Tensor:
         """Return the hidden states [T, D] of a sequence.
@@ -253,7 +256,7 @@ class CachedTeacher:
             names = [name for name in ("hidden", "scale") if f"{key}.{name}" in file.keys()]  # noqa: SIM118
             return dequantize({name: file.get_tensor(f"{key}.{name}") for name in names})
 
-    def layer_states(self, batch: Batch) -> list[Tensor]:
+    def layer_states(self, batch: Batch, row_group: dist.ProcessGroup | None = None) -> list[Tensor]:
         self.refuse("the outputs of the teacher's layers")
 
     def head(self) -> Tensor:

@@ -3,15 +3,31 @@
 import functools
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..config import STAGES, Recipe
 from ..conversion.teacher import Teacher, load_teacher, random_teacher
 from ..data.batches import Batch
+from ..model.context_parallel import cut_mask
+from ..ops import earlier_keys
 from ..utils.fingerprint import fingerprint
 from . import distributed
-from .steps import hidden_states, layer_states
+from .steps import layer_states, segment, segment_of
+
+CUT_ATTENTION = "deltify_cut_rows"
+FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # kinds of RoPE that do not depend on the length of the row
+
+
+def cut_attention(module, q, k, v, attention_mask, *, row_group: dist.ProcessGroup, **kwargs) -> tuple[Tensor, None]:
+    """Compute the attention of this rank's segments to those up to its own, as an implementation for transformers."""
+    keys, values = earlier_keys(k, v, row_group)
+    return sdpa_attention_forward(module, q, keys, values, attention_mask, **kwargs)
+
+
+AttentionInterface.register(CUT_ATTENTION, cut_attention)
 
 
 class LiveTeacher:
@@ -34,11 +50,36 @@ class LiveTeacher:
     def fingerprint(self) -> str:
         return fingerprint(self.model)
 
-    def hidden_states(self, batch: Batch) -> Tensor:
-        return hidden_states(self.model, batch)
+    def hidden_states(self, batch: Batch, row_group: dist.ProcessGroup | None = None) -> Tensor:
+        return self.states(batch, row_group, output_hidden_states=False)[0]
 
-    def layer_states(self, batch: Batch) -> list[Tensor]:
-        return layer_states(self.model, batch, output_hidden_states=True)
+    def layer_states(self, batch: Batch, row_group: dist.ProcessGroup | None = None) -> list[Tensor]:
+        return self.states(batch, row_group, output_hidden_states=True)
+
+    def states(self, batch: Batch, row_group: dist.ProcessGroup | None, *, output_hidden_states: bool) -> list[Tensor]:
+        if row_group is None:
+            return layer_states(self.model, batch, output_hidden_states=output_hidden_states)
+        if not self.can_be_cut:
+            rows = len(batch.input_ids)
+            whole = layer_states(self.model, batch, output_hidden_states=output_hidden_states)
+            return [segment(x.unflatten(0, (rows, -1)), row_group).flatten(0, 1) for x in whole]
+        options = {"attention_mask": cut_mask(batch.position_ids, row_group), "row_group": row_group}
+        implementation, self.config._attn_implementation = self.config._attn_implementation, CUT_ATTENTION
+        try:
+            own = segment_of(batch, row_group)
+            return layer_states(self.model, own, output_hidden_states=output_hidden_states, **options)
+        finally:
+            self.config._attn_implementation = implementation
+
+    @functools.cached_property
+    def can_be_cut(self) -> bool:
+        """Whether the model computes a segment of a row from the keys and values of the earlier ones.
+
+        It does without sliding windows, and if RoPE does not depend on the length of the row.
+        """
+        slides = any(self.pretrained.family.slides(self.config))
+        rope = (getattr(self.config, "rope_parameters", None) or {}).get("rope_type", "default")
+        return not slides and rope in FIXED_ROPE and self.config._attn_implementation == "sdpa"
 
     def head(self) -> Tensor:
         return distributed.full_tensor(self.model.lm_head.weight)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -48,6 +49,7 @@ class RunContext:
         probes: Documents of the recall curve.
         prompts: Tokens of the held-out prompts that samples continue, [prompts, tokens].
         deadline: Time of `time.monotonic()` after which training stops.
+        row_group: Ranks that share this one's rows in match and extend, if rows are cut over several.
     """
 
     recipe: Recipe
@@ -61,6 +63,7 @@ class RunContext:
     metrics: Metrics
     stopper: Stopper
     deadline: float = math.inf
+    row_group: dist.ProcessGroup | None = None
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -98,6 +101,7 @@ class StageTrainer:
     ):
         self.context, self.name, self.recipe, self.stage = context, name, context.recipe, context.recipe.stage(name)
         self.teacher, self.student, self.sharded = teacher, student, sharded
+        self.ranks_per_row = self.recipe.ranks_per_row(name)
         choose_trained(student, self.stage, name)
         if sharded:
             distributed.shard_student(student)
@@ -157,9 +161,8 @@ class StageTrainer:
     def train_step(self, step: int) -> dict[str, float]:
         """Make one optimizer step and return the mean losses and the gradient norm."""
         set_learning_rates(self.optimizers, self.stage, step)
-        batch = self.context.mixes[self.name].batch(step, distributed.rank(), distributed.world_size())
-        with explain_out_of_memory(self.name, self.stage, self.sharded):
-            losses = self.accumulate_gradients(batch)
+        with explain_out_of_memory(self.name, self.stage, self.sharded, self.ranks_per_row):
+            losses = self.accumulate_gradients(self.batch(step))
             norm = nn.utils.clip_grad_norm_(trained(self.optimizers), self.stage.max_grad_norm)
             norm = float(distributed.full_tensor(norm))
             self.check_finite(step, losses, norm)
@@ -167,6 +170,11 @@ class StageTrainer:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=self.graphed is None)
         return losses | {"grad_norm": norm}
+
+    def batch(self, step: int) -> Batch:
+        """Return the rows of a step that this rank trains on, alone or together with the others of its row group."""
+        shares = distributed.world_size() // self.ranks_per_row
+        return self.context.mixes[self.name].batch(step, distributed.rank() // self.ranks_per_row, shares)
 
     def count_step(self) -> float:
         """Advance the progress by one step and return its tokens per second."""
@@ -239,9 +247,9 @@ class StageTrainer:
 
     def micro_step(self, scale: float, batch: Batch, max_documents: int | None = None) -> dict[str, Tensor]:
         """Add the gradients of a micro-batch, times `scale`, and return its losses."""
-        compute = align_step if self.name == "align" else match_step
+        arguments = (self.teacher, self.student, batch, self.stage, scale, max_documents)
         with self.context.autocast():
-            return compute(self.teacher, self.student, batch, self.stage, scale, max_documents)
+            return align_step(*arguments) if self.name == "align" else match_step(*arguments, self.context.row_group)
 
     def can_be_graphed(self) -> bool:
         """Return whether a CUDA graph can capture a step.
@@ -249,7 +257,7 @@ class StageTrainer:
         It can if the step neither waits for other ranks nor reads data on the host. Recomputed layers and cached
         teachers do the latter.
         """
-        waits = waits_for_ranks(self.name, distributed.world_size(), self.sharded)
+        waits = waits_for_ranks(self.name, distributed.world_size(), self.sharded) or self.ranks_per_row > 1
         on_gpu = self.student.device.type == "cuda"
         possible = on_gpu and self.teacher.can_be_graphed and not waits and not recomputes(self.stage, self.name)
         return self.recipe.run.cuda_graphs and possible
@@ -299,8 +307,11 @@ def unshare_weights(student: DeltifyForCausalLM, teacher_parameters: dict[str, n
 
 
 @contextmanager
-def explain_out_of_memory(name: str, stage: Stage, sharded: bool = False) -> Generator[None]:
+def explain_out_of_memory(name: str, stage: Stage, sharded: bool = False, ranks_per_row: int = 1) -> Generator[None]:
     """Replace torch.OutOfMemoryError by an error that names the settings of the stage to change.
+
+    Args:
+        ranks_per_row: Number of ranks that each row is cut over.
 
     Raises:
         MemoryError: If a GPU runs out of memory.
@@ -308,7 +319,7 @@ def explain_out_of_memory(name: str, stage: Stage, sharded: bool = False) -> Gen
     try:
         yield
     except torch.OutOfMemoryError as error:
-        share = stage.batch_size // distributed.world_size()
+        share = stage.batch_size * ranks_per_row // distributed.world_size()
         sequences = stage.micro_batch_size or share
         suggestions = []
         if sequences > 1:
