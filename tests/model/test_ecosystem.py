@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from deltify import convert
 from deltify.conversion.teacher import random_teacher
 from deltify.model.mixers import find_packing
 from deltify.model.sliding import find_slots
+from deltify.ops import CutRows
 from deltify.training.checkpoint import save_model
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -222,8 +224,8 @@ def test_device_map_places_the_model(tmp_path, ids, spread):
 
 def test_packing_and_slots_move_between_devices():
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    packing = find_packing(mask, None, 3, cached=False)
+    packing = replace(find_packing(mask, None, 3, cached=False), cut=CutRows(None, torch.tensor([0, 2])))
     slots = find_slots(packing.cu_seqlens.long(), 5, 4, 2, torch.tensor([2, 3]))
     moved = (send_to_device(packing, "meta"), send_to_device(slots, "meta"))
-    tensors = [x for part in moved for x in vars(part).values()]
-    assert len(tensors) == 10 and all(x.device.type == "meta" for x in tensors)
+    tensors = [x for part in (*moved, moved[0].cut) for x in vars(part).values() if isinstance(x, torch.Tensor)]
+    assert len(tensors) == 11 and all(x.device.type == "meta" for x in tensors)

@@ -22,10 +22,11 @@ pytestmark = pytest.mark.slow
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def run(processes: int, *arguments: object, **environment: str) -> str:
+def run(*arguments: object, **environment: str) -> str:
+    """Run jobs of ranks.py in two processes, and return what they print."""
     script = [str(Path(__file__).parents[1] / "ranks.py"), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, *(TORCHRUN if processes > 1 else ()), *script]
+    command = [sys.executable, *TORCHRUN, *script]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -34,7 +35,7 @@ def run(processes: int, *arguments: object, **environment: str) -> str:
 def test_gradients_and_weights_after_ten_steps_are_those_of_one_process(tmp_path):
     cases = list(itertools.product(("align", "match"), ("replicate", "shard")))
     jobs = [["steps", stage, how, tmp_path / f"{stage}-{how}.pt"] for stage, how in cases]
-    run(2, *jobs[0], *(argument for job in jobs[1:] for argument in ("then", *job)))
+    run(*jobs[0], *(argument for job in jobs[1:] for argument in ("then", *job)))
     for stage, how in cases:
         one = tmp_path / f"{stage}.pt"
         if not one.exists():
@@ -49,13 +50,13 @@ def test_gradients_and_weights_after_ten_steps_are_those_of_one_process(tmp_path
 def test_a_run_resumes_from_two_processes_on_one_and_back(tmp_path):
     recipe = tiny_recipe(tmp_path / "broken")
     write_recipe(recipe, tmp_path / "recipe.yaml")
-    said = run(2, "distill", tmp_path / "recipe.yaml", "--stop")
+    said = run("distill", tmp_path / "recipe.yaml", "--stop")
     assert said.count("stopped by --max-minutes after 64 tokens") == 1  # printed by the first process only
     assert "2 processes: each has the whole models" in said
-    run(1, "distill", tmp_path / "recipe.yaml", "--resume", "--stop")
+    distill(recipe, resume=True, max_minutes=0)  # in this process; it ends after one step
     shard = replace(recipe, run=replace(recipe.run, data_parallel="shard"))
     write_recipe(shard, tmp_path / "recipe.yaml")
-    said = run(2, "distill", tmp_path / "recipe.yaml", "--resume")
+    said = run("distill", tmp_path / "recipe.yaml", "--resume")
     assert "resuming from step 2" in said and "2 processes: each has a shard" in said
     assert "samples are not written while the models are sharded" in said
     sampled = {json.loads(line)["stage"] for line in (recipe.folder / "samples.jsonl").read_text().splitlines()}
@@ -88,7 +89,7 @@ def test_two_processes_unpack_a_gguf_teacher_whichever_is_first(tmp_path):
         recipe = tiny_recipe(tmp_path / f"runs-{first}", teacher=TeacherSpec(model=str(path)))
         write_recipe(recipe, tmp_path / f"{first}.yaml")
         jobs += [*(["then"] if jobs else []), "distill", tmp_path / f"{first}.yaml", "--first", first]
-    run(2, *jobs, DELTIFY_CACHE=str(tmp_path / "cache"))
+    run(*jobs, DELTIFY_CACHE=str(tmp_path / "cache"))
     for first in (0, 1):
         assert load_file(tmp_path / f"runs-{first}" / recipe.name / "match" / "model.safetensors")
         (entry,) = (tmp_path / "cache" / "gguf").glob(f"teacher-{first}-*")
