@@ -16,6 +16,7 @@ from ..data.token_files import TokenFile, open_data
 from ..training.distributed import check_same, from_first, share_out
 from ..training.metrics import read_stages
 from ..training.steps import hidden_states, next_tokens
+from ..utils.console import with_progress
 from ..utils.scoring import kl_terms, label_log_probs, log_probs, perplexity
 
 CHUNK_TOKENS = 256  # tokens whose logits exist at a time
@@ -64,7 +65,8 @@ def heldout_scores(
     batches = heldout_batches(held, length, BATCH_SEQUENCES, tokens)
     check_same("held-out text", lambda: [batch.input_ids.tolist() for batch in batches])
     scored = {"teacher": teacher.model, **models}
-    sums = np.sum([each for _, each in share_out(batches, lambda batch: sums_of(scored, teacher.model, batch))], 0)
+    read = share_out(batches, lambda batch: sums_of(scored, teacher.model, batch))
+    sums = np.sum([each for _, each in with_progress(read, "held-out text", len(batches))], 0)
     measured = {name: means(*of_model) for name, of_model in zip(scored, sums.tolist())}
     scores = [Score("teacher", *measured.pop("teacher"))]
     scores += from_first(lambda: ngram_baselines(train, batches, teacher.config.vocab_size))

@@ -24,6 +24,7 @@ from ..inference.prefill import piece_length, read_pieces
 from ..model.cache import new_cache
 from ..training.distributed import check_same, from_first, rank, share_out
 from ..training.recall import SHORTEST, RecallBucket, answer_scores, recall_buckets
+from ..utils.console import with_progress
 from ..utils.files import append_jsonl, read_jsonl
 from ..utils.fingerprint import fingerprint
 from .needles import NeedleMaker, Sample
@@ -115,7 +116,8 @@ def measure_recall(
     keyed = {probe.fingerprint: probe for probe in probes}
     check_same("documents of the recall curve", lambda: list(keyed))
     missing = sorted((key for key in keyed if key not in done), key=lambda key: len(keyed[key].ids))
-    for key, scores in share_out(missing, lambda key: read_probe(model, keyed[key]).tolist()):
+    read = share_out(missing, lambda key: read_probe(model, keyed[key]).tolist())
+    for key, scores in with_progress(read, f"{name}: recall", len(missing)):
         probe, done[key] = keyed[key], scores
         row = {"task": probe.task, "tokens": len(probe.ids), "probe": key, "distances": probe.distances.tolist()}
         if rank() == 0:

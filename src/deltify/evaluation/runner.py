@@ -25,7 +25,7 @@ from ..model.causal_lm import CausalLM
 from ..training.distributed import LONG_WAIT, check_same, from_first, process_group, rank, share_out
 from ..training.run_folder import check_weights
 from ..training.teachers import open_teacher
-from ..utils.console import log
+from ..utils.console import log, with_progress
 from ..utils.devices import pick_device
 from ..utils.fingerprint import fingerprint
 from ..utils.folders import model_folder
@@ -322,4 +322,4 @@ def greedy_samples(tokenizer: PreTrainedTokenizerBase, model: CausalLM) -> list[
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=PROMPT_TOKENS, do_sample=False)
         return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
-    return [text for _, text in share_out(PROMPTS, go_on)]
+    return [text for _, text in with_progress(share_out(PROMPTS, go_on), "samples", len(PROMPTS))]
