@@ -1,7 +1,8 @@
 """The program that tests run in two processes under torchrun: jobs divided by "then".
 
 steps STAGE HOW OUT   ten steps in float64; writes the gradients of the first and the weights after the last;
-                      HOW is replicate or shard, or cut or cut-shard, which cut each row over two processes
+                      HOW is replicate or shard; nodes-shard, with two processes per node; or cut or cut-shard, which
+                      cut each row over two processes
 distill RECIPE [--resume] [--stop] [--first RANK]   a run; --stop ends it after one step, --first lets a rank begin
                       before the others
 """
@@ -42,6 +43,9 @@ def steps(name: str, how: str, out: Path) -> None:
         ce_weight=0.2,
     )
     run = RunSpec(context_parallel=2 if how.startswith("cut") else 1)
+    if how == "nodes-shard":
+        os.environ["LOCAL_WORLD_SIZE"] = "2"  # what torchrun would set
+        run = replace(run, data_parallel="hybrid")
     recipe = replace(Recipe("steps", output=str(out.parent / f"{out.stem}-run"), run=run), **{name: stage})
     tokens = torch.randint(0, 250, (4000,), generator=torch.Generator().manual_seed(1)).numpy()
     bounds = torch.arange(0, 4001, 50).numpy()
@@ -66,7 +70,8 @@ def steps(name: str, how: str, out: Path) -> None:
         live = LiveTeacher(teacher)
         trainer = StageTrainer(context, name, live, student, sharded)
         if sharded:
-            live.shard()
+            live.shard(run.data_parallel == "hybrid")
+            assert {p.device_mesh.ndim for p in student.parameters()} == {2 if how == "nodes-shard" else 1}
         trainer.evaluate = lambda: ({}, [])
         trainer.accumulate_gradients(trainer.batch(0))
         gradients = {n: distributed.full_tensor(p.grad) for n, p in student.named_parameters() if p.grad is not None}

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from .recipes import find_recipe
 
 STAGES = ("align", "match", "extend")
-DATA_PARALLEL = ("auto", "replicate", "shard")
+DATA_PARALLEL = ("auto", "replicate", "shard", "hybrid")
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 DIVERGENCES = ("forward", "reverse", "jensen-shannon")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -157,7 +157,8 @@ class RunSpec:
             only its best one is kept, and only if it is better than the stage's model.
         cuda_graphs: Whether to replay training steps as CUDA graphs on a GPU, where they can be captured.
         data_parallel: How several processes hold weights, gradients and optimizer states. replicate: each process holds
-            all of them. shard: each holds a part (FSDP2). auto: sharded if they would fill more than half of a GPU.
+            all of them. shard: each holds a part (FSDP2). hybrid: those of a node hold parts, and all nodes hold the
+            same (HSDP). auto: sharded if they would fill more than half of a GPU.
         context_parallel: Number of processes that each row is cut over in match and extend. Each of them has an equal
             segment of the row. The number of processes must be a multiple of it.
         report_to: Tracker besides metrics.jsonl: trackio, wandb or tensorboard. A resumed run continues its tracker's

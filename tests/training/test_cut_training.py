@@ -99,7 +99,7 @@ def one_process(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("processes, how", [(4, "cut"), (2, "cut-shard")])
+@pytest.mark.parametrize("processes, how", [(4, "cut"), (2, "cut-shard"), (4, "nodes-shard")])
 def test_gradients_and_weights_after_ten_steps_are_those_of_one_process(processes, how, one_process, tmp_path):
     run_in_processes(ranks.steps, processes, tmp_path, "match", how, tmp_path / "cut.pt")
     for want, got, most in zip(*(torch.load(path) for path in (one_process, tmp_path / "cut.pt")), (1e-10, 1e-9)):
@@ -137,6 +137,8 @@ def test_recipes_whose_rows_cannot_be_cut_are_refused(tmp_path):
     assert not recipe.folder.exists()
     with pytest.raises(ValueError, match="context_parallel=2: there is no estimate"):
         plan(recipe)
+    with pytest.raises(ValueError, match="data_parallel=hybrid: there is no estimate"):
+        plan(replace(recipe, run=replace(recipe.run, context_parallel=1, data_parallel="hybrid")))
     with pytest.raises(ValueError, match=r"which run\.context_parallel=2 does not allow"):
         fit_to_time(recipe, 1)
     with pytest.raises(ValueError, match=r"match.sequence_length=32 must be a multiple of run.context_parallel=3"):

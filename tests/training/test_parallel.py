@@ -96,6 +96,16 @@ def test_two_processes_unpack_a_gguf_teacher_whichever_is_first(tmp_path):
         assert len(load_file(entry / "model.safetensors")) == 21
 
 
+def test_sharding_per_node_needs_the_size_of_a_node(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    for local in (None, "3"):
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        if local is not None:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        with pytest.raises(ValueError, match=f"It is {local or 'not set'}, and there are 4 processes"):
+            distributed.sharding_mesh("cpu", per_node=True)
+
+
 def test_a_batch_that_two_processes_cannot_share_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(ValueError, match=r"2 processes cannot share align\.batch_size=3"):

@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
@@ -209,7 +209,7 @@ def should_shard(choice: str, size: int, memory: float | None) -> bool:
         size: Bytes of models and optimizer states.
         memory: Bytes of a GPU, or None on a CPU, where `auto` replicates.
     """
-    return choice == "shard" or (choice == "auto" and memory is not None and 2 * size > memory)
+    return choice in ("shard", "hybrid") or (choice == "auto" and memory is not None and 2 * size > memory)
 
 
 def memory_of(device: torch.device) -> int | None:
@@ -222,27 +222,46 @@ def full_tensor(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def shard(model: nn.Module, layers: nn.ModuleList, root: nn.Module) -> None:
+def sharding_mesh(device: str, per_node: bool) -> DeviceMesh:
+    """Return the mesh of all ranks or, with `per_node`, that of nodes and of the ranks of a node.
+
+    Raises:
+        ValueError: If the launcher does not say how many ranks a node has, or nodes differ.
+    """
+    ranks = world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) if per_node else ranks
+    if not local or ranks % local:
+        raise ValueError(
+            f"run.data_parallel: hybrid needs nodes of equally many processes, in LOCAL_WORLD_SIZE, which torchrun "
+            f"sets. It is {local or 'not set'}, and there are {ranks} processes. Start them with torchrun, or choose "
+            "shard"
+        )
+    if local == ranks:
+        return init_device_mesh(device, (ranks,))
+    return init_device_mesh(device, (ranks // local, local), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model: nn.Module, layers: nn.ModuleList, root: nn.Module, per_node: bool) -> None:
     """Shard `root` over the ranks: each mixer, each layer, and the other parameters.
 
     Args:
         model: Model that contains the layers and tells the device.
         root: Part of the model to shard, or the model itself.
+        per_node: Whether to shard over the ranks of a node only. Nodes then hold the same (HSDP).
     """
-    device = next(model.parameters()).device.type
-    mesh = init_device_mesh(device, (world_size(),))
+    mesh = sharding_mesh(next(model.parameters()).device.type, per_node)
     for layer in layers:
         fully_shard(layer.get_submodule("self_attn"), mesh=mesh)
         fully_shard(layer, mesh=mesh)
     fully_shard(root, mesh=mesh)
 
 
-def shard_student(student: DeltifyForCausalLM) -> None:
+def shard_student(student: DeltifyForCausalLM, per_node: bool = False) -> None:
     """Shard a student, and let `run_with_full_weights` gather it."""
-    shard(student, student.model.layers, student)
+    shard(student, student.model.layers, student, per_node)
     register_fsdp_forward_method(student, "run_with_full_weights")
 
 
-def shard_teacher(teacher: PreTrainedModel) -> None:
+def shard_teacher(teacher: PreTrainedModel, per_node: bool = False) -> None:
     """Shard a teacher's layers, norm and embeddings. A head that is not tied to them stays whole."""
-    shard(teacher, teacher.model.layers, teacher.model)
+    shard(teacher, teacher.model.layers, teacher.model, per_node)

@@ -77,7 +77,8 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
         gpus: Number of GPUs, which share the work as run.data_parallel says.
 
     Raises:
-        ValueError: If the GPU is unknown, or the recipe has a wrong value, or cuts rows over processes.
+        ValueError: If the GPU is unknown, the recipe has a wrong value, cuts rows over processes, or is for several nodes
+            (hybrid).
     """
     if gpu not in GPUS:
         raise ValueError(f"gpu={gpu!r} is unknown; choose one of {', '.join(GPUS)}")
@@ -86,6 +87,11 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
         raise ValueError(
             f"run.context_parallel={recipe.run.context_parallel}: there is no estimate for rows that are cut over "
             "processes. Give --run.context_parallel 1 for that of whole rows"
+        )
+    if recipe.run.data_parallel == "hybrid":
+        raise ValueError(
+            "run.data_parallel=hybrid: there is no estimate for several nodes. For the memory, give "
+            "--run.data_parallel shard and the number of GPUs of a node"
         )
     teacher, student = skeletons(recipe)
     size = training_bytes(student) + 2 * count(teacher.model)

@@ -237,7 +237,7 @@ def run_stages(
             if sharded is None:
                 sharded = choose_sharding(recipe, teacher, student, device)
             if sharded:
-                teacher.shard()
+                teacher.shard(recipe.run.data_parallel == "hybrid")
             if not train_stage(context, name, teacher, student, sharded):
                 break
             if sharded:  # which parameters train must be decided before a model is sharded

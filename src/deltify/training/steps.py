@@ -59,8 +59,8 @@ class StageTeacher(Protocol):
         """Return the parameters in memory by name."""
         ...
 
-    def shard(self) -> None:
-        """Shard the parameters over the ranks. A second call changes nothing."""
+    def shard(self, per_node: bool = False) -> None:
+        """Shard the parameters over all ranks, or over those of a node. A second call changes nothing."""
         ...
 
 

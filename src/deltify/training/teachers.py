@@ -90,9 +90,9 @@ class LiveTeacher:
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
 
-    def shard(self) -> None:
+    def shard(self, per_node: bool = False) -> None:
         if not self.sharded:
-            distributed.shard_teacher(self.model)
+            distributed.shard_teacher(self.model, per_node)
             self.sharded = True
 
 

@@ -104,7 +104,7 @@ class StageTrainer:
         self.ranks_per_row = self.recipe.ranks_per_row(name)
         choose_trained(student, self.stage, name)
         if sharded:
-            distributed.shard_student(student)
+            distributed.shard_student(student, self.recipe.run.data_parallel == "hybrid")
         elif name == "align":
             share_frozen_weights(student, teacher.named_parameters())
         self.optimizers = make_optimizers(student, self.stage, name, sharded)
