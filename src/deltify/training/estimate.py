@@ -77,8 +77,8 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
         gpus: Number of GPUs, which share the work as run.data_parallel says.
 
     Raises:
-        ValueError: If the GPU is unknown, the recipe has a wrong value, cuts rows over processes, or is for several nodes
-            (hybrid).
+        ValueError: If the GPU is unknown, the recipe has a wrong value, cuts rows over processes, or is for several
+            nodes (hybrid).
     """
     if gpu not in GPUS:
         raise ValueError(f"gpu={gpu!r} is unknown; choose one of {', '.join(GPUS)}")
