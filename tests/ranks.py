@@ -1,10 +1,6 @@
-"""The program that tests run in two processes under torchrun: jobs divided by "then".
+"""What tests run in several processes, by processes.py or, as a program, under torchrun:
 
-steps STAGE HOW OUT   ten steps in float64; writes the gradients of the first and the weights after the last;
-                      HOW is replicate or shard; nodes-shard, with two processes per node; or cut or cut-shard, which
-                      cut each row over two processes
-distill RECIPE [--resume] [--stop] [--first RANK]   a run; --stop ends it after one step, --first lets a rank begin
-                      before the others
+ranks.py RECIPE [--resume] [--stop]     a run; --stop ends it after one step
 """
 
 import os
@@ -27,10 +23,16 @@ from deltify.training import distributed
 from deltify.training.teachers import LiveTeacher
 from deltify.training.trainer import RunContext, StageTrainer
 
-UNPACK = teacher_module.unpack_gguf
-
 
 def steps(name: str, how: str, out: Path) -> None:
+    """Train ten steps in float64. Write the gradients of the first and the weights after the last.
+
+    Args:
+        name: align or match.
+        how: replicate or shard; nodes-shard, with two processes per node; or cut or cut-shard, which cut each row over
+            two processes.
+        out: File to write.
+    """
     torch.manual_seed(0)
     teacher = random_teacher("llama")
     student = convert(teacher, full_attention_layers="3:1", init="library").double()
@@ -84,20 +86,17 @@ def steps(name: str, how: str, out: Path) -> None:
             torch.save((gradients, weights), out)
 
 
-def distill_recipe(recipe: str, options: list[str]) -> None:
-    waits = "--first" in options and options[options.index("--first") + 1] != os.environ["RANK"]
-    teacher_module.unpack_gguf = (lambda path: (time.sleep(3), UNPACK(path))[1]) if waits else UNPACK
-    minutes = -time.monotonic() / 60 if "--stop" in options else None  # a deadline that has passed
-    distill(load_recipe(recipe), resume="--resume" in options, max_minutes=minutes)
+def distill_first(recipe: str, first: int, cache: str) -> None:
+    """Run a recipe. Rank `first` begins to unpack its GGUF teacher before the others do."""
+    teacher_module.CACHE = Path(cache)
+    unpack = teacher_module.unpack_gguf
+    if distributed.rank() != first:
+        teacher_module.unpack_gguf = lambda path: (time.sleep(3), unpack(path))[1]
+    distill(load_recipe(recipe))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    jobs: list[list[str]] = [[]]
-    for argument in sys.argv[1:]:
-        jobs.append([]) if argument == "then" else jobs[-1].append(argument)
-    for kind, *arguments in jobs:
-        if kind == "steps":
-            steps(arguments[0], arguments[1], Path(arguments[2]))
-        else:
-            distill_recipe(arguments[0], arguments[1:])
+    recipe, *options = sys.argv[1:]
+    minutes = -time.monotonic() / 60 if "--stop" in options else None  # a deadline that has passed
+    distill(load_recipe(recipe), resume="--resume" in options, max_minutes=minutes)

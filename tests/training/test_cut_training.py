@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from helpers import records, tiny_recipe
@@ -90,22 +89,6 @@ def test_states_of_a_teachers_segments_are_those_of_its_rows(tmp_path):
         assert len(want) > 3
         for *parts, x in zip(first[case][1], second[case][1], want):
             assert (torch.cat(parts, 1) - x).abs().max() <= 1e-10 * x.abs().max(), case
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("one") / "one.pt"
-    ranks.steps("match", "replicate", path)
-    return path
-
-
-@pytest.mark.parametrize("processes, how", [(4, "cut"), (2, "cut-shard"), (4, "nodes-shard")])
-def test_gradients_and_weights_after_ten_steps_are_those_of_one_process(processes, how, one_process, tmp_path):
-    run_in_processes(ranks.steps, processes, tmp_path, "match", how, tmp_path / "cut.pt")
-    for want, got, most in zip(*(torch.load(path) for path in (one_process, tmp_path / "cut.pt")), (1e-10, 1e-9)):
-        assert want.keys() == got.keys() and len(want) > 20
-        for name in want:
-            assert (want[name] - got[name]).norm() <= most * want[name].norm(), name
 
 
 def distill_quickly(recipe: Recipe) -> Path:

@@ -1,6 +1,5 @@
 """Two processes on a CPU give the results of one."""
 
-import itertools
 import json
 import os
 import subprocess
@@ -11,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import small_model, small_tokenizer, tiny_recipe, write_gguf
-from ranks import steps
+from processes import run_in_processes
+from ranks import distill_first, steps
 from safetensors.torch import load_file
 
 from deltify import distill
@@ -23,7 +23,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def run(*arguments: object, **environment: str) -> str:
-    """Run jobs of ranks.py in two processes, and return what they print."""
+    """Run ranks.py in two processes under torchrun, and return what they print."""
     script = [str(Path(__file__).parents[1] / "ranks.py"), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, *TORCHRUN, *script]
@@ -32,31 +32,46 @@ def run(*arguments: object, **environment: str) -> str:
     return done.stdout
 
 
-def test_gradients_and_weights_after_ten_steps_are_those_of_one_process(tmp_path):
-    cases = list(itertools.product(("align", "match"), ("replicate", "shard")))
-    jobs = [["steps", stage, how, tmp_path / f"{stage}-{how}.pt"] for stage, how in cases]
-    run(*jobs[0], *(argument for job in jobs[1:] for argument in ("then", *job)))
-    for stage, how in cases:
-        one = tmp_path / f"{stage}.pt"
-        if not one.exists():
-            steps(stage, "replicate", one)
-        # the weights differ by 3e-10 in torch 2.9, whose AdamW rounds shards differently
-        for want, got, most in zip(torch.load(one), torch.load(tmp_path / f"{stage}-{how}.pt"), (1e-10, 1e-9)):
-            assert want.keys() == got.keys() and len(want) > 20
-            for name in want:
-                assert (want[name] - got[name]).norm() <= most * want[name].norm(), (stage, how, name)
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> Path:
+    """Folder of what `steps` writes for each stage in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    for stage in ("align", "match"):
+        steps(stage, "replicate", folder / f"{stage}.pt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "stage, processes, how",
+    [
+        ("align", 2, "replicate"),
+        ("align", 2, "shard"),
+        ("match", 2, "replicate"),
+        ("match", 2, "shard"),
+        ("match", 4, "nodes-shard"),
+        ("match", 4, "cut"),
+        ("match", 2, "cut-shard"),
+    ],
+)
+def test_gradients_and_weights_after_ten_steps_are_those_of_one_process(stage, processes, how, one_process, tmp_path):
+    run_in_processes(steps, processes, tmp_path, stage, how, tmp_path / "several.pt")
+    # the weights differ by 3e-10 in torch 2.9, whose AdamW rounds shards differently
+    for want, got, most in zip(*map(torch.load, (one_process / f"{stage}.pt", tmp_path / "several.pt")), (1e-10, 1e-9)):
+        assert want.keys() == got.keys() and len(want) > 20
+        for name in want:
+            assert (want[name] - got[name]).norm() <= most * want[name].norm(), name
 
 
 def test_a_run_resumes_from_two_processes_on_one_and_back(tmp_path):
     recipe = tiny_recipe(tmp_path / "broken")
     write_recipe(recipe, tmp_path / "recipe.yaml")
-    said = run("distill", tmp_path / "recipe.yaml", "--stop")
+    said = run(tmp_path / "recipe.yaml", "--stop")
     assert said.count("stopped by --max-minutes after 64 tokens") == 1  # printed by the first process only
     assert "2 processes: each has the whole models" in said
     distill(recipe, resume=True, max_minutes=0)  # in this process; it ends after one step
     shard = replace(recipe, run=replace(recipe.run, data_parallel="shard"))
     write_recipe(shard, tmp_path / "recipe.yaml")
-    said = run("distill", tmp_path / "recipe.yaml", "--resume")
+    said = run(tmp_path / "recipe.yaml", "--resume")
     assert "resuming from step 2" in said and "2 processes: each has a shard" in said
     assert "samples are not written while the models are sharded" in said
     sampled = {json.loads(line)["stage"] for line in (recipe.folder / "samples.jsonl").read_text().splitlines()}
@@ -82,18 +97,16 @@ def test_models_that_would_fill_more_than_half_a_gpu_are_sharded():
         assert distributed.should_shard(choice, size, memory) == want
 
 
-def test_two_processes_unpack_a_gguf_teacher_whichever_is_first(tmp_path):
-    tokenizer, jobs = small_tokenizer(), []
-    for first in (0, 1):
-        path = write_gguf(tmp_path / f"teacher-{first}.gguf", small_model(tokenizer), tokenizer)
-        recipe = tiny_recipe(tmp_path / f"runs-{first}", teacher=TeacherSpec(model=str(path)))
-        write_recipe(recipe, tmp_path / f"{first}.yaml")
-        jobs += [*(["then"] if jobs else []), "distill", tmp_path / f"{first}.yaml", "--first", first]
-    run(*jobs, DELTIFY_CACHE=str(tmp_path / "cache"))
-    for first in (0, 1):
-        assert load_file(tmp_path / f"runs-{first}" / recipe.name / "match" / "model.safetensors")
-        (entry,) = (tmp_path / "cache" / "gguf").glob(f"teacher-{first}-*")
-        assert len(load_file(entry / "model.safetensors")) == 21
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_processes_unpack_a_gguf_teacher_whichever_is_first(first, tmp_path):
+    tokenizer = small_tokenizer()
+    path = write_gguf(tmp_path / "teacher.gguf", small_model(tokenizer), tokenizer)
+    recipe = tiny_recipe(tmp_path / "runs", teacher=TeacherSpec(model=str(path)))
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    run_in_processes(distill_first, 2, tmp_path, str(tmp_path / "recipe.yaml"), first, str(tmp_path / "cache"))
+    assert load_file(recipe.folder / "match" / "model.safetensors")
+    (entry,) = (tmp_path / "cache" / "gguf").glob("teacher-*")
+    assert len(load_file(entry / "model.safetensors")) == 21
 
 
 def test_sharding_per_node_needs_the_size_of_a_node(monkeypatch):
