@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,15 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+AFM = {"vocab_size": 128004, "hidden_size": 2560, "intermediate_size": 18432, "num_attention_heads": 20}
+AFM |= {"num_key_value_heads": 4, "head_dim": 128, "tie_word_embeddings": False}  # of AFM-4.5B, whose layers are 36
+
+
+def torchrun(processes: int, *arguments: object, threads: int = 4) -> None:
+    """Run a program, or with "-m" a module, in several processes on this machine."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    subprocess.run([*start, *map(str, arguments)], check=True, env=environment)
 
 
 def median_seconds(function: Callable[[], object], budget: float = 3.0, least: int = 3, most: int = 200) -> float:

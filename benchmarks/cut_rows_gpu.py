@@ -9,8 +9,6 @@ Run: python benchmarks/cut_rows_gpu.py [--processes 2 4] [--tokens 32768] [--lay
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,7 +19,7 @@ import torch.distributed as dist
 from transformers import ArceeConfig, ArceeForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import row, write
+from common import AFM, row, torchrun, write
 
 from deltify.config import Stage
 from deltify.conversion.teacher import FAMILIES, Teacher, byte_tokenizer, freeze
@@ -31,8 +29,6 @@ from deltify.training import distributed
 from deltify.training.steps import match_step, segment
 from deltify.training.teachers import LiveTeacher
 
-AFM = {"vocab_size": 128004, "hidden_size": 2560, "intermediate_size": 18432, "num_attention_heads": 20}
-AFM |= {"num_key_value_heads": 4, "head_dim": 128, "tie_word_embeddings": False}
 SMALL = {"vocab_size": 300, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": False}
 
@@ -108,9 +104,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for processes in (1, *options.processes):
             out = Path(folder) / f"{processes}.pt"
-            start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__]
-            command = [sys.executable, *start, *sys.argv[1:], f"--out={out}"]
-            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1" if options.tiny else "4"})
+            torchrun(processes, __file__, *sys.argv[1:], f"--out={out}", threads=1 if options.tiny else 4)
             rate, peak, errors = found[processes] = torch.load(out)
             case = f"cut-rows/afm-{options.layers}-layers/{processes}x{options.tokens}"
             print(f"{case}: {rate:,.0f} tokens/s a GPU, {peak:.1f} GiB, gradient errors {errors}", flush=True)

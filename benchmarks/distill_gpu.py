@@ -19,7 +19,7 @@ from torch import nn
 from transformers import ArceeConfig, ArceeForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import eager_seconds, keep, row, write
+from common import AFM, eager_seconds, keep, row, write
 
 from deltify.config import Stage
 from deltify.conversion.student import layer_kinds, model_class, student_config
@@ -47,11 +47,8 @@ SMOLLM2 = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
 )  # fmt: skip
-AFM = ArceeConfig(
-    vocab_size=128004, hidden_size=2560, intermediate_size=18432, num_hidden_layers=36, num_attention_heads=20,
-    num_key_value_heads=4, head_dim=128, max_position_embeddings=65536, tie_word_embeddings=False,
-)  # fmt: skip
-SHAPES = {"smollm2-135m": (SMOLLM2, LlamaForCausalLM), "afm-4.5b": (AFM, ArceeForCausalLM)}
+AFM_CONFIG = ArceeConfig(**AFM, num_hidden_layers=36, max_position_embeddings=65536)
+SHAPES = {"smollm2-135m": (SMOLLM2, LlamaForCausalLM), "afm-4.5b": (AFM_CONFIG, ArceeForCausalLM)}
 # shape, stage, rows, tokens of a row, what else the stage says
 STEPS = [
     ("smollm2-135m", "match", 8, 2048, {}),

@@ -7,8 +7,6 @@ Run: python benchmarks/evaluate_gpu.py [--processes 2 4] [--run RUN] [options of
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import keep, row, write
+from common import keep, row, torchrun, write
 
 RECIPE = "smollm2-135m-kda"
 NEEDLES = "niah_single_1,niah_single_2,niah_multikey_1"
@@ -27,10 +25,8 @@ CHANGING = ("seconds", "command", "date")  # entries of results.json that differ
 
 def run(*arguments: object, processes: int = 1) -> float:
     """Run a command of deltify and return its wall seconds."""
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment, started = {**os.environ, "OMP_NUM_THREADS": "4"}, time.perf_counter()
-    command = [sys.executable, *start, "-m", "deltify.cli", *map(str, arguments)]
-    subprocess.run(command, check=True, env=environment)
+    started = time.perf_counter()
+    torchrun(processes, "-m", "deltify.cli", *arguments)
     return time.perf_counter() - started
 
 

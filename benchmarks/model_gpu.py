@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import ArceeConfig, ArceeForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import RESULTS, keep, row, write
+from common import AFM, RESULTS, keep, row, write
 
 from deltify.evaluation.plots import draw_decode_cost
 from deltify.inference.prefill import cache_bytes, prefill
@@ -31,8 +31,7 @@ PEER = "ArceeForCausalLM, SDPA"
 
 
 def make(kind: str):
-    shared = {"vocab_size": 128004, "hidden_size": 2560, "intermediate_size": 18432, "num_hidden_layers": 36}
-    shared |= {"num_attention_heads": 20, "num_key_value_heads": 4, "head_dim": 128, "tie_word_embeddings": False}
+    shared = AFM | {"num_hidden_layers": 36}
     torch.set_default_dtype(torch.bfloat16)
     torch.manual_seed(0)
     with torch.device("cuda"):

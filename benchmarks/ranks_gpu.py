@@ -8,9 +8,7 @@ Run: python benchmarks/ranks_gpu.py [--stages match] [--processes 4] [--field=va
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +16,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import keep, row, write
+from common import keep, row, torchrun, write
 
 from deltify.config import STAGES
 
@@ -39,11 +37,7 @@ def rate(folder: Path, stage: str, processes: int, how: str, extra: list[str]) -
     fields |= {f"{stage}.tokens": STEPS * batch * length, f"{stage}.batch_size": batch}
     fields |= {f"{stage}.sequence_length": length}
     flags = [f"--{field}={value}" for field, value in fields.items()] + extra
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "4"}
-    subprocess.run(
-        [sys.executable, *start, "-m", "deltify.cli", "distill", RECIPE, *flags], check=True, env=environment
-    )
+    torchrun(processes, "-m", "deltify.cli", "distill", RECIPE, *flags)
     lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
     return statistics.median([x["tokens_per_second"] for x in lines if "loss" in x][WARM:])
 

@@ -9,10 +9,7 @@ experiments/hybrid_layers.py.
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from deltify.evaluation.plots import COLORS, open_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {
@@ -26,17 +23,16 @@ RUNS = {
 
 def main() -> None:
     runs = json.loads((ROOT / "experiments/results/retrieval-layers.json").read_text())
-    figure, axes = plt.subplots(figsize=(8, 4.2))
-    for number, (name, label) in enumerate(RUNS.items()):
+    figure, ((axes,),) = open_figure(1, 1, 8, 4.2)
+    for color, (name, label) in zip(COLORS, RUNS.items()):
         for seed, line in ((0, "-"), (1, "--")):
             rows = runs.get(f"{name}-seed{seed}", [])
             million = [row["tokens"] / 1e6 for row in rows]
-            style = {"color": f"C{number}", "linestyle": line, "marker": "o", "markersize": 3}
+            style = {"color": color, "linestyle": line, "marker": "o", "markersize": 3}
             axes.plot(million, [row["recall"] for row in rows], label=None if seed else label, **style)
     axes.set(xlabel="training tokens, millions", ylabel="recall, nats per token")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
-    figure.set_layout_engine("constrained")
     figure.savefig(ROOT / "docs/assets/recall-curves.png", dpi=140)
 
 

@@ -1,6 +1,9 @@
-"""Run a function in several processes on a CPU that form a process group."""
+"""Run a function or a program in several processes on a CPU that form a process group."""
 
 import multiprocessing
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -8,6 +11,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+def run_under_torchrun(program: str, *arguments: object) -> str:
+    """Run a program of this folder in two processes, and return what they print."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*start, str(Path(__file__).parent / program), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def run_in_processes(function: Callable, ranks: int, folder: Path, *arguments: Any) -> list[Any]:

@@ -1,6 +1,6 @@
-"""What tests run in several processes, by processes.py or, as a program, under torchrun:
+"""Functions that tests run in several processes, see processes.py. As a program, this file runs a recipe:
 
-ranks.py RECIPE [--resume] [--stop]     a run; --stop ends it after one step
+ranks.py RECIPE [--resume] [--stop]     --stop ends the run after one step
 """
 
 import os

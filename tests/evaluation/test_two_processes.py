@@ -1,18 +1,16 @@
 """Two processes under torchrun share an evaluation, and its files are those of one process."""
 
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from helpers import tiny_recipe
 from measures import measure
+from processes import run_under_torchrun
 
 from deltify import distill, evaluate
 from deltify.cli import main
@@ -96,19 +94,15 @@ def test_files_are_those_of_one_process_and_resume_on_any_number(run, data, tmp_
     one, two = tmp_path / "by_one", tmp_path / "by_two"
     tokens = measure(run, data, one)
     of_one = halve(one, tmp_path / "of_one")
-    script = [str(Path(__file__).parents[1] / "measures.py"), *map(str, (run, data, two, of_one))]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *torchrun, *script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = run_under_torchrun("measures.py", run, data, two, of_one)
     for name in FILES:
         assert (two / name).read_bytes() == (one / name).read_bytes(), name
     assert {path.name for path in two.rglob("*")} == {path.name for path in one.rglob("*")}
     assert results(two) == results(one)
     assert len(read_jsonl(two / "own.jsonl")) == 10
-    shares = [int(share) for share in re.findall(r"by_two (\d+)", done.stdout)]
+    shares = [int(share) for share in re.findall(r"by_two (\d+)", printed)]
     assert len(shares) == 2 and all(0.3 * tokens < share < 0.7 * tokens for share in shares)
-    assert done.stdout.count("match: niah_single_1 at 600 tokens") == 2  # the first process prints, in both evaluations
+    assert printed.count("match: niah_single_1 at 600 tokens") == 2  # the first process prints, in both evaluations
 
     is_resumed(one, of_one)
     of_two = halve(two, tmp_path / "of_two")

@@ -34,9 +34,10 @@ for folder in {folders!r}:
     "block, origin, kinds",
     [
         ("sys.modules['deltify'] = None", "transformers_modules.", {"llama": "KKSF", "arcee": "none"}),
-        ("", "deltify.", {"llama": "KKSF"}),
+        ("", "deltify.ops.dispatch", {"llama": "KKSF"}),
+        ("", "deltify.ops.dispatch", {"arcee": "none"}),
     ],
-    ids=["without", "with"],
+    ids=["without", "with-llama", "with-arcee"],
 )
 def test_saved_folders_load_with_their_own_code(tmp_path, block, origin, kinds):
     students, folders = [], [str(tmp_path / architecture) for architecture in kinds]

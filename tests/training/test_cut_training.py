@@ -26,14 +26,19 @@ pytestmark = pytest.mark.slow
 STAGE = Stage(ce_weight=0.3, hidden_state_weight=0.2)
 
 
+def two_rows() -> Batch:
+    """Return a row of one document and a row of two."""
+    positions = torch.stack([torch.arange(16), torch.arange(16) - torch.tensor([0] * 7 + [7] * 9)])
+    return Batch(torch.randint(0, 250, (2, 16)), positions)
+
+
 def losses_and_gradients(row_group: dist.ProcessGroup | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the losses and gradients of a match step, beyond the teacher's context window, as means over ranks."""
     torch.manual_seed(0)
     teacher = random_teacher("llama")
     student = convert(teacher, full_attention_layers="3:1", init="library").double().requires_grad_(True)
     teacher.model.double().config.max_position_embeddings = 10
-    positions = torch.stack([torch.arange(16), torch.arange(16) - torch.tensor([0] * 7 + [7] * 9)])
-    batch = Batch(torch.randint(0, 250, (2, 16)), positions)
+    batch = two_rows()
     losses = match_step(LiveTeacher(teacher), student, batch, STAGE, 1.0, row_group=row_group)
     gradients = {name: distributed.all_reduce_mean(p.grad) for name, p in student.named_parameters()}
     return {name: distributed.all_reduce_mean(loss) for name, loss in losses.items()}, gradients
@@ -70,8 +75,7 @@ def teacher_states(case: str, row_group: dist.ProcessGroup | None) -> tuple[bool
     torch.manual_seed(0)
     live = LiveTeacher(random_teacher(architecture, **facts))
     live.model.double()
-    positions = torch.stack([torch.arange(16), torch.arange(16) - torch.tensor([0] * 7 + [7] * 9)])
-    batch = Batch(torch.randint(0, 250, (2, 16)), positions)
+    batch = two_rows()
     with torch.no_grad():
         states = [*live.layer_states(batch, row_group), live.hidden_states(batch, row_group)]
     return live.can_be_cut, [x.unflatten(0, (2, -1)) for x in states]

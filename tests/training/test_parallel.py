@@ -1,16 +1,13 @@
 """Two processes on a CPU give the results of one."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import small_model, small_tokenizer, tiny_recipe, write_gguf
-from processes import run_in_processes
+from processes import run_in_processes, run_under_torchrun
 from ranks import distill_first, steps
 from safetensors.torch import load_file
 
@@ -19,17 +16,6 @@ from deltify.config import Stage, TeacherSpec, write_recipe
 from deltify.training import distributed
 
 pytestmark = pytest.mark.slow
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-
-
-def run(*arguments: object, **environment: str) -> str:
-    """Run ranks.py in two processes under torchrun, and return what they print."""
-    script = [str(Path(__file__).parents[1] / "ranks.py"), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, *TORCHRUN, *script]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +51,13 @@ def test_gradients_and_weights_after_ten_steps_are_those_of_one_process(stage, p
 def test_a_run_resumes_from_two_processes_on_one_and_back(tmp_path):
     recipe = tiny_recipe(tmp_path / "broken")
     write_recipe(recipe, tmp_path / "recipe.yaml")
-    said = run(tmp_path / "recipe.yaml", "--stop")
+    said = run_under_torchrun("ranks.py", tmp_path / "recipe.yaml", "--stop")
     assert said.count("stopped by --max-minutes after 64 tokens") == 1  # printed by the first process only
     assert "2 processes: each has the whole models" in said
     distill(recipe, resume=True, max_minutes=0)  # in this process; it ends after one step
     shard = replace(recipe, run=replace(recipe.run, data_parallel="shard"))
     write_recipe(shard, tmp_path / "recipe.yaml")
-    said = run(tmp_path / "recipe.yaml", "--resume")
+    said = run_under_torchrun("ranks.py", tmp_path / "recipe.yaml", "--resume")
     assert "resuming from step 2" in said and "2 processes: each has a shard" in said
     assert "samples are not written while the models are sharded" in said
     sampled = {json.loads(line)["stage"] for line in (recipe.folder / "samples.jsonl").read_text().splitlines()}
@@ -125,13 +111,9 @@ def test_a_batch_that_two_processes_cannot_share_is_named(tmp_path, monkeypatch)
         distill(tiny_recipe(tmp_path, align=Stage(3 * 32, 32, 3)))
 
 
-def test_a_process_group_of_the_launcher_is_used_and_left_to_it(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        run = distill(tiny_recipe(tmp_path))
-        assert torch.distributed.is_initialized() and (run / "match" / "model.safetensors").exists()
-    finally:
-        torch.distributed.destroy_process_group()
+def test_a_process_group_of_the_launcher_is_used_and_left_to_it(tmp_path, alone):
+    run = distill(tiny_recipe(tmp_path))
+    assert torch.distributed.is_initialized() and (run / "match" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("local_rank, visible, index", [("2", 4, 2), ("2", 1, 0), (None, 4, 0)])

@@ -24,7 +24,7 @@ class DeltifyConfig(PreTrainedConfig):
         attention_bias: Whether q, k and v projections of attention layers have biases.
         attention_out_bias: Whether output projections have biases, in all layers.
         kda_bias: Whether q, k and v projections of KDA layers have biases. vLLM, llama.cpp and MLX support none.
-        gate_bias: Whether the output gate of KDA layers has a bias. Other runtimes support none.
+        gate_bias: Whether the output gate of KDA layers has a bias. vLLM, llama.cpp and MLX support none.
         qk_norm: Whether attention layers normalise q and k of each head by RMSNorm. KDA layers use L2 norms instead.
         layer_types: Kind of each layer: "linear_attention" (KDA), "full_attention" or "sliding_attention" (the last
             tokens and a document's first ones, its sinks). Defaults to KDA in all layers.

@@ -285,7 +285,7 @@ def files(recipe: Recipe, student: DeltifyForCausalLM, plans: list[StagePlan]) -
         table[f"{recipe.folder / name}/"] = f"{gib(model)}, a Hugging Face folder"
     largest = max(p.bytes["moments"] for p in plans)
     kept = recipe.run.keep_checkpoints + 1
-    table[f"{recipe.folder}/checkpoints/"] = f"up to {gib(kept * (model + largest))} during a stage: {kept}"
+    table[f"{recipe.folder}/checkpoints/"] = f"up to {gib(kept * (model + largest))}: {kept} during a stage"
     table[f"{recipe.folder}/"] = (
         "recipe.yaml, run.json, metrics.jsonl, samples.jsonl; results.json and report.html later"
     )

@@ -20,7 +20,6 @@ from typing import NoReturn, cast
 
 import torch
 import torch.distributed as dist
-from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config import Stage
 from ..data.batches import Batch, MixedBatches
-from ..utils.console import console
+from ..utils.console import with_progress
 from ..utils.files import write_text
 from .losses import linear_kl
 from .steps import segment
@@ -78,8 +77,7 @@ def capture(
     writer, kl, heldout_tokens = ShardWriter(folder), 0.0, 0
     batches = chain(((True, batch) for batch in heldout), ((False, batch) for batch in training_batches(mixes)))
     total = len(heldout) + sum(stage.steps * (stage.batch_size // micro_rows(stage)) for stage, _ in mixes.values())
-    silent = not console.is_terminal
-    for is_heldout, batch in track(batches, "capture", total, console=console, transient=True, disable=silent):
+    for is_heldout, batch in with_progress(batches, "capture", total):
         keys = [sequence_key(ids, positions) for ids, positions in zip(batch.input_ids, batch.position_ids)]
         if not is_heldout and writer.known.issuperset(keys):
             continue
