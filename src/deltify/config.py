@@ -78,7 +78,8 @@ class DataSpec:
 
     Args:
         train: Sources and their weights. A source is a file, a folder, python-docs, recall, recall:SOURCE or
-            sparse-recall:SOURCE (synthetic text that trains memory), or `hf:NAME[:CONFIG][:SPLIT]`.
+            sparse-recall:SOURCE (synthetic text that trains memory), chat:SOURCE (chats, with a loss on the answers
+            only), or `hf:NAME[:CONFIG][:SPLIT]`.
         heldout: Source of validation text. Defaults to one document in twenty of the training sources.
         folder: Folder for tokenized text, which is written at the first use.
         max_tokens: Largest number of training tokens of each source. Defaults to all.
