@@ -432,11 +432,16 @@ def smoke(recipe: Recipe) -> Recipe:
             stage, tokens=2 * 2 * 32, sequence_length=32, batch_size=2, micro_batch_size=0, data_weights=None
         )
 
+    layers = recipe.student.full_attention_layers
+    if str(layers).startswith("measured:"):
+        layers = "measured:1"  # the random teacher has four layers
     return replace(
         recipe,
         name=f"{recipe.name}-smoke",
         teacher=replace(recipe.teacher, model=f"random:{recipe.teacher.architecture}"),
-        student=replace(recipe.student, calibration_tokens=256, calibration_sequence_length=32),
+        student=replace(
+            recipe.student, full_attention_layers=layers, calibration_tokens=256, calibration_sequence_length=32
+        ),
         data=replace(recipe.data, train={"python-docs": 1.0}, heldout=None, max_tokens=20_000),
         run=replace(
             recipe.run,
