@@ -312,7 +312,7 @@ def card_table(results: dict, options: argparse.Namespace) -> str:
         teacher = of_task.get("teacher")
         cells = [score_cell(of_task.get(model), teacher) for model in ("teacher", *models)]
         items = next(iter(of_task.values()))["items"]
-        lines.append(f"| {task} | {items} | {' | '.join(cells)} | {AFM.get(task, '')} |")
+        lines.append(f"| {task} | {items} | {' | '.join(cells)} | {AFM.get(task.partition(',')[0], '')} |")
     return "\n".join(lines) + "\n"
 
 
