@@ -19,7 +19,8 @@ splits of the benchmarks. WinoGrande is measured if eval/ has winogrande_validat
 
 Each model has GPUs of its own, --gpus of them. Models wait if there are too few. What each program prints is in
 OUT/logs. Finished work is not repeated. Stopped work is resumed: answers by file, training by checkpoint, measures by
-item. --smoke does all of it on the CPU in small, to try the script with a tiny teacher.
+item. Where a command may run for ten minutes only, give `train` --max-minutes 8 and repeat it. --smoke does all of it on
+the CPU in small, to try the script with a tiny teacher.
 """
 
 import argparse
@@ -59,7 +60,7 @@ MODELS = {
     "hybrid": ("qwen2.5-1.5b-hybrid", OURS),
     "arcee": ("baselines/arcee", {"match": 0.875, "extend": 0.125}),
 }
-SHARD = 2500  # questions of a file of answers
+SHARD = 1000  # questions of a file of answers
 REQUESTS = (
     "Explain this passage to a student who reads about its subject for the first time.\n\n{}",
     "Summarize this passage in three sentences.\n\n{}",
@@ -154,8 +155,10 @@ def train(model: str, gpus: list[int], options: argparse.Namespace) -> None:
     path = options.out / "recipes" / f"{model}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_recipe(recipe, path)
-    resume = ["--resume"] if (recipe.folder / "recipe.yaml").exists() else []
-    run_deltify(["distill", path, *resume], gpus, options.out / "logs" / f"train-{model}.log")
+    more = ["--resume"] if (recipe.folder / "recipe.yaml").exists() else []
+    if options.max_minutes is not None:
+        more += ["--max-minutes", options.max_minutes]
+    run_deltify(["distill", path, *more], gpus, options.out / "logs" / f"train-{model}.log")
 
 
 def make_recipe(model: str, options: argparse.Namespace) -> Recipe:
@@ -406,6 +409,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=3,
         help="validations in the longest stage; the best so far is saved; 0: none but at its end (default: 3)",
     )
+    parser.add_argument("--max-minutes", type=float, help="minutes after which train saves and stops")
     parser.add_argument("--questions", type=int, default=7500, help="questions of each kind (default: 7500)")
     parser.add_argument("--batch", type=int, default=256, help="answers generated at a time (default: 256)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="parts of measure (default: all)")
