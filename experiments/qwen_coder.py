@@ -19,8 +19,8 @@ splits of the benchmarks. WinoGrande is measured if eval/ has winogrande_validat
 
 Each model has GPUs of its own, --gpus of them. Models wait if there are too few. What each program prints is in
 OUT/logs. Finished work is not repeated. Stopped work is resumed: answers by file, training by checkpoint, measures by
-item. Where a command may run for ten minutes only, give `train` --max-minutes 8 and repeat it. --smoke does all of it on
-the CPU in small, to try the script with a tiny teacher.
+item. Where a command may run for ten minutes only, give `train` --max-minutes 8 and repeat it. --smoke does all of it
+on the CPU in small, to try the script with a tiny teacher.
 """
 
 import argparse
