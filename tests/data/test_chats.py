@@ -179,6 +179,17 @@ def test_a_cut_between_training_and_held_out_text_cuts_the_mask_there(tmp_path):
         assert np.concatenate([getattr(part, name) for part in parts]).tolist() == getattr(whole, name).tolist()
 
 
+def test_one_side_goes_on_when_the_other_is_full(tmp_path):
+    tokenizer, source = chat_tokenizer(), write_chats(tmp_path / "chats.jsonl", 2000, 1)
+    options = {"max_tokens": 500, "heldout_tokens": 3000}  # training is full after the first ten chats
+    train, held = tokenize_split(Chats(source.removeprefix("chat:")), tokenizer, tmp_path / "split", **options)
+    questions = [f"user: What is {n} squared?\n" for n in range(2000)]
+    for file, part, limit in ((train, False, 500), (held, True, 3000)):
+        assert limit <= len(file) < limit + 100
+        numbers = [n for n, question in enumerate(questions) if held_out(question) == part][: len(file.bounds) - 1]
+        assert answers_in(file, tokenizer) == "".join(f"Answer 0: it is {n * n}.</s>" for n in numbers)
+
+
 def test_replaced_characters_and_limits_are_those_of_texts(tmp_path, capsys):
     tokenizer, path = chat_tokenizer(), tmp_path / "chats.jsonl"
     path.write_text(r'{"messages": [{"role": "user", "content": "a\ud83d"}, {"role": "assistant", "content": "b"}]}')
