@@ -171,7 +171,6 @@ KINDS = {"K": "linear_attention", "A": "full_attention", "S": "sliding_attention
 EXPORT_SHAPES = {  # arguments of random_student that show what an export must get right
     "pure": {"kinds": "KKK"},
     "pure, tied, 128": {"kinds": "KK", "head_dim": 128, "tie_word_embeddings": True},
-    "pure, more KDA heads": {"kinds": "KK", "num_kda_heads": 3},
     "hybrid": {"kinds": "KKA", "num_key_value_heads": 2},
     "hybrid, GQA, tied": {"kinds": "KAK", "tie_word_embeddings": True},
     "hybrid, GQA, 128": {"kinds": "KA", "head_dim": 128},

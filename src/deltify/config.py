@@ -55,10 +55,8 @@ class StudentSpec:
         calibration_sequence_length: Tokens per sequence of the calibration text.
         retrieval_heads: Number of heads that the calibrated initialisation gives a long memory: the heads of all layers
             that attend most to an earlier occurrence of the current tokens in the teacher.
-        memory_heads: Number of heads that each KDA layer has in addition to the teacher's. They are copies of those of
-            the layer that retrieve most, and start with a long memory. Needs a calibrated initialisation.
         center: Heads for which the calibrated initialisation subtracts the mean over tokens from queries and keys:
-            none, retrieval (those of retrieval_heads and memory_heads) or all.
+            none, retrieval (those of retrieval_heads) or all.
         gate_bias: Whether the output gate has a bias. Without it, the student runs in other runtimes.
     """
 
@@ -70,7 +68,6 @@ class StudentSpec:
     calibration_tokens: int = 8192
     calibration_sequence_length: int = 512
     retrieval_heads: int = 0
-    memory_heads: int = 0
     center: str = "none"
     gate_bias: bool = False
 
@@ -339,7 +336,6 @@ def one_of(choices: tuple[str, ...]) -> tuple[Callable[[object], bool], str]:
 # Rules of single fields, by dotted name; those of stages by the field's name.
 RULES = {
     "student.retrieval_heads": AT_LEAST_0,
-    "student.memory_heads": AT_LEAST_0,
     "student.center": one_of(CENTER),
     "data.train": (are_weights, "must name sources with positive weights"),
     "run.precision": one_of(PRECISIONS),

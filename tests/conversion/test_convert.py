@@ -457,37 +457,3 @@ def test_a_teachers_wrong_files_are_named(teacher, tmp_path):
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pickled weights"):
         load_teacher(str(tmp_path))
-
-
-def test_memory_heads_are_copies_of_heads_that_retrieve_and_start_with_a_memory_that_lasts(teacher, tmp_path):
-    torch.manual_seed(0)
-    part = torch.randint(0, 200, (2, 180))
-    rows = Batch(torch.cat([part, part], 1), torch.arange(360).expand(2, -1))
-    best = [layer.retrieval_H.argsort(descending=True)[:2].tolist() for layer in measure_attention(teacher, rows)]
-    start = {"init": "calibrated", "calibration": rows, "center": "none"}
-    plain, student = convert(teacher, **start), convert(teacher, memory_heads=2, **start)
-    heads, K = plain.config.num_attention_heads, plain.config.head_dim
-    assert (student.config.num_attention_heads, student.config.num_kda_heads) == (heads, heads + 2)
-    for layer, (ours, theirs) in enumerate(zip(student.model.layers, plain.model.layers)):
-        for name in ("q_proj", "k_proj", "v_proj"):
-            of_head = getattr(ours.self_attn, name).weight.unflatten(0, (-1, K))
-            torch.testing.assert_close(of_head[:heads], getattr(theirs.self_attn, name).weight.unflatten(0, (-1, K)))
-            assert torch.equal(of_head[heads:], of_head[best[layer]])
-        assert ours.self_attn.o_proj.weight[:, heads * K :].any()
-    assert torch.equal(half_lives(student)[:, :heads], half_lives(plain))
-    torch.testing.assert_close(half_lives(student)[:, heads:], torch.full((len(best), 2), 1e5), rtol=1e-3, atol=0)
-
-    student.save_pretrained(tmp_path)
-    again = type(student).from_pretrained(tmp_path)
-    with torch.no_grad():
-        whole = student(rows.input_ids[:, :40]).logits
-        past = again(rows.input_ids[:, :39], use_cache=True).past_key_values
-        step = again(rows.input_ids[:, 39:40], past_key_values=past, use_cache=True).logits
-    torch.testing.assert_close(step[:, 0], whole[:, -1], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize(("heads", "init"), [(-1, "calibrated"), (1, "library")])
-def test_memory_heads_are_refused_where_they_cannot_be_made(teacher, heads, init):
-    rows = Batch(torch.randint(0, 200, (1, 64)), torch.arange(64)[None])
-    with pytest.raises(ValueError, match=f"memory_heads={heads} with init='{init}'"):
-        convert(teacher, init=init, calibration=rows, memory_heads=heads)

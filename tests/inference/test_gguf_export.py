@@ -139,7 +139,6 @@ def test_the_one_eps_of_llama_cpp_is_that_of_o_norm(tmp_path):
         ({"use_rope": [False, False, True]}, "RoPE in attention layers"),
         ({"hidden_act": "relu2", "mlp_gated": False}, "an MLP without a gate, the activation relu2"),
         ({"gate_lower_bound": -5.0}, "a bounded gate"),
-        ({"num_kda_heads": 3}, "KDA layers with more heads than attention layers"),
     ],
 )
 def test_models_that_llama_cpp_cannot_run_are_refused(tmp_path, facts, message):

@@ -33,19 +33,6 @@ class HeadStatistics:
     def retrieval_H(self) -> Tensor:
         return self.copy_H + self.match_H
 
-    def select(self, heads: list[int]) -> "HeadStatistics":
-        """Return the statistics of these heads, in this order. A head may occur more than once."""
-        per_head = (self.distance_H[heads], self.copy_H[heads], self.match_H[heads])
-        return HeadStatistics(*per_head, self.received_NH[:, heads])
-
-    def with_memory(self, heads: int) -> list[int]:
-        """Return the teacher's head that each head of a KDA layer comes from.
-
-        First come all heads, then `heads` that retrieve most, which begin anew if there are more than heads.
-        """
-        best = self.retrieval_H.argsort(descending=True).tolist()
-        return [*range(len(best)), *(best[i % len(best)] for i in range(heads))]
-
 
 @torch.no_grad()
 def measure_attention(teacher: Teacher, batch: Batch) -> list[HeadStatistics]:

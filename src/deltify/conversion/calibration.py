@@ -53,7 +53,6 @@ def calibrate(
     student: DeltifyForCausalLM,
     batch: Batch,
     statistics: list[HeadStatistics],
-    heads_of: dict[int, list[int]],
     log: Callable[[str], None],
     *,
     constant: bool = False,
@@ -84,14 +83,12 @@ def calibrate(
         student: Student whose KDA layers are initialised in place.
         batch: Sequences of calibration text.
         statistics: What the teacher's heads attend to in `batch`, see `measure_attention`.
-        heads_of: For each layer, the teacher's head of each of the student's heads. Those beyond the teacher's number
-            start with a memory that lasts.
         log: Function that is called with each line of the summary.
         constant: Whether one channel of each head's values is made constant, see `add_constant`.
         retrieval_heads: Number of heads of the whole model that start with a memory that lasts.
         center: Heads whose queries and keys are centred: "none", "retrieval" (those heads) or "all".
     """
-    calibration = Calibration(teacher, student, batch, statistics, heads_of, constant, retrieval_heads, center)
+    calibration = Calibration(teacher, student, batch, statistics, constant, retrieval_heads, center)
     calibration.run()
     for line in calibration.summary():
         log(line)
@@ -111,13 +108,12 @@ class Calibration:
         student: DeltifyForCausalLM,
         batch: Batch,
         statistics: list[HeadStatistics],
-        heads_of: dict[int, list[int]],
         constant: bool,
         retrieval_heads: int,
         center: str,
     ):
         self.teacher, self.student, self.batch = teacher, student, batch.to(student.device)
-        self.statistics, self.heads_of, self.constant, self.center = statistics, heads_of, constant, center
+        self.statistics, self.constant, self.center = statistics, constant, center
         linear = [i for i, layer in enumerate(student.model.layers) if layer.linear]
         self.retrieval_heads = best_retrieval_heads(statistics, linear, retrieval_heads)
         self.rows = len(first_sequences(batch).input_ids)
@@ -152,9 +148,7 @@ class Calibration:
         mixer, x_BTD = layer.self_attn, kwargs["hidden_states"].float()
         x_ND = x_BTD.flatten(0, 1)
         constant_direction_D = constant_direction(x_ND)
-        heads = self.heads_of[index]
-        statistics = self.statistics[index].select(heads)
-        take_biases(mixer, attention, heads, constant_direction_D)
+        take_biases(mixer, attention, constant_direction_D)
         target_ND = output[0].float().flatten(0, 1)
         is_zero = is_silent(target_ND)
         if mixer.o_proj.bias is not None:
@@ -166,22 +160,21 @@ class Calibration:
         # matter, so equal ones serve.
         equal_H = silent["queries"] | silent["keys"] | (is_constant & ~is_silent(target_ND))
 
-        added = list(range(max(heads) + 1, len(heads)))  # heads that the teacher does not have
-        retrieving = self.retrieval_heads.get(index, []) + added
+        retrieving = self.retrieval_heads.get(index, [])
         centred = {"none": [], "retrieval": retrieving, "all": list(range(len(mixer.A_log)))}[self.center]
         center_projections(mixer, x_ND, centred, constant_direction_D)
-        heads_NHK = split_heads(self.captured.flatten(0, 1), mixer.head_dim)[:, heads]
+        heads_NHK = split_heads(self.captured.flatten(0, 1), mixer.head_dim)
         fit_output_gate(mixer, x_ND, heads_NHK, constant_direction_D)
         weigh_equally(mixer, equal_H, constant_direction_D)
         if self.constant:
             add_constant(mixer, x_ND, constant_direction_D)
-        distance_H = statistics.distance_H.masked_fill(silent["values"], 0)
+        distance_H = self.statistics[index].distance_H.masked_fill(silent["values"], 0)
         parts = list(zip(x_BTD.split(self.rows), self.batch.position_ids.split(self.rows)))
         x_part, positions_part = parts[0]
         choice_inputs = (constant_direction_D, distance_H, heads_NHK[: positions_part.numel()])
         choice = choose_memory(mixer, x_part, positions_part, *choice_inputs)
         self.chosen.update(memory for head, memory in enumerate(choice) if head not in retrieving)
-        set_retrieval(mixer, retrieving, statistics, x_ND, constant_direction_D)
+        set_retrieval(mixer, retrieving, self.statistics[index], x_ND, constant_direction_D)
 
         lags = [0 if head in retrieving else lag for head, (_, _, lag) in enumerate(choice)]
         lag_H = torch.tensor(lags, device=x_ND.device)
@@ -275,15 +268,14 @@ def fold_bias(projection: nn.Linear, bias_C: Tensor, constant_direction_D: Tenso
     projection.weight.add_(torch.outer(bias_C, constant_direction_D).to(projection.weight.dtype))
 
 
-def take_biases(mixer: DeltifyKDA, attention: TeacherAttention, heads: list[int], constant_direction_D: Tensor) -> None:
-    """Fold the biases of q, k and v of these heads of the teacher into the weights of a KDA layer without biases."""
-    query_heads = max(heads) + 1  # all heads of the teacher are among `heads`
+def take_biases(mixer: DeltifyKDA, attention: TeacherAttention, constant_direction_D: Tensor) -> None:
+    """Fold the teacher's biases of q, k and v into the weights of a KDA layer without biases."""
     for projection, source in zip(
         (mixer.q_proj, mixer.k_proj, mixer.v_proj), (attention.q_proj, attention.k_proj, attention.v_proj)
     ):
         if source.bias is not None and projection.bias is None:
-            bias_HK = repeat_heads(source.bias.float(), query_heads, mixer.head_dim).view(query_heads, -1)
-            fold_bias(projection, bias_HK[heads].flatten(), constant_direction_D)
+            bias = repeat_heads(source.bias.float(), len(mixer.A_log), mixer.head_dim)
+            fold_bias(projection, bias, constant_direction_D)
 
 
 def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor, constant_direction_D: Tensor) -> None:

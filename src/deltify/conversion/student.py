@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import CENTER
 from ..data.batches import Batch
@@ -87,7 +86,6 @@ def student_config(
     sinks: int,
     gate_bias: bool = False,
     fold_biases: bool = True,
-    memory_heads: int = 0,
 ) -> DeltifyConfig:
     """Return the student's configuration: the teacher's architecture, with layers of these kinds.
 
@@ -99,7 +97,6 @@ def student_config(
         sinks: Number of first tokens that sliding layers always see.
         gate_bias: Whether the output gate of KDA layers has a bias.
         fold_biases: Whether KDA layers have no biases of q, k and v, even if the teacher has.
-        memory_heads: Number of heads that KDA layers have in addition to the teacher's.
 
     Raises:
         ValueError: If a layer that stays full attention has a sliding window in the teacher.
@@ -120,7 +117,6 @@ def student_config(
         kda_bias=bool(facts["attention_bias"]) and not fold_biases,
         gate_bias=gate_bias,
         o_norm_eps=O_NORM_EPS,
-        num_kda_heads=config.num_attention_heads + memory_heads,
         head_dim=head_width(config),
         layer_types=kinds,
         use_rope=[rotates[kind] and rope[i] for i, kind in enumerate(kinds)],
@@ -199,7 +195,6 @@ def convert(
     init: str = "calibrated",
     calibration: Batch | None = None,
     retrieval_heads: int = 0,
-    memory_heads: int = 0,
     center: str = "none",
     gate_bias: bool = False,
     seed: int = 0,
@@ -219,10 +214,8 @@ def convert(
         calibration: Sequences of text, a few thousand tokens. Calibrated initialisations need them.
         retrieval_heads: Number of heads that start with a long memory: the heads of all layers that attend most to an
             earlier occurrence of the current tokens in the teacher. Calibrated initialisations only.
-        memory_heads: Number of heads that each KDA layer has in addition to the teacher's. They are copies of those of
-            the layer that retrieve most, and start with a long memory. Calibrated initialisations only.
-        center: Heads for which the mean over tokens is subtracted from queries and keys: "none", "retrieval" (the
-            heads with a long memory) or "all". Calibrated initialisations only.
+        center: Heads for which the mean over tokens is subtracted from queries and keys: "none", "retrieval" (those
+            heads) or "all". Calibrated initialisations only.
         gate_bias: Whether the output gate has a bias, as in AFM-4.5B-Base-KDA-Only and fla. Without it, other runtimes
             can run the student, see `export`. Calibrated initialisations then make one channel of the gate constant.
             They fold the teacher's biases of q, k and v into the weights, too.
@@ -244,30 +237,23 @@ def convert(
         raise ValueError(
             f"retrieval_heads={retrieval_heads}; this teacher has {layers * heads} heads. Choose 0 to that number"
         )
-    if memory_heads < 0 or (memory_heads and not is_calibrated):
-        raise ValueError(
-            f"memory_heads={memory_heads} with init={init!r}; it must be at least 0, and above 0 needs a calibrated "
-            "initialisation. Choose init='calibrated'"
-        )
     is_measured = measured_layers(full_attention_layers) is not None
     if is_measured and calibration is None:
         raise ValueError(f"full_attention_layers={full_attention_layers!r} needs calibration text. Give it")
     statistics = None
     if calibration is not None and (is_measured or is_calibrated):
-        sample = calibration if is_measured or retrieval_heads or memory_heads else first_sequences(calibration)
+        sample = calibration if is_measured or retrieval_heads else first_sequences(calibration)
         statistics = measure_attention(teacher, sample.to(teacher.model.device))
     kinds = layer_kinds(full_attention_layers, layers, statistics)
     if is_measured:
         log(f"attention layers, which retrieve most: {[i for i, kind in enumerate(kinds) if kind == 'full_attention']}")
     attention = {"keep_rope": keep_rope, "window": sliding_window, "sinks": sink_tokens}
-    kda = {"gate_bias": gate_bias, "fold_biases": is_calibrated, "memory_heads": memory_heads}
-    config = student_config(teacher, kinds, **attention, **kda)
+    config = student_config(teacher, kinds, **attention, gate_bias=gate_bias, fold_biases=is_calibrated)
     device = teacher.model.device
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         student = model_class(config)(config).float()
-    heads_of = {i: s.with_memory(memory_heads) for i, s in enumerate(statistics or [])}
-    copy_weights(teacher, student, heads_of if memory_heads else {})
+    copy_weights(teacher, student)
     student.to(device)  # pyrefly: ignore[bad-argument-type]  # transformers' decorator hides the method's type
     mixers = [layer.self_attn for layer in student.model.layers if layer.linear]
     if init == "arcee":
@@ -283,7 +269,7 @@ def convert(
         assert calibration is not None and statistics is not None
         constant = init == "calibrated-constant"
         start = {"constant": constant, "retrieval_heads": retrieval_heads, "center": center}
-        calibrate(teacher, student, calibration, statistics, heads_of, log, **start)
+        calibrate(teacher, student, calibration, statistics, log, **start)
     student.generation_config, dropped = supported_settings(teacher.model.generation_config)
     if dropped:
         log(f"the teacher's generation settings {', '.join(dropped)} are dropped: a student does not support them")
@@ -298,14 +284,8 @@ def model_class(config: DeltifyConfig) -> type[DeltifyForCausalLM]:
 
 
 @torch.no_grad()
-def copy_weights(teacher: Teacher, student: DeltifyForCausalLM, heads_of: dict[int, list[int]]) -> None:
+def copy_weights(teacher: Teacher, student: DeltifyForCausalLM) -> None:
     """Copy all of the student's tensors that come from the teacher.
-
-    Args:
-        teacher: Teacher to copy from.
-        student: Student, changed in place.
-        heads_of: For each KDA layer, the teacher's head of each of its heads. Empty if they are the teacher's heads.
-            Then the output projection has no weights for further heads.
 
     Raises:
         ValueError: If the teacher lacks a tensor, or has it in another shape.
@@ -321,21 +301,9 @@ def copy_weights(teacher: Teacher, student: DeltifyForCausalLM, heads_of: dict[i
         value = source[name]
         if origin.rule == "repeat":
             value = repeat_heads(value, config.num_attention_heads, config.head_dim)
-        if heads_of and origin in KDA_ORIGINS:
-            value = take_heads(value, heads_of[int(name.split(".")[2])], config.head_dim, origin)
         if value.shape != target.shape:
             raise ValueError(f"{name} is {tuple(value.shape)} in the teacher, {tuple(target.shape)} in the student")
         target.copy_(value)
-
-
-def take_heads(value: Tensor, heads: list[int], head_dim: int, origin: Origin) -> Tensor:
-    """Return a tensor of a KDA layer for these heads of the teacher, of which the first are all of them.
-
-    `o_proj` gets zeros for the further ones.
-    """
-    if origin.pattern != "o_proj":
-        return value.unflatten(0, (-1, head_dim))[heads].flatten(0, 1)
-    return F.pad(value, (0, len(heads) * head_dim - value.shape[1])) if value.dim() == 2 else value
 
 
 def origins(student: DeltifyForCausalLM, init: str) -> list[str]:

@@ -53,7 +53,7 @@ def layer_state_bytes(student: DeltifyForCausalLM, element_bytes: int = 2) -> in
     """
     config = student.config
     assert config.head_dim is not None  # the configuration fills it in
-    inner = config.num_kda_heads * config.head_dim
+    inner = config.num_attention_heads * config.head_dim
     return 4 * inner * config.head_dim + element_bytes * 3 * inner * (config.conv_size - 1)
 
 

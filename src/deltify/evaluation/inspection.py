@@ -189,8 +189,7 @@ def head_rows(measured: dict[int, dict[str, Tensor]], statistics: list[HeadStati
             of_layer = of_layer | teacher
         lists = {name: x.tolist() for name, x in of_layer.items()}
         for head in range(len(lists["half_life"])):
-            # a layer may have more heads than the teacher's, see StudentSpec.memory_heads
-            values = {name: lists[name][head] if head < len(lists.get(name, [])) else math.nan for name in FIELDS}
+            values = {name: lists[name][head] if name in lists else math.nan for name in FIELDS}
             known = {name: None if math.isnan(value) else value for name, value in values.items()}
             rows.append({"layer": layer, "head": head, **known})
     return rows

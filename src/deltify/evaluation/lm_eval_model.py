@@ -79,7 +79,7 @@ def lm_for(
 def recurrent_state_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of one sequence's recurrent states in all layers, without the small convolution states."""
     config = model.config
-    return 4 * config.num_hidden_layers * config.num_kda_heads * config.head_dim**2
+    return 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim**2
 
 
 @contextlib.contextmanager

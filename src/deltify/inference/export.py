@@ -119,7 +119,7 @@ def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, fol
     config = {
         "model_type": "kda",
         "architectures": ["KDAForCausalLM"],
-        "num_heads": c.num_kda_heads,
+        "num_heads": c.num_attention_heads,
         "norm_eps": o_norm_eps(model),
         "hidden_act": "swish",
         "safe_gate": c.gate_lower_bound is not None,

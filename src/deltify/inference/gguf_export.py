@@ -18,16 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..conversion.gguf_files import SPECIAL_TOKENS, SPLITS, name_split
 from ..conversion.vocabulary import fit_tokenizer
 from ..model import DeltifyForCausalLM
-from .kimi_linear import (
-    LatentSizes,
-    attention_heads,
-    deviations,
-    identity,
-    native_config,
-    native_tensors,
-    refusals,
-    refuse,
-)
+from .kimi_linear import LatentSizes, deviations, identity, native_config, native_tensors, refusals, refuse
 
 ARCHITECTURE = gguf.MODEL_ARCH.KIMI_LINEAR
 # types of the weights of matrix products, and the file types that name them
@@ -60,10 +51,8 @@ def write_gguf(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown. Choose one of {list(DTYPES)}.")
-    c = model.config
-    differs = attention_heads(c) != c.num_kda_heads
-    refuse("gguf", refusals(model) + ["KDA layers with more heads than attention layers"] * differs)
-    weights_type, file_type = DTYPES[dtype]
+    refuse("gguf", refusals(model))
+    c, (weights_type, file_type) = model.config, DTYPES[dtype]
     kinds = c.layer_types
     added = "full_attention" not in kinds
     tensors, config = native_tensors(model, identity_layer=False), native_config(model, identity_layer=added)

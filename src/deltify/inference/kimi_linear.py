@@ -162,8 +162,7 @@ def native_config(model: DeltifyForCausalLM, identity_layer: bool) -> dict:
         "dtype": str(model.dtype).removeprefix("torch."),
         **{name: getattr(c, name) for name in SAME_IN_CONFIG},
         "num_hidden_layers": len(kinds),
-        "num_attention_heads": attention_heads(c),
-        "num_key_value_heads": attention_heads(c),
+        "num_key_value_heads": c.num_attention_heads,
         "model_max_length": c.max_position_embeddings,
         "hidden_act": "silu",
         "rms_norm_eps": o_norm_eps(model),
@@ -175,7 +174,7 @@ def native_config(model: DeltifyForCausalLM, identity_layer: bool) -> dict:
         **NO_EXPERTS,
         "first_k_dense_replace": len(kinds),
         "linear_attn_config": {
-            "num_heads": c.num_kda_heads,
+            "num_heads": c.num_attention_heads,
             "head_dim": c.head_dim,
             "short_conv_kernel_size": c.conv_size,
             "kda_layers": kda,
@@ -184,14 +183,6 @@ def native_config(model: DeltifyForCausalLM, identity_layer: bool) -> dict:
         "layer_types": kinds,
         "mlp_layer_types": ["dense"] * len(kinds),
     }
-
-
-def attention_heads(c: DeltifyConfig) -> int:
-    """Return the number of heads of attention layers, and of the identity layer of a model without them.
-
-    An identity layer has as many as KDA layers have, because llama.cpp reads one number for both.
-    """
-    return c.num_attention_heads if "full_attention" in c.layer_types else c.num_kda_heads
 
 
 def deviations(model: DeltifyForCausalLM) -> list[str]:
@@ -246,8 +237,7 @@ def read_kimi_linear(folder: Path) -> DeltifyForCausalLM:
     facts: dict[str, Any] = {
         "num_hidden_layers": len(kinds),
         "layer_types": kinds,
-        "num_kda_heads": linear["num_heads"],
-        "num_attention_heads": config.get("num_attention_heads", linear["num_heads"]),
+        "num_attention_heads": linear["num_heads"],
         "head_dim": linear["head_dim"],
         "conv_size": linear["short_conv_kernel_size"],
         "max_position_embeddings": config.get("max_position_embeddings", config.get("model_max_length")),
@@ -420,7 +410,7 @@ def equal_up_to_rounding(a: Tensor, b: Tensor) -> bool:
 
 def identity(c: DeltifyConfig, sizes: LatentSizes) -> dict[str, Tensor]:
     """Return the tensors of a layer whose attention and MLP are zero."""
-    H, D, F = attention_heads(c), c.hidden_size, c.intermediate_size
+    H, D, F = c.num_attention_heads, c.hidden_size, c.intermediate_size
     R, nope, rope, v = sizes
     ones = {"input_layernorm": (D,), "post_attention_layernorm": (D,), "self_attn.kv_a_layernorm": (R,)}
     zeros = {

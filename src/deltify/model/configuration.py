@@ -18,8 +18,7 @@ class DeltifyConfig(PreTrainedConfig):
 
     Args:
         head_dim: Width K = V of a head, in all layers.
-        num_attention_heads: Number of query heads of attention layers.
-        num_kda_heads: Number of heads of KDA layers. Defaults to `num_attention_heads`.
+        num_attention_heads: Number of heads of KDA layers, and of query heads of attention layers.
         num_key_value_heads: Number of key/value heads of attention layers. KDA layers have one per head.
         mlp_gated: Whether the MLP is down(act(gate(x)) * up(x)) instead of down(act(up(x))).
         attention_bias: Whether q, k and v projections of attention layers have biases.
@@ -46,7 +45,6 @@ class DeltifyConfig(PreTrainedConfig):
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
     num_key_value_heads: int = UNSET
-    num_kda_heads: int = UNSET
     head_dim: int = UNSET
     hidden_act: str = "silu"
     mlp_gated: bool = True
@@ -78,7 +76,6 @@ class DeltifyConfig(PreTrainedConfig):
         defaults = {
             "head_dim": self.hidden_size // self.num_attention_heads,
             "num_key_value_heads": self.num_attention_heads,
-            "num_kda_heads": self.num_attention_heads,
             "o_norm_eps": self.rms_norm_eps,
             "layer_types": ["linear_attention"] * self.num_hidden_layers,
             "use_rope": [False] * self.num_hidden_layers,

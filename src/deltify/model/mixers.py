@@ -235,7 +235,7 @@ class DeltifyKDA(nn.Module):
 
     def __init__(self, config: DeltifyConfig, layer_idx: int):
         super().__init__()
-        width, heads, head = config.hidden_size, config.num_kda_heads, config.head_dim
+        width, heads, head = config.hidden_size, config.num_attention_heads, config.head_dim
         self.layer_idx, self.head_dim, self.lower_bound = layer_idx, head, config.gate_lower_bound
         inner = heads * head
         self.q_proj = nn.Linear(width, inner, bias=config.kda_bias)

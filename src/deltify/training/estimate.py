@@ -148,7 +148,6 @@ def skeletons(recipe: Recipe) -> tuple[Teacher, DeltifyForCausalLM]:
         sinks=spec.sink_tokens,
         gate_bias=spec.gate_bias,
         fold_biases=spec.init.startswith("calibrated"),
-        memory_heads=spec.memory_heads,
     )
     with torch.device("meta"):
         return teacher, model_class(config)(config)
@@ -237,7 +236,7 @@ def attention_flops(student: DeltifyForCausalLM, length: int, name: str) -> floa
     """
     config = student.config
     assert config.head_dim is not None  # the configuration fills it in
-    # attention layers and heads of the teacher have the same number and width
+    # layers and heads of the teacher have the same number and width
     layer = ATTENTION_FACTOR * 4 * length * config.num_attention_heads * config.head_dim
     kept = sum(layer.kind == "full_attention" for layer in student.model.layers) if name != "align" else 0
     return layer * (config.num_hidden_layers + 1.5 * kept)
@@ -252,13 +251,12 @@ def activation_bytes(name: str, stage: Stage, student: DeltifyForCausalLM) -> in
     """Return the bytes that a token keeps for the backward pass, in all layers that are alive at once."""
     config = student.config
     assert config.head_dim is not None
-    D, K = config.hidden_size, config.head_dim
+    D, inner = config.hidden_size, config.num_attention_heads * config.head_dim
     mlp = 2 * (4 if config.mlp_gated else 3) * config.intermediate_size
-    mixer = {True: 21 * config.num_kda_heads * K, False: 12 * config.num_attention_heads * K}
-    mixers = [mixer[layer.linear] for layer in student.model.layers]
+    mixers = [(21 if layer.linear else 12) * inner for layer in student.model.layers]
     if name == "align":  # one layer's graph, and the teacher's forward pass
         return max(mixers) + mlp + 8 * D
-    layers = [size + mlp + 16 * D for size in mixers]  # input and output of two norms of the float32 stream
+    layers = [mixer + mlp + 16 * D for mixer in mixers]  # input and output of two norms of the float32 stream
     return 4 * D * len(layers) + max(layers) if stage.activation_checkpointing else sum(layers)
 
 
@@ -267,7 +265,7 @@ def workspace_bytes(student: DeltifyForCausalLM, tokens: int) -> int:
     K = student.config.head_dim
     assert K is not None
     per_token_head = 2 * 3 * K + 2 * 2 * 64 + 2 * 2 * K * K // 64 + 2 * 4 * 64 + 4 * K + 2 * K
-    return min(BACKWARD_TOKEN_HEADS, tokens * student.config.num_kda_heads) * per_token_head
+    return min(BACKWARD_TOKEN_HEADS, tokens * student.config.num_attention_heads) * per_token_head
 
 
 def loss_bytes(W: int, D: int, tokens: int) -> int:

@@ -324,7 +324,6 @@ def create_student(recipe: Recipe, teacher: Teacher, train: list[TokenFile]) -> 
         init=spec.init,
         calibration=mix.batch(0),
         retrieval_heads=spec.retrieval_heads,
-        memory_heads=spec.memory_heads,
         center=spec.center,
         gate_bias=spec.gate_bias,
         seed=recipe.seed,
