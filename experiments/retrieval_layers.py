@@ -1,10 +1,11 @@
-"""Where a KDA-only student loses what it read: runs that convert only some layers of SmolLM2-135M-Instruct.
+"""Where a student loses what it read, and what makes it remember: runs of SmolLM2-135M-Instruct.
 
     python experiments/retrieval_layers.py --train openstax.jsonl.zst changelog.jsonl.zst gutenberg-2.jsonl.zst \\
         --heldout heldout_dev.jsonl --seed 0 others retrieving
 
 Each run is a recipe of its own in --out, and its metrics.jsonl has the recall curve of each validation. Runs that are
-finished are not repeated. "halves" begins with a model that joins two others, named in JOINED. Needs a GPU.
+finished are not repeated. "halves" begins with a model that joins two others, named in JOINED. Runs whose name ends in
+"-4k", "-8k" or "-16k" continue another run in longer sequences. Needs a GPU.
 """
 
 import argparse
@@ -25,7 +26,7 @@ RETRIEVING = list(range(17, 25))  # layers of SmolLM2-135M-Instruct with 15 of i
 OTHERS = [layer for layer in range(30) if layer not in RETRIEVING]
 CENTRED = {"retrieval_heads": 20, "center": "all"}
 LONG_MEMORY = CENTRED | {"center": "retrieval"}
-TEXT, SPARSE = (0.4, 0.3, 0.3), 0.5  # weights of the three texts, and the fraction of sparse recall text
+TEXT = (0.4, 0.3, 0.3)  # weights of the three texts
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Run:
         match: Tokens of match.
         student: Fields of the student.
         in_match: Fields of match.
+        sparse: Fraction of sparse recall text.
+        every: Steps between validations.
     """
 
     attention: str | list[int]
@@ -45,9 +48,29 @@ class Run:
     match: int
     student: dict = field(default_factory=dict)
     in_match: dict = field(default_factory=dict)
+    sparse: float = 0.5
+    every: int = 244
+
+
+def longer(attention: str, start: str, sparse: float) -> dict[str, Run]:
+    """Return the runs that continue `start` in sequences of 4,096, 8,192 and 16,384 tokens."""
+    runs, previous = {}, start
+    for name, (tokens, length, batch, lr_mixers, lr_other, ce_weight) in LONGER.items():
+        stage = {"sequence_length": length, "batch_size": batch, "lr_mixers": lr_mixers, "lr_other": lr_other}
+        stage |= {"ce_weight": ce_weight}
+        runs[f"{start}-{name}"] = Run(attention, 0, tokens, {"init": previous}, stage, sparse, every=500)
+        previous = f"{start}-{name}"
+    return runs
 
 
 M = 1_000_000
+# millions of tokens, sequence length, batch size, learning rates of mixers and of other parameters, weight of
+# cross-entropy, which alone counts beyond the teacher's context window of 8,192 tokens
+LONGER = {
+    "4k": (32 * M, 4096, 2, 1e-3, 3e-4, 0.0),
+    "8k": (10 * M, 8192, 2, 3e-4, 1e-4, 0.0),
+    "16k": (8 * M, 16384, 1, 2e-4, 6e-5, 0.2),
+}
 MUON = {"optimizer": "muon", "lr_mixers": 2e-3, "lr_other": 6e-4}
 RUNS = {
     "align": Run("none", 4 * M, 0),
@@ -70,7 +93,13 @@ RUNS = {
     "half-retrieving": Run(OTHERS, 1 * M, 3 * M, LONG_MEMORY),
     "halves": Run("none", 0, 4 * M, {"init": "halves"}),
     "direct-long": Run("none", 0, 28 * M, {"init": "direct"}, {"sequence_length": 4096, "batch_size": 1}),
+    # heads beyond the teacher's, at the tokens of "direct"
+    "memory-3": Run("none", 2 * M, 8 * M, {"memory_heads": 3, "center": "retrieval"}),
+    "memory-9": Run("none", 2 * M, 8 * M, {"memory_heads": 9, "center": "retrieval"}),
+    "measured": Run("measured:4", 2 * M, 8 * M, sparse=0.25),
 }
+for run, sparse in (("direct", 0.4), ("memory-3", 0.4), ("memory-9", 0.4), ("measured", 0.25)):
+    RUNS |= longer(RUNS[run].attention, run, sparse)
 WHOLE = "direct"  # run whose configuration the joined model has
 # name: run that gives the layers RETRIEVING, and run that gives all other weights
 JOINED = {"halves": ("half-retrieving", "half-others")}
@@ -87,8 +116,8 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     if (start := run.student.get("init")) is not None:
         folder = joined_folder(options, start) if start in JOINED else run_folder(options, start) / "match"
         spec = dataclasses.replace(spec, init=str(folder))
-    weights = {text: (1 - SPARSE) * weight for text, weight in zip(options.train, TEXT)}
-    sparse = {f"sparse-recall:{text}": SPARSE / 2 for text in (options.train[0], options.train[2])}
+    weights = {text: (1 - run.sparse) * weight for text, weight in zip(options.train, TEXT)}
+    sparse = {f"sparse-recall:{text}": run.sparse / 2 for text in (options.train[0], options.train[2])}
     stage = Stage(sequence_length=2048, batch_size=2, lr_mixers=1e-3, lr_other=3e-4)
     return dataclasses.replace(
         recipe,
@@ -103,7 +132,11 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
         match=dataclasses.replace(stage, tokens=run.match, **run.in_match),
         extend=Stage(),
         run=dataclasses.replace(
-            recipe.run, heldout_tokens=98_304, heldout_sequence_length=2048, eval_every=244, save_every_minutes=60.0
+            recipe.run,
+            heldout_tokens=98_304,
+            heldout_sequence_length=2048,
+            eval_every=run.every,
+            save_every_minutes=60.0,
         ),
     )
 
