@@ -43,6 +43,7 @@ from deltify.config import STAGES, Recipe, load_recipe, write_recipe
 from deltify.data.sources import documents
 from deltify.evaluation.needles import TASKS as NEEDLES
 from deltify.evaluation.report import combine
+from deltify.training.checkpoint import is_finished
 
 # weights of sources in sequences of 2,048 tokens and, for our models, in longer ones; not tuned
 MIX = {
@@ -214,7 +215,13 @@ def named(weights: dict[str, float], options: argparse.Namespace) -> dict[str, f
 
 
 def measure(model: str, gpus: list[int], options: argparse.Namespace) -> None:
-    """Evaluate a model part by part. Each model begins with another part, so that it can copy the teacher's answers."""
+    """Evaluate a model part by part. Each model begins with another part, so that it can copy the teacher's answers.
+
+    Raises:
+        RuntimeError: If the model is not trained to its end. Its parts would not be measured again after more training.
+    """
+    if not options.unfinished and not is_finished(options.out / model / "extend"):
+        raise RuntimeError(f"{model} is not trained to its end. Run: train {model}. Or give --unfinished")
     chosen = options.parts or PARTS
     first = list(MODELS).index(model) * len(chosen) // len(MODELS) if model in MODELS else 0
     for part in (*chosen[first:], *chosen[:first]):
@@ -413,6 +420,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=7500, help="questions of each kind (default: 7500)")
     parser.add_argument("--batch", type=int, default=256, help="answers generated at a time (default: 256)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="parts of measure (default: all)")
+    parser.add_argument(
+        "--unfinished", action="store_true", help="measure models that are not trained to their end, too"
+    )
     parser.add_argument("--limit", type=int, help="items of each benchmark (default: see CHOICES)")
     parser.add_argument("--book-tokens", type=int, default=65536, help="tokens read of each of four books")
     parser.add_argument("--smoke", action="store_true", help="try the script in small on the CPU")

@@ -96,6 +96,10 @@ def test_a_small_run_answers_and_trains_and_goes_on(qwen_coder, text, tmp_path, 
     assert (tmp_path / "out" / "kda-only" / "extend" / "config.json").is_file()
     assert len(list((tmp_path / "data").rglob("loss_mask.bin"))) == 2
     qwen_coder.main(["train", "kda-only", *common])
+    with pytest.raises(
+        RuntimeError, match=r"hybrid is not trained to its end\. Run: train hybrid\. Or give --unfinished"
+    ):
+        qwen_coder.main(["measure", "hybrid", *common])
     with pytest.raises(SystemExit, match=r"nothing is measured in .*Run: measure kda-only hybrid arcee"):
         qwen_coder.main(["report", *common])
 
