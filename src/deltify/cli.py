@@ -456,7 +456,11 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sample.add_argument("--count", type=int, default=1024, help="number of documents (default: 1024)")
     sample.add_argument("--prompt-tokens", type=int, default=32, help="number of tokens of each prompt (default: 32)")
     chats = sample.add_argument_group("chats, instead of continued documents")
-    chats.add_argument("--chat", action="store_true", help="answer the messages of SOURCE, a JSON-lines file")
+    chats.add_argument(
+        "--chat",
+        action="store_true",
+        help="answer the messages of SOURCE, a JSON-lines file; chat:OUTPUT in data.train trains on the answers",
+    )
     chats.add_argument("--field", default="text", help="field of a line that is the message (default: text)")
     chats.add_argument("--samples", type=int, default=1, help="number of answers to each message (default: 1)")
     chats.add_argument(
@@ -465,7 +469,9 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
         help="keep only answers whose last number equals the last number of this field",
     )
     sample.add_argument("--length", type=int, default=512, help="largest number of tokens per document (default: 512)")
-    sample.add_argument("--batch", type=int, default=64, help="documents generated at a time (default: 64)")
+    sample.add_argument(
+        "--batch", type=int, default=64, help="documents generated at a time; more keep a GPU busier (default: 64)"
+    )
     sample.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: 1.0)")
     sample.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     sample.add_argument("--device", default="auto", help=DEVICE_HELP)

@@ -78,7 +78,8 @@ class DataSpec:
 
     Args:
         train: Sources and their weights. A source is a file, a folder, python-docs, recall, recall:SOURCE or
-            sparse-recall:SOURCE (synthetic text that trains memory), or `hf:NAME[:CONFIG][:SPLIT]`.
+            sparse-recall:SOURCE (synthetic text that trains memory), chat:SOURCE (chats, with a loss on the answers
+            only), or `hf:NAME[:CONFIG][:SPLIT]`.
         heldout: Source of validation text. Defaults to one document in twenty of the training sources.
         folder: Folder for tokenized text, which is written at the first use.
         max_tokens: Largest number of training tokens of each source. Defaults to all.
@@ -431,11 +432,16 @@ def smoke(recipe: Recipe) -> Recipe:
             stage, tokens=2 * 2 * 32, sequence_length=32, batch_size=2, micro_batch_size=0, data_weights=None
         )
 
+    layers = recipe.student.full_attention_layers
+    if str(layers).startswith("measured:"):
+        layers = "measured:1"  # the random teacher has four layers
     return replace(
         recipe,
         name=f"{recipe.name}-smoke",
         teacher=replace(recipe.teacher, model=f"random:{recipe.teacher.architecture}"),
-        student=replace(recipe.student, calibration_tokens=256, calibration_sequence_length=32),
+        student=replace(
+            recipe.student, full_attention_layers=layers, calibration_tokens=256, calibration_sequence_length=32
+        ),
         data=replace(recipe.data, train={"python-docs": 1.0}, heldout=None, max_tokens=20_000),
         run=replace(
             recipe.run,

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import with_special_tokens
@@ -9,7 +10,9 @@ from conftest import with_special_tokens
 from deltify import convert
 from deltify.cli import main
 from deltify.conversion.teacher import byte_tokenizer, random_teacher
+from deltify.data.chats import Chats
 from deltify.data.sources import documents, held_out
+from deltify.data.token_files import tokenize
 from deltify.inference.sample import beginnings, continuations, last_number, sample, sample_answers
 from deltify.training.checkpoint import save_model
 
@@ -91,7 +94,7 @@ class Parrot:
         return torch.tensor(rows)
 
 
-def test_chats_hold_message_and_answer_and_keep_right_numbers(model, tmp_path, monkeypatch):
+def test_chats_hold_message_and_answer_and_keep_right_numbers(model, tmp_path, monkeypatch, capsys):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     monkeypatch.setattr("deltify.inference.sample.load_tokenizer", lambda _: tokenizer)
@@ -101,18 +104,22 @@ def test_chats_hold_message_and_answer_and_keep_right_numbers(model, tmp_path, m
     source = tmp_path / "questions.jsonl"
     source.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in questions))
 
-    def chats(name: str, **options) -> list[str]:
+    def chats(name: str, **options) -> list[list[dict]]:
         parrot.answers = 0
         path = sample_answers(str(model / "model"), source, tmp_path / name, field="question", length=128, **options)
-        return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        return [json.loads(line)["messages"] for line in path.read_text().splitlines()]
 
-    def chat(number: int, count: int) -> str:
-        message = questions[number][0]
-        return f"<user>{message}</s><assistant>{message} {count}</s>"
+    def chat(number: int, count: int) -> list[dict]:
+        said = {"user": (message := questions[number][0]), "assistant": f"{message} {count}"}
+        return [{"role": role, "content": text} for role, text in said.items()]
 
     every = [chat(0, 1), chat(0, 2), chat(0, 3), chat(1, 4), chat(1, 5)]  # the sixth answer does not end
     assert chats("all.jsonl", samples=3, batch=4) == every
     assert chats("right.jsonl", samples=3, batch=4, keep_number="answer") == [chat(0, 2)]
+    file = tokenize(Chats(str(tmp_path / "all.jsonl")), tokenizer, tmp_path / "tokens")  # text to train on
+    counted = np.asarray(file.tokens)[1:][file.loss_mask[:-1].astype(bool)]
+    assert tokenizer.decode(counted) == "".join(f"{answer['content']}</s>" for _, answer in every)
+    assert "5 kept; " in capsys.readouterr().out
     assert last_number("1,234.5 or -7,000 m") == "-7000" and last_number("none") is None
     with pytest.raises(ValueError, match=r"questions\.jsonl, line 1: .* with question and right\. Name other fields"):
         chats("wrong.jsonl", keep_number="right")

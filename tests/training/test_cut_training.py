@@ -32,28 +32,34 @@ def two_rows() -> Batch:
     return Batch(torch.randint(0, 250, (2, 16)), positions)
 
 
-def losses_and_gradients(row_group: dist.ProcessGroup | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def losses_and_gradients(
+    row_group: dist.ProcessGroup | None, masked: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the losses and gradients of a match step, beyond the teacher's context window, as means over ranks."""
     torch.manual_seed(0)
     teacher = random_teacher("llama")
     student = convert(teacher, full_attention_layers="3:1", init="library").double().requires_grad_(True)
     teacher.model.double().config.max_position_embeddings = 10
     batch = two_rows()
+    if masked:
+        mask = torch.arange(32).view(2, 16) % 5 > 1
+        batch = replace(batch, loss_mask=mask, counted=mask.float().mean())
     losses = match_step(LiveTeacher(teacher), student, batch, STAGE, 1.0, row_group=row_group)
     gradients = {name: distributed.all_reduce_mean(p.grad) for name, p in student.named_parameters()}
     return {name: distributed.all_reduce_mean(loss) for name, loss in losses.items()}, gradients
 
 
-def cut_losses_and_gradients() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return losses_and_gradients(dist.group.WORLD)
+def cut_losses_and_gradients() -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    return [losses_and_gradients(dist.group.WORLD, masked) for masked in (False, True)]
 
 
 def test_losses_of_a_cut_row_are_those_of_the_row(tmp_path):
-    got, want = run_in_processes(cut_losses_and_gradients, 2, tmp_path)[1], losses_and_gradients(None)
-    assert want[0].keys() == got[0].keys() == {"loss", "kl", "ce", "hidden"}
-    for which in (0, 1):
-        for name, x in want[which].items():
-            assert (got[which][name] - x).norm() <= 1e-6 * x.norm(), name
+    for got, masked in zip(run_in_processes(cut_losses_and_gradients, 2, tmp_path)[1], (False, True)):
+        want = losses_and_gradients(None, masked)
+        assert want[0].keys() == got[0].keys() == {"loss", "kl", "ce", "hidden"}
+        for which in (0, 1):
+            for name, x in want[which].items():
+                assert (got[which][name] - x).norm() <= 1e-6 * x.norm(), name
 
 
 TEACHERS = {  # architecture and fields of the configuration, and whether each rank computes its segment only

@@ -47,6 +47,21 @@ def test_value_and_gradients_equal_the_dense_formula(kind, ce_weight, temperatur
         assert torch.allclose(g, w, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", losses.DIVERGENCES)
+def test_a_loss_on_some_tokens_is_that_of_these_tokens_alone(kind):
+    student, head, teacher, t_head, labels = make()
+    mask = torch.rand(50) < 0.6
+    options = {"ce_weight": 0.3, "divergence": kind}
+    marks = {"labels": labels.masked_fill(~mask, -100), "weights": mask.double(), "count": mask.sum()}
+    got = linear_kl(student, head, teacher, t_head, **marks, **options)
+    want = linear_kl(student[mask], head, teacher[mask], t_head, labels=labels[mask], **options)
+    for g, w in zip(got, want):
+        assert torch.allclose(g, w, rtol=0, atol=1e-12)
+    got, want = (torch.autograd.grad(result[0], (student, head)) for result in (got, want))
+    for g, w in zip(got, want):
+        assert torch.allclose(g, w, rtol=0, atol=1e-12)
+
+
 def test_equal_models_have_no_kl_and_it_is_per_token():
     student, head, *_ = make(dtype=torch.float32)
     loss, _, _ = linear_kl(student, head, student.detach(), head.detach())

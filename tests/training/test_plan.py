@@ -7,7 +7,7 @@ import importlib.util
 from dataclasses import replace
 
 import pytest
-from transformers import ArceeConfig, LlamaConfig
+from transformers import ArceeConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from deltify import load_recipe
 from deltify.cli import main
@@ -23,6 +23,18 @@ SMOLLM2 = {
     "num_hidden_layers": 30,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+
+
+QWEN2 = {  # Qwen2.5-1.5B
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
     "tie_word_embeddings": True,
 }
 
@@ -147,3 +159,28 @@ def test_every_recipe_of_the_embedded_teacher_can_be_planned():
     recipe: Recipe = load_recipe("smollm2-135m-kda")
     assert count(skeletons(recipe)[0].model) == 134_515_008
     assert all(p.total < 80 * 2**30 for p in plan(recipe))
+
+
+@pytest.mark.parametrize("name, attention_layers", [("qwen2.5-1.5b-kda", 0), ("qwen2.5-1.5b-hybrid", 7)])
+@pytest.mark.parametrize(
+    "config, layers, parameters",
+    [
+        (Qwen2Config(**QWEN2), 28, 1_543_714_304),
+        (Qwen3Config(**QWEN2 | {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 8}), 28, None),
+        (LlamaConfig(**QWEN2 | {"hidden_size": 2048, "num_attention_heads": 32, "num_hidden_layers": 16}), 16, None),
+    ],
+    ids=["qwen2", "qwen3", "llama"],
+)
+def test_one_override_plans_another_teacher_of_the_size(
+    config, layers, parameters, name, attention_layers, tmp_path, capsys
+):
+    config.save_pretrained(tmp_path / "teacher")
+    assert main(["plan", name, "--teacher.model", str(tmp_path / "teacher"), "--gpu", "h200", "--gpus", "4"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"in {layers - attention_layers} KDA layers of {layers}" in said
+    assert parameters is None or f"{parameters:,} parameters" in said
+    recipe = load_recipe(name)
+    assert recipe.teacher.model == "Qwen/Qwen2.5-Coder-1.5B-Instruct" and recipe.teacher.architecture == "qwen2"
+    assert sum(recipe.stage(stage).tokens for stage in ("align", "match", "extend")) == 75_000_000
+    for stage in (recipe.align, recipe.match, recipe.extend):
+        assert stage.batch_size // 4 % stage.micro_batch_size == 0  # four GPUs can share a batch

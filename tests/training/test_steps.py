@@ -15,7 +15,7 @@ from deltify.config import Stage, write_recipe
 from deltify.conversion.student import convert
 from deltify.conversion.teacher import random_teacher
 from deltify.data.batches import Batch
-from deltify.training import trainer
+from deltify.training import steps, trainer
 from deltify.training.cuda_graphs import GraphedStep
 from deltify.training.optimizers import choose_trained
 from deltify.training.steps import align_step, hidden_states, match_step, next_tokens
@@ -152,13 +152,99 @@ def test_a_graphed_step_packs_like_batches_alike_and_captures_the_second(monkeyp
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nullcontext())
-    calls, complaints = [], []
+    calls, complaints, seen = [], [], []
 
     def compute(batch, max_documents):
         calls.append(max_documents)
+        seen.append(batch)
         return {"loss": batch.input_ids.sum()}
 
     step = GraphedStep(compute, [], complaints.append)
     for cut in (64, 8, 40, 2, 3):  # 1, 8, 2, 32 and 22 documents
         step(Batch(torch.ones(1, 64, dtype=torch.long), torch.arange(64)[None] % cut), torch.device("cpu"))
     assert calls == [16, 16, "replay", "replay", 32, 32, "replay"] and not complaints
+    other = replace(masked_batch(), loss_mask=~masked_batch().loss_mask, counted=torch.tensor(0.25))
+    batches = [masked_batch(), masked_batch(), other]
+    for batch in batches:  # a mask needs a graph of its own, whose replay reads the last batch's
+        step(batch, torch.device("cpu"))
+    assert calls[-4:] == [16, 16, "replay", "replay"]
+    assert torch.equal(seen[-1].loss_mask, other.loss_mask) and seen[-1].counted == 0.25
+
+
+def masked_batch(rows: int = 4) -> Batch:
+    """Return a batch of which two thirds count, unequally many in each row."""
+    mask = torch.rand(rows, 24, generator=torch.Generator().manual_seed(0)) < torch.linspace(0.4, 0.95, rows)[:, None]
+    ids = torch.randint(0, 250, (rows, 24), generator=torch.Generator().manual_seed(1))
+    return Batch(ids, torch.arange(24).repeat(rows, 1), mask, mask.float().mean())
+
+
+STAGES_WITH_A_MASK = {
+    "kl": Stage(),
+    "ce": Stage(ce_weight=0.4),
+    "hidden states": Stage(hidden_state_weight=0.5, ce_weight=0.2),
+    "reverse": Stage(divergence="reverse", temperature=2.0),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES_WITH_A_MASK.values(), ids=STAGES_WITH_A_MASK)
+def test_tokens_that_do_not_count_bring_no_gradient(stage, monkeypatch):
+    teacher, batch = LiveTeacher(random_teacher("llama")), masked_batch()
+    student = convert(teacher.pretrained, init="library").requires_grad_(True)
+    gradients, real = [], steps.layer_states
+
+    def with_gradient(*args, **options):
+        states = real(*args, **options)
+        for state in states:
+            if state.requires_grad:
+                state.retain_grad()
+                gradients.append(state)
+        return states
+
+    monkeypatch.setattr(steps, "layer_states", with_gradient)
+    match_step(teacher, student, batch, stage, 1.0)
+    counts = batch.loss_mask.flatten()
+    last = gradients[0].grad
+    assert not last[~counts].any() and last[counts].any(-1).all()
+
+
+@pytest.mark.parametrize("stage", STAGES_WITH_A_MASK.values(), ids=STAGES_WITH_A_MASK)
+def test_every_token_that_counts_has_the_same_weight_in_any_micro_batches(stage):
+    teacher, batch = LiveTeacher(random_teacher("llama")), masked_batch()
+    student = convert(teacher.pretrained, init="library").requires_grad_(True)
+    results = []
+    for rows in (4, 2, 1):
+        student.zero_grad()
+        parts = batch.split(rows)
+        losses = [match_step(teacher, student, part, stage, 1 / len(parts)) for part in parts]
+        means = {name: float(torch.stack([loss[name] for loss in losses]).mean()) for name in losses[0]}
+        results.append((means, [p.grad.clone() for p in student.parameters()]))
+    (want, want_gradients), *others = results
+    for got, gradients in others:
+        assert got == pytest.approx(want, rel=1e-5)
+        for gradient, other in zip(gradients, want_gradients):
+            torch.testing.assert_close(gradient, other, atol=1e-6, rtol=1e-4)
+    # weights that are all 1 are those of a batch without a mask
+    ones = Batch(batch.input_ids, batch.position_ids, torch.ones_like(batch.loss_mask), torch.tensor(1.0))
+    with_ones, without = (match_step(teacher, student, b, stage, 1.0) for b in (ones, Batch(*batch.tensors[:2])))
+    assert {k: float(v) for k, v in with_ones.items()} == pytest.approx({k: float(v) for k, v in without.items()})
+
+
+def test_a_step_in_which_nothing_counts_changes_nothing():
+    teacher, batch = LiveTeacher(random_teacher("llama")), masked_batch()
+    nothing = Batch(*batch.tensors[:2], torch.zeros_like(batch.loss_mask), torch.tensor(0.0))
+    student = convert(teacher.pretrained, init="library").requires_grad_(True)
+    losses = match_step(teacher, student, nothing, STAGES_WITH_A_MASK["hidden states"], 1.0)
+    assert not any(losses.values()) and not any(p.grad.any() for p in student.parameters())
+    with pytest.raises(ValueError, match="has loss_mask and counted, or neither"):
+        Batch(*batch.tensors[:3])
+
+
+def test_beyond_the_context_window_the_mask_counts_and_every_token_inside_has_the_same_weight():
+    teacher, batch = random_teacher("llama"), masked_batch()
+    teacher.model.config.max_position_embeddings = 10
+    student = convert(teacher, init="library").requires_grad_(True)
+    kl = float(match_step(LiveTeacher(teacher), student, batch, Stage(ce_weight=0.5), 1.0)["kl"])
+    with torch.no_grad():
+        log_p, log_q = (m(batch.input_ids).logits.log_softmax(-1) for m in (teacher.model, student))
+    rows = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert kl == pytest.approx(float(rows[:, :10][batch.loss_mask[:, :10]].mean()), rel=1e-4)

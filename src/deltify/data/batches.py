@@ -23,6 +23,17 @@ class Batch:
 
     input_ids: Tensor  # [B, T] int64
     position_ids: Tensor  # [B, T] int64
+    loss_mask: Tensor | None = None  # [B, T] bool: whether the prediction made at a token counts; None if all do
+    counted: Tensor | None = None  # fraction of the whole step's tokens, over all ranks, that count; None if all do
+
+    def __post_init__(self):
+        if (self.loss_mask is None) != (self.counted is None):
+            raise ValueError("a batch has loss_mask and counted, or neither of them")
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the batch, in a fixed order."""
+        return [x for x in (self.input_ids, self.position_ids, self.loss_mask, self.counted) if x is not None]
 
     @property
     def same_document(self) -> Tensor:
@@ -31,11 +42,14 @@ class Batch:
 
     def split(self, rows: int) -> "list[Batch]":
         """Return micro-batches of `rows` sequences."""
-        return [Batch(*pair) for pair in zip(self.input_ids.split(rows), self.position_ids.split(rows))]
+        parts = [self.input_ids.split(rows), self.position_ids.split(rows)]
+        if self.loss_mask is not None:
+            parts.append(self.loss_mask.split(rows))
+        return [Batch(*part, counted=self.counted) for part in zip(*parts)]
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device."""
-        return Batch(self.input_ids.to(device), self.position_ids.to(device))
+        return Batch(*(x.to(device) for x in self.tensors))
 
 
 @dataclass(frozen=True)
@@ -80,16 +94,25 @@ class MixedBatches:
         first = step * self.rows + rank * share
         rows = [self.row(index) for index in range(first, first + share)]
         ids, positions = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
-        return Batch(ids, positions)
+        if all(file.loss_mask is None for file in self.files):
+            return Batch(ids, positions)
+        # of all ranks, so that every token that counts has the same weight in the step
+        indices = range(step * self.rows, (step + 1) * self.rows)
+        masks = np.stack([mask_window(*self.place(index), self.length) for index in indices])
+        own = torch.from_numpy(masks[rank * share : (rank + 1) * share])
+        return Batch(ids, positions, own, torch.tensor(masks.mean(), dtype=torch.float32))
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return token ids and positions of the sequence with this global index, both [T] int64."""
+        return window(*self.place(index), self.length)
+
+    def place(self, index: int) -> tuple[TokenFile, int]:
+        """Return the file of the sequence with this global index, and where it begins there."""
         which, turn = self.source_of(index)
-        file = self.files[which]
         epoch, place = divmod(turn, self.counts[which])
         if which not in self.orders or self.orders[which][0] != epoch:
             self.orders[which] = epoch, self.order(which, epoch)
-        return window(file, int(self.orders[which][1][place]), self.length)
+        return self.files[which], int(self.orders[which][1][place])
 
     def order(self, which: int, epoch: int) -> np.ndarray:
         """Return where the sequences of a file begin in an epoch, in order."""
@@ -140,8 +163,17 @@ def window(file: TokenFile, start: int, length: int) -> tuple[np.ndarray, np.nda
     return ids, places - np.maximum(begins, start)
 
 
+def mask_window(file: TokenFile, start: int, length: int) -> np.ndarray:
+    """Return whether the predictions made at consecutive tokens of a token file count, [length] bool."""
+    if file.loss_mask is None:
+        return np.ones(length, bool)
+    return file.loss_mask[start : start + length].astype(bool)
+
+
 def heldout_batches(files: list[TokenFile], length: int, rows: int, limit: int) -> list[Batch]:
     """Return batches of `rows` sequences of `length` tokens from the beginning of each file, in order.
+
+    All their tokens count, whatever the files' masks say.
 
     Args:
         files: Validation texts.

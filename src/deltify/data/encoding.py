@@ -67,7 +67,7 @@ class Rules:
 
 @dataclass
 class Encoded:
-    """Documents as token ids. `tokens` has all training documents first, then all held-out ones."""
+    """Documents as token ids. `tokens` and `loss_mask` have all training documents first, then all held-out ones."""
 
     held: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # [documents]
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [documents]; 0 for those not encoded
@@ -77,6 +77,7 @@ class Encoded:
     size: int = 0  # bytes of the texts
     done: float | None = None  # fraction of the source read so far
     error: Exception | None = None  # raised when the next document was made
+    loss_mask: np.ndarray | None = None  # [sum of lengths] bool, of chats (chats.py)
 
 
 def encode_all(

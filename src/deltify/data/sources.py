@@ -23,6 +23,7 @@ from .recall import COUNT, RECALL, SENTENCE_END, recall_documents, scattered_doc
 from .sparse_recall import LENGTHS, SPARSE_RECALL, sparse_documents
 
 PYTHON_DOCS = "python-docs"
+CHAT = "chat"
 BUILT_IN = (PYTHON_DOCS, RECALL)
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 CHARACTERS_PER_TOKEN = 4  # approximate, for text that no tokenizer takes part in
@@ -72,6 +73,8 @@ def documents(source: str) -> Iterator[str]:
             ask for few facts, see sparse_recall.py. Without a tokenizer, lengths are approximate.
             `hf:NAME[:CONFIG][:SPLIT]`: a dataset of the Hugging Face hub, streamed.
 
+    `chat:SOURCE` (chats.py) is not among them: a chat has no text without the tokenizer's template.
+
     A byte-order mark at the beginning of a text is dropped. Halves of surrogate pairs, which a cut emoji leaves in
     JSON, are replaced by U+FFFD; a warning names the first one. Blank texts are left out.
     """
@@ -117,6 +120,8 @@ def repair(text: str) -> tuple[str, int]:
 
 def pieces(source: str) -> Iterator[str | Piece]:
     """Yield the pieces of a source, or plain texts if it has no pieces. See `documents` for the sources."""
+    if chats_of(source):
+        raise ValueError(f"{source!r} can be read only with a teacher's chat template: in data.train or data.heldout")
     if source == PYTHON_DOCS:
         yield from python_docs()
     elif source == RECALL:
@@ -201,6 +206,11 @@ def recall_over(source: str) -> str | None:
     return inner if kind in (RECALL, SPARSE_RECALL) and inner else None
 
 
+def chats_of(source: str) -> str | None:
+    """Return the SOURCE of `chat:SOURCE`, or None for another source."""
+    return source.removeprefix(f"{CHAT}:") if source.startswith(f"{CHAT}:") else None
+
+
 def text_files(source: str) -> list[Path]:
     """Return the files of a source that is a path, in order. Of a folder, only visible files of a known kind.
 
@@ -212,7 +222,7 @@ def text_files(source: str) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(
             f"there is no text at {source!r}. Give a file ({known}), a folder, {PYTHON_DOCS!r}, {RECALL!r}, "
-            f"{RECALL}:SOURCE, {SPARSE_RECALL}:SOURCE or hf:NAME"
+            f"{RECALL}:SOURCE, {SPARSE_RECALL}:SOURCE, {CHAT}:SOURCE or hf:NAME"
         )
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in files if file.name.endswith(TEXT_SUFFIXES) and file.is_file()]
@@ -273,6 +283,12 @@ def whole_text(path: str) -> Iterator[tuple[str, str]]:
 
 def texts_of_lines(path: str, first: int, lines: bytes) -> Iterator[tuple[str, str]]:
     """Yield place and field `text` of JSON lines. `first` is the number of the first one in its file."""
+    for place, line in decoded_lines(path, first, lines):
+        yield place, text_of_line(line, place)
+
+
+def decoded_lines(path: str, first: int, lines: bytes) -> Iterator[tuple[str, str]]:
+    """Yield place and text of lines that are not blank. `first` is the number of the first one in its file."""
     for number, line in enumerate(lines.splitlines(), first):
         place = f"{path}, line {number}"
         try:
@@ -280,7 +296,7 @@ def texts_of_lines(path: str, first: int, lines: bytes) -> Iterator[tuple[str, s
         except UnicodeDecodeError as error:
             raise not_utf8(path, error, f", line {number}") from error
         if line.strip():
-            yield place, text_of_line(line, place)
+            yield place, line
 
 
 def not_utf8(path: str, error: UnicodeDecodeError, where: str = "") -> ValueError:
@@ -288,13 +304,45 @@ def not_utf8(path: str, error: UnicodeDecodeError, where: str = "") -> ValueErro
 
 
 def text_of_line(line: str, place: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{place}: {line[:60]!r} is not a JSON object with a field 'text'") from error
+    record = record_of_line(line, place)
+    if "text" not in record:
+        chat = "messages" in record or "completion" in record
+        hint = f". Name the source {CHAT}:FILE, to train on the answers of its chats" if chat else ""
+        raise ValueError(f"{place}: {line[:60]!r} is not a JSON object with a field 'text'{hint}")
+    text = record["text"]
     if not isinstance(text, str):
         raise ValueError(f"{place}: the field 'text' is {json.dumps(text)[:60]}, not a string. Remove the line")
     return text
+
+
+def record_of_line(line: str, place: str) -> dict:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: {line[:60]!r} is not a JSON object ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{place}: {line[:60]!r} is not a JSON object, but a {type(record).__name__}")
+    return record
+
+
+def records(source: str) -> Iterator[tuple[str, dict]]:
+    """Yield place and object of each line of JSON-lines files, or of each row of a dataset of the hub.
+
+    Raises:
+        ValueError: If a line is not a JSON object in UTF-8, or a file has no JSON lines.
+    """
+    if source.startswith("hf:"):
+        yield from ((f"{source}, row {number}", row) for number, row in enumerate(hub_rows(source), 1))
+        return
+    for path in text_files(source):
+        if path.suffix in (".txt", ".md"):
+            raise ValueError(f"{path} has no JSON lines. Give a file that ends in {', '.join(TEXT_SUFFIXES[2:])}")
+        first = 1
+        with path.open("rb") as file:
+            for lines in line_blocks(unpacked(file, path.suffix)):
+                for place, line in decoded_lines(str(path), first, lines):
+                    yield place, record_of_line(line, place)
+                first += len(lines.splitlines())
 
 
 def python_docs() -> Iterator[str]:
@@ -336,16 +384,21 @@ def module_docstrings(module) -> Iterator[str]:
 
 def hub_documents(source: str) -> Iterator[str]:
     """Yield the texts of a dataset of the hub, streamed."""
+    for number, row in enumerate(hub_rows(source), 1):
+        if not isinstance(row.get("text"), str):
+            raise ValueError(f"{source}, row {number}: the column 'text' has no string; its columns are {list(row)}")
+        yield row["text"]
+
+
+def hub_rows(source: str) -> Iterable[dict]:
+    """Return the rows of a dataset of the hub, streamed."""
     try:
         from datasets import load_dataset
     except ImportError:
         raise ValueError(f"{source!r} needs the package datasets. Run: pip install datasets") from None
 
     name, config, split = [*source.split(":")[1:], "", ""][:3]
-    for number, row in enumerate(load_dataset(name, config or None, split=split or "train", streaming=True), 1):
-        if not isinstance(row.get("text"), str):
-            raise ValueError(f"{source}, row {number}: the column 'text' has no string; its columns are {list(row)}")
-        yield row["text"]
+    return load_dataset(name, config or None, split=split or "train", streaming=True)
 
 
 def held_out(text: str, every: int = 20) -> bool:

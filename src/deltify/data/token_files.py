@@ -1,7 +1,8 @@
 """Tokenize text into token files.
 
 A token file is a folder: `tokens.bin` (uint16 or uint32, the documents one after the other), `bounds.npy` ([documents
-+ 1] int64) and `meta.json` (what it was made from, and checksums).
++ 1] int64) and `meta.json` (what it was made from, and checksums). That of chats has `loss_mask.bin`, too (uint8 for
+each token: 1 if the prediction made at it counts, because an assistant wrote the next token).
 """
 
 import hashlib
@@ -24,8 +25,9 @@ from ..config import DataSpec
 from ..utils.console import console, log
 from ..utils.files import create_once, digest
 from . import recall, sparse_recall
+from .chats import Chats, encode_chats
 from .encoding import encode_all
-from .sources import BUILT_IN, REPAIRED, Piece, pieces, recall_over, text_files
+from .sources import BUILT_IN, CHAT, REPAIRED, Piece, chats_of, pieces, recall_over, text_files
 
 HELDOUT_TOKENS = 2**16  # smallest number reserved per source, so that most recipes can share its token files
 # One document in 20 is held out. After this many without one (probability 5e-23) the source repeats itself.
@@ -43,37 +45,48 @@ class TokenFile:
     bounds: np.ndarray  # [documents + 1] int64
     digest: str = ""  # differs when the tokens or bounds do
     lengths: tuple[int, ...] = ()  # number of tokens that documents may have, if each is to fill a sequence
+    loss_mask: np.ndarray | None = None  # [total] uint8: whether the prediction made at a token counts; None if all do
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
 class TokenWriter:
-    """Write a token file, document by document; after `finish`, `open_tokens` reads it."""
+    """Write a token file, document by document; after `finish`, `open_tokens` reads it.
 
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase):
+    Args:
+        folder: Folder to write.
+        tokenizer: Tokenizer of the teacher.
+        masked: Whether it has a loss mask.
+    """
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, masked: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.tokenizer = folder, tokenizer
         largest = max(tokenizer.get_vocab().values(), default=0)  # ids may have gaps
         self.dtype = np.dtype(np.uint16 if largest < 2**16 else np.uint32)
         self.bounds = array("q", [0])
         self.out = (folder / "tokens.bin").open("wb")
+        self.mask_out = (folder / "loss_mask.bin").open("wb") if masked else None
 
     def __len__(self) -> int:
         return self.bounds[-1]
 
-    def extend(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+    def extend(self, tokens: np.ndarray, lengths: np.ndarray, loss_mask: np.ndarray | None = None) -> None:
         """Append documents of these lengths. Those without tokens are left out."""
         self.out.write(tokens.tobytes())
+        if self.mask_out is not None and loss_mask is not None:
+            self.mask_out.write(loss_mask.astype(np.uint8).tobytes())
         ends = len(self) + np.cumsum(lengths[lengths > 0])
         self.bounds.frombytes(ends.astype(np.int64).tobytes())
 
     def move(self, cut: int, to: "TokenWriter") -> None:
         """Move the tokens from index `cut` to the end of another file. A document that is cut becomes two."""
-        size = self.dtype.itemsize
-        self.out.flush()
-        to.out.write(np.fromfile(self.folder / "tokens.bin", self.dtype, offset=cut * size).tobytes())
-        self.out.truncate(cut * size)
+        for own, other, dtype in ((self.out, to.out, self.dtype), (self.mask_out, to.mask_out, np.dtype(np.uint8))):
+            if own is not None and other is not None:
+                own.flush()
+                other.write(np.fromfile(own.name, dtype, offset=cut * dtype.itemsize).tobytes())
+                own.truncate(cut * dtype.itemsize)
         first, shift = bisect_left(self.bounds, cut), len(to) - cut
         to.bounds.extend(bound + shift for bound in self.bounds[first:] if bound > cut)
         self.bounds = self.bounds[:first] + array("q", [cut])
@@ -81,6 +94,8 @@ class TokenWriter:
     def finish(self, about: dict) -> None:
         """Close the file and write bounds.npy and meta.json, which also gets the entries `about`."""
         self.out.close()
+        if self.mask_out is not None:
+            self.mask_out.close()
         np.save(self.folder / "bounds.npy", np.asarray(self.bounds, np.int64))
         meta = {"tokenizer": tokenizer_fingerprint(self.tokenizer), "dtype": self.dtype.name}
         meta |= {"documents": len(self.bounds) - 1, "tokens": len(self), "digest": digest_of(self.folder)} | about
@@ -88,7 +103,7 @@ class TokenWriter:
 
 
 def tokenize(
-    texts: Iterable[str | Piece],
+    texts: Iterable[str | Piece] | Chats,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
@@ -105,7 +120,8 @@ def tokenize(
     counts them in `special_tokens_in_text`, and replaced characters (see `sources.documents`) in `replaced_characters`.
 
     Args:
-        texts: Texts, or the pieces of a source (`sources.pieces`), which is faster.
+        texts: Texts, or the pieces of a source (`sources.pieces`), which is faster. Or chats, whose token file has a
+            loss mask.
         tokenizer: Tokenizer of the teacher.
         folder: Path of the token file.
         max_tokens: Number of tokens after which the file ends, with a whole document. Defaults to no limit.
@@ -115,10 +131,10 @@ def tokenize(
     Raises:
         ValueError: If there is no text, or the folder was made with another tokenizer or from files that changed since.
     """
-    origin = origin or {}
+    origin = origin_with_template(origin or {}, texts, tokenizer)
 
     def make(unfinished: Path) -> None:
-        writer = TokenWriter(unfinished, tokenizer)
+        writer = TokenWriter(unfinished, tokenizer, isinstance(texts, Chats))
         name = origin.get("source", folder.name)
         counts = write_documents(texts, writer, None, max_tokens, 0, name, processes)
         if not len(writer):
@@ -131,7 +147,7 @@ def tokenize(
 
 
 def tokenize_split(
-    texts: Iterable[str | Piece],
+    texts: Iterable[str | Piece] | Chats,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
@@ -149,7 +165,7 @@ def tokenize_split(
     The counts in each meta.json cover the documents of both files.
 
     Args:
-        texts: Texts or pieces, see `tokenize`.
+        texts: Texts, pieces or chats, see `tokenize`.
         tokenizer: Tokenizer of the teacher.
         folder: Path of the folder of both token files.
         max_tokens: Number of training tokens after which that file ends. Defaults to no limit.
@@ -161,10 +177,10 @@ def tokenize_split(
     Raises:
         ValueError: As `tokenize` does, or if there is too little text to hold some out.
     """
-    origin, parts = origin or {}, ("train", "heldout")
+    origin, parts = origin_with_template(origin or {}, texts, tokenizer), ("train", "heldout")
 
     def make(unfinished: Path) -> None:
-        train, held = (TokenWriter(unfinished / part, tokenizer) for part in parts)
+        train, held = (TokenWriter(unfinished / part, tokenizer, isinstance(texts, Chats)) for part in parts)
         name = origin.get("source", folder.name)
         counts = write_documents(texts, train, held, max_tokens, heldout_tokens, name, processes)
         if not len(train) or len(held) < heldout_sequence_length:
@@ -191,7 +207,7 @@ def tokenize_split(
 
 
 def write_documents(
-    texts: Iterable[str | Piece],
+    texts: Iterable[str | Piece] | Chats,
     train: TokenWriter,
     held: TokenWriter | None,
     max_tokens: int | None,
@@ -210,8 +226,11 @@ def write_documents(
     def has_room() -> tuple[bool, bool]:
         return max_tokens is None or len(train) < max_tokens, len(heldout) < heldout_tokens
 
-    options = {"split": held is not None, "wanted": has_room, "processes": processes}
-    parts = encode_all(texts, train.tokenizer, train.dtype.name, **options)
+    to_encode, options = (train.tokenizer, train.dtype.name), {"split": held is not None, "wanted": has_room}
+    if isinstance(texts, Chats):
+        parts = encode_chats(texts, *to_encode, **options)
+    else:
+        parts = encode_all(texts, *to_encode, **options, processes=processes)
     with closing(parts), tokenize_bar(name, max_tokens) as show:
         for part in parts:
             train_lengths = np.where(part.held, 0, part.lengths)
@@ -225,9 +244,12 @@ def write_documents(
             for end in ends:
                 kept[end + 1 :] = False
             kept_train, kept_held = train_lengths[kept], held_lengths[kept]
-            train.extend(part.tokens[: kept_train.sum()], kept_train)
-            if held is not None:  # in a part, the tokens of held-out documents come after all others
-                held.extend(part.tokens[train_lengths.sum() :][: kept_held.sum()], kept_held)
+            for writer, first_token, sizes in ((train, 0, kept_train), (held, train_lengths.sum(), kept_held)):
+                if writer is not None:  # in a part, the tokens of held-out documents come after all others
+                    chosen = slice(first_token, first_token + sizes.sum())
+                    writer.extend(
+                        part.tokens[chosen], sizes, None if part.loss_mask is None else part.loss_mask[chosen]
+                    )
             special.update(part.spelled[kept[part.spelled[:, 0]], 1].tolist())
             for document, count, place in part.repaired:
                 if kept[document]:
@@ -289,6 +311,8 @@ def check_made_from(folder: Path, whole: Path, tokenizer: PreTrainedTokenizerBas
     meta = json.loads((folder / "meta.json").read_text())
     if meta["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise ValueError(f"{whole} was made with another tokenizer. Delete it, or choose another data.folder")
+    if meta.get("chat_template") != origin.get("chat_template"):
+        raise ValueError(f"{whole} was made with another chat template. Delete it, or choose another data.folder")
     # deleted text has not changed: its token file stays valid
     if origin.get("files") and meta.get("files") != origin["files"]:
         raise ValueError(
@@ -309,12 +333,15 @@ def open_tokens(folder: Path) -> TokenFile:
     if meta["digest"] != checksum:
         raise ValueError(f"{folder} is damaged: its checksum differs from the one in meta.json")
     tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
-    return TokenFile(tokens, np.load(folder / "bounds.npy"), checksum, tuple(meta.get("lengths", ())))
+    mask = folder / "loss_mask.bin"
+    loss_mask = np.memmap(mask, dtype=np.uint8, mode="r") if mask.is_file() else None
+    return TokenFile(tokens, np.load(folder / "bounds.npy"), checksum, tuple(meta.get("lengths", ())), loss_mask)
 
 
 def digest_of(folder: Path) -> str:
-    """Return a checksum of a token file's tokens and bounds."""
-    return digest(folder / "tokens.bin")[:32] + digest(folder / "bounds.npy")[:32]
+    """Return a checksum of a token file's tokens and bounds and, if it has one, of its loss mask."""
+    names = [name for name in ("tokens.bin", "bounds.npy", "loss_mask.bin") if (folder / name).is_file()]
+    return "".join(digest(folder / name)[:32] for name in names)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -367,7 +394,7 @@ def open_data(
         name = short_name(origin["source"])
         if spec.heldout is None and not recall_over(source):
             pair = tokenize_split(
-                pieces(source),
+                texts_of(source),
                 tokenizer,
                 folder / f"{name}-split{heldout_budget}",
                 max_tokens=spec.max_tokens,
@@ -379,7 +406,7 @@ def open_data(
             held.append(pair[1])
         else:
             whole = folder / f"{name}-all"
-            train.append(tokenize(pieces(source), tokenizer, whole, max_tokens=spec.max_tokens, origin=origin))
+            train.append(tokenize(texts_of(source), tokenizer, whole, max_tokens=spec.max_tokens, origin=origin))
     if spec.heldout is None and not held:
         raise ValueError(
             f"none of the sources {', '.join(spec.train)} can provide validation text. Set data.heldout to a "
@@ -388,8 +415,24 @@ def open_data(
     if spec.heldout is not None:
         origin = origin_of(spec.heldout)
         token_folder = folder / f"{short_name(origin['source'])}-first{heldout_budget}"
-        held = [tokenize(pieces(spec.heldout), tokenizer, token_folder, max_tokens=heldout_budget, origin=origin)]
+        held = [tokenize(texts_of(spec.heldout), tokenizer, token_folder, max_tokens=heldout_budget, origin=origin)]
     return train, held
+
+
+def texts_of(source: str) -> Iterable[str | Piece] | Chats:
+    """Return what `tokenize` reads of a source."""
+    chats = chats_of(source)
+    return pieces(source) if chats is None else Chats(chats)
+
+
+def origin_with_template(
+    origin: dict, texts: Iterable[str | Piece] | Chats, tokenizer: PreTrainedTokenizerBase
+) -> dict:
+    """Return the entries of meta.json that describe a source, with a hash of the chat template if it renders them."""
+    if not isinstance(texts, Chats):
+        return origin
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    return origin | {"chat_template": hashlib.sha256(template.encode()).hexdigest()[:16]}
 
 
 def origin_of(source: str) -> dict:
@@ -408,6 +451,9 @@ def origin_of(source: str) -> dict:
         parts = [*(digest(Path(module.__file__))[:16] for module in modules), origin["files"]]
         about = {"source": f"{kind}:{origin['source']}", "files": None if None in parts else " ".join(parts)}
         return about if kind == recall.RECALL else about | {"lengths": sparse_recall.LENGTHS}
+    if (chats := chats_of(source)) is not None:
+        origin = origin_of(chats)
+        return origin | {"source": f"{CHAT}:{origin['source']}"}
     path = Path(source).expanduser().resolve()
     if not path.exists():
         return {"source": str(path), "files": None}

@@ -12,7 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..config import STAGES
 from ..conversion.teacher import EMBEDDED
-from ..data.sources import recall_over
+from ..data.sources import chats_of, recall_over
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 CARRIED_OVER = (*LICENSE_FIELDS, "language")
@@ -165,7 +165,7 @@ def hub_datasets(recipes: dict[Path, str]) -> list[str]:
     names = []
     for text in recipes.values():
         for source in yaml.safe_load(text)["data"]["train"]:
-            kind, _, name = (recall_over(source) or source).partition(":")
+            kind, _, name = (recall_over(source) or chats_of(source) or source).partition(":")
             if kind == "hf":
                 names.append(name.split(":")[0])
     return list(dict.fromkeys(names))

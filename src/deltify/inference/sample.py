@@ -10,12 +10,12 @@ lead it. This is on-policy distillation (Agarwal et al. 2024, arXiv 2306.13649),
 Legend: B batch, P tokens of a prompt.
 """
 
-import io
 import itertools
 import json
 import math
 import random
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from ..conversion.teacher import locate
-from ..data.sources import documents, held_out, text_files, unpacked
+from ..data.sources import documents, held_out, records
 from ..model.causal_lm import CausalLM
 from ..training.distributed import LONG_WAIT, check_same, process_group, rank, share_out
 from ..utils.console import log
@@ -99,7 +99,8 @@ def sample(
 
         written = tokens = 0
         for sequences in share_batches(prompts, batch, go_on, seed):
-            append(output, (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in sequences), new=not written)
+            texts = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in sequences)
+            append(output, ({"text": text.rstrip(CUT_CHARACTER)} for text in texts), new=not written)
             written, tokens = written + len(sequences), tokens + sum(map(len, sequences))
             log(f"{written:,} of {count:,} documents, {tokens:,} tokens")
     if written < count:
@@ -123,15 +124,15 @@ def sample_answers(
     seed: int = 0,
     device: str = "auto",
 ) -> Path:
-    """Write chats as JSON lines, {"text": ...}: a user's message and the model's answer. Return the path.
+    """Write chats as JSON lines, {"messages": [...]}: a user's message and the model's answer. Return the path.
 
-    The tokenizer's chat template renders them. Answers that do not end after `length` tokens are left out. Every batch
-    is written at once, so that an interrupted run leaves a file that can be used. Processes under torchrun share the
-    batches, and the file is the same.
+    `chat:FILE` in data.train trains on the answers. Answers that do not end after `length` tokens are left out. Every
+    batch is written at once, so that an interrupted run leaves a file that can be used. Processes under torchrun share
+    the batches, and the file is the same.
 
     Args:
         model: As for `sample`.
-        source: JSON-lines file (.jsonl, .jsonl.gz or .jsonl.zst) with the messages.
+        source: JSON-lines file (.jsonl, .jsonl.gz or .jsonl.zst), folder of such files, or `hf:NAME`.
         output: File to write, which ends in .jsonl and must not exist.
         field: Field of each line that is the message.
         count: Largest number of messages.
@@ -163,31 +164,35 @@ def sample_answers(
     with process_group(pick_device(device), LONG_WAIT) as own_device:
         loaded, eos_token_ids = open_writer(folder, tokenizer, own_device)
 
-        def reply(group: list[Question]) -> tuple[int, int, list[str]]:
-            """Return how many messages fit, how many are too long, and the chats that are kept."""
+        def reply(group: list[Question]) -> tuple[int, int, int, list[dict]]:
+            """Return how many messages fit, how many do not, how many tokens were written, and the chats to keep."""
             rendered = [(question, render(tokenizer, question.message)) for question in group]
             fitting = [(question, prompt) for question, prompt in rendered if len(tokenizer.encode(prompt)) < length]
             if not fitting:
-                return 0, len(group), []
+                return 0, len(group), 0, []
             prompts = [prompt for _, prompt in fitting]
             inputs = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
-            chats = []
+            chats, tokens = [], 0
             drawn = continuations(loaded, ids, length, temperature, eos_token_ids, mask)
             for (question, _), (new, ended) in zip(fitting, drawn):
                 answer = str(tokenizer.decode(new, skip_special_tokens=True))
+                tokens += len(new)
                 if ended and question.accepts(answer):
-                    chats.append(render(tokenizer, question.message, answer))
-            return len(fitting), len(group) - len(fitting), chats
+                    said = {"user": question.message, "assistant": answer}
+                    chats.append({"messages": [{"role": role, "content": text} for role, text in said.items()]})
+            return len(fitting), len(group) - len(fitting), tokens, chats
 
-        tried = kept = skipped = 0
-        for fitting, too_long, chats in share_batches(asked, batch, reply, seed):
+        tried = kept = skipped = written = 0
+        started = time.monotonic()
+        for fitting, too_long, tokens, chats in share_batches(asked, batch, reply, seed):
             skipped += too_long
             if not fitting:
                 continue
             append(output, chats, new=not tried)
-            tried, kept = tried + fitting, kept + len(chats)
-            log(f"{tried:,} answers, {kept:,} kept")
+            tried, kept, written = tried + fitting, kept + len(chats), written + tokens
+            speed = written / (time.monotonic() - started)
+            log(f"{tried:,} answers, {kept:,} kept; {speed:,.0f} tokens/s")
     if not tried:
         raise ValueError(f"No message of {source} is shorter than length={length} tokens. Give more.")
     if skipped:
@@ -207,26 +212,19 @@ class Question:
 
 
 def read_questions(source: str | Path, field: str, keep_number: str | None) -> Iterator[Question]:
-    """Yield the question of each line of a JSON-lines file.
+    """Yield the question of each line of a source, see `data.sources.records`.
 
     Raises:
         ValueError: If a line is not a JSON object, or lacks a field.
     """
-    for path in text_files(str(source)):
-        with path.open("rb") as file:
-            for number, line in enumerate(io.TextIOWrapper(unpacked(file, path.suffix), encoding="utf-8"), 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                    right = None if keep_number is None else last_number(str(record[keep_number]))
-                    yield Question(str(record[field]), right)
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    fields = field if keep_number is None else f"{field} and {keep_number}"
-                    raise ValueError(
-                        f"{path}, line {number}: {line[:60]!r} is not a JSON object with {fields}. Name other fields "
-                        "with --field and --keep-number"
-                    ) from error
+    for place, record in records(str(source)):
+        if not {field, keep_number or field} <= record.keys():
+            fields = field if keep_number is None else f"{field} and {keep_number}"
+            raise ValueError(
+                f"{place}: {str(record)[:60]!r} is not a JSON object with {fields}. Name other fields with --field and "
+                "--keep-number"
+            )
+        yield Question(str(record[field]), None if keep_number is None else last_number(str(record[keep_number])))
 
 
 def last_number(text: str) -> str | None:
@@ -235,12 +233,10 @@ def last_number(text: str) -> str | None:
     return numbers[-1].replace(",", "") if numbers else None
 
 
-def render(tokenizer: PreTrainedTokenizerBase, message: str, answer: str | None = None) -> str:
-    """Return a chat of a message and its answer, or up to where the answer begins, as the template writes it."""
+def render(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
+    """Return a chat up to where the answer to a message begins, as the template writes it."""
     messages = [{"role": "user", "content": message}]
-    if answer is not None:
-        messages.append({"role": "assistant", "content": answer})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None))
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def check_settings(output: Path, **positive: float) -> None:
@@ -292,8 +288,8 @@ def share_batches(items: Iterator[T], size: int, write: Callable[[list[T]], R], 
     return (written for _, written in share_out(enumerate(batches), seeded))
 
 
-def append(output: Path, texts: Iterable[str], *, new: bool) -> None:
-    """Append documents to a JSON-lines file, which only the first process does.
+def append(output: Path, lines: Iterable[dict], *, new: bool) -> None:
+    """Append lines to a JSON-lines file, which only the first process does.
 
     Raises:
         FileExistsError: If the file is `new` but exists, because another process writes it, too.
@@ -302,7 +298,7 @@ def append(output: Path, texts: Iterable[str], *, new: bool) -> None:
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("x" if new else "a", encoding="utf-8") as out:
-        out.writelines(json.dumps({"text": text.rstrip(CUT_CHARACTER)}) + "\n" for text in texts)
+        out.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def beginnings(source: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[list[int]]:

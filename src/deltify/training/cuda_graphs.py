@@ -46,7 +46,7 @@ class GraphedStep:
     def __call__(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         """Return the losses of a batch on the CPU, after adding its gradients."""
         max_documents = -(-int(document_starts(batch.position_ids).sum()) // ROUND) * ROUND
-        key = (batch.input_ids.shape, max_documents)
+        key = (batch.input_ids.shape, max_documents, batch.loss_mask is None)
         if not self.works or key not in self.graphs:
             self.graphs[key] = None
             return self.compute(batch.to(device), max_documents)
@@ -59,8 +59,8 @@ class GraphedStep:
                 self.log(f"steps run without CUDA graphs: {str(error).splitlines()[0]}")
                 return self.compute(batch.to(device), max_documents)
         graph, static, losses = captured
-        static.input_ids.copy_(batch.input_ids)
-        static.position_ids.copy_(batch.position_ids)
+        for fixed, new in zip(static.tensors, batch.tensors):
+            fixed.copy_(new)
         graph.replay()
         return {name: loss.clone() for name, loss in losses.items()}
 

@@ -34,11 +34,21 @@ def mixer_loss(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:
     return (student - teacher).square().sum(-1).mean() / torch.maximum(variance, least)
 
 
-def hidden_state_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """Return 1 - cosine similarity of hidden states [N, D], one tensor per layer, averaged over layers and tokens."""
-    return torch.stack(
-        [1 - F.cosine_similarity(s.float(), t.float(), dim=-1).mean() for s, t in zip(student, teacher)]
-    ).mean()
+def hidden_state_loss(
+    student: list[Tensor], teacher: list[Tensor], mask: Tensor | None = None, count: Tensor | None = None
+) -> Tensor:
+    """Return 1 - cosine similarity of hidden states [N, D], one tensor per layer, averaged over layers and tokens.
+
+    Args:
+        student: Hidden states of the student.
+        teacher: Hidden states of the teacher.
+        mask: Which tokens count, [N]. Defaults to all.
+        count: Number of tokens that the sum is divided by. Defaults to N.
+    """
+    layers = [1 - F.cosine_similarity(s.float(), t.float(), dim=-1) for s, t in zip(student, teacher)]
+    if mask is None or count is None:
+        return torch.stack([loss.mean() for loss in layers]).mean()
+    return torch.stack([(loss * mask).sum() / count for loss in layers]).mean()
 
 
 def linear_kl(
@@ -52,6 +62,7 @@ def linear_kl(
     divergence: str = "forward",
     temperature: float = 1.0,
     weights: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the divergence of student and teacher and the cross-entropy, from hidden states and output embeddings.
 
@@ -70,18 +81,20 @@ def linear_kl(
             square (Hinton et al., arXiv 1503.02531).
         weights: Weights [N] of the tokens' divergence, 1 on average over all tokens of the loss. Default to 1. The
             cross-entropy ignores them.
+        count: Number of tokens that the sums over tokens are divided by. Defaults to N. With a loss on some tokens
+            only, it is their number, with weights 0 and labels -100 for all others.
 
     Returns:
         (loss, kl, ce). The loss is (1 - ce_weight) temperature^2 kl + ce_weight ce and carries gradients. kl is the
-        weighted mean over the tokens, in nats. ce is the sum over labelled tokens divided by N. All are float32, or
-        float64 for float64 inputs.
+        weighted sum over the tokens divided by `count`, in nats. ce is the sum over labelled tokens divided by `count`.
+        All are float32, or float64 for float64 inputs.
 
     Raises:
         ValueError: If the divergence is unknown.
     """
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence={divergence!r} is unknown; choose one of {', '.join(DIVERGENCES)}")
-    options = (labels, ce_weight, divergence, temperature, weights)
+    options = (labels, ce_weight, divergence, temperature, weights, count)
     loss, kl, ce = _LinearKL.apply(student_ND, student_head_WD, teacher_ND, teacher_head_WD, *options)
     return loss, kl.detach(), ce.detach()
 
@@ -113,7 +126,9 @@ def compute_logits(x_ND: Tensor, head_WD: Tensor, work: torch.dtype) -> Tensor:
 
 class _LinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, student_head, teacher, teacher_head, labels, ce_weight, divergence, temperature, weights):
+    def forward(
+        ctx, student, student_head, teacher, teacher_head, labels, ce_weight, divergence, temperature, weights, count
+    ):
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         device, work = student.device.type, torch.promote_types(student.dtype, torch.float32)
         # under autocast the matrix products run in its precision, everything else in float32
@@ -139,10 +154,11 @@ class _LinearKL(torch.autograd.Function):
                     d_hidden[part] = d @ head
                 if d is not None and d_head is not None:
                     add_product(d_head, d.t(), h[part])
-        kl, ce = kl / len(student), ce / len(student)
+        count = len(student) if count is None else count
+        kl, ce = kl / count, ce / count
         for gradient in (d_hidden, d_head):
             if gradient is not None:
-                gradient /= len(student)
+                gradient /= count
         ctx.save_for_backward(d_hidden, None if d_head is None else d_head.to(student_head.dtype))
         return (1 - ce_weight) * temperature**2 * kl + ce_weight * ce, kl, ce
 
@@ -150,7 +166,7 @@ class _LinearKL(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor):
         # in place: a copy of the head's gradient would take as much memory as everything else here
         grads = (None if d is None else d.mul_(gradients[0].to(d.dtype)) for d in ctx.saved_tensors)
-        return *grads, None, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None, None
 
 
 def divergence_and_grad(

@@ -123,6 +123,8 @@ def match_step(
     Cross-entropy and the hidden-state loss are added with the weights that the stage gives them. Positions beyond the
     teacher's context window contribute cross-entropy only.
 
+    With a `loss_mask`, each loss is the mean over the tokens that count, over all micro-batches and ranks of the step.
+
     Args:
         batch: Whole rows.
         scale: Factor of the gradients, which are added to those already there.
@@ -141,11 +143,12 @@ def match_step(
         "divergence": stage.divergence,
         "temperature": stage.temperature,
     }
-    context_window = teacher.config.max_position_embeddings
-    if batch.input_ids.shape[1] > context_window:
-        inside = (batch.position_ids < context_window).float()
-        options["weights"] = segment(inside / inside.mean(), row_group).flatten()
-    batch = segment_of(batch, row_group)
+    if (weights := kl_weights(batch, teacher.config.max_position_embeddings)) is not None:
+        options["weights"] = segment(weights, row_group).flatten()
+    batch, mask, count = segment_of(batch, row_group), None, None
+    if batch.loss_mask is not None and batch.counted is not None:  # both, or neither
+        mask = batch.loss_mask.flatten()
+        count = options["count"] = (batch.counted * mask.numel()).clamp(min=1e-6)
 
     def compute_losses(student: DeltifyForCausalLM) -> tuple[Tensor, ...]:
         student_hidden, *student_layers = layer_states(
@@ -154,7 +157,7 @@ def match_step(
         loss, kl, ce = linear_kl(student_hidden, student.lm_head.weight, teacher_hidden, teacher_head, **options)
         if not with_layers:
             return loss, kl, ce
-        hidden = hidden_state_loss(student_layers, teacher_layers)
+        hidden = hidden_state_loss(student_layers, teacher_layers, mask, count)
         return (1 - weight) * loss + weight * hidden, kl, ce, hidden.detach()
 
     loss, kl, ce, *hidden = student.run_with_full_weights(compute_losses)
@@ -168,6 +171,21 @@ def match_step(
     return losses
 
 
+def kl_weights(batch: Batch, context_window: int) -> Tensor | None:
+    """Return the weights [B, T] of the tokens' divergence, 1 on average over those that count. None if all are 1.
+
+    Tokens beyond the context window have a weight of 0. So have those that the `loss_mask` leaves out.
+    """
+    mask = None if batch.loss_mask is None else batch.loss_mask.float()
+    if batch.input_ids.shape[1] <= context_window:
+        return mask
+    inside = (batch.position_ids < context_window).float()
+    if mask is None:
+        return inside / inside.mean()
+    inside = inside * mask
+    return inside * (mask.sum() / inside.sum().clamp(min=1))
+
+
 def segment(x_BT: Tensor, row_group: dist.ProcessGroup | None) -> Tensor:
     """Return this rank's segment of rows [B, T, ...], or the rows if no group shares them."""
     return x_BT if row_group is None else x_BT.chunk(row_group.size(), 1)[row_group.rank()].clone()
@@ -175,7 +193,8 @@ def segment(x_BT: Tensor, row_group: dist.ProcessGroup | None) -> Tensor:
 
 def segment_of(batch: Batch, row_group: dist.ProcessGroup | None) -> Batch:
     """Return this rank's segments of the rows of a batch."""
-    return Batch(segment(batch.input_ids, row_group), segment(batch.position_ids, row_group))
+    mask = None if batch.loss_mask is None else segment(batch.loss_mask, row_group)
+    return Batch(segment(batch.input_ids, row_group), segment(batch.position_ids, row_group), mask, batch.counted)
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -201,9 +220,13 @@ def layer_states(
 
 
 def next_tokens(batch: Batch) -> Tensor:
-    """Return the token [B, T] that follows each token, or -100 at the end of a document or sequence."""
+    """Return the token [B, T] that follows each token, or -100.
+
+    It is -100 at the end of a document or sequence, and where the prediction does not count.
+    """
     labels = F.pad(batch.input_ids[:, 1:], (0, 1), value=-100)
-    return labels.masked_fill(F.pad(~batch.same_document, (0, 1), value=True), -100)
+    labels = labels.masked_fill(F.pad(~batch.same_document, (0, 1), value=True), -100)
+    return labels if batch.loss_mask is None else labels.masked_fill(~batch.loss_mask, -100)
 
 
 @torch.no_grad()

@@ -1,0 +1,134 @@
+"""experiments/qwen_coder.py: its questions, recipes and table, and a small run without `measure`."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from deltify.cli import main
+from deltify.config import STAGES
+from deltify.conversion.teacher import random_teacher
+from deltify.data.sources import python_docs
+
+FOLDER = Path(__file__).parent.parent / "experiments"
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def qwen_coder():
+    sys.path.insert(0, str(FOLDER))  # it imports other experiments
+    try:
+        spec = importlib.util.spec_from_file_location("qwen_coder", FOLDER / "qwen_coder.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(FOLDER))
+    return module
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """Return a folder as the script wants it, with documentation of Python in place of textbooks and books."""
+    folder = tmp_path_factory.mktemp("text")
+    texts = [text for text in python_docs() if len(text) > 2000][:60]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    for part in ("train", "eval"):
+        (folder / part).mkdir()
+    for name in ("openstax", "changelog", "gutenberg-0"):
+        (folder / "train" / f"{name}.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
+    (folder / "eval" / "heldout_dev.jsonl").write_bytes(lines)
+    questions = [{"question": f"What is {n} times 2?", "answer": f"#### {2 * n}"} for n in range(20)]
+    (folder / "eval" / "gsm8k_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    return folder
+
+
+def options(qwen_coder, text, out, *more):
+    return qwen_coder.parse([*more, "--teacher", "T", "--text", str(text), "--out", str(out)])
+
+
+def test_all_models_train_on_equally_many_tokens_of_the_same_text(qwen_coder, text, tmp_path):
+    chosen = options(qwen_coder, text, tmp_path, "train")
+    recipes = {model: qwen_coder.make_recipe(model, chosen) for model in qwen_coder.MODELS}
+    for recipe in recipes.values():
+        stages = [recipe.stage(name) for name in STAGES]
+        assert sum(stage.tokens for stage in stages) == pytest.approx(75e6, abs=3)
+        assert recipe.data.train == recipes["hybrid"].data.train and recipe.teacher.model == "T"
+        assert all(stage.batch_size // 4 % stage.micro_batch_size == 0 for stage in stages if stage.tokens)
+        assert recipe.run.eval_every > 1000
+    assert f"chat:{tmp_path}/answers/gsm8k" in recipes["arcee"].data.train
+    assert recipes["kda-only"].extend.data_weights.keys() == recipes["kda-only"].data.train.keys()
+    assert [recipes[model].student.full_attention_layers for model in recipes] == ["none", "measured:7", "none"]
+
+
+def test_questions_are_about_passages_of_the_textbooks(qwen_coder, text, tmp_path):
+    chosen = options(qwen_coder, text, tmp_path, "answers")
+    rows = list(qwen_coder.textbook_questions(chosen))
+    assert len(rows) > 30 and rows == list(qwen_coder.textbook_questions(chosen))
+    assert all(row.keys() == {"question"} and 80 < len(row["question"].split()) < 280 for row in rows)
+
+
+def test_a_small_run_answers_and_trains_and_goes_on(qwen_coder, text, tmp_path, monkeypatch):
+    teacher = random_teacher("qwen2")
+    teacher.tokenizer.chat_template = TEMPLATE
+    for part in (teacher.model, teacher.tokenizer):
+        part.save_pretrained(tmp_path / "teacher")
+    ran = []
+
+    def run(arguments, gpus, log):
+        ran.append(log.stem)
+        (tmp_path / "out" / "unfinished").mkdir(exist_ok=True)
+        assert not gpus and main([str(argument) for argument in arguments]) == 0
+
+    monkeypatch.setattr(qwen_coder, "run_deltify", run)
+    common = ["--teacher", str(tmp_path / "teacher"), "--text", str(text), "--out", str(tmp_path / "out")]
+    common += ["--data", str(tmp_path / "data"), "--smoke", "--questions", "2"]
+    for command in (["answers"], ["answers"], ["train", "kda-only"]):
+        qwen_coder.main([*command, *common])
+    assert ran == ["answers-gsm8k-00", "answers-textbooks-00", "train-kda-only"]  # answers are not repeated
+    chats = [json.loads(line) for line in (tmp_path / "out/answers/gsm8k/gsm8k-00.jsonl").read_text().splitlines()]
+    assert chats and {chat["messages"][0]["content"] for chat in chats} <= {f"What is {n} times 2?" for n in range(2)}
+    assert (tmp_path / "out" / "kda-only" / "extend" / "config.json").is_file()
+    assert len(list((tmp_path / "data").rglob("loss_mask.bin"))) == 2
+    qwen_coder.main(["train", "kda-only", *common])
+    with pytest.raises(
+        RuntimeError, match=r"hybrid is not trained to its end\. Run: train hybrid\. Or give --unfinished"
+    ):
+        qwen_coder.main(["measure", "hybrid", *common])
+    with pytest.raises(SystemExit, match=r"nothing is measured in .*Run: measure kda-only hybrid arcee"):
+        qwen_coder.main(["report", *common])
+
+
+def test_the_table_has_shares_of_the_teachers_score(qwen_coder, text, tmp_path):
+    row = {"task": "mmlu@5", "metric": "acc", "chance": 0.25, "items": 500, "main": True}
+    strict = {"task": "gsm8k@5", "metric": "exact_match,strict-match", "chance": None, "items": 500, "main": False}
+    results = {"benchmarks": [
+        row | {"model": "teacher", "value": 0.65}, row | {"model": "kda-only", "value": 0.55},
+        strict | {"model": "teacher", "value": 0.5}, strict | {"model": "kda-only", "value": 0.2},
+    ]}  # fmt: skip
+    answers = tmp_path / "parts" / "gsm8k-chat"
+    answers.mkdir(parents=True)
+    (answers / "teacher.jsonl").write_text("{}\n" * 4)
+    (answers / "kda-only.jsonl").write_text("{}\n" * 3)
+    table = qwen_coder.card_table(results, options(qwen_coder, text, tmp_path, "report", "--limit", "8"))
+    assert "| mmlu@5 | 500 | 65.0 | 55.0 (84.6, 75.0) | 88.4, 80.8 |" in table
+    assert "| gsm8k@5, strict | 500 | 50.0 | 20.0 (40.0, 40.0) | 51.4 |" in table
+    assert "| gsm8k, chat | 8 | 50.0 | 37.5 (75.0, 75.0) |  |" in table
+
+
+def test_models_have_gpus_of_their_own(qwen_coder, text, tmp_path, monkeypatch):
+    chosen = options(qwen_coder, text, tmp_path, "train", "--gpus", "2")
+    monkeypatch.setattr(qwen_coder, "visible_gpus", lambda _: [0, 1, 2, 3, 4])
+    seen = {}
+    qwen_coder.on_gpus_of_their_own(lambda model, gpus, _: seen.update({model: gpus}), chosen)
+    assert set(seen) == set(qwen_coder.MODELS) and all(gpus in ([0, 1], [2, 3]) for gpus in seen.values())
+    monkeypatch.setattr(qwen_coder, "visible_gpus", lambda _: [0])
+    with pytest.raises(SystemExit, match=r"--gpus 2, but there are 1"):
+        qwen_coder.on_gpus_of_their_own(None, chosen)
+    with pytest.raises(SystemExit):
+        options(qwen_coder, text, tmp_path, "train", "kda")
