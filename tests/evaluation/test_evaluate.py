@@ -10,9 +10,10 @@ from helpers import tiny_recipe
 
 from deltify import distill, evaluate, report
 from deltify.cli import main
-from deltify.config import Stage
+from deltify.config import Stage, load_recipe
 from deltify.conversion.teacher import random_teacher
 from deltify.evaluation.benchmarks import main_metric, run_benchmarks
+from deltify.evaluation.heldout import trained_tokens
 from deltify.evaluation.plots import draw_training
 from deltify.evaluation.settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec, RecallSpec
 from deltify.evaluation.tables import heldout_note
@@ -142,6 +143,16 @@ def test_evaluations_made_one_by_one_are_reported_together(run, data, tmp_path, 
     (tmp_path / "of-again" / "results.json").write_text(json.dumps(other))
     assert main(["report", *folders, "-o", str(tmp_path / "all")]) == 1
     assert "The evaluations differ in device: abacus, cpu" in capsys.readouterr().err
+
+
+def test_tokens_of_the_model_that_a_run_starts_from_are_counted(run):
+    recipe = load_recipe(run / "recipe.yaml")
+    of_stage = trained_tokens(recipe)
+    assert 0 < of_stage["align"] < of_stage["extend"]
+    starts = {run: of_stage["extend"], run / "align": of_stage["align"], run / "converted": 0, "calibrated": 0}
+    for start, tokens in starts.items():
+        untrained = replace(recipe, name="untrained", student=replace(recipe.student, init=str(start)))
+        assert trained_tokens(untrained)["extend"] == tokens, start
 
 
 def test_a_model_that_fails_half_way_keeps_what_was_measured(run, data, monkeypatch):

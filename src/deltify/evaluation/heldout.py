@@ -18,6 +18,7 @@ from ..training.metrics import read_stages
 from ..training.steps import hidden_states, next_tokens
 from ..utils.console import with_progress
 from ..utils.scoring import kl_terms, label_log_probs, log_probs, perplexity
+from .card import recipe_folder
 
 CHUNK_TOKENS = 256  # tokens whose logits exist at a time
 NGRAM_TOKENS = 10_000_000  # tokens of each source that the n-gram models are counted on
@@ -140,10 +141,15 @@ def ngram_baselines(train: list[TokenFile], heldout: list[Batch], vocab_size: in
 def trained_tokens(recipe: Recipe) -> dict[str, int]:
     """Return the number of tokens that each stage's model was trained on.
 
-    It includes earlier stages, and the run whose student this one started from.
+    It includes earlier stages, and the run or stage whose student this one started from.
     """
-    parent = Path(recipe.student.init).expanduser() / "recipe.yaml"
-    start = total = trained_tokens(load_recipe(parent))["extend"] if parent.is_file() else 0
+    init = recipe.student.init
+    start = 0
+    if (parent := recipe_folder(init)) is not None:
+        at_start = trained_tokens(load_recipe(parent / "recipe.yaml"))
+        is_run = Path(init).expanduser() == parent  # else a stage of it, or "converted"
+        start = at_start["extend"] if is_run else at_start.get(Path(init).name, 0)
+    total = start
     last = {name: records[-1]["tokens"] for name, records in read_stages(recipe.folder)}
     trained = {}
     for name in STAGES:
