@@ -14,8 +14,10 @@ from deltify.evaluation.plots import COLORS, open_figure
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {
     "half-others": "KDA in all layers but 17-24",
-    "measured-4": "KDA in all layers but 17, 18, 20, 23 (measured:4)",
+    "measured": "KDA in all layers but 14, 17, 18, 23 (measured:4)",
+    "measured-1": "KDA in all layers but 18 (measured:1)",
     "even-7": "KDA in 23 layers, 7 evenly spaced ones stay attention",
+    "even-1": "KDA in all layers but 15",
     "half-retrieving": "KDA in layers 17-24",
     "direct": "KDA in all layers",
 }

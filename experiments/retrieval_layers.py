@@ -5,7 +5,7 @@
 
 Each run is a recipe of its own in --out, and its metrics.jsonl has the recall curve of each validation. Runs that are
 finished are not repeated. "halves" begins with a model that joins two others, named in JOINED. Runs whose name ends in
-"-4k", "-8k" or "-16k" continue another run in longer sequences. Needs a GPU.
+"-4k" continue another run in longer sequences. Needs a GPU.
 """
 
 import argparse
@@ -52,25 +52,8 @@ class Run:
     every: int = 244
 
 
-def longer(attention: str, start: str, sparse: float) -> dict[str, Run]:
-    """Return the runs that continue `start` in sequences of 4,096, 8,192 and 16,384 tokens."""
-    runs, previous = {}, start
-    for name, (tokens, length, batch, lr_mixers, lr_other, ce_weight) in LONGER.items():
-        stage = {"sequence_length": length, "batch_size": batch, "lr_mixers": lr_mixers, "lr_other": lr_other}
-        stage |= {"ce_weight": ce_weight}
-        runs[f"{start}-{name}"] = Run(attention, 0, tokens, {"init": previous}, stage, sparse, every=500)
-        previous = f"{start}-{name}"
-    return runs
-
-
 M = 1_000_000
-# millions of tokens, sequence length, batch size, learning rates of mixers and of other parameters, weight of
-# cross-entropy, which alone counts beyond the teacher's context window of 8,192 tokens
-LONGER = {
-    "4k": (32 * M, 4096, 2, 1e-3, 3e-4, 0.0),
-    "8k": (10 * M, 8192, 2, 3e-4, 1e-4, 0.0),
-    "16k": (8 * M, 16384, 1, 2e-4, 6e-5, 0.2),
-}
+IN_4K = {"sequence_length": 4096, "batch_size": 2}
 MUON = {"optimizer": "muon", "lr_mixers": 2e-3, "lr_other": 6e-4}
 RUNS = {
     "align": Run("none", 4 * M, 0),
@@ -93,13 +76,11 @@ RUNS = {
     "half-retrieving": Run(OTHERS, 1 * M, 3 * M, LONG_MEMORY),
     "halves": Run("none", 0, 4 * M, {"init": "halves"}),
     "direct-long": Run("none", 0, 28 * M, {"init": "direct"}, {"sequence_length": 4096, "batch_size": 1}),
-    # heads beyond the teacher's, at the tokens of "direct"
-    "memory-3": Run("none", 2 * M, 8 * M, {"memory_heads": 3, "center": "retrieval"}),
-    "memory-9": Run("none", 2 * M, 8 * M, {"memory_heads": 9, "center": "retrieval"}),
     "measured": Run("measured:4", 2 * M, 8 * M, sparse=0.25),
+    "measured-4k": Run("measured:4", 0, 24 * M, {"init": "measured"}, IN_4K, 0.25, every=500),
+    # continues a run of experiments/hybrid_layers.py --tokens 4000000 --keep-rope, in the same folder
+    "one-4k": Run("measured:1", 0, 14 * M, {"init": "measured-1-4000000"}, IN_4K, 0.25, every=500),
 }
-for run, sparse in (("direct", 0.4), ("memory-3", 0.4), ("memory-9", 0.4), ("measured", 0.25)):
-    RUNS |= longer(RUNS[run].attention, run, sparse)
 WHOLE = "direct"  # run whose configuration the joined model has
 # name: run that gives the layers RETRIEVING, and run that gives all other weights
 JOINED = {"halves": ("half-retrieving", "half-others")}

@@ -152,6 +152,8 @@ def test_tokens_of_the_model_that_a_run_starts_from_are_counted(run):
     starts = {run: of_stage["extend"], run / "align": of_stage["align"], run / "converted": 0, "calibrated": 0}
     for start, tokens in starts.items():
         untrained = replace(recipe, name="untrained", student=replace(recipe.student, init=str(start)))
+        untrained.folder.mkdir(exist_ok=True)
+        write_text(untrained.folder / "metrics.jsonl", "")
         assert trained_tokens(untrained)["extend"] == tokens, start
 
 

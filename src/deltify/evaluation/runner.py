@@ -235,7 +235,9 @@ def describe(name: str, model: PreTrainedModel, measured: dict) -> dict:
     tokens = {score["name"]: score["tokens"] for score in measured.get("scores", [])}
     return {
         "name": name,
-        "layers": ", ".join(f"{count} layers of {LAYER_NAMES.get(kind, kind)}" for kind, count in counts.items()),
+        "layers": ", ".join(
+            f"{count} layer{'s' * (count > 1)} of {LAYER_NAMES.get(kind, kind)}" for kind, count in counts.items()
+        ),
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": tokens.get(name, 0),
     }
