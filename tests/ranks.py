@@ -19,7 +19,9 @@ from deltify.conversion.student import convert
 from deltify.conversion.teacher import random_teacher
 from deltify.data.batches import MixedBatches
 from deltify.data.token_files import TokenFile
+from deltify.model.shards import full_tensor
 from deltify.training import distributed
+from deltify.training.optimizers import choose_trained
 from deltify.training.teachers import LiveTeacher
 from deltify.training.trainer import RunContext, StageTrainer
 
@@ -70,16 +72,20 @@ def steps(name: str, how: str, out: Path) -> None:
         )
         sharded = how.endswith("shard")
         live = LiveTeacher(teacher)
-        trainer = StageTrainer(context, name, live, student, sharded)
         if sharded:
-            live.shard(run.data_parallel == "hybrid")
+            per_node = run.data_parallel == "hybrid"
+            choose_trained(student, stage, name)
+            distributed.shard_student(student, cpu, per_node)
+            live.shard(per_node)
+        trainer = StageTrainer(context, name, live, student)
+        if sharded:
             assert {p.device_mesh.ndim for p in student.parameters()} == {2 if how == "nodes-shard" else 1}
         trainer.evaluate = lambda: ({}, [])
         trainer.accumulate_gradients(trainer.batch(0))
-        gradients = {n: distributed.full_tensor(p.grad) for n, p in student.named_parameters() if p.grad is not None}
+        gradients = {n: full_tensor(p.grad) for n, p in student.named_parameters() if p.grad is not None}
         student.zero_grad(set_to_none=True)
         trainer.run()
-        weights = {n: distributed.full_tensor(p.detach()) for n, p in student.named_parameters()}
+        weights = {n: full_tensor(p.detach()) for n, p in student.named_parameters()}
         norms = torch.stack([x.norm() for x in weights.values()])
         assert torch.equal(distributed.all_reduce_mean(norms), norms)  # equal on all ranks, bit for bit
         if distributed.rank() == 0:

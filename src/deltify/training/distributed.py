@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..model import DeltifyForCausalLM
@@ -217,11 +216,6 @@ def memory_of(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def full_tensor(x: Tensor) -> Tensor:
-    """Return a tensor, gathered from all ranks if it is sharded."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 def sharding_mesh(device: str, per_node: bool) -> DeviceMesh:
     """Return the mesh of all ranks or, with `per_node`, that of nodes and of the ranks of a node.
 
@@ -241,27 +235,28 @@ def sharding_mesh(device: str, per_node: bool) -> DeviceMesh:
     return init_device_mesh(device, (ranks // local, local), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: nn.Module, layers: nn.ModuleList, root: nn.Module, per_node: bool) -> None:
+def shard(root: nn.Module, layers: nn.ModuleList, device: torch.device, per_node: bool) -> None:
     """Shard `root` over the ranks: each mixer, each layer, and the other parameters.
 
     Args:
-        model: Model that contains the layers and tells the device.
-        root: Part of the model to shard, or the model itself.
+        root: Model, or the part of it to shard, on `device` or on the meta device.
+        layers: Its layers.
+        device: Device that the ranks compute on.
         per_node: Whether to shard over the ranks of a node only. Nodes then hold the same (HSDP).
     """
-    mesh = sharding_mesh(next(model.parameters()).device.type, per_node)
+    mesh = sharding_mesh(device.type, per_node)
     for layer in layers:
         fully_shard(layer.get_submodule("self_attn"), mesh=mesh)
         fully_shard(layer, mesh=mesh)
     fully_shard(root, mesh=mesh)
 
 
-def shard_student(student: DeltifyForCausalLM, per_node: bool = False) -> None:
+def shard_student(student: DeltifyForCausalLM, device: torch.device, per_node: bool = False) -> None:
     """Shard a student, and let `run_with_full_weights` gather it."""
-    shard(student, student.model.layers, student, per_node)
+    shard(student, student.model.layers, device, per_node)
     register_fsdp_forward_method(student, "run_with_full_weights")
 
 
-def shard_teacher(teacher: PreTrainedModel, per_node: bool = False) -> None:
-    """Shard a teacher's layers, norm and embeddings. A head that is not tied to them stays whole."""
-    shard(teacher, teacher.model.layers, teacher.model, per_node)
+def shard_teacher(teacher: PreTrainedModel, device: torch.device, per_node: bool = False) -> None:
+    """Shard a teacher's layers, norm and embeddings. Its head stays whole, tied or not, because every step needs it."""
+    shard(teacher.model, teacher.model.layers, device, per_node)

@@ -17,6 +17,7 @@ from ..data.batches import Batch, MixedBatches
 from ..data.probes import Probe
 from ..data.token_files import TokenFile
 from ..model import DeltifyForCausalLM
+from ..model.shards import full_tensor, is_sharded
 from ..utils.console import console, log
 from . import checkpoint, distributed
 from .checkpoint import Progress
@@ -50,6 +51,7 @@ class RunContext:
         prompts: Tokens of the held-out prompts that samples continue, [prompts, tokens].
         deadline: Time of `time.monotonic()` after which training stops.
         row_group: Ranks that share this one's rows in match and extend, if rows are cut over several.
+        sharded: Whether teacher and student are sharded over the ranks.
     """
 
     recipe: Recipe
@@ -64,12 +66,13 @@ class RunContext:
     stopper: Stopper
     deadline: float = math.inf
     row_group: dist.ProcessGroup | None = None
+    sharded: bool = False
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def validate(
-        self, teacher: StageTeacher, student: DeltifyForCausalLM, sharded: bool
+        self, teacher: StageTeacher, student: DeltifyForCausalLM
     ) -> tuple[dict[str, float], list[dict[str, str]]]:
         """Return the figures of a student on held-out text, and samples unless it is sharded.
 
@@ -78,7 +81,7 @@ class RunContext:
         started = time.monotonic()
         figures = evaluate_heldout(teacher, student, self.heldout, self.autocast)
         figures |= evaluate_recall(student, self.probes, self.autocast)
-        samples = [] if sharded or self.metrics.silent else self.samples(student, teacher.tokenizer)
+        samples = [] if is_sharded(student) or self.metrics.silent else self.samples(student, teacher.tokenizer)
         return figures | {"validation_seconds": time.monotonic() - started}, samples
 
     def samples(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
@@ -93,21 +96,18 @@ class StageTrainer:
     Args:
         context: What all stages of the run share.
         name: Name of the stage.
-        sharded: Whether to shard the student over the ranks. The teacher is sharded by the caller.
+        teacher: Teacher. It is sharded over the ranks if the student is.
+        student: Student. If it is sharded, the parameters that the stage trains were chosen before that.
     """
 
-    def __init__(
-        self, context: RunContext, name: str, teacher: StageTeacher, student: DeltifyForCausalLM, sharded: bool
-    ):
+    def __init__(self, context: RunContext, name: str, teacher: StageTeacher, student: DeltifyForCausalLM):
         self.context, self.name, self.recipe, self.stage = context, name, context.recipe, context.recipe.stage(name)
-        self.teacher, self.student, self.sharded = teacher, student, sharded
+        self.teacher, self.student, self.sharded = teacher, student, is_sharded(student)
         self.ranks_per_row = self.recipe.ranks_per_row(name)
         choose_trained(student, self.stage, name)
-        if sharded:
-            distributed.shard_student(student, self.recipe.run.data_parallel == "hybrid")
-        elif name == "align":
+        if name == "align" and not self.sharded:
             share_frozen_weights(student, teacher.named_parameters())
-        self.optimizers = make_optimizers(student, self.stage, name, sharded)
+        self.optimizers = make_optimizers(student, self.stage, name, self.sharded)
         self.progress = Progress(name, 0, 0, 0.0)
         self.graphed: GraphedStep | None = None
         self.signal, self.stopped_early = 0, False
@@ -164,7 +164,7 @@ class StageTrainer:
         with explain_out_of_memory(self.name, self.stage, self.sharded, self.ranks_per_row):
             losses = self.accumulate_gradients(self.batch(step))
             norm = nn.utils.clip_grad_norm_(trained(self.optimizers), self.stage.max_grad_norm)
-            norm = float(distributed.full_tensor(norm))
+            norm = float(full_tensor(norm))
             self.check_finite(step, losses, norm)
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -276,7 +276,7 @@ class StageTrainer:
     def evaluate(self) -> tuple[dict[str, float], list[dict[str, str]]]:
         """Evaluate on held-out text, write samples, and note the step if it is the best so far."""
         self.student.eval()
-        scores, samples = self.context.validate(self.teacher, self.student, self.sharded)
+        scores, samples = self.context.validate(self.teacher, self.student)
         self.student.train()
         if self.progress.best_kl is None or scores["heldout_kl"] < self.progress.best_kl:
             self.progress = replace(self.progress, best_kl=scores["heldout_kl"], best_step=self.progress.step)
