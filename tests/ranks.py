@@ -7,23 +7,30 @@ import os
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from weakref import WeakSet
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from deltify import distill, load_recipe
 from deltify.config import Recipe, RunSpec, Stage
 from deltify.conversion import teacher as teacher_module
 from deltify.conversion.student import convert
-from deltify.conversion.teacher import random_teacher
-from deltify.data.batches import MixedBatches
+from deltify.conversion.teacher import load_teacher, random_teacher
+from deltify.data.batches import Batch, MixedBatches
 from deltify.data.token_files import TokenFile
+from deltify.model import shards
 from deltify.model.shards import full_tensor
 from deltify.training import distributed
 from deltify.training.optimizers import choose_trained
 from deltify.training.teachers import LiveTeacher
 from deltify.training.trainer import RunContext, StageTrainer
+from deltify.utils.fingerprint import fingerprint
 
 
 def steps(name: str, how: str, out: Path) -> None:
@@ -90,6 +97,70 @@ def steps(name: str, how: str, out: Path) -> None:
         assert torch.equal(distributed.all_reduce_mean(norms), norms)  # equal on all ranks, bit for bit
         if distributed.rank() == 0:
             torch.save((gradients, weights), out)
+
+
+def distill_here(recipe: str, file_bytes: int, options: dict) -> int:
+    """Run a recipe, with small files of weights, and return the most bytes of tensors that were alive."""
+    shards.FILE_BYTES = file_bytes
+    with PeakBytes() as peak:
+        distill(load_recipe(recipe), **options)
+    return peak.peak
+
+
+def open_in_shards(folder: str, options: dict) -> dict[str, int]:
+    """Load a teacher and convert it, sharded and whole, and compare them bit for bit.
+
+    Returns the bytes of both whole models, the most bytes of tensors that were alive while the sharded ones were made,
+    and the bytes that were read from files.
+    """
+    cpu, bytes_read, read_rows = torch.device("cpu"), [], shards.read_rows
+    ids = torch.randint(0, 250, (2, 16), generator=torch.Generator().manual_seed(1))
+    options |= {"calibration": Batch(ids, torch.arange(16).expand(2, -1))}
+    shards.read_rows = lambda *args: (rows := read_rows(*args), bytes_read.append(rows.nbytes))[0]
+    with PeakBytes() as peak:
+        teacher = load_teacher(folder, shard=partial(distributed.shard_teacher, device=cpu))
+        student = convert(teacher, **options, shard=partial(distributed.shard_student, device=cpu))
+    shards.read_rows = read_rows
+    whole = load_teacher(folder)
+    whole_student = convert(whole, **options)
+    for sharded, model in ((teacher.model, whole.model), (student, whole_student)):
+        assert shards.is_sharded(sharded) and sharded.training == model.training
+        assert fingerprint(sharded) == fingerprint(model)
+        for kind in ("state_dict", "named_buffers"):
+            got, want = dict(getattr(sharded, kind)()), dict(getattr(model, kind)())
+            assert got.keys() == want.keys()
+            for name in want:
+                x = shards.full_tensor(got[name])
+                assert x.dtype == want[name].dtype and torch.equal(x, want[name]), name
+        assert sharded.config.to_dict() == model.config.to_dict()
+        assert sharded.generation_config.to_dict() == model.generation_config.to_dict()
+    tied = whole_student.config.tie_word_embeddings
+    assert (student.lm_head.weight is student.model.embed_tokens.weight) == tied
+    size = sum(p.nbytes for model in (whole.model, whole_student) for p in model.parameters())
+    return {"whole": size, "peak": peak.peak, "read": sum(bytes_read)}
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, of those made inside. Files that are mapped to memory are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = WeakSet(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # its local operations come here
+        made = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in storages((args, kwargs))}
+        if new := [storage for storage in storages(made) if storage._cdata not in given]:
+            self.alive.update(new)
+            self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive))
+        return made
+
+
+def storages(tree: object) -> list[torch.UntypedStorage]:
+    tensors = [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+    return [x.untyped_storage() for x in tensors]
 
 
 def distill_first(recipe: str, first: int, cache: str) -> None:

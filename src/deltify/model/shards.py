@@ -1,23 +1,28 @@
-"""Fill models that are sharded over processes (FSDP2), so that no process ever holds a whole one.
+"""Load, fill and save models that are sharded over processes (FSDP2), so that no process ever holds a whole one.
 
 A model is made on the meta device, sharded, and allocated. Then each process fills its own rows of every tensor.
 """
 
+import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .loading import StoredTensor, Tensors, with_prefix
 
 M = TypeVar("M", bound=nn.Module)
 
+FILE_BYTES = 5 * 2**30  # of a safetensors file, unless a tensor is larger
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -133,3 +138,58 @@ def read_generation_config(model: PreTrainedModel, folder: str, **options) -> No
     except OSError:  # as from_pretrained of a model does
         file = {"config_file_name": "config.json", "_from_model_config": True}
         model.generation_config = GenerationConfig.from_pretrained(folder, **file, **options)
+
+
+def save_shards(model: PreTrainedModel, folder: Path) -> None:
+    """Write a sharded model as `save_pretrained` does. All processes must take part; the first one writes.
+
+    Processes gather one tensor at a time. The first one holds those of a file of FILE_BYTES on the CPU.
+    """
+    first = dist.get_rank() == 0
+    tied = {HEAD} if model.config.tie_word_embeddings else set()
+    tensors = {name: x for name, x in model.state_dict().items() if name not in tied}
+
+    def gather(names: list[str]) -> dict[str, Tensor]:
+        gathered = {}
+        for name in names:
+            x = full_tensor(tensors[name])
+            if first:
+                gathered[name] = x.cpu()
+        return gathered
+
+    if first:
+        model.config.dtype, model.config.architectures = model.dtype, [type(model).__name__.removeprefix("FSDP")]
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+    write_tensors(folder, {name: x.nbytes for name, x in tensors.items()}, gather, write=first)
+
+
+def write_tensors(
+    folder: Path, sizes: dict[str, int], read: Callable[[list[str]], dict[str, Tensor]], *, write: bool = True
+) -> None:
+    """Write tensors as safetensors files of at most FILE_BYTES. A larger tensor gets a file of its own.
+
+    Args:
+        folder: Folder that exists.
+        sizes: Bytes of each tensor by name.
+        read: Function that returns the tensors of a file. It is called for one file at a time.
+        write: Whether to write what `read` returns.
+    """
+    groups: list[list[str]] = [[]]
+    bytes_left = FILE_BYTES
+    for name, size in sizes.items():
+        if size > bytes_left and groups[-1]:
+            groups.append([])
+            bytes_left = FILE_BYTES
+        groups[-1].append(name)
+        bytes_left -= size
+    files = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    files = [SAFE_WEIGHTS_NAME] if len(groups) == 1 else files
+    for file, names in zip(files, groups):
+        tensors = read(names)
+        if write:
+            save_file(tensors, folder / file, {"format": "pt"})
+    if write and len(groups) > 1:
+        weight_map = {name: file for file, names in zip(files, groups) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index))

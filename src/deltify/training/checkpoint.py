@@ -14,15 +14,11 @@ from pathlib import Path
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..model.shards import is_sharded, save_shards
 from ..utils.files import check_manifest, replace_folder, write_manifest, write_text
 from . import distributed
 
@@ -162,6 +158,8 @@ def save_model(
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads: safetensors, in the model's dtypes.
 
+    All ranks must call it. The first one writes. If the model is sharded, no rank ever holds the whole of it.
+
     The folder contains the model's code. Where deltify is not installed, `trust_remote_code=True` loads it.
 
     Args:
@@ -169,14 +167,18 @@ def save_model(
             not done.
     """
     unfinished = folder.with_name(folder.name + ".unfinished")
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # full on the first rank, empty on the others
-    weights = get_model_state_dict(model, options=options) if distributed.world_size() > 1 else None
     if distributed.rank() > 0:
+        if is_sharded(model):
+            save_shards(model, unfinished)
         distributed.barrier()
         return
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        model.save_pretrained(unfinished, state_dict=weights)
+        if is_sharded(model):
+            unfinished.mkdir(parents=True)
+            save_shards(model, unfinished)
+        else:
+            model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         if stopped_at is not None:
             write_text(unfinished / "unfinished.json", json.dumps(asdict(stopped_at)))
