@@ -27,6 +27,7 @@ from deltify.data.token_files import TokenFile
 from deltify.model import shards
 from deltify.model.shards import full_tensor
 from deltify.training import distributed
+from deltify.training.estimate import loading_bytes
 from deltify.training.optimizers import choose_trained
 from deltify.training.teachers import LiveTeacher
 from deltify.training.trainer import RunContext, StageTrainer
@@ -111,17 +112,18 @@ def open_in_shards(folder: str, options: dict) -> dict[str, int]:
     """Load a teacher and convert it, sharded and whole, and compare them bit for bit.
 
     Returns the bytes of both whole models, the most bytes of tensors that were alive while the sharded ones were made,
-    and the bytes that were read from files.
+    what `plan` says of them, and the bytes that were read from files.
     """
     cpu, bytes_read, read_rows = torch.device("cpu"), [], shards.read_rows
     ids = torch.randint(0, 250, (2, 16), generator=torch.Generator().manual_seed(1))
     options |= {"calibration": Batch(ids, torch.arange(16).expand(2, -1))}
     shards.read_rows = lambda *args: (rows := read_rows(*args), bytes_read.append(rows.nbytes))[0]
     with PeakBytes() as peak:
-        teacher = load_teacher(folder, shard=partial(distributed.shard_teacher, device=cpu))
+        shard = partial(distributed.shard_teacher, device=cpu)
+        teacher = load_teacher(folder, dtype=torch.bfloat16, shard=shard)
         student = convert(teacher, **options, shard=partial(distributed.shard_student, device=cpu))
     shards.read_rows = read_rows
-    whole = load_teacher(folder)
+    whole = load_teacher(folder, dtype=torch.bfloat16)
     whole_student = convert(whole, **options)
     for sharded, model in ((teacher.model, whole.model), (student, whole_student)):
         assert shards.is_sharded(sharded) and sharded.training == model.training
@@ -137,7 +139,8 @@ def open_in_shards(folder: str, options: dict) -> dict[str, int]:
     tied = whole_student.config.tie_word_embeddings
     assert (student.lm_head.weight is student.model.embed_tokens.weight) == tied
     size = sum(p.nbytes for model in (whole.model, whole_student) for p in model.parameters())
-    return {"whole": size, "peak": peak.peak, "read": sum(bytes_read)}
+    planned = loading_bytes(whole, whole_student, 2)
+    return {"whole": size, "peak": peak.peak, "read": sum(bytes_read), "planned": planned}
 
 
 class PeakBytes(TorchDispatchMode):
