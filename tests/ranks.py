@@ -88,6 +88,9 @@ def steps(name: str, how: str, out: Path) -> None:
         trainer = StageTrainer(context, name, live, student)
         if sharded:
             assert {p.device_mesh.ndim for p in student.parameters()} == {2 if how == "nodes-shard" else 1}
+            with torch.no_grad():
+                for p in student.parameters():
+                    assert torch.equal(shards.own_part(p), full_tensor(p)[shards.own_rows(p)])
         trainer.evaluate = lambda: ({}, [])
         trainer.accumulate_gradients(trainer.batch(0))
         gradients = {n: full_tensor(p.grad) for n, p in student.named_parameters() if p.grad is not None}

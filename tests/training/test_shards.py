@@ -84,7 +84,7 @@ def test_a_sharded_run_converts_and_learns_what_a_replicated_one_does(tmp_path):
 def test_no_process_of_a_conversion_holds_a_whole_model(tmp_path):
     teacher = save_teacher(tmp_path / "teacher", "llama", **LARGER)
     recipe = tiny_recipe(tmp_path, teacher=TeacherSpec(teacher))
-    recipe = replace(recipe, student=replace(recipe.student, calibration_tokens=32))
+    recipe = replace(recipe, student=replace(recipe.student, init="library"))
     recipe = replace(recipe, run=replace(recipe.run, heldout_tokens=32))
     peaks = run(recipe, tmp_path / "run", "shard", stages=())
     sizes = [sum(x.nbytes for x in weights(folder).values()) for folder in (Path(teacher), recipe.folder / "converted")]

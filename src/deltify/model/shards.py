@@ -92,7 +92,8 @@ def fill(model: PreTrainedModel, tensors: Tensors) -> None:
     tensors = with_prefix(tensors)
     for name, x in model.state_dict().items():
         stored = tensors[EMBEDDINGS if name == HEAD and HEAD not in tensors else name]
-        own_part(x).copy_(read_rows(stored, own_rows(x)))
+        if own_part(x).numel():  # there may be more processes than rows
+            own_part(x).copy_(read_rows(stored, own_rows(x)))
 
 
 def read_rows(stored: StoredTensor, rows: slice) -> Tensor:
