@@ -1,13 +1,16 @@
 """Functions that tests run in several processes, see processes.py. As a program, this file runs a recipe:
 
-ranks.py RECIPE [--resume] [--stop]     --stop ends the run after one step
+ranks.py RECIPE [--resume] [--stop] [--die]
+    --stop ends the run after one step; --die kills the second process in the sixth step, unless torchrun restarted it
 """
 
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from weakref import WeakSet
@@ -26,7 +29,7 @@ from deltify.data.batches import Batch, MixedBatches
 from deltify.data.token_files import TokenFile
 from deltify.model import shards
 from deltify.model.shards import full_tensor
-from deltify.training import distributed
+from deltify.training import distributed, trainer
 from deltify.training.estimate import loading_bytes
 from deltify.training.optimizers import choose_trained
 from deltify.training.teachers import LiveTeacher
@@ -85,17 +88,17 @@ def steps(name: str, how: str, out: Path) -> None:
             choose_trained(student, stage, name)
             distributed.shard_student(student, cpu, per_node)
             live.shard(per_node)
-        trainer = StageTrainer(context, name, live, student)
+        stage_trainer = StageTrainer(context, name, live, student)
         if sharded:
             assert {p.device_mesh.ndim for p in student.parameters()} == {2 if how == "nodes-shard" else 1}
             with torch.no_grad():
                 for p in student.parameters():
                     assert torch.equal(shards.own_part(p), full_tensor(p)[shards.own_rows(p)])
-        trainer.evaluate = lambda: ({}, [])
-        trainer.accumulate_gradients(trainer.batch(0))
+        stage_trainer.evaluate = lambda: ({}, [])
+        stage_trainer.accumulate_gradients(stage_trainer.batch(0))
         gradients = {n: full_tensor(p.grad) for n, p in student.named_parameters() if p.grad is not None}
         student.zero_grad(set_to_none=True)
-        trainer.run()
+        stage_trainer.run()
         weights = {n: full_tensor(p.detach()) for n, p in student.named_parameters()}
         norms = torch.stack([x.norm() for x in weights.values()])
         assert torch.equal(distributed.all_reduce_mean(norms), norms)  # equal on all ranks, bit for bit
@@ -178,8 +181,22 @@ def distill_first(recipe: str, first: int, cache: str) -> None:
     distill(load_recipe(recipe))
 
 
+def die_in_sixth_step() -> None:
+    """Let align's sixth step kill this process, as a fault of its machine would."""
+    calls, align_step = count(), trainer.align_step
+
+    def dies(*args):
+        if next(calls) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return align_step(*args)
+
+    trainer.align_step = dies
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     recipe, *options = sys.argv[1:]
+    if "--die" in options and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        die_in_sixth_step()
     minutes = -time.monotonic() / 60 if "--stop" in options else None  # a deadline that has passed
     distill(load_recipe(recipe), resume="--resume" in options, max_minutes=minutes)

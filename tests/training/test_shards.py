@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import records, tiny_recipe
-from processes import run_in_processes
+from helpers import assert_same_weights, records, tiny_recipe
+from processes import run_in_processes, run_under_torchrun
 from ranks import distill_here, open_in_shards
 from safetensors.torch import load_file
 
@@ -46,11 +46,11 @@ def test_models_loaded_and_converted_in_shards_equal_whole_ones(architecture, fa
         assert found["read"] < 0.6 * sum(path.stat().st_size for path in (tmp_path / "teacher").glob("*.safetensors"))
 
 
-def run(recipe: Recipe, folder: Path, data_parallel: str, **options) -> list[int]:
+def run(recipe: Recipe, folder: Path, data_parallel: str, file_bytes: int = 2**18, **options) -> list[int]:
     """Run a recipe in two processes, and return the most bytes of tensors that were alive in each."""
     folder.mkdir()
     write_recipe(replace(recipe, run=replace(recipe.run, data_parallel=data_parallel)), folder / "recipe.yaml")
-    return run_in_processes(distill_here, 2, folder, str(folder / "recipe.yaml"), 2**18, options)
+    return run_in_processes(distill_here, 2, folder, str(folder / "recipe.yaml"), file_bytes, options)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -79,6 +79,17 @@ def test_a_sharded_run_converts_and_learns_what_a_replicated_one_does(tmp_path):
     run(again, tmp_path / "3", "shard", stages=())
     got, want = weights(again.folder / "converted"), weights(copies.folder / "match")
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_a_run_whose_process_is_killed_continues_after_torchruns_restart(tmp_path):
+    recipe = tiny_recipe(tmp_path, match=Stage())
+    recipe = replace(recipe, run=replace(recipe.run, data_parallel="shard"))
+    unbroken, killed = (replace(recipe, name=name) for name in ("unbroken", "killed"))
+    run(unbroken, tmp_path / "1", "shard", file_bytes=2**30)
+    write_recipe(killed, tmp_path / "recipe.yaml")
+    said = run_under_torchrun("ranks.py", tmp_path / "recipe.yaml", "--resume", "--die", restarts=1)
+    assert said.count("align: resuming from step 4") == 1
+    assert_same_weights(killed.folder, unbroken.folder, "converted", "align")
 
 
 def test_no_process_of_a_conversion_holds_a_whole_model(tmp_path):
