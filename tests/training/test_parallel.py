@@ -1,11 +1,13 @@
 """Two processes on a CPU give the results of one."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import small_model, small_tokenizer, tiny_recipe, write_gguf
 from processes import run_in_processes, run_under_torchrun
 from ranks import distill_first, steps
@@ -103,6 +105,18 @@ def test_sharding_per_node_needs_the_size_of_a_node(monkeypatch):
             monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
         with pytest.raises(ValueError, match=f"It is {local or 'not set'}, and there are 4 processes"):
             distributed.sharding_mesh("cpu", per_node=True)
+
+
+def test_processes_that_were_restarted_share_a_part_of_the_store_without_those_that_died(tmp_path):
+    first, second = (dist.FileStore(str(tmp_path / "store"), 2) for _ in range(2))
+    first.set("hello 1", "a process that died")
+    with ThreadPoolExecutor() as pool:
+        for number in range(2):
+            parts = [pool.submit(distributed.new_store, store, rank, 2) for rank, store in enumerate((first, second))]
+            written, read = (part.result(timeout=30) for part in parts)
+            assert not read.check(["address"])
+            written.set("address", str(number))
+            assert read.get("address") == str(number).encode()
 
 
 def test_a_batch_that_two_processes_cannot_share_is_named(tmp_path, monkeypatch):

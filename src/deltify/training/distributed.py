@@ -12,10 +12,12 @@ Evaluation and sampling divide their work by `share_out`, whose results do not d
 import hashlib
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import count, islice
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -32,7 +34,6 @@ from .signals import Stopped
 
 T = TypeVar("T")
 R = TypeVar("R")
-GROUPS = count()  # process groups so far, of which there is one at a time
 LONG_WAIT = timedelta(days=7)  # of a rank for others, where their work may take long; torchrun sees which ones failed
 BUCKET = 2**26  # gradient elements that are averaged at a time
 
@@ -81,8 +82,7 @@ def process_group(device: torch.device, timeout: timedelta | None = None) -> Gen
     if gpu is not None:
         torch.cuda.set_device(gpu)
     store, number, size = next(rendezvous("env://"))
-    # without a prefix, a second group of the same processes would find the addresses of the first one
-    store = dist.PrefixStore(f"deltify-{next(GROUPS)}", store)
+    store = new_store(store, number, size)
     backend = "gloo" if gpu is None else "nccl"
     dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timeout, device_id=gpu)
     console.quiet = rank() > 0
@@ -92,6 +92,27 @@ def process_group(device: torch.device, timeout: timedelta | None = None) -> Gen
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()  # not after an error: it would wait for ranks that may wait for this one
+
+
+def new_store(store: dist.Store, rank: int, ranks: int) -> dist.Store:
+    """Return a part of a store that all ranks share, and that has been used by no earlier group.
+
+    torchrun keeps a store when it restarts processes. A group would find the addresses of processes that have died. So
+    each rank says hello under a random name, until the first one has told it the name of the new part.
+    """
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello {rank}", name)
+        part = store.get(f"part for {name}").decode()
+        store.set(f"{rank} joined {part}", "")
+        return dist.PrefixStore(part, store)
+    waiting = set(range(1, ranks))
+    while waiting:
+        for other in [other for other in waiting if store.check([f"hello {other}"])]:
+            store.set(f"part for {store.get(f'hello {other}').decode()}", name)  # it may be the name of a dead process
+        waiting = {other for other in waiting if not store.check([f"{other} joined {name}"])}
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 def own_device(device: torch.device) -> torch.device:
