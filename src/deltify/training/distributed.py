@@ -137,6 +137,13 @@ def row_group(size: int) -> dist.ProcessGroup | None:
     return group
 
 
+def save_group() -> dist.ProcessGroup:
+    """Return a group of all ranks on the CPU, for a thread that saves checkpoints. All ranks must call it."""
+    group = dist.new_group(backend="gloo", timeout=LONG_WAIT)
+    assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+    return group
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:

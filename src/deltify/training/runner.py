@@ -148,6 +148,7 @@ def open_everything(
         deadline,
         row_group,
         sharded,
+        distributed.save_group() if sharded else None,
     )
 
 

@@ -4,6 +4,7 @@ import functools
 import math
 import time
 from collections.abc import Generator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
@@ -52,6 +53,7 @@ class RunContext:
         deadline: Time of `time.monotonic()` after which training stops.
         row_group: Ranks that share this one's rows in match and extend, if rows are cut over several.
         sharded: Whether teacher and student are sharded over the ranks.
+        save_group: All ranks, for the thread that writes checkpoints, if models are sharded.
     """
 
     recipe: Recipe
@@ -67,6 +69,7 @@ class RunContext:
     deadline: float = math.inf
     row_group: dist.ProcessGroup | None = None
     sharded: bool = False
+    save_group: dist.ProcessGroup | None = None
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -112,6 +115,7 @@ class StageTrainer:
         self.graphed: GraphedStep | None = None
         self.signal, self.stopped_early = 0, False
         self.last_save = self.last_clock = time.monotonic()
+        self.saving: Future[None] | None = None  # the checkpoint that a thread writes
         # the previous stage may have set it; transformers 5.23 has another name for it than 5.16
         what = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
         getattr(student, f"{what}_checkpointing_{'enable' if recomputes(self.stage, name) else 'disable'}")()
@@ -144,6 +148,8 @@ class StageTrainer:
                 self.log_step(figures, speed, samples)
                 show(self.progress.step, figures["loss"], speed)
                 self.save_if_due(finished_at)
+                if self.signal or self.stopped_early or self.is_last_step:
+                    self.finish_saving()
                 if self.signal:
                     saved = checkpoint.checkpoint_folder(self.recipe.folder, self.progress)
                     raise Stopped(self.signal, f"saved {saved}; --resume continues from it")
@@ -223,12 +229,28 @@ class StageTrainer:
             self.last_save = self.last_clock = time.monotonic()
 
     def save(self) -> None:
-        """Save a checkpoint and delete old ones."""
-        folder = self.recipe.folder
-        checkpoint.save_checkpoint(
-            checkpoint.checkpoint_folder(folder, self.progress), self.student, self.optimizers, self.progress
-        )
-        checkpoint.prune(folder, self.name, self.recipe.run.keep_checkpoints, self.progress.best_step)
+        """Save a checkpoint. If the models are sharded, a thread writes it while training goes on."""
+        self.finish_saving()
+        folder = checkpoint.checkpoint_folder(self.recipe.folder, self.progress)
+        state = (self.student, self.optimizers, self.progress)
+        self.saving = checkpoint.save_checkpoint(folder, *state, self.context.save_group)
+        if self.saving is None:
+            self.prune()
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that a thread writes, if any, and delete old ones.
+
+        Raises:
+            OSError: If it could not be written.
+        """
+        if self.saving is not None:
+            self.saving.result()
+            self.saving = None
+            self.prune()
+
+    def prune(self) -> None:
+        kept = self.recipe.run.keep_checkpoints
+        checkpoint.prune(self.recipe.folder, self.name, kept, self.progress.best_step)
 
     def accumulate_gradients(self, batch: Batch) -> dict[str, float]:
         """Add the gradients of a batch, one micro-batch at a time, and return the mean losses of all ranks."""
