@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 from deltify import distill
 from deltify.config import Stage, TeacherSpec, write_recipe
-from deltify.training import distributed
+from deltify.conversion import teacher
+from deltify.training import distributed, runner
+from deltify.training.estimate import count, skeletons
 
 pytestmark = pytest.mark.slow
 
@@ -83,6 +85,20 @@ def test_models_that_would_fill_more_than_half_a_gpu_are_sharded():
         ("replicate", 79, 80, False),
     ):
         assert distributed.should_shard(choice, size, memory) == want
+
+
+def test_sharding_is_chosen_before_a_model_is_loaded(tmp_path, monkeypatch):
+    tokenizer = small_tokenizer()
+    path = write_gguf(tmp_path / "teacher.gguf", small_model(tokenizer), tokenizer)
+    monkeypatch.setattr(teacher, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce_max", lambda number, device: number)
+    recipe = tiny_recipe(tmp_path, teacher=TeacherSpec(model=str(path)))
+    whole, student = skeletons(recipe)
+    size = 2 * count(whole.model) + 16 * count(student)
+    for memory, want in ((2 * size - 1, True), (2 * size, False)):
+        monkeypatch.setattr(distributed, "memory_of", lambda device, memory=memory: memory)
+        assert runner.choose_sharding(recipe, torch.device("cuda"), torch.bfloat16) == want
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -137,10 +137,14 @@ def print_table(plans: list[StagePlan], gpu: str, gpus: int, sharded: bool) -> N
         console.print(f"The hours come from the data sheet of {gpu} and were not measured.", highlight=False)
 
 
-def skeletons(recipe: Recipe) -> tuple[Teacher, DeltifyForCausalLM]:
-    """Return teacher and student without weights."""
+def skeletons(recipe: Recipe, *, unpack: bool = False) -> tuple[Teacher, DeltifyForCausalLM]:
+    """Return teacher and student without weights.
+
+    Args:
+        unpack: Whether a GGUF file may be unpacked, see `read_config`.
+    """
     spec = recipe.student
-    teacher = skeleton(read_config(recipe))
+    teacher = skeleton(read_config(recipe, unpack=unpack))
     kinds = layer_kinds(spec.full_attention_layers, teacher.config.num_hidden_layers)
     config = student_config(
         teacher,
@@ -162,13 +166,17 @@ def skeleton(config: PreTrainedConfig) -> Teacher:
         return Teacher(freeze(AutoModelForCausalLM.from_config(config)), byte_tokenizer(), family)
 
 
-def read_config(recipe: Recipe) -> PreTrainedConfig:
-    """Return the teacher's configuration. That of a GGUF file comes from its header, without unpacking it."""
+def read_config(recipe: Recipe, *, unpack: bool = False) -> PreTrainedConfig:
+    """Return the teacher's configuration.
+
+    Args:
+        unpack: Whether to read that of a GGUF file from the folder that it is unpacked to, instead of its header.
+    """
     source = recipe.teacher.model
     if source.startswith("random:"):
         return random_teacher(source.removeprefix("random:")).config
     path = embedded_gguf() if source == EMBEDDED else Path(source).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix == ".gguf" and path.is_file() and not unpack:
         return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
     options = {"trust_remote_code": recipe.teacher.trust_remote_code, "revision": recipe.teacher.revision}
     return load_config(source, locate(source), **options)

@@ -328,7 +328,7 @@ def choose_sharding(recipe: Recipe, device: torch.device, dtype: torch.dtype) ->
         return False
     memory, size = distributed.memory_of(device), 0
     if recipe.run.data_parallel == "auto" and memory is not None:
-        teacher, student = skeletons(recipe)
+        teacher, student = skeletons(recipe, unpack=True)  # it is unpacked next, anyway
         size = training_bytes(student) + dtype.itemsize * count(teacher.model)
     chosen = distributed.should_shard(recipe.run.data_parallel, size, memory)
     chosen = bool(distributed.all_reduce_max(chosen, device))
