@@ -87,7 +87,7 @@ def steps(name: str, how: str, out: Path) -> None:
             per_node = run.data_parallel == "hybrid"
             choose_trained(student, stage, name)
             distributed.shard_student(student, cpu, per_node)
-            live.shard(per_node)
+            distributed.shard_teacher(live.model, cpu, per_node)
         stage_trainer = StageTrainer(context, name, live, student)
         if sharded:
             assert {p.device_mesh.ndim for p in student.parameters()} == {2 if how == "nodes-shard" else 1}

@@ -3,8 +3,8 @@
 In training, each rank trains on its share of every batch. Small models are replicated: each rank has a full copy, and
 gradients are averaged before the optimizer step. Large models are sharded over the ranks (FSDP2): weights, gradients
 and optimizer states. Each layer is one unit, and its mixer another, because align runs mixers alone. The order matters.
-First decide which parameters train, because a gathered copy keeps the flag it was made with. Then shard the models.
-Then make the optimizer from the shards.
+First decide which parameters train, because a gathered copy keeps the flag it was made with. Then shard the models, on
+the meta device, and fill the shards (`model/shards.py`). Then make the optimizer from the shards.
 
 Evaluation and sampling divide their work by `share_out`, whose results do not depend on the number of ranks.
 """

@@ -24,7 +24,7 @@ from ..data.batches import Batch, MixedBatches, heldout_batches
 from ..data.token_files import TokenFile, open_data
 from ..model import DeltifyConfig, DeltifyForCausalLM
 from ..model.loading import checkpoint_tensors, plain_shapes
-from ..model.shards import allocate, fill, read_generation_config
+from ..model.shards import allocate, fill, is_sharded, read_generation_config
 from ..utils.console import console, log
 from ..utils.devices import pick_device, pick_precision
 from ..utils.folders import model_folder
@@ -178,8 +178,8 @@ def open_first_teacher(recipe: Recipe, device: torch.device, dtype: torch.dtype,
         per_node = recipe.run.data_parallel == "hybrid"
         shard = partial(distributed.shard_teacher, device=device, per_node=per_node) if sharded else None
         teacher = LiveTeacher(open_teacher(recipe, device, dtype, shard))
-        if sharded:  # one that could only be loaded whole
-            teacher.shard(per_node)
+        if sharded and not is_sharded(teacher.model):  # it could only be loaded whole
+            distributed.shard_teacher(teacher.model, device, per_node)
     weights = teacher.fingerprint
     check_weights(recipe, weights, f"the teacher {recipe.teacher.model}")
     if cached not in (None, weights):

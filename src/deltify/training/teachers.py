@@ -13,10 +13,8 @@ from ..config import STAGES, Recipe
 from ..conversion.teacher import Teacher, load_teacher, random_teacher
 from ..data.batches import Batch
 from ..model.context_parallel import cut_mask
-from ..model.shards import is_sharded
 from ..ops import earlier_keys
 from ..utils.fingerprint import fingerprint
-from . import distributed
 from .steps import layer_states, segment, segment_of
 
 CUT_ATTENTION = "deltify_cut_rows"
@@ -91,10 +89,6 @@ class LiveTeacher:
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
-
-    def shard(self, per_node: bool = False) -> None:
-        if not is_sharded(self.model):
-            distributed.shard_teacher(self.model, self.model.device, per_node)
 
 
 def open_teacher(
