@@ -13,9 +13,14 @@ import torch
 import torch.distributed as dist
 
 
-def run_under_torchrun(program: str, *arguments: object) -> str:
-    """Run a program of this folder in two processes, and return what they print."""
+def run_under_torchrun(program: str, *arguments: object, restarts: int = 0) -> str:
+    """Run a program of this folder in two processes, and return what they print.
+
+    Args:
+        restarts: How often torchrun may start the processes again after one has failed.
+    """
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    start.append(f"--max-restarts={restarts}")
     command = [*start, str(Path(__file__).parent / program), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)

@@ -1,27 +1,40 @@
 """Functions that tests run in several processes, see processes.py. As a program, this file runs a recipe:
 
-ranks.py RECIPE [--resume] [--stop]     --stop ends the run after one step
+ranks.py RECIPE [--resume] [--stop] [--die]
+    --stop ends the run after one step; --die kills the second process in the sixth step, unless torchrun restarted it
 """
 
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from weakref import WeakSet
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from deltify import distill, load_recipe
 from deltify.config import Recipe, RunSpec, Stage
 from deltify.conversion import teacher as teacher_module
 from deltify.conversion.student import convert
-from deltify.conversion.teacher import random_teacher
-from deltify.data.batches import MixedBatches
+from deltify.conversion.teacher import load_teacher, random_teacher
+from deltify.data.batches import Batch, MixedBatches
 from deltify.data.token_files import TokenFile
-from deltify.training import distributed
+from deltify.model import shards
+from deltify.model.shards import full_tensor
+from deltify.training import distributed, trainer
+from deltify.training.estimate import loading_bytes
+from deltify.training.optimizers import choose_trained
 from deltify.training.teachers import LiveTeacher
 from deltify.training.trainer import RunContext, StageTrainer
+from deltify.utils.fingerprint import fingerprint
 
 
 def steps(name: str, how: str, out: Path) -> None:
@@ -70,20 +83,93 @@ def steps(name: str, how: str, out: Path) -> None:
         )
         sharded = how.endswith("shard")
         live = LiveTeacher(teacher)
-        trainer = StageTrainer(context, name, live, student, sharded)
         if sharded:
-            live.shard(run.data_parallel == "hybrid")
+            per_node = run.data_parallel == "hybrid"
+            choose_trained(student, stage, name)
+            distributed.shard_student(student, cpu, per_node)
+            distributed.shard_teacher(live.model, cpu, per_node)
+        stage_trainer = StageTrainer(context, name, live, student)
+        if sharded:
             assert {p.device_mesh.ndim for p in student.parameters()} == {2 if how == "nodes-shard" else 1}
-        trainer.evaluate = lambda: ({}, [])
-        trainer.accumulate_gradients(trainer.batch(0))
-        gradients = {n: distributed.full_tensor(p.grad) for n, p in student.named_parameters() if p.grad is not None}
+            with torch.no_grad():
+                for p in student.parameters():
+                    assert torch.equal(shards.own_part(p), full_tensor(p)[shards.own_rows(p)])
+        stage_trainer.evaluate = lambda: ({}, [])
+        stage_trainer.accumulate_gradients(stage_trainer.batch(0))
+        gradients = {n: full_tensor(p.grad) for n, p in student.named_parameters() if p.grad is not None}
         student.zero_grad(set_to_none=True)
-        trainer.run()
-        weights = {n: distributed.full_tensor(p.detach()) for n, p in student.named_parameters()}
+        stage_trainer.run()
+        weights = {n: full_tensor(p.detach()) for n, p in student.named_parameters()}
         norms = torch.stack([x.norm() for x in weights.values()])
         assert torch.equal(distributed.all_reduce_mean(norms), norms)  # equal on all ranks, bit for bit
         if distributed.rank() == 0:
             torch.save((gradients, weights), out)
+
+
+def distill_here(recipe: str, file_bytes: int, options: dict) -> int:
+    """Run a recipe, with small files of weights, and return the most bytes of tensors that were alive."""
+    shards.FILE_BYTES = file_bytes
+    with PeakBytes() as peak:
+        distill(load_recipe(recipe), **options)
+    return peak.peak
+
+
+def open_in_shards(folder: str, options: dict) -> dict[str, int]:
+    """Load a teacher and convert it, sharded and whole, and compare them bit for bit.
+
+    Returns the bytes of both whole models, the most bytes of tensors that were alive while the sharded ones were made,
+    what `plan` says of them, and the bytes that were read from files.
+    """
+    cpu, bytes_read, read_rows = torch.device("cpu"), [], shards.read_rows
+    ids = torch.randint(0, 250, (2, 16), generator=torch.Generator().manual_seed(1))
+    options |= {"calibration": Batch(ids, torch.arange(16).expand(2, -1))}
+    shards.read_rows = lambda *args: (rows := read_rows(*args), bytes_read.append(rows.nbytes))[0]
+    with PeakBytes() as peak:
+        shard = partial(distributed.shard_teacher, device=cpu)
+        teacher = load_teacher(folder, dtype=torch.bfloat16, shard=shard)
+        student = convert(teacher, **options, shard=partial(distributed.shard_student, device=cpu))
+    shards.read_rows = read_rows
+    whole = load_teacher(folder, dtype=torch.bfloat16)
+    whole_student = convert(whole, **options)
+    for sharded, model in ((teacher.model, whole.model), (student, whole_student)):
+        assert shards.is_sharded(sharded) and sharded.training == model.training
+        assert fingerprint(sharded) == fingerprint(model)
+        for kind in ("state_dict", "named_buffers"):
+            got, want = dict(getattr(sharded, kind)()), dict(getattr(model, kind)())
+            assert got.keys() == want.keys()
+            for name in want:
+                x = shards.full_tensor(got[name])
+                assert x.dtype == want[name].dtype and torch.equal(x, want[name]), name
+        assert sharded.config.to_dict() == model.config.to_dict()
+        assert sharded.generation_config.to_dict() == model.generation_config.to_dict()
+    tied = whole_student.config.tie_word_embeddings
+    assert (student.lm_head.weight is student.model.embed_tokens.weight) == tied
+    size = sum(p.nbytes for model in (whole.model, whole_student) for p in model.parameters())
+    planned = loading_bytes(whole, whole_student, 2)
+    return {"whole": size, "peak": peak.peak, "read": sum(bytes_read), "planned": planned}
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, of those made inside. Files that are mapped to memory are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = WeakSet(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # its local operations come here
+        made = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in storages((args, kwargs))}
+        if new := [storage for storage in storages(made) if storage._cdata not in given]:
+            self.alive.update(new)
+            self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive))
+        return made
+
+
+def storages(tree: object) -> list[torch.UntypedStorage]:
+    tensors = [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+    return [x.untyped_storage() for x in tensors]
 
 
 def distill_first(recipe: str, first: int, cache: str) -> None:
@@ -95,8 +181,22 @@ def distill_first(recipe: str, first: int, cache: str) -> None:
     distill(load_recipe(recipe))
 
 
+def die_in_sixth_step() -> None:
+    """Let align's sixth step kill this process, as a fault of its machine would."""
+    calls, align_step = count(), trainer.align_step
+
+    def dies(*args):
+        if next(calls) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return align_step(*args)
+
+    trainer.align_step = dies
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     recipe, *options = sys.argv[1:]
+    if "--die" in options and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        die_in_sixth_step()
     minutes = -time.monotonic() / 60 if "--stop" in options else None  # a deadline that has passed
     distill(load_recipe(recipe), resume="--resume" in options, max_minutes=minutes)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from deltify.conversion import gguf_files, teacher
 from deltify.conversion.gguf_files import SPLITS, halves_from_neighbours
 from deltify.conversion.teacher import load_teacher
+from deltify.model import shards
 
 IDS = torch.arange(3, 43).view(1, 40)
 
@@ -246,7 +247,7 @@ def test_a_broken_cache_entry_is_created_again_and_every_byte_of_the_file_names_
 
 
 def test_large_models_are_written_in_shards(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_files, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(shards, "FILE_BYTES", 40_000)
     monkeypatch.setattr(gguf_files, "PIECE", 100)
     model = small_model(tokenizer)
     assert_same(load_teacher(str(write_gguf(tmp_path / "model.gguf", model, tokenizer))).model, model)

@@ -35,12 +35,16 @@ def logits(model):
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
+HOW = pytest.mark.parametrize("shard", [None, lambda model: None], ids=["transformers", "rows"])
+
+
+@HOW
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_untied_head_is_kept_though_the_config_has_it_tied(tied, tmp_path):
+def test_an_untied_head_is_kept_though_the_config_has_it_tied(tied, shard, tmp_path):
     saved = random_teacher("llama", num_hidden_layers=2, tie_word_embeddings=False)
     if tied:  # two equal matrices are tied
         saved.model.lm_head.weight.data.copy_(saved.model.model.embed_tokens.weight)
-    teacher = load_teacher(save(saved, tmp_path, tie_word_embeddings=not tied))
+    teacher = load_teacher(save(saved, tmp_path, tie_word_embeddings=not tied), shard=shard)
     assert teacher.config.tie_word_embeddings == tied
     head, embeddings = teacher.model.lm_head.weight, teacher.model.model.embed_tokens.weight
     assert (head.data_ptr() == embeddings.data_ptr()) == tied
@@ -58,6 +62,7 @@ def test_a_students_untied_head_is_kept_too(tmp_path):
     assert torch.equal(logits(DeltifyForCausalLM.from_pretrained(tmp_path)), logits(student))
 
 
+@HOW
 @pytest.mark.parametrize(
     "family, facts, said, message",
     [
@@ -75,14 +80,15 @@ def test_a_students_untied_head_is_kept_too(tmp_path):
         ("llama", {}, {"num_key_value_heads": 4}, r"k_proj\.weight has shape \[32, 64\], expected \[64, 64\]"),
     ],
 )
-def test_tensors_that_do_not_fit_the_config_are_refused(family, facts, said, message, tmp_path):
+def test_tensors_that_do_not_fit_the_config_are_refused(family, facts, said, message, shard, tmp_path):
     folder = save(random_teacher(family, num_hidden_layers=3, **facts), tmp_path, **said)
     with pytest.raises(ValueError, match=message):
-        load_teacher(folder)
+        load_teacher(folder, shard=shard)
 
 
+@HOW
 @pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
-def test_the_prefixes_of_wrappers_are_removed(wrapper, tmp_path):
+def test_the_prefixes_of_wrappers_are_removed(wrapper, shard, tmp_path):
     saved = random_teacher("llama", num_hidden_layers=2)
     student = convert(saved, init="library").eval()
     save(saved, tmp_path / "teacher")
@@ -92,7 +98,7 @@ def test_the_prefixes_of_wrappers_are_removed(wrapper, tmp_path):
         # around the model, and around one layer inside it
         renamed = {wrapper + k.replace("layers.1.", f"layers.1.{wrapper}"): x for k, x in load_file(file).items()}
         save_file(renamed, file, {"format": "pt"})
-    assert torch.equal(logits(load_teacher(str(tmp_path / "teacher")).model), logits(saved.model))
+    assert torch.equal(logits(load_teacher(str(tmp_path / "teacher"), shard=shard).model), logits(saved.model))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "student")), logits(student))
 
 

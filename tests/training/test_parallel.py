@@ -1,11 +1,13 @@
 """Two processes on a CPU give the results of one."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import small_model, small_tokenizer, tiny_recipe, write_gguf
 from processes import run_in_processes, run_under_torchrun
 from ranks import distill_first, steps
@@ -13,7 +15,9 @@ from safetensors.torch import load_file
 
 from deltify import distill
 from deltify.config import Stage, TeacherSpec, write_recipe
-from deltify.training import distributed
+from deltify.conversion import teacher
+from deltify.training import distributed, runner
+from deltify.training.estimate import count, skeletons
 
 pytestmark = pytest.mark.slow
 
@@ -83,6 +87,20 @@ def test_models_that_would_fill_more_than_half_a_gpu_are_sharded():
         assert distributed.should_shard(choice, size, memory) == want
 
 
+def test_sharding_is_chosen_before_a_model_is_loaded(tmp_path, monkeypatch):
+    tokenizer = small_tokenizer()
+    path = write_gguf(tmp_path / "teacher.gguf", small_model(tokenizer), tokenizer)
+    monkeypatch.setattr(teacher, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce_max", lambda number, device: number)
+    recipe = tiny_recipe(tmp_path, teacher=TeacherSpec(model=str(path)))
+    whole, student = skeletons(recipe)
+    size = 2 * count(whole.model) + 16 * count(student)
+    for memory, want in ((2 * size - 1, True), (2 * size, False)):
+        monkeypatch.setattr(distributed, "memory_of", lambda device, memory=memory: memory)
+        assert runner.choose_sharding(recipe, torch.device("cuda"), torch.bfloat16) == want
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_two_processes_unpack_a_gguf_teacher_whichever_is_first(first, tmp_path):
     tokenizer = small_tokenizer()
@@ -103,6 +121,18 @@ def test_sharding_per_node_needs_the_size_of_a_node(monkeypatch):
             monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
         with pytest.raises(ValueError, match=f"It is {local or 'not set'}, and there are 4 processes"):
             distributed.sharding_mesh("cpu", per_node=True)
+
+
+def test_processes_that_were_restarted_share_a_part_of_the_store_without_those_that_died(tmp_path):
+    first, second = (dist.FileStore(str(tmp_path / "store"), 2) for _ in range(2))
+    first.set("hello 1", "a process that died")
+    with ThreadPoolExecutor() as pool:
+        for number in range(2):
+            parts = [pool.submit(distributed.new_store, store, rank, 2) for rank, store in enumerate((first, second))]
+            written, read = (part.result(timeout=30) for part in parts)
+            assert not read.check(["address"])
+            written.set("address", str(number))
+            assert read.get("address") == str(number).encode()
 
 
 def test_a_batch_that_two_processes_cannot_share_is_named(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from deltify.cli import main
 from deltify.config import Recipe, Stage, TeacherSpec
 from deltify.conversion.student import layer_kinds, model_class, student_config
 from deltify.recipes import find_recipe
-from deltify.training.estimate import count, plan, plan_stage, skeleton, skeletons
+from deltify.training.estimate import count, loading_bytes, plan, plan_stage, skeleton, skeletons
 
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -121,6 +121,13 @@ def test_afm_counts_are_those_of_the_published_model_and_its_stages_as_measured(
         assert stage.batch_size * stage.sequence_length / planned.seconds == pytest.approx(rate, rel=0.3)
 
 
+def test_a_process_loads_and_converts_little_more_than_its_part(smollm2):
+    whole, half, quarter = (loading_bytes(*smollm2, pieces) for pieces in (1, 2, 4))
+    assert whole == 2 * count(smollm2[0].model) + 4 * count(smollm2[1])
+    rest = half - whole // 2  # what is whole in every process
+    assert quarter == whole // 4 + rest and rest < whole // 5
+
+
 def test_more_gpus_and_activation_checkpointing_need_less_memory(smollm2):
     teacher, student = smollm2
     stage = Stage(2**30, 2048, 8)
@@ -139,6 +146,7 @@ def test_the_command_prints_stages_and_files(capsys, tmp_path):
     assert main(["plan", str(path), "--gpus", "2", "--teacher.model", "random:llama"]) == 0
     said = capsys.readouterr().out
     assert "match" in said and "checkpoints/" in said and "2 x h100, replicated" in said
+    assert "loading and converting: 1 MiB of weights per process" in said
     assert main(["plan", str(path), "--gpu", "abacus", "--teacher.model", "random:llama"]) == 1
     assert "gpu='abacus' is unknown; choose one of h100, h200" in capsys.readouterr().err
 

@@ -4,14 +4,18 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
+import torch
 from helpers import assert_same_weights, die_in_step, flip, tiny_recipe
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from deltify import distill
 from deltify.config import RunSpec, Stage
-from deltify.training import checkpoint, trainer
+from deltify.training import checkpoint, distributed, trainer
+from deltify.training.checkpoint import Progress
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,37 @@ def test_after_a_stage_a_better_checkpoint_is_left(last, left, tmp_path, monkeyp
     folder = distill(tiny_recipe(tmp_path, match=Stage(), run=run))
     assert seen == [[], ["align-0000002", "align-0000006"]]  # the best and the latest
     assert [path.name for path in checkpoint.checkpoints(folder, "align")] == left
+
+
+def test_a_thread_writes_the_state_at_the_time_of_saving(tmp_path, alone, monkeypatch):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        model(torch.ones(3)).sum().backward()
+        optimizer.step()
+
+    step()
+    want, progress, group = model.weight.detach().clone(), Progress("match", 1, 6, 0.1), distributed.save_group()
+    going_on = Event()
+    publish = checkpoint.publish
+    monkeypatch.setattr(checkpoint, "publish", lambda *args: (going_on.wait(30), publish(*args)))
+    saved = checkpoint.save_checkpoint(tmp_path / "match-1", model, [optimizer], progress, group)
+    step()  # while the thread waits
+    assert not (tmp_path / "match-1").exists()
+    going_on.set()
+    saved.result()
+    assert checkpoint.load_checkpoint(tmp_path / "match-1", model, [optimizer]) == progress
+    assert torch.equal(model.weight, want) and optimizer.state[model.weight]["step"] == 1
+
+    def fail(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "publish", fail)
+    saved = checkpoint.save_checkpoint(tmp_path / "match-2", model, [optimizer], progress, group)
+    with pytest.raises(OSError, match=r"could not save .*match-2: No space left on device\. Earlier"):
+        saved.result()
+    assert [path.name for path in tmp_path.glob("match*")] == ["match-1"]
 
 
 def truncate(folder: Path) -> None:

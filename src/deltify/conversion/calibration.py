@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch
 from ..model import DeltifyForCausalLM, DeltifyKDA
 from ..model.mixers import factors, inverse_softplus
+from ..model.shards import full_tensor, whole
 from .attention import HeadStatistics, best_retrieval_heads
 from .constant_memory import SharedProducts, read_memory, share_products
 from .teacher import Teacher
@@ -141,15 +143,19 @@ class Calibration:
 
     def fit_layer(self, attention: TeacherAttention, args: tuple, kwargs: dict, output: tuple) -> None:
         """Fit the student's KDA layer to the attention layer that has just run."""
-        index = attention.layer_idx
-        layer = self.student.model.layers[index]
+        layer = self.student.model.layers[attention.layer_idx]
         if not layer.linear:
             return
-        mixer, x_BTD = layer.self_attn, kwargs["hidden_states"].float()
+        with whole(layer.self_attn, partial(DeltifyKDA, self.student.config, attention.layer_idx)) as mixer:
+            self.fit_mixer(mixer, attention, kwargs["hidden_states"].float(), output[0].float())
+
+    def fit_mixer(self, mixer: DeltifyKDA, attention: TeacherAttention, x_BTD: Tensor, target_BTD: Tensor) -> None:
+        """Fit a KDA layer to the inputs and outputs of an attention layer."""
+        index = attention.layer_idx
         x_ND = x_BTD.flatten(0, 1)
         constant_direction_D = constant_direction(x_ND)
         take_biases(mixer, attention, constant_direction_D)
-        target_ND = output[0].float().flatten(0, 1)
+        target_ND = target_BTD.flatten(0, 1)
         is_zero = is_silent(target_ND)
         if mixer.o_proj.bias is not None:
             target_ND = target_ND - mixer.o_proj.bias
@@ -274,7 +280,7 @@ def take_biases(mixer: DeltifyKDA, attention: TeacherAttention, constant_directi
         (mixer.q_proj, mixer.k_proj, mixer.v_proj), (attention.q_proj, attention.k_proj, attention.v_proj)
     ):
         if source.bias is not None and projection.bias is None:
-            bias = repeat_heads(source.bias.float(), len(mixer.A_log), mixer.head_dim)
+            bias = repeat_heads(full_tensor(source.bias).float(), len(mixer.A_log), mixer.head_dim)
             fold_bias(projection, bias, constant_direction_D)
 
 

@@ -18,15 +18,14 @@ import gguf
 import numpy as np
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
+from ..model.shards import write_tensors
 from ..utils.console import console
 from .vocabulary import fit_tokenizer, set_beginning
 
-SHARD_BYTES = 5 * 2**30
 PIECE = 2**19  # elements dequantized at a time, few enough for a processor's cache
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -397,9 +396,7 @@ def unpack(path: Path, folder: Path) -> None:
     model = GgufModel(path)
     tokenizer = read_tokenizer(model)
     folder.mkdir(parents=True, exist_ok=True)
-    shards = plan_shards({name: 2 * int(np.prod(model.shape(stored))) for name, stored in model.names.items()})
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    names = ["model.safetensors"] if len(shards) == 1 else names
+    sizes = {name: 2 * int(np.prod(model.shape(stored))) for name, stored in model.names.items()}
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     total = sum(tensor.data.nbytes for tensor in model.tensors.values())
     with (
@@ -407,14 +404,7 @@ def unpack(path: Path, folder: Path) -> None:
         Progress(TextColumn(f"unpack {path.name}"), *columns, console=console, transient=True) as bar,
     ):
         task = bar.add_task("unpack", total=total)
-        for name, tensors in zip(names, shards):
-            save_file(model.read(tensors, pool, lambda n: bar.advance(task, n)), folder / name, {"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {tensor: name for name, tensors in zip(names, shards) for tensor in tensors}
-        index = {"metadata": {"total_size": 2 * sum(np.prod(model.shape(m)) for m in model.names.values())}}
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps(index | {"weight_map": weight_map}, default=int)
-        )
+        write_tensors(folder, sizes, lambda names: model.read(names, pool, lambda n: bar.advance(task, n)))
     model.config.architectures = [AutoModelForCausalLM._model_mapping[type(model.config)].__name__]
     model.config.dtype = torch.bfloat16
     model.config.save_pretrained(folder)
@@ -423,16 +413,3 @@ def unpack(path: Path, folder: Path) -> None:
     special = {"bos_token_id": model.config.bos_token_id, "pad_token_id": model.config.pad_token_id}
     GenerationConfig(eos_token_id=ends if len(ends) > 1 else next(iter(ends), None), **special).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def plan_shards(sizes: dict[str, int]) -> list[list[str]]:
-    """Group tensors in order into files of at most SHARD_BYTES. A larger tensor gets a file of its own."""
-    shards: list[list[str]] = [[]]
-    bytes_left = SHARD_BYTES
-    for name, size in sizes.items():
-        if size > bytes_left and shards[-1]:
-            shards.append([])
-            bytes_left = SHARD_BYTES
-        shards[-1].append(name)
-        bytes_left -= size
-    return shards

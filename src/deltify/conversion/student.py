@@ -8,13 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..config import CENTER
 from ..data.batches import Batch
-from ..model import ArceeKDAConfig, DeltifyConfig, DeltifyForCausalLM
+from ..model import ArceeKDAConfig, DeltifyConfig, DeltifyForCausalLM, DeltifyKDA
 from ..model.generation import supported_settings
+from ..model.mixers import init_gates
 from ..model.modeling import rotary_embedding
+from ..model.shards import allocate, full_tensor, is_sharded, own_part, own_rows
 from .attention import HeadStatistics, measure_attention
 from .calibration import calibrate, first_sequences, repeat_heads
 from .teacher import Teacher, freeze, head_width
@@ -199,8 +202,12 @@ def convert(
     gate_bias: bool = False,
     seed: int = 0,
     log: Callable[[str], None] = lambda line: None,
+    shard: Callable[[DeltifyForCausalLM], None] | None = None,
 ) -> DeltifyForCausalLM:
     """Return a student in float32 on the teacher's device.
+
+    If the teacher is sharded over processes, all of them must convert it together. Each then holds at most one whole
+    layer of the student.
 
     Args:
         teacher: Teacher that is converted. It is not changed.
@@ -221,6 +228,7 @@ def convert(
             They fold the teacher's biases of q, k and v into the weights, too.
         seed: Random seed of the initialisation.
         log: Function that is called with a line for each group of tensors and with the summary of the calibration.
+        shard: Function that shards the student, on the meta device, over the processes of a sharded teacher.
 
     Raises:
         ValueError: If an argument does not fit the teacher, or calibration text is missing.
@@ -245,20 +253,20 @@ def convert(
         sample = calibration if is_measured or retrieval_heads else first_sequences(calibration)
         statistics = measure_attention(teacher, sample.to(teacher.model.device))
     kinds = layer_kinds(full_attention_layers, layers, statistics)
+    if is_sharded(teacher.model):  # rounding may differ between GPUs
+        dist.broadcast_object_list(kinds, src=0)
     if is_measured:
         log(f"attention layers, which retrieve most: {[i for i, kind in enumerate(kinds) if kind == 'full_attention']}")
     attention = {"keep_rope": keep_rope, "window": sliding_window, "sinks": sink_tokens}
     config = student_config(teacher, kinds, **attention, gate_bias=gate_bias, fold_biases=is_calibrated)
-    device = teacher.model.device
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.device("meta"):
         student = model_class(config)(config).float()
+    if shard is not None:
+        shard(student)
+    allocate(student, teacher.model.device)
     copy_weights(teacher, student)
-    student.to(device)  # pyrefly: ignore[bad-argument-type]  # transformers' decorator hides the method's type
+    initialise_mixers(student, init, seed)
     mixers = [layer.self_attn for layer in student.model.layers if layer.linear]
-    if init == "arcee":
-        for mixer in mixers:
-            nn.init.zeros_(mixer.dt_bias)
     for line in origins(student, init):
         log(line)
     if config.qk_norm and mixers:
@@ -298,12 +306,38 @@ def copy_weights(teacher: Teacher, student: DeltifyForCausalLM) -> None:
             continue
         if name not in source:
             raise ValueError(f"the teacher ({teacher.config.model_type}) cannot be converted: it has no tensor {name}")
-        value = source[name]
+        value = full_tensor(source[name])
         if origin.rule == "repeat":
             value = repeat_heads(value, config.num_attention_heads, config.head_dim)
         if value.shape != target.shape:
             raise ValueError(f"{name} is {tuple(value.shape)} in the teacher, {tuple(target.shape)} in the student")
-        target.copy_(value)
+        own_part(target).copy_(value[own_rows(target)])
+
+
+@torch.no_grad()
+def initialise_mixers(student: DeltifyForCausalLM, init: str, seed: int) -> None:
+    """Initialise the tensors of KDA layers that do not come from the teacher, one layer at a time.
+
+    The values are drawn on the CPU. They depend on neither the device nor the number of processes.
+    """
+    new = [origin.pattern for origin in KDA_ORIGINS if origin.rule == "init"]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for index, layer in enumerate(student.model.layers):
+            if not layer.linear:
+                continue
+            with torch.device("meta"):
+                mixer = DeltifyKDA(student.config, index).float()
+            for name, part in mixer.named_children():
+                if name in new:
+                    part.to_empty(device="cpu").apply(student._init_weights)
+            mixer.A_log, mixer.dt_bias = (nn.Parameter(torch.empty(len(p))) for p in (mixer.A_log, mixer.dt_bias))
+            init_gates(mixer)
+            if init == "arcee":
+                mixer.dt_bias.zero_()
+            for name, target in layer.self_attn.named_parameters():
+                if name.split(".")[0] in new:
+                    own_part(target).copy_(mixer.get_parameter(name)[own_rows(target)])
 
 
 def origins(student: DeltifyForCausalLM, init: str) -> list[str]:

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..model.causal_lm import CausalLM
 from ..model.loading import Tensors, check_shapes, checkpoint_tensors, plain_shapes, renamings, with_prefix
+from ..model.shards import EMBEDDINGS, HEAD, allocate, fill, is_sharded, read_generation_config, same_values
 from ..utils.files import MANIFEST, check_manifest, create_once, digest, write_manifest
 from .gguf_files import parts_of, unpack
 from .vocabulary import fit_tokenizer
@@ -99,6 +101,7 @@ def load_teacher(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    shard: Callable[[Any], None] | None = None,
 ) -> Teacher:
     """Return a frozen teacher.
 
@@ -108,6 +111,8 @@ def load_teacher(
         device: Device of the parameters.
         trust_remote_code: Whether code from the hub may run.
         revision: Branch, tag or commit on the hub.
+        shard: Function that shards a model on the meta device over processes. Each then reads its own rows of the
+            tensors. A teacher that was saved quantized is loaded whole instead.
 
     Raises:
         ValueError: If the family is not supported, or a file is damaged or does not fit.
@@ -124,10 +129,15 @@ def load_teacher(
     if tensors is None:
         raise ValueError(f"{source} has no safetensors weights. Convert them to safetensors, or give a GGUF file")
     if getattr(config, "quantization_config", None) is None:
-        model = load_plain(source, folder, config, tensors, dtype=dtype, **options)
+        check_tensors(source, config, tensors, trust_remote_code)
+        if shard is None:
+            model = load_plain(source, folder, config, tensors, dtype=dtype, **options)
+        else:
+            model = load_shards(folder, config, tensors, shard, torch.device(device), dtype=dtype, **options)
     else:
         model = load_dequantized(source, folder, config, dtype=dtype, **options)
-    model.to(device)  # pyrefly: ignore[bad-argument-type]  # transformers' decorator hides the method's type
+    if shard is None or not is_sharded(model):
+        model.to(device)  # pyrefly: ignore[bad-argument-type]  # transformers' decorator hides the method's type
     return Teacher(freeze(model), tokenizer, family)
 
 
@@ -147,20 +157,28 @@ def load_config(source: str, folder: str, **options) -> PreTrainedConfig:
         ) from error
 
 
-def load_plain(source: str, folder: str, config: PreTrainedConfig, tensors: Tensors, **options) -> CausalLM:
-    """Return a model whose files have exactly the tensors that it needs.
-
-    The tensors decide whether head and embeddings are tied, not the configuration.
+def check_tensors(source: str, config: PreTrainedConfig, tensors: Tensors, trust_remote_code: bool) -> None:
+    """Check that files have exactly the tensors that a model needs. A head among them is not tied.
 
     Raises:
         ValueError: If a tensor is missing, unexpected, of another shape, or quantized.
     """
     shapes = plain_shapes(tensors, source)
     stored = {name: shape for name, shape in with_prefix(shapes).items() if not name.endswith(".inv_freq")}
-    if "lm_head.weight" in stored:
+    if HEAD in stored:
         config.tie_word_embeddings = False
-    expected = expected_shapes(config, options.get("trust_remote_code", False))
-    check_shapes(stored, expected, {"lm_head.weight"} if config.tie_word_embeddings else set(), source)
+    expected = expected_shapes(config, trust_remote_code)
+    check_shapes(stored, expected, {HEAD} if config.tie_word_embeddings else set(), source)
+
+
+def load_plain(source: str, folder: str, config: PreTrainedConfig, tensors: Tensors, **options) -> CausalLM:
+    """Return a model whose tensors fit, see `check_tensors`.
+
+    The tensors decide whether head and embeddings are tied, not the configuration.
+
+    Raises:
+        ValueError: If transformers does not load all tensors.
+    """
     options |= renamings(tensors) | {"use_safetensors": True, "output_loading_info": True}
     model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
     if missing := sorted(info["missing_keys"]):  # transformers has initialised these at random
@@ -169,6 +187,34 @@ def load_plain(source: str, folder: str, config: PreTrainedConfig, tensors: Tens
     if not config.tie_word_embeddings and torch.equal(head.weight, embeddings.weight):
         model.config.tie_word_embeddings = True
         model.tie_weights()
+    return model
+
+
+def load_shards(
+    folder: str,
+    config: PreTrainedConfig,
+    tensors: Tensors,
+    shard: Callable[[Any], None],
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    revision: str | None,
+) -> CausalLM:
+    """Return the model of `load_plain`, sharded over processes. This process reads its own rows of the tensors.
+
+    Raises:
+        ValueError: If the model has buffers that cannot be computed.
+    """
+    named = with_prefix(tensors)
+    if HEAD in named and same_values(named[HEAD], named[EMBEDDINGS], dtype):
+        config.tie_word_embeddings = True
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    shard(model)
+    allocate(model, device)
+    fill(model, tensors)
+    read_generation_config(model, folder, revision=revision)
     return model
 
 

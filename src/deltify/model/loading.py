@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
@@ -11,7 +12,19 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
-Tensors = dict[str, tuple[str, tuple[int, ...]]]  # by name: data type in the notation of safetensors, and shape
+T = TypeVar("T")
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a safetensors file: data type in the notation of safetensors, shape, file, and name there."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    name: str
+
+
+Tensors = dict[str, StoredTensor]
 
 PLAIN = {"F64", "F32", "F16", "BF16"}  # all other data types are quantized codes, useless without scales
 
@@ -20,7 +33,7 @@ WRAPPERS = r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapp
 
 
 def checkpoint_tensors(source: str, options: dict) -> Tensors | None:
-    """Return data type and shape of all tensors in the safetensors files of a folder or hub id.
+    """Return all tensors in the safetensors files of a folder or hub id by name, without reading their values.
 
     Returns None if there are no such files.
 
@@ -43,7 +56,8 @@ def checkpoint_tensors(source: str, options: dict) -> Tensors | None:
         try:
             with safe_open(file, framework="pt") as opened:
                 slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-                tensors |= {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
+                for name, x in slices.items():
+                    tensors[name] = StoredTensor(x.get_dtype(), tuple(x.get_shape()), file, name)
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}). Download or save it again") from error
     return tensors
@@ -65,11 +79,11 @@ def plain_shapes(tensors: Tensors, source: str) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: If a tensor has an integer or 8-bit data type. Its values mean nothing without their scales.
     """
-    if codes := sorted(f"{name} ({dtype})" for name, (dtype, _) in tensors.items() if dtype not in PLAIN):
+    if codes := sorted(f"{name} ({x.dtype})" for name, x in tensors.items() if x.dtype not in PLAIN):
         raise ValueError(
             f"{source} has quantized weights: {', '.join(codes[:3])}. Give the model in bfloat16 or float32"
         )
-    return {name: shape for name, (_, shape) in tensors.items()}
+    return {name: x.shape for name, x in tensors.items()}
 
 
 def check_shards(index: Path) -> None:
@@ -83,10 +97,10 @@ def check_shards(index: Path) -> None:
         raise ValueError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} lists. Download it again")
 
 
-def with_prefix(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes under the names of a model with a head: `model.` is added, prefixes of wrappers are removed."""
-    shapes = {re.sub(WRAPPERS, "", name): shape for name, shape in shapes.items()}
-    return {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": x for name, x in shapes.items()}
+def with_prefix(tensors: dict[str, T]) -> dict[str, T]:
+    """Return the values under the names of a model with a head: `model.` is added, prefixes of wrappers are removed."""
+    tensors = {re.sub(WRAPPERS, "", name): x for name, x in tensors.items()}
+    return {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": x for name, x in tensors.items()}
 
 
 def renamings(names: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -126,6 +126,20 @@ class DeltifyPreTrainedModel(PreTrainedModel):
             config = cls.config_class.from_pretrained(source if config is None else config, **hub, **facts)
             kwargs = {name: value for name, value in kwargs.items() if name not in facts}
         kwargs |= renamings(shapes)
+        cls.skeleton(config, shapes)
+        return super().from_pretrained(source, *args, config=config, use_safetensors=True, **kwargs)
+
+    @classmethod
+    def skeleton(cls, config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]]):
+        """Return the model of a checkpoint without weights, on the meta device.
+
+        Args:
+            config: Configuration. Fields that the tensors decide are set.
+            shapes: Shapes of the checkpoint's tensors by name.
+
+        Raises:
+            ValueError: If a tensor is missing, unexpected or of another shape.
+        """
         shapes = with_prefix(shapes)
         if "lm_head.weight" in shapes:  # the head is not tied, whatever the configuration says
             config.tie_word_embeddings = False
@@ -136,9 +150,8 @@ class DeltifyPreTrainedModel(PreTrainedModel):
         expected = with_prefix({name: tuple(x.shape) for name, x in model.state_dict().items()})
         if "lm_head.weight" not in expected:  # a model without a head may be loaded from a checkpoint with one
             shapes.pop("lm_head.weight", None)
-        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        check_shapes(shapes, expected, tied)
-        return super().from_pretrained(source, *args, config=config, use_safetensors=True, **kwargs)
+        check_shapes(shapes, expected, {"lm_head.weight"} if config.tie_word_embeddings else set())
+        return model
 
     @torch.no_grad()
     def _init_weights(self, module):

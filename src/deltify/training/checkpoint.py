@@ -7,22 +7,21 @@ used.
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..model.shards import is_sharded, save_shards
 from ..utils.files import check_manifest, replace_folder, write_manifest, write_text
 from . import distributed
 
@@ -44,30 +43,71 @@ def cause_of(error: BaseException) -> BaseException:
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizers: list[Optimizer], progress: Progress) -> None:
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    progress: Progress,
+    group: dist.ProcessGroup | None = None,
+) -> Future[None] | None:
     """Write weights, optimizer states and progress. If that fails, earlier files are untouched.
 
     torch.distributed.checkpoint can read a checkpoint on another number of ranks.
+
+    Args:
+        group: Process group on the CPU that nothing else uses. With it, the state is copied to the CPU, and a thread
+            writes it. The checkpoint is there when the returned future is done. The future raises the same error.
 
     Raises:
         OSError: If the disk is full or not writable.
     """
     unfinished, first = folder.with_name(folder.name + ".unfinished"), distributed.rank() == 0
-    if first:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    with explain_failure(folder, unfinished):
         if first:
+            shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
         distributed.barrier()
         weights, optimizer_state = get_state_dict(model, optimizers)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # no process group is set up, on purpose
-            dcp.save({"model": weights, "optimizer": optimizer_state}, checkpoint_id=unfinished)
-        if first:
-            write_text(unfinished / "progress.json", json.dumps(asdict(progress)))
-            write_manifest(unfinished)
-            replace_folder(unfinished, folder)
-        distributed.barrier()
+        state = {"model": weights, "optimizer": optimizer_state}
+        if group is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # no process group is set up, on purpose
+                dcp.save(state, checkpoint_id=unfinished)
+            if first:
+                publish(unfinished, folder, progress)
+            distributed.barrier()
+            return None
+        written = dcp.async_save(state, checkpoint_id=unfinished, process_group=group)
+    assert isinstance(written, Future)  # other results are those of other stagers
+
+    def complete() -> None:
+        with explain_failure(folder, unfinished):
+            written.result()  # on the first rank: of all ranks
+            if first:
+                publish(unfinished, folder, progress)
+
+    pool = ThreadPoolExecutor(1)
+    completed = pool.submit(complete)
+    pool.shutdown(wait=False)
+    return completed
+
+
+def publish(unfinished: Path, folder: Path, progress: Progress) -> None:
+    """Add progress and manifest to a checkpoint that is otherwise complete, and move it to its place."""
+    write_text(unfinished / "progress.json", json.dumps(asdict(progress)))
+    write_manifest(unfinished)
+    replace_folder(unfinished, folder)
+
+
+@contextmanager
+def explain_failure(folder: Path, unfinished: Path) -> Generator[None]:
+    """Replace an error while a checkpoint is written by one that says what to do.
+
+    Raises:
+        OSError: In place of any other error, except KeyboardInterrupt and the like.
+    """
+    try:
+        yield
     except (Exception, CheckpointException) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         cause = cause_of(error)
@@ -162,6 +202,8 @@ def save_model(
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads: safetensors, in the model's dtypes.
 
+    All ranks must call it. The first one writes. If the model is sharded, no rank ever holds the whole of it.
+
     The folder contains the model's code. Where deltify is not installed, `trust_remote_code=True` loads it.
 
     Args:
@@ -169,14 +211,18 @@ def save_model(
             not done.
     """
     unfinished = folder.with_name(folder.name + ".unfinished")
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # full on the first rank, empty on the others
-    weights = get_model_state_dict(model, options=options) if distributed.world_size() > 1 else None
     if distributed.rank() > 0:
+        if is_sharded(model):
+            save_shards(model, unfinished)
         distributed.barrier()
         return
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        model.save_pretrained(unfinished, state_dict=weights)
+        if is_sharded(model):
+            unfinished.mkdir(parents=True)
+            save_shards(model, unfinished)
+        else:
+            model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         if stopped_at is not None:
             write_text(unfinished / "unfinished.json", json.dumps(asdict(stopped_at)))

@@ -3,8 +3,8 @@
 In training, each rank trains on its share of every batch. Small models are replicated: each rank has a full copy, and
 gradients are averaged before the optimizer step. Large models are sharded over the ranks (FSDP2): weights, gradients
 and optimizer states. Each layer is one unit, and its mixer another, because align runs mixers alone. The order matters.
-First decide which parameters train, because a gathered copy keeps the flag it was made with. Then shard the models.
-Then make the optimizer from the shards.
+First decide which parameters train, because a gathered copy keeps the flag it was made with. Then shard the models, on
+the meta device, and fill the shards (`model/shards.py`). Then make the optimizer from the shards.
 
 Evaluation and sampling divide their work by `share_out`, whose results do not depend on the number of ranks.
 """
@@ -12,10 +12,12 @@ Evaluation and sampling divide their work by `share_out`, whose results do not d
 import hashlib
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import count, islice
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -24,7 +26,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..model import DeltifyForCausalLM
@@ -33,7 +34,6 @@ from .signals import Stopped
 
 T = TypeVar("T")
 R = TypeVar("R")
-GROUPS = count()  # process groups so far, of which there is one at a time
 LONG_WAIT = timedelta(days=7)  # of a rank for others, where their work may take long; torchrun sees which ones failed
 BUCKET = 2**26  # gradient elements that are averaged at a time
 
@@ -82,8 +82,7 @@ def process_group(device: torch.device, timeout: timedelta | None = None) -> Gen
     if gpu is not None:
         torch.cuda.set_device(gpu)
     store, number, size = next(rendezvous("env://"))
-    # without a prefix, a second group of the same processes would find the addresses of the first one
-    store = dist.PrefixStore(f"deltify-{next(GROUPS)}", store)
+    store = new_store(store, number, size)
     backend = "gloo" if gpu is None else "nccl"
     dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timeout, device_id=gpu)
     console.quiet = rank() > 0
@@ -93,6 +92,27 @@ def process_group(device: torch.device, timeout: timedelta | None = None) -> Gen
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()  # not after an error: it would wait for ranks that may wait for this one
+
+
+def new_store(store: dist.Store, rank: int, ranks: int) -> dist.Store:
+    """Return a part of a store that all ranks share, and that has been used by no earlier group.
+
+    torchrun keeps a store when it restarts processes. A group would find the addresses of processes that have died. So
+    each rank says hello under a random name, until the first one has told it the name of the new part.
+    """
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello {rank}", name)
+        part = store.get(f"part for {name}").decode()
+        store.set(f"{rank} joined {part}", "")
+        return dist.PrefixStore(part, store)
+    waiting = set(range(1, ranks))
+    while waiting:
+        for other in [other for other in waiting if store.check([f"hello {other}"])]:
+            store.set(f"part for {store.get(f'hello {other}').decode()}", name)  # it may be the name of a dead process
+        waiting = {other for other in waiting if not store.check([f"{other} joined {name}"])}
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -114,6 +134,13 @@ def row_group(size: int) -> dist.ProcessGroup | None:
         return None
     group, _ = dist.new_subgroups(size)
     assert isinstance(group, dist.ProcessGroup)  # every rank is in one
+    return group
+
+
+def save_group() -> dist.ProcessGroup:
+    """Return a group of all ranks on the CPU, for a thread that saves checkpoints. All ranks must call it."""
+    group = dist.new_group(backend="gloo", timeout=LONG_WAIT)
+    assert isinstance(group, dist.ProcessGroup)  # every rank is in it
     return group
 
 
@@ -217,11 +244,6 @@ def memory_of(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def full_tensor(x: Tensor) -> Tensor:
-    """Return a tensor, gathered from all ranks if it is sharded."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 def sharding_mesh(device: str, per_node: bool) -> DeviceMesh:
     """Return the mesh of all ranks or, with `per_node`, that of nodes and of the ranks of a node.
 
@@ -241,27 +263,28 @@ def sharding_mesh(device: str, per_node: bool) -> DeviceMesh:
     return init_device_mesh(device, (ranks // local, local), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: nn.Module, layers: nn.ModuleList, root: nn.Module, per_node: bool) -> None:
+def shard(root: nn.Module, layers: nn.ModuleList, device: torch.device, per_node: bool) -> None:
     """Shard `root` over the ranks: each mixer, each layer, and the other parameters.
 
     Args:
-        model: Model that contains the layers and tells the device.
-        root: Part of the model to shard, or the model itself.
+        root: Model, or the part of it to shard, on `device` or on the meta device.
+        layers: Its layers.
+        device: Device that the ranks compute on.
         per_node: Whether to shard over the ranks of a node only. Nodes then hold the same (HSDP).
     """
-    mesh = sharding_mesh(next(model.parameters()).device.type, per_node)
+    mesh = sharding_mesh(device.type, per_node)
     for layer in layers:
         fully_shard(layer.get_submodule("self_attn"), mesh=mesh)
         fully_shard(layer, mesh=mesh)
     fully_shard(root, mesh=mesh)
 
 
-def shard_student(student: DeltifyForCausalLM, per_node: bool = False) -> None:
+def shard_student(student: DeltifyForCausalLM, device: torch.device, per_node: bool = False) -> None:
     """Shard a student, and let `run_with_full_weights` gather it."""
-    shard(student, student.model.layers, student, per_node)
+    shard(student, student.model.layers, device, per_node)
     register_fsdp_forward_method(student, "run_with_full_weights")
 
 
-def shard_teacher(teacher: PreTrainedModel, per_node: bool = False) -> None:
-    """Shard a teacher's layers, norm and embeddings. A head that is not tied to them stays whole."""
-    shard(teacher, teacher.model.layers, teacher.model, per_node)
+def shard_teacher(teacher: PreTrainedModel, device: torch.device, per_node: bool = False) -> None:
+    """Shard a teacher's layers, norm and embeddings. Its head stays whole, tied or not, because every step needs it."""
+    shard(teacher.model, teacher.model.layers, device, per_node)

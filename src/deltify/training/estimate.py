@@ -103,6 +103,8 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
     ]
     print_models(recipe, teacher, student)
     print_table(plans, gpu, gpus, sharded)
+    loading = gib(loading_bytes(teacher, student, gpus if sharded else 1))
+    console.print(f"loading and converting: {loading} of weights per process", highlight=False)
     for path, description in files(recipe, student, plans).items():
         console.print(f"{path:36} {description}", highlight=False, soft_wrap=True)
     return plans
@@ -135,10 +137,14 @@ def print_table(plans: list[StagePlan], gpu: str, gpus: int, sharded: bool) -> N
         console.print(f"The hours come from the data sheet of {gpu} and were not measured.", highlight=False)
 
 
-def skeletons(recipe: Recipe) -> tuple[Teacher, DeltifyForCausalLM]:
-    """Return teacher and student without weights."""
+def skeletons(recipe: Recipe, *, unpack: bool = False) -> tuple[Teacher, DeltifyForCausalLM]:
+    """Return teacher and student without weights.
+
+    Args:
+        unpack: Whether a GGUF file may be unpacked, see `read_config`.
+    """
     spec = recipe.student
-    teacher = skeleton(read_config(recipe))
+    teacher = skeleton(read_config(recipe, unpack=unpack))
     kinds = layer_kinds(spec.full_attention_layers, teacher.config.num_hidden_layers)
     config = student_config(
         teacher,
@@ -160,13 +166,17 @@ def skeleton(config: PreTrainedConfig) -> Teacher:
         return Teacher(freeze(AutoModelForCausalLM.from_config(config)), byte_tokenizer(), family)
 
 
-def read_config(recipe: Recipe) -> PreTrainedConfig:
-    """Return the teacher's configuration. That of a GGUF file comes from its header, without unpacking it."""
+def read_config(recipe: Recipe, *, unpack: bool = False) -> PreTrainedConfig:
+    """Return the teacher's configuration.
+
+    Args:
+        unpack: Whether to read that of a GGUF file from the folder that it is unpacked to, instead of its header.
+    """
     source = recipe.teacher.model
     if source.startswith("random:"):
         return random_teacher(source.removeprefix("random:")).config
     path = embedded_gguf() if source == EMBEDDED else Path(source).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix == ".gguf" and path.is_file() and not unpack:
         return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
     options = {"trust_remote_code": recipe.teacher.trust_remote_code, "revision": recipe.teacher.revision}
     return load_config(source, locate(source), **options)
@@ -209,6 +219,22 @@ def plan_stage(
     reached = GPUS[gpu] * min(0.5, MATMUL_EFFICIENCY * (config.hidden_size / EFFICIENCY_WIDTH) ** EFFICIENCY_POWER)
     seconds = LAYER_SECONDS * layers + share * stage.sequence_length * flops / reached
     return StagePlan(name, stage, sizes, max(seconds, HOST_SECONDS * layers if eager else 0.0))
+
+
+def loading_bytes(teacher: Teacher, student: DeltifyForCausalLM, pieces: int) -> int:
+    """Return the bytes of weights that a process holds while it loads the teacher in bfloat16 and converts it.
+
+    A process that holds one of several pieces also has the teacher's head, and gathers embeddings, one layer of the
+    teacher and one mixer of the student at a time. A teacher that was saved quantized is loaded whole.
+    """
+    whole, weights = 2 * count(teacher.model), (2 * count(teacher.model) + 4 * count(student)) // pieces
+    if pieces == 1:
+        return weights
+    embeddings = teacher.model.model.embed_tokens.weight.numel()
+    layer = max(count(layer) for layer in teacher.model.model.layers)
+    mixer = max(count(layer.self_attn) for layer in student.model.layers)
+    held = weights + 2 * (2 * embeddings + layer) + 4 * mixer
+    return held if getattr(teacher.config, "quantization_config", None) is None else max(whole, held)
 
 
 def product_flops(name: str, stage: Stage, teacher: Teacher, student: DeltifyForCausalLM) -> int:

@@ -257,7 +257,7 @@ def time_stage(context: RunContext, name: str, teacher: StageTeacher, student: D
         part = replace(stage, batch_size=sequences, micro_batch_size=micro)
         recipe = with_stages(context.recipe, {name: part})
         mixes = {name: stage_mix(recipe, name, context.train)}
-        return StageTrainer(replace(context, recipe=recipe, mixes=mixes), name, teacher, student, False).train_step
+        return StageTrainer(replace(context, recipe=recipe, mixes=mixes), name, teacher, student).train_step
 
     student.train()
     return per_sequence(trainer, stage.batch_size, context.device) / stage.sequence_length

@@ -10,23 +10,28 @@ extend: The same as match, on longer sequences.
 
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config import STAGES, Recipe, check
-from ..conversion.student import INITS, convert, layer_kinds, measured_layers
+from ..conversion.student import INITS, convert, layer_kinds, measured_layers, model_class
 from ..conversion.teacher import Teacher
 from ..data.batches import Batch, MixedBatches, heldout_batches
 from ..data.token_files import TokenFile, open_data
-from ..model import DeltifyForCausalLM
+from ..model import DeltifyConfig, DeltifyForCausalLM
+from ..model.loading import checkpoint_tensors, plain_shapes
+from ..model.shards import allocate, fill, is_sharded, read_generation_config
 from ..utils.console import console, log
 from ..utils.devices import pick_device, pick_precision
 from ..utils.folders import model_folder
 from . import checkpoint, distributed
+from .estimate import count, skeletons
 from .metrics import Metrics
-from .optimizers import training_bytes
+from .optimizers import choose_trained, training_bytes
 from .recall import heldout_probes, recall_text
 from .run_folder import check_data, check_run, check_weights, write_run
 from .samples import heldout_prompts
@@ -111,7 +116,8 @@ def open_everything(
     Raises:
         ValueError: If the teacher's weights or the text differ from those that the run or the teacher cache has.
     """
-    teacher = open_first_teacher(recipe, device, dtype_of(precision))
+    sharded = choose_sharding(recipe, device, dtype_of(precision))
+    teacher = open_first_teacher(recipe, device, dtype_of(precision), sharded)
     train, heldout, batches = open_text(recipe, teacher)  # one process writes the token files
     mixes = {name: stage_mix(recipe, name, train) for name in stages if recipe.stage(name).tokens}
     digests = data_digests(recipe, train, heldout)
@@ -129,7 +135,20 @@ def open_everything(
     metrics = Metrics(recipe)
     row_group = distributed.row_group(recipe.run.context_parallel)
     return teacher, RunContext(
-        recipe, device, precision, train, mixes, batches, probes, prompts, metrics, stopper, deadline, row_group
+        recipe,
+        device,
+        precision,
+        train,
+        mixes,
+        batches,
+        probes,
+        prompts,
+        metrics,
+        stopper,
+        deadline,
+        row_group,
+        sharded,
+        distributed.save_group() if sharded else None,
     )
 
 
@@ -141,8 +160,11 @@ def cache_folder(recipe: Recipe) -> Path | None:
     return Path(recipe.teacher.cache).expanduser() if recipe.teacher.cache else None
 
 
-def open_first_teacher(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> StageTeacher:
+def open_first_teacher(recipe: Recipe, device: torch.device, dtype: torch.dtype, sharded: bool) -> StageTeacher:
     """Open the teacher that the run starts with: the cached one if conversion and align are done.
+
+    Args:
+        sharded: Whether to shard it over the ranks.
 
     Raises:
         ValueError: If its weights differ from those of the run or of the teacher cache.
@@ -153,7 +175,11 @@ def open_first_teacher(recipe: Recipe, device: torch.device, dtype: torch.dtype)
     if cache and all(checkpoint.is_finished(recipe.folder / name) for name in stages_needing_model):
         teacher = CachedTeacher(cache, device, dtype)
     else:
-        teacher = LiveTeacher(open_teacher(recipe, device, dtype))
+        per_node = recipe.run.data_parallel == "hybrid"
+        shard = partial(distributed.shard_teacher, device=device, per_node=per_node) if sharded else None
+        teacher = LiveTeacher(open_teacher(recipe, device, dtype, shard))
+        if sharded and not is_sharded(teacher.model):  # it could only be loaded whole
+            distributed.shard_teacher(teacher.model, device, per_node)
     weights = teacher.fingerprint
     check_weights(recipe, weights, f"the teacher {recipe.teacher.model}")
     if cached not in (None, weights):
@@ -225,40 +251,45 @@ def run_stages(
     # opened here, so that no caller keeps a live teacher in memory after a cached one has replaced it
     teacher, context = open_everything(recipe, device, precision, stages, deadline, stopper)
     with context.metrics:
-        student = load_finished(context, "converted")
-        if student is None:
-            student = convert_stage(context, teacher)
-        sharded: bool | None = None  # decided before the first stage that trains
+        student = None if is_done(context, "converted") else convert_stage(context, teacher)
+        latest = "converted"  # its model is `student`, or still to be loaded
         for name in context.mixes:
-            if (finished := load_finished(context, name)) is not None:
-                student = finished
-                continue
-            teacher = teacher_for_stage(context, name, teacher)
-            if sharded is None:
-                sharded = choose_sharding(recipe, teacher, student, device)
-            if sharded:
-                teacher.shard(recipe.run.data_parallel == "hybrid")
-            if not train_stage(context, name, teacher, student, sharded):
-                break
-            if sharded:  # which parameters train must be decided before a model is sharded
-                student = load_student(recipe.folder / name, device)
+            if is_done(context, name):
+                student = None
+            else:
+                teacher = teacher_for_stage(context, name, teacher)
+                if student is None:
+                    student = load_start(context, latest, name)
+                if not train_stage(context, name, teacher, student):
+                    break
+                if context.sharded:  # which parameters train must be decided before a model is sharded
+                    student = None
+            latest = name
 
 
-def load_finished(context: RunContext, name: str) -> DeltifyForCausalLM | None:
-    """Load the model of a stage that an earlier run has finished, if any."""
+def is_done(context: RunContext, name: str) -> bool:
+    """Return whether an earlier run has finished a stage, and print it."""
     folder = context.recipe.folder / name
-    if not checkpoint.is_finished(folder):
-        return None
-    console.print(f"{name}: done already, in {folder}")
-    return load_student(folder, context.device)
+    if finished := checkpoint.is_finished(folder):
+        console.print(f"{name}: done already, in {folder}")
+    return finished
 
 
-def convert_stage(context: RunContext, teacher: StageTeacher) -> DeltifyForCausalLM:
-    """Convert the teacher, evaluate and save the result, and return it."""
+def load_start(context: RunContext, start: str, name: str) -> DeltifyForCausalLM:
+    """Load the model of the stage `start` for training in the stage `name`, sharded if models are."""
+    folder = context.recipe.folder / start
+    if not context.sharded:
+        return load_student(folder, context.device)
+    stage = context.recipe.stage(name)
+    return load_shards(context, folder, lambda student: choose_trained(student, stage, name))
+
+
+def convert_stage(context: RunContext, teacher: StageTeacher) -> DeltifyForCausalLM | None:
+    """Convert the teacher, evaluate and save the result. Return it if there is one rank, to train it further."""
     assert isinstance(teacher, LiveTeacher)  # the cached one opens after the conversion
     name, folder = "converted", context.recipe.folder / "converted"
-    student = create_student(context.recipe, teacher.pretrained, context.train).eval()
-    scores, samples = context.validate(teacher, student, sharded=False)
+    student = create_student(context, teacher.pretrained).eval()
+    scores, samples = context.validate(teacher, student)
     context.metrics.truncate("teacher", -1)
     context.metrics.truncate(name, -1)
     if samples:
@@ -266,19 +297,17 @@ def convert_stage(context: RunContext, teacher: StageTeacher) -> DeltifyForCausa
     context.metrics.write(stage=name, step=0, tokens=0, samples=samples, **scores)
     checkpoint.save_model(folder, student, teacher.tokenizer)
     console.print(f"converted: held-out KL {scores['heldout_kl']:.3f}{recall_text(scores)}, before any training")
-    # all ranks continue from the first rank's weights, bit for bit
-    return load_student(folder, context.device) if distributed.world_size() > 1 else student
+    # several ranks load it, so that all continue from the first one's weights, bit for bit
+    return student if distributed.world_size() == 1 else None
 
 
-def train_stage(
-    context: RunContext, name: str, teacher: StageTeacher, student: DeltifyForCausalLM, sharded: bool
-) -> bool:
+def train_stage(context: RunContext, name: str, teacher: StageTeacher, student: DeltifyForCausalLM) -> bool:
     """Train and save one stage. Return whether it reached its last step."""
-    trainer = StageTrainer(context, name, teacher, student, sharded)
+    trainer = StageTrainer(context, name, teacher, student)
     with context.stopper.held():
         trainer.run()
     student.eval()
-    if not sharded:
+    if not context.sharded:
         unshare_weights(student, teacher.named_parameters())
     stopped_at = trainer.progress if trainer.stopped_early else None
     checkpoint.save_model(context.recipe.folder / name, student, teacher.tokenizer, stopped_at=stopped_at)
@@ -289,12 +318,19 @@ def train_stage(
     return stopped_at is None
 
 
-def choose_sharding(recipe: Recipe, teacher: StageTeacher, student: DeltifyForCausalLM, device: torch.device) -> bool:
-    """Return whether to shard teacher and student over the ranks. All ranks return the same."""
+def choose_sharding(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether to shard teacher and student over the ranks. All ranks return the same.
+
+    Args:
+        dtype: Data type of the teacher's parameters.
+    """
     if distributed.world_size() == 1:
         return False
-    size = training_bytes(student, teacher.named_parameters().values())
-    chosen = distributed.should_shard(recipe.run.data_parallel, size, distributed.memory_of(device))
+    memory, size = distributed.memory_of(device), 0
+    if recipe.run.data_parallel == "auto" and memory is not None:
+        teacher, student = skeletons(recipe, unpack=True)  # it is unpacked next, anyway
+        size = training_bytes(student) + dtype.itemsize * count(teacher.model)
+    chosen = distributed.should_shard(recipe.run.data_parallel, size, memory)
     chosen = bool(distributed.all_reduce_max(chosen, device))
     share = "a shard of the models" if chosen else "the whole models"
     log(f"{distributed.world_size()} processes: each has {share}")
@@ -306,14 +342,14 @@ def choose_sharding(recipe: Recipe, teacher: StageTeacher, student: DeltifyForCa
 # ---- students --------------------------------------------------------------------------------------------------------
 
 
-def create_student(recipe: Recipe, teacher: Teacher, train: list[TokenFile]) -> DeltifyForCausalLM:
+def create_student(context: RunContext, teacher: Teacher) -> DeltifyForCausalLM:
     """Return the student that training starts with: a converted teacher, or the model that student.init names."""
-    spec = recipe.student
+    recipe, spec = context.recipe, context.recipe.student
     if spec.init not in INITS:
-        return load_starting_student(model_folder(spec.init), spec.full_attention_layers, teacher)
+        return load_starting_student(context, model_folder(spec.init))
     sequences = max(1, spec.calibration_tokens // spec.calibration_sequence_length)
     mix = MixedBatches(
-        train, list(recipe.data.train.values()), spec.calibration_sequence_length, sequences, recipe.seed
+        context.train, list(recipe.data.train.values()), spec.calibration_sequence_length, sequences, recipe.seed
     )
     return convert(
         teacher,
@@ -328,16 +364,18 @@ def create_student(recipe: Recipe, teacher: Teacher, train: list[TokenFile]) -> 
         gate_bias=spec.gate_bias,
         seed=recipe.seed,
         log=log,
+        shard=partial(shard_student, context) if context.sharded else None,
     )
 
 
-def load_starting_student(folder: str, layers: str | list[int], teacher: Teacher) -> DeltifyForCausalLM:
+def load_starting_student(context: RunContext, folder: str) -> DeltifyForCausalLM:
     """Load a trained student to train further.
 
     Raises:
-        ValueError: If its layers differ from `layers`, the recipe's full_attention_layers.
+        ValueError: If its layers differ from the recipe's full_attention_layers.
     """
-    student = load_student(Path(folder), next(teacher.model.parameters()).device)
+    layers = context.recipe.student.full_attention_layers
+    student = load_shards(context, Path(folder)) if context.sharded else load_student(Path(folder), context.device)
     kinds = layer_kinds(layers, student.config.num_hidden_layers)
     if measured_layers(layers) is not None:
         kinds = list(student.config.layer_types or ())  # the student's own choice
@@ -352,3 +390,30 @@ def load_starting_student(folder: str, layers: str | list[int], teacher: Teacher
 def load_student(folder: Path, device: torch.device) -> DeltifyForCausalLM:
     """Load the model of a finished stage in float32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+
+
+def load_shards(
+    context: RunContext, folder: Path, prepare: Callable[[DeltifyForCausalLM], object] = lambda student: None
+) -> DeltifyForCausalLM:
+    """Load the model of a finished stage in float32, sharded over the ranks. Each rank reads its own rows.
+
+    Args:
+        prepare: Function that is called with the model before it is sharded, on the meta device.
+
+    Raises:
+        ValueError: If the folder has no safetensors weights of a student, or they do not fit.
+    """
+    config, tensors = AutoConfig.from_pretrained(folder), checkpoint_tensors(str(folder), {})
+    if not isinstance(config, DeltifyConfig) or tensors is None:
+        raise ValueError(f"{folder} is not the folder of a student. Name one that deltify distill has written")
+    student = model_class(config).skeleton(config, plain_shapes(tensors, str(folder))).float()
+    read_generation_config(student, str(folder))
+    prepare(student)
+    shard_student(context, student)
+    allocate(student, context.device)
+    fill(student, tensors)
+    return student.eval()
+
+
+def shard_student(context: RunContext, student: DeltifyForCausalLM) -> None:
+    distributed.shard_student(student, context.device, context.recipe.run.data_parallel == "hybrid")

@@ -59,10 +59,6 @@ class StageTeacher(Protocol):
         """Return the parameters in memory by name."""
         ...
 
-    def shard(self, per_node: bool = False) -> None:
-        """Shard the parameters over all ranks, or over those of a node. A second call changes nothing."""
-        ...
-
 
 def align_step(
     teacher: StageTeacher,

@@ -268,6 +268,3 @@ class CachedTeacher:
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {}
-
-    def shard(self, per_node: bool = False) -> None:
-        """Do nothing: every rank reads the cache."""

@@ -1,11 +1,12 @@
 """The teacher of a run while its model is in memory. `teacher_cache` has the one whose outputs are on disk."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..config import STAGES, Recipe
@@ -14,7 +15,6 @@ from ..data.batches import Batch
 from ..model.context_parallel import cut_mask
 from ..ops import earlier_keys
 from ..utils.fingerprint import fingerprint
-from . import distributed
 from .steps import layer_states, segment, segment_of
 
 CUT_ATTENTION = "deltify_cut_rows"
@@ -36,7 +36,7 @@ class LiveTeacher:
     can_be_graphed = True
 
     def __init__(self, pretrained: Teacher):
-        self.pretrained, self.model, self.sharded = pretrained, pretrained.model, False
+        self.pretrained, self.model = pretrained, pretrained.model
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -82,7 +82,7 @@ class LiveTeacher:
         return not slides and rope in FIXED_ROPE and self.config._attn_implementation == "sdpa"
 
     def head(self) -> Tensor:
-        return distributed.full_tensor(self.model.lm_head.weight)
+        return self.model.lm_head.weight
 
     def attention_layers(self) -> list[nn.Module]:
         return [layer.self_attn for layer in self.model.model.layers]
@@ -90,14 +90,14 @@ class LiveTeacher:
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
 
-    def shard(self, per_node: bool = False) -> None:
-        if not self.sharded:
-            distributed.shard_teacher(self.model, per_node)
-            self.sharded = True
 
-
-def open_teacher(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Teacher:
+def open_teacher(
+    recipe: Recipe, device: torch.device, dtype: torch.dtype, shard: Callable[[PreTrainedModel], None] | None = None
+) -> Teacher:
     """Load the teacher of a recipe.
+
+    Args:
+        shard: Function that shards the teacher over the ranks, see `load_teacher`.
 
     Raises:
         ValueError: If a stage has longer sequences than the teacher's context window. extend may have them if its
@@ -106,9 +106,8 @@ def open_teacher(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Te
     spec = recipe.teacher
     if spec.model.startswith("random:"):
         return random_teacher(spec.model.removeprefix("random:"))
-    teacher = load_teacher(
-        spec.model, dtype=dtype, device=device, trust_remote_code=spec.trust_remote_code, revision=spec.revision
-    )
+    options = {"trust_remote_code": spec.trust_remote_code, "revision": spec.revision, "shard": shard}
+    teacher = load_teacher(spec.model, dtype=dtype, device=device, **options)
     context_window = teacher.config.max_position_embeddings
     for name in STAGES:
         stage = recipe.stage(name)

@@ -4,6 +4,7 @@ import functools
 import math
 import time
 from collections.abc import Generator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from ..data.batches import Batch, MixedBatches
 from ..data.probes import Probe
 from ..data.token_files import TokenFile
 from ..model import DeltifyForCausalLM
+from ..model.shards import full_tensor, is_sharded
 from ..utils.console import console, log
 from . import checkpoint, distributed
 from .checkpoint import Progress
@@ -50,6 +52,8 @@ class RunContext:
         prompts: Tokens of the held-out prompts that samples continue, [prompts, tokens].
         deadline: Time of `time.monotonic()` after which training stops.
         row_group: Ranks that share this one's rows in match and extend, if rows are cut over several.
+        sharded: Whether teacher and student are sharded over the ranks.
+        save_group: All ranks, for the thread that writes checkpoints, if models are sharded.
     """
 
     recipe: Recipe
@@ -64,12 +68,14 @@ class RunContext:
     stopper: Stopper
     deadline: float = math.inf
     row_group: dist.ProcessGroup | None = None
+    sharded: bool = False
+    save_group: dist.ProcessGroup | None = None
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def validate(
-        self, teacher: StageTeacher, student: DeltifyForCausalLM, sharded: bool
+        self, teacher: StageTeacher, student: DeltifyForCausalLM
     ) -> tuple[dict[str, float], list[dict[str, str]]]:
         """Return the figures of a student on held-out text, and samples unless it is sharded.
 
@@ -78,7 +84,7 @@ class RunContext:
         started = time.monotonic()
         figures = evaluate_heldout(teacher, student, self.heldout, self.autocast)
         figures |= evaluate_recall(student, self.probes, self.autocast)
-        samples = [] if sharded or self.metrics.silent else self.samples(student, teacher.tokenizer)
+        samples = [] if is_sharded(student) or self.metrics.silent else self.samples(student, teacher.tokenizer)
         return figures | {"validation_seconds": time.monotonic() - started}, samples
 
     def samples(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
@@ -93,25 +99,23 @@ class StageTrainer:
     Args:
         context: What all stages of the run share.
         name: Name of the stage.
-        sharded: Whether to shard the student over the ranks. The teacher is sharded by the caller.
+        teacher: Teacher. It is sharded over the ranks if the student is.
+        student: Student. If it is sharded, the parameters that the stage trains were chosen before that.
     """
 
-    def __init__(
-        self, context: RunContext, name: str, teacher: StageTeacher, student: DeltifyForCausalLM, sharded: bool
-    ):
+    def __init__(self, context: RunContext, name: str, teacher: StageTeacher, student: DeltifyForCausalLM):
         self.context, self.name, self.recipe, self.stage = context, name, context.recipe, context.recipe.stage(name)
-        self.teacher, self.student, self.sharded = teacher, student, sharded
+        self.teacher, self.student, self.sharded = teacher, student, is_sharded(student)
         self.ranks_per_row = self.recipe.ranks_per_row(name)
         choose_trained(student, self.stage, name)
-        if sharded:
-            distributed.shard_student(student, self.recipe.run.data_parallel == "hybrid")
-        elif name == "align":
+        if name == "align" and not self.sharded:
             share_frozen_weights(student, teacher.named_parameters())
-        self.optimizers = make_optimizers(student, self.stage, name, sharded)
+        self.optimizers = make_optimizers(student, self.stage, name, self.sharded)
         self.progress = Progress(name, 0, 0, 0.0)
         self.graphed: GraphedStep | None = None
         self.signal, self.stopped_early = 0, False
         self.last_save = self.last_clock = time.monotonic()
+        self.saving: Future[None] | None = None  # the checkpoint that a thread writes
         # the previous stage may have set it; transformers 5.23 has another name for it than 5.16
         what = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
         getattr(student, f"{what}_checkpointing_{'enable' if recomputes(self.stage, name) else 'disable'}")()
@@ -144,6 +148,8 @@ class StageTrainer:
                 self.log_step(figures, speed, samples)
                 show(self.progress.step, figures["loss"], speed)
                 self.save_if_due(finished_at)
+                if self.signal or self.stopped_early or self.is_last_step:
+                    self.finish_saving()
                 if self.signal:
                     saved = checkpoint.checkpoint_folder(self.recipe.folder, self.progress)
                     raise Stopped(self.signal, f"saved {saved}; --resume continues from it")
@@ -164,7 +170,7 @@ class StageTrainer:
         with explain_out_of_memory(self.name, self.stage, self.sharded, self.ranks_per_row):
             losses = self.accumulate_gradients(self.batch(step))
             norm = nn.utils.clip_grad_norm_(trained(self.optimizers), self.stage.max_grad_norm)
-            norm = float(distributed.full_tensor(norm))
+            norm = float(full_tensor(norm))
             self.check_finite(step, losses, norm)
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -223,12 +229,28 @@ class StageTrainer:
             self.last_save = self.last_clock = time.monotonic()
 
     def save(self) -> None:
-        """Save a checkpoint and delete old ones."""
-        folder = self.recipe.folder
-        checkpoint.save_checkpoint(
-            checkpoint.checkpoint_folder(folder, self.progress), self.student, self.optimizers, self.progress
-        )
-        checkpoint.prune(folder, self.name, self.recipe.run.keep_checkpoints, self.progress.best_step)
+        """Save a checkpoint. If the models are sharded, a thread writes it while training goes on."""
+        self.finish_saving()
+        folder = checkpoint.checkpoint_folder(self.recipe.folder, self.progress)
+        state = (self.student, self.optimizers, self.progress)
+        self.saving = checkpoint.save_checkpoint(folder, *state, self.context.save_group)
+        if self.saving is None:
+            self.prune()
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that a thread writes, if any, and delete old ones.
+
+        Raises:
+            OSError: If it could not be written.
+        """
+        if self.saving is not None:
+            self.saving.result()
+            self.saving = None
+            self.prune()
+
+    def prune(self) -> None:
+        kept = self.recipe.run.keep_checkpoints
+        checkpoint.prune(self.recipe.folder, self.name, kept, self.progress.best_step)
 
     def accumulate_gradients(self, batch: Batch) -> dict[str, float]:
         """Add the gradients of a batch, one micro-batch at a time, and return the mean losses of all ranks."""
@@ -276,7 +298,7 @@ class StageTrainer:
     def evaluate(self) -> tuple[dict[str, float], list[dict[str, str]]]:
         """Evaluate on held-out text, write samples, and note the step if it is the best so far."""
         self.student.eval()
-        scores, samples = self.context.validate(self.teacher, self.student, self.sharded)
+        scores, samples = self.context.validate(self.teacher, self.student)
         self.student.train()
         if self.progress.best_kl is None or scores["heldout_kl"] < self.progress.best_kl:
             self.progress = replace(self.progress, best_kl=scores["heldout_kl"], best_step=self.progress.step)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 PIECE = 2**25  # elements that one thread hashes at a time
 
@@ -27,7 +28,8 @@ def fingerprint(model: nn.Module) -> str:
     """Return 16 hexadecimal digits that differ when two models differ in a weight or in how they use it.
 
     Weights are hashed as bfloat16, so that a model has the same fingerprint on every device, in float32 and bfloat16.
-    In float16 it has another one, because rounding differs.
+    In float16 it has another one, because rounding differs. If the model is sharded over processes, all of them must
+    call this. They gather one tensor at a time.
     """
     config = getattr(model, "config", None)
     facts = {name: getattr(config, name, None) for name in FIELDS}
@@ -35,13 +37,20 @@ def fingerprint(model: nn.Module) -> str:
         facts["layer_types"] = None
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     tensors = sorted(model.state_dict().items())
-    pieces = [(name, piece) for name, x in tensors for piece in x.detach().reshape(-1).split(PIECE)]
+    at_once = 1 if any(isinstance(x, DTensor) for _, x in tensors) else len(tensors)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        hashes = pool.map(hash_piece, [piece for _, piece in pieces])
-        for (name, _), piece_hash in zip(pieces, hashes):
-            digest.update(name.encode() + piece_hash)
+        for start in range(0, len(tensors), at_once):
+            whole = [(name, full(x.detach())) for name, x in tensors[start : start + at_once]]
+            pieces = [(name, piece) for name, x in whole for piece in x.reshape(-1).split(PIECE)]
+            for (name, _), piece_hash in zip(pieces, pool.map(hash_piece, [piece for _, piece in pieces])):
+                digest.update(name.encode() + piece_hash)
     digest.update(json.dumps([(name, list(x.shape)) for name, x in tensors]).encode())
     return digest.hexdigest()[:16]
+
+
+def full(x: Tensor) -> Tensor:
+    """Return a tensor, gathered from all processes if it is sharded."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 @torch.no_grad()
