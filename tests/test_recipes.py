@@ -173,6 +173,16 @@ def test_a_run_starts_from_a_students_folder(tmp_path, whole):
         distill(tiny_recipe(tmp_path / "other", student=hybrid, align=nothing))
 
 
+def test_a_run_converts_further_layers_of_a_students_folder(tmp_path, capsys):
+    hybrid = distill(tiny_recipe(tmp_path, name="hybrid", student=StudentSpec(full_attention_layers=[1])))
+    capsys.readouterr()
+    run = distill(tiny_recipe(tmp_path, name="further", student=StudentSpec(init=str(hybrid)), align=Stage()))
+    assert "layers [1] become KDA, all other weights stay" in capsys.readouterr().out
+    first, last = load_file(run / "converted" / "model.safetensors"), load_file(hybrid / "match" / "model.safetensors")
+    assert all(torch.equal(first[name], last[name]) for name in first if ".layers.1.self_attn." not in name)
+    assert "model.layers.1.self_attn.A_log" in first and "model.layers.1.self_attn.A_log" not in last
+
+
 @pytest.mark.parametrize("old, new", RENAMED.items())
 def test_old_names_of_fields_are_refused_with_the_new_name(old, new, tmp_path):
     section, field = old.split(".")

@@ -50,7 +50,8 @@ class StudentSpec:
         sliding_window: Number of tokens that sliding layers see, the current one included.
         sink_tokens: Number of first tokens of a document that sliding layers always see.
         init: Initialisation of gates and convolutions: calibrated, calibrated-constant, library or arcee. Or the folder
-            of a student or run whose weights the new run starts with.
+            of a student or run whose weights the new run starts with. Its attention layers that full_attention_layers
+            does not name become KDA, with the calibrated initialisation.
         calibration_tokens: Number of training tokens that the calibrated initialisation is fitted to.
         calibration_sequence_length: Tokens per sequence of the calibration text.
         retrieval_heads: Number of heads that the calibrated initialisation gives a long memory: the heads of all layers

@@ -19,7 +19,7 @@ from deltify.conversion.calibration import (
     set_retrieval,
 )
 from deltify.conversion.folding import fold_biases, fold_gate
-from deltify.conversion.student import convert, layer_kinds, origins
+from deltify.conversion.student import convert, convert_further, layer_kinds, origins
 from deltify.conversion.teacher import family_of, load_teacher, random_teacher
 from deltify.data.batches import Batch
 from deltify.model import ArceeKDAConfig, DeltifyConfig
@@ -457,3 +457,37 @@ def test_a_teachers_wrong_files_are_named(teacher, tmp_path):
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pickled weights"):
         load_teacher(str(tmp_path))
+
+
+def test_converting_in_two_steps_equals_converting_at_once(teacher):
+    """A student that keeps all attention layers computes what the teacher does, so its layers are fitted alike."""
+    rows = Batch(torch.randint(0, 200, (2, 64)), torch.arange(64).expand(2, -1))
+    options = {"retrieval_heads": 3, "center": "retrieval"}
+    whole = convert(teacher, init="calibrated", calibration=rows, **options)
+    layers = len(whole.model.layers)
+    student = convert(teacher, full_attention_layers="all", keep_rope=True, init="library")
+    further = convert_further(student, ["linear_attention"] * layers, teacher, rows, **options)
+    assert further.config.to_dict() == whole.config.to_dict()
+    for name, expected in whole.state_dict().items():
+        torch.testing.assert_close(further.state_dict()[name], expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_layers_are_converted_further_from_the_students_own_weights(teacher):
+    rows = Batch(torch.randint(0, 200, (2, 64)), torch.arange(64).expand(2, -1))
+    student = convert(teacher, full_attention_layers=[0, 1], keep_rope=True, init="calibrated", calibration=rows)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    lines = []
+    layers = len(student.model.layers)
+    kinds = ["full_attention"] + ["linear_attention"] * (layers - 1)
+    further = convert_further(student, kinds, teacher, rows, log=lines.append)
+    assert lines[0] == "layers [1] become KDA, all other weights stay"
+    assert further.config.layer_types == kinds and further.config.use_rope == [True] + [False] * (layers - 1)
+    before, after = student.state_dict(), further.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in after if ".layers.1.self_attn." not in name)
+    assert torch.equal(
+        after["model.layers.1.self_attn.q_proj.weight"], before["model.layers.1.self_attn.q_proj.weight"]
+    )
+    with pytest.raises(ValueError, match="only attention layers of it can become KDA"):
+        convert_further(further, student.config.layer_types, teacher, rows)

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..data.batches import Batch
 from ..model import DeltifyForCausalLM, DeltifyKDA
@@ -20,7 +21,6 @@ from ..model.mixers import factors, inverse_softplus
 from ..model.shards import full_tensor, whole
 from .attention import HeadStatistics, best_retrieval_heads
 from .constant_memory import SharedProducts, read_memory, share_products
-from .teacher import Teacher
 
 Memory = tuple[float, float, int]  # beta, half-life as a fraction of the mean distance that the head looks back, lag
 # Memories that a head may start with. With a lag of 1, a head sees the previous token but not the current one.
@@ -51,7 +51,7 @@ class TeacherAttention(Protocol):
 
 
 def calibrate(
-    teacher: Teacher,
+    source: PreTrainedModel,
     student: DeltifyForCausalLM,
     batch: Batch,
     statistics: list[HeadStatistics],
@@ -61,9 +61,9 @@ def calibrate(
     retrieval_heads: int = 0,
     center: str = "none",
 ) -> None:
-    """Initialise every KDA layer of the student so that it resembles the attention layer it replaces.
+    """Initialise every KDA layer of the student that replaces an attention layer so that it resembles that layer.
 
-    Each layer is fitted to the inputs and outputs of the teacher's layer. docs/explanation/calibration.md shows what
+    Each layer is fitted to the inputs and outputs of the attention layer. docs/explanation/calibration.md shows what
     each part contributes.
 
     - Constants: a direction u is fitted with u . x near 1 for every input x of the layer. It replaces biases, which KDA
@@ -81,7 +81,7 @@ def calibrate(
     input to fit, it keeps the teacher's weights.
 
     Args:
-        teacher: Frozen teacher.
+        source: Model with the attention layers: the teacher, or a student whose attention layers are converted further.
         student: Student whose KDA layers are initialised in place.
         batch: Sequences of calibration text.
         statistics: What the teacher's heads attend to in `batch`, see `measure_attention`.
@@ -90,7 +90,7 @@ def calibrate(
         retrieval_heads: Number of heads of the whole model that start with a memory that lasts.
         center: Heads whose queries and keys are centred: "none", "retrieval" (those heads) or "all".
     """
-    calibration = Calibration(teacher, student, batch, statistics, constant, retrieval_heads, center)
+    calibration = Calibration(source, student, batch, statistics, constant, retrieval_heads, center)
     calibration.run()
     for line in calibration.summary():
         log(line)
@@ -102,11 +102,11 @@ def first_sequences(batch: Batch) -> Batch:
 
 
 class Calibration:
-    """One pass of the teacher over calibration text; hooks on its attention layers fit the student's KDA layers."""
+    """One pass of the source over calibration text; hooks on its attention layers fit the student's KDA layers."""
 
     def __init__(
         self,
-        teacher: Teacher,
+        source: PreTrainedModel,
         student: DeltifyForCausalLM,
         batch: Batch,
         statistics: list[HeadStatistics],
@@ -114,10 +114,12 @@ class Calibration:
         retrieval_heads: int,
         center: str,
     ):
-        self.teacher, self.student, self.batch = teacher, student, batch.to(student.device)
+        self.source, self.student, self.batch = source, student, batch.to(student.device)
         self.statistics, self.constant, self.center = statistics, constant, center
-        linear = [i for i, layer in enumerate(student.model.layers) if layer.linear]
-        self.retrieval_heads = best_retrieval_heads(statistics, linear, retrieval_heads)
+        new = [layer.linear for layer in student.model.layers]
+        old = [isinstance(layer.self_attn, DeltifyKDA) for layer in source.model.layers]
+        self.layers = [i for i, linear in enumerate(new) if linear and not old[i]]
+        self.retrieval_heads = best_retrieval_heads(statistics, self.layers, retrieval_heads)
         self.rows = len(first_sequences(batch).input_ids)
         self.captured = torch.empty(0)  # heads' outputs [B, T, H * K] in the teacher layer that runs
         self.explained: list[str] = []  # for each KDA layer, the fraction of variance that its o_proj explains
@@ -126,13 +128,13 @@ class Calibration:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Run the teacher once and fit each KDA layer when the attention layer that it replaces has run."""
-        layers = [layer.self_attn for layer in self.teacher.model.model.layers]
+        """Run the source once and fit each KDA layer when the attention layer that it replaces has run."""
+        layers = [self.source.model.layers[i].self_attn for i in self.layers]
         hooks = [attention.o_proj.register_forward_pre_hook(self.capture) for attention in layers]
         hooks += [attention.register_forward_hook(self.fit_layer, with_kwargs=True) for attention in layers]
         inputs = {"input_ids": self.batch.input_ids, "position_ids": self.batch.position_ids}
         try:
-            self.teacher.model.model(**inputs, use_cache=False)
+            self.source.model(**inputs, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -144,10 +146,9 @@ class Calibration:
     def fit_layer(self, attention: TeacherAttention, args: tuple, kwargs: dict, output: tuple) -> None:
         """Fit the student's KDA layer to the attention layer that has just run."""
         layer = self.student.model.layers[attention.layer_idx]
-        if not layer.linear:
-            return
+        inputs_BTD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         with whole(layer.self_attn, partial(DeltifyKDA, self.student.config, attention.layer_idx)) as mixer:
-            self.fit_mixer(mixer, attention, kwargs["hidden_states"].float(), output[0].float())
+            self.fit_mixer(mixer, attention, inputs_BTD.float(), output[0].float())
 
     def fit_mixer(self, mixer: DeltifyKDA, attention: TeacherAttention, x_BTD: Tensor, target_BTD: Tensor) -> None:
         """Fit a KDA layer to the inputs and outputs of an attention layer."""

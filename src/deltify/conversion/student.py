@@ -1,8 +1,9 @@
-"""Make a student from a teacher: which layers become KDA, the configuration, and where every tensor comes from.
+"""Make a student from a teacher or a student: which layers become KDA, and where every tensor comes from.
 
 Legend: K head width.
 """
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..config import CENTER
 from ..data.batches import Batch
@@ -264,8 +266,8 @@ def convert(
     if shard is not None:
         shard(student)
     allocate(student, teacher.model.device)
-    copy_weights(teacher, student)
     initialise_mixers(student, init, seed)
+    copy_weights(teacher.model, student)
     mixers = [layer.self_attn for layer in student.model.layers if layer.linear]
     for line in origins(student, init):
         log(line)
@@ -277,11 +279,60 @@ def convert(
         assert calibration is not None and statistics is not None
         constant = init == "calibrated-constant"
         start = {"constant": constant, "retrieval_heads": retrieval_heads, "center": center}
-        calibrate(teacher, student, calibration, statistics, log, **start)
+        calibrate(teacher.model, student, calibration, statistics, log, **start)
     student.generation_config, dropped = supported_settings(teacher.model.generation_config)
     if dropped:
         log(f"the teacher's generation settings {', '.join(dropped)} are dropped: a student does not support them")
     return student
+
+
+def convert_further(
+    student: DeltifyForCausalLM,
+    kinds: list[str],
+    teacher: Teacher,
+    calibration: Batch,
+    *,
+    retrieval_heads: int = 0,
+    center: str = "none",
+    seed: int = 0,
+    log: Callable[[str], None] = lambda line: None,
+) -> DeltifyForCausalLM:
+    """Return a student in float32, in which KDA layers replace further attention layers of a trained student.
+
+    These layers have the calibrated initialisation. They are fitted to the student's own attention layers, at inputs
+    that the student itself computes. All other weights are the student's.
+
+    Args:
+        student: Trained student. It is not changed.
+        kinds: Kind of each layer of the new student. Only KDA may differ from the student's.
+        teacher: Teacher, whose heads `retrieval_heads` are chosen from.
+        calibration: Sequences of text, a few thousand tokens.
+        retrieval_heads: Number of heads of the new KDA layers that start with a long memory, see `convert`.
+        center: Heads of the new KDA layers that are centred, see `convert`.
+        seed: Random seed of the initialisation.
+        log: Function that is called with each line of the summary.
+
+    Raises:
+        ValueError: If another layer than an attention layer that becomes KDA differs.
+    """
+    old = list(student.config.layer_types)
+    further = [i for i, kind in enumerate(kinds) if kind != old[i]]
+    if not further or any(kinds[i] != "linear_attention" for i in further):
+        raise ValueError(f"the student has the layers {old}; only attention layers of it can become KDA, not {kinds}")
+    config = copy.deepcopy(student.config)
+    config.layer_types = kinds
+    config.use_rope = [rope and kind != "linear_attention" for rope, kind in zip(config.use_rope, kinds)]
+    with torch.device("meta"):
+        new = model_class(config)(config).float()
+    allocate(new, student.device)
+    initialise_mixers(new, "calibrated", seed)
+    copy_weights(student, new)
+    sample = calibration if retrieval_heads else first_sequences(calibration)
+    statistics = measure_attention(teacher, sample.to(teacher.model.device))
+    log(f"layers {further} become KDA, all other weights stay")
+    calibrate(student, new, calibration, statistics, log, retrieval_heads=retrieval_heads, center=center)
+    new.generation_config = student.generation_config
+    return new
 
 
 def model_class(config: DeltifyConfig) -> type[DeltifyForCausalLM]:
@@ -292,22 +343,21 @@ def model_class(config: DeltifyConfig) -> type[DeltifyForCausalLM]:
 
 
 @torch.no_grad()
-def copy_weights(teacher: Teacher, student: DeltifyForCausalLM) -> None:
-    """Copy all of the student's tensors that come from the teacher.
+def copy_weights(source: PreTrainedModel, student: DeltifyForCausalLM) -> None:
+    """Copy all tensors of a student that come from the source: the teacher, or a student with KDA layers of its own.
 
     Raises:
-        ValueError: If the teacher lacks a tensor, or has it in another shape.
+        ValueError: If the source lacks a tensor, or has it in another shape.
     """
-    config = student.config
-    source = teacher.model.state_dict()
+    config, tensors = student.config, source.state_dict()
     for name, target in student.state_dict().items():
         origin = origin_of(name, config)
-        if origin.rule == "init":
-            continue
-        if name not in source:
-            raise ValueError(f"the teacher ({teacher.config.model_type}) cannot be converted: it has no tensor {name}")
-        value = full_tensor(source[name])
-        if origin.rule == "repeat":
+        if name not in tensors:
+            if origin.rule == "init":
+                continue
+            raise ValueError(f"the teacher ({source.config.model_type}) cannot be converted: it has no tensor {name}")
+        value = full_tensor(tensors[name])
+        if origin.rule == "repeat" and len(value) != len(target):
             value = repeat_heads(value, config.num_attention_heads, config.head_dim)
         if value.shape != target.shape:
             raise ValueError(f"{name} is {tuple(value.shape)} in the teacher, {tuple(target.shape)} in the student")

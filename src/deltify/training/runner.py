@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config import STAGES, Recipe, check
-from ..conversion.student import INITS, convert, layer_kinds, measured_layers, model_class
+from ..conversion.student import INITS, convert, convert_further, layer_kinds, measured_layers, model_class
 from ..conversion.teacher import Teacher
 from ..data.batches import Batch, MixedBatches, heldout_batches
 from ..data.token_files import TokenFile, open_data
@@ -346,11 +346,7 @@ def create_student(context: RunContext, teacher: Teacher) -> DeltifyForCausalLM:
     """Return the student that training starts with: a converted teacher, or the model that student.init names."""
     recipe, spec = context.recipe, context.recipe.student
     if spec.init not in INITS:
-        return load_starting_student(context, model_folder(spec.init))
-    sequences = max(1, spec.calibration_tokens // spec.calibration_sequence_length)
-    mix = MixedBatches(
-        context.train, list(recipe.data.train.values()), spec.calibration_sequence_length, sequences, recipe.seed
-    )
+        return load_starting_student(context, model_folder(spec.init), teacher)
     return convert(
         teacher,
         full_attention_layers=spec.full_attention_layers,
@@ -358,7 +354,7 @@ def create_student(context: RunContext, teacher: Teacher) -> DeltifyForCausalLM:
         sliding_window=spec.sliding_window,
         sink_tokens=spec.sink_tokens,
         init=spec.init,
-        calibration=mix.batch(0),
+        calibration=calibration_text(context),
         retrieval_heads=spec.retrieval_heads,
         center=spec.center,
         gate_bias=spec.gate_bias,
@@ -368,23 +364,43 @@ def create_student(context: RunContext, teacher: Teacher) -> DeltifyForCausalLM:
     )
 
 
-def load_starting_student(context: RunContext, folder: str) -> DeltifyForCausalLM:
-    """Load a trained student to train further.
+def calibration_text(context: RunContext) -> Batch:
+    """Return training text for the calibration."""
+    recipe, spec = context.recipe, context.recipe.student
+    sequences = max(1, spec.calibration_tokens // spec.calibration_sequence_length)
+    mix = MixedBatches(
+        context.train, list(recipe.data.train.values()), spec.calibration_sequence_length, sequences, recipe.seed
+    )
+    return mix.batch(0)
+
+
+def load_starting_student(context: RunContext, folder: str, teacher: Teacher) -> DeltifyForCausalLM:
+    """Load a trained student to train further. Attention layers that are KDA in the recipe are converted.
 
     Raises:
-        ValueError: If its layers differ from the recipe's full_attention_layers.
+        ValueError: If other layers differ from the recipe's full_attention_layers, or if the student is sharded.
     """
     layers = context.recipe.student.full_attention_layers
     student = load_shards(context, Path(folder)) if context.sharded else load_student(Path(folder), context.device)
     kinds = layer_kinds(layers, student.config.num_hidden_layers)
     if measured_layers(layers) is not None:
         kinds = list(student.config.layer_types or ())  # the student's own choice
-    if not isinstance(student, DeltifyForCausalLM) or list(student.config.layer_types or ()) != kinds:
+    own = list(student.config.layer_types or ())
+    differing = {new for new, old in zip(kinds, own) if new != old}
+    if not isinstance(student, DeltifyForCausalLM) or differing - {"linear_attention"}:
         raise ValueError(
-            f"student.init={folder} has the layers {student.config.layer_types}, but full_attention_layers={layers!r} "
-            f"means {kinds}. Make both the same"
+            f"student.init={folder} has the layers {own}, but full_attention_layers={layers!r} means {kinds}. Make "
+            "both the same, or choose fewer attention layers"
         )
-    return student
+    if not differing:
+        return student
+    if context.sharded:
+        raise ValueError(
+            "Further layers of a student are converted in whole models: choose run.data_parallel: replicate"
+        )
+    recipe, spec = context.recipe, context.recipe.student
+    options = {"retrieval_heads": spec.retrieval_heads, "center": spec.center, "seed": recipe.seed, "log": log}
+    return convert_further(student.eval(), kinds, teacher, calibration_text(context), **options)
 
 
 def load_student(folder: Path, device: torch.device) -> DeltifyForCausalLM:
