@@ -123,6 +123,8 @@ def test_chats_hold_message_and_answer_and_keep_right_numbers(model, tmp_path, m
     assert last_number("1,234.5 or -7,000 m") == "-7000" and last_number("none") is None
     with pytest.raises(ValueError, match=r"questions\.jsonl, line 1: .* with question and right\. Name other fields"):
         chats("wrong.jsonl", keep_number="right")
+    with pytest.raises(ValueError, match=r"questions\.jsonl, line 1: question has no number.*'How many\?'"):
+        chats("wrong.jsonl", keep_number="question")
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match=r"has no chat template\. Leave --chat out"):
         chats("none.jsonl")

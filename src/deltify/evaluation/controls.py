@@ -25,7 +25,7 @@ def make_controls(
     """Return the controls of a student by name. They share weights with teacher and student.
 
     - The untrained teacher with a sliding window of `window` tokens and `sinks` first tokens (StreamingLLM).
-    - The same with a window whose cache takes as many bytes as the student's states.
+    - The same with a window whose cache takes as many bytes in a layer as the states of one KDA layer.
     - The student with its states zeroed every `chunk` tokens.
 
     Raises:

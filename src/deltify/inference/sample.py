@@ -215,7 +215,7 @@ def read_questions(source: str | Path, field: str, keep_number: str | None) -> I
     """Yield the question of each line of a source, see `data.sources.records`.
 
     Raises:
-        ValueError: If a line is not a JSON object, or lacks a field.
+        ValueError: If a line is not a JSON object, lacks a field, or has no number in the field `keep_number`.
     """
     for place, record in records(str(source)):
         if not {field, keep_number or field} <= record.keys():
@@ -224,7 +224,12 @@ def read_questions(source: str | Path, field: str, keep_number: str | None) -> I
                 f"{place}: {str(record)[:60]!r} is not a JSON object with {fields}. Name other fields with --field and "
                 "--keep-number"
             )
-        yield Question(str(record[field]), None if keep_number is None else last_number(str(record[keep_number])))
+        number = None if keep_number is None else last_number(str(record[keep_number]))
+        if keep_number is not None and number is None:
+            raise ValueError(
+                f"{place}: {keep_number} has no number, so that no answer can be right: {str(record[keep_number])[:60]!r}"
+            )
+        yield Question(str(record[field]), number)
 
 
 def last_number(text: str) -> str | None:
