@@ -227,7 +227,7 @@ def read_questions(source: str | Path, field: str, keep_number: str | None) -> I
         number = None if keep_number is None else last_number(str(record[keep_number]))
         if keep_number is not None and number is None:
             raise ValueError(
-                f"{place}: {keep_number} has no number, so that no answer can be right: {str(record[keep_number])[:60]!r}"
+                f"{place}: {keep_number} has no number, as answers need: {str(record[keep_number])[:60]!r}"
             )
         yield Question(str(record[field]), number)
 
