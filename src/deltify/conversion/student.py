@@ -226,8 +226,8 @@ def convert(
         center: Heads for which the mean over tokens is subtracted from queries and keys: "none", "retrieval" (those
             heads) or "all". Calibrated initialisations only.
         gate_bias: Whether the output gate has a bias, as in AFM-4.5B-Base-KDA-Only and fla. Without it, other runtimes
-            can run the student, see `export`. Calibrated initialisations then make one channel of the gate constant.
-            They fold the teacher's biases of q, k and v into the weights, too.
+            can run the student, see `export`. Calibrated initialisations then make one channel of the gate constant,
+            which takes the place of the bias.
         seed: Random seed of the initialisation.
         log: Function that is called with a line for each group of tensors and with the summary of the calibration.
         shard: Function that shards the student, on the meta device, over the processes of a sharded teacher.
