@@ -81,7 +81,14 @@ RUNS = {
     # continues a run of experiments/hybrid_layers.py --tokens 4000000 --keep-rope, in the same folder
     "one-4k": Run("measured:1", 0, 14 * M, {"init": "measured-1-4000000"}, IN_4K, 0.25, every=500),
     # converts the last attention layer of "one-4k"
-    "last": Run("none", 0, 12 * M, {"init": "one-4k"} | LONG_MEMORY | {"retrieval_heads": 9}, IN_4K, every=250),
+    "last": Run(
+        "none",
+        0,
+        12 * M,
+        {"init": "one-4k", "convert_further": True} | LONG_MEMORY | {"retrieval_heads": 9},
+        IN_4K,
+        every=250,
+    ),
 }
 WHOLE = "direct"  # run whose configuration the joined model has
 # name: run that gives the layers RETRIEVING, and run that gives all other weights

@@ -176,7 +176,15 @@ def test_a_run_starts_from_a_students_folder(tmp_path, whole):
 def test_a_run_converts_further_layers_of_a_students_folder(tmp_path, capsys):
     hybrid = distill(tiny_recipe(tmp_path, name="hybrid", student=StudentSpec(full_attention_layers=[1])))
     capsys.readouterr()
-    run = distill(tiny_recipe(tmp_path, name="further", student=StudentSpec(init=str(hybrid)), align=Stage()))
+    further = StudentSpec(init=str(hybrid), convert_further=True)
+    for wrong, message in (
+        (replace(further, convert_further=False), "or set student.convert_further: true"),
+        (replace(further, full_attention_layers="measured:2"), "Make both the same$"),
+        (replace(further, init=str(tmp_path)), "config.json"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            distill(tiny_recipe(tmp_path, name="wrong", student=wrong, align=Stage()))
+    run = distill(tiny_recipe(tmp_path, name="further", student=further, align=Stage()))
     assert "layers [1] become KDA, all other weights stay" in capsys.readouterr().out
     first, last = load_file(run / "converted" / "model.safetensors"), load_file(hybrid / "match" / "model.safetensors")
     assert all(torch.equal(first[name], last[name]) for name in first if ".layers.1.self_attn." not in name)

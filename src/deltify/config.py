@@ -50,8 +50,9 @@ class StudentSpec:
         sliding_window: Number of tokens that sliding layers see, the current one included.
         sink_tokens: Number of first tokens of a document that sliding layers always see.
         init: Initialisation of gates and convolutions: calibrated, calibrated-constant, library or arcee. Or the folder
-            of a student or run whose weights the new run starts with. Its attention layers that full_attention_layers
-            does not name become KDA, with the calibrated initialisation.
+            of a student or run whose weights the new run starts with.
+        convert_further: Whether attention layers of the student that init names become KDA, with the calibrated
+            initialisation, if full_attention_layers does not name them. Otherwise the layers must be the same.
         calibration_tokens: Number of training tokens that the calibrated initialisation is fitted to.
         calibration_sequence_length: Tokens per sequence of the calibration text.
         retrieval_heads: Number of heads that the calibrated initialisation gives a long memory: the heads of all layers
@@ -66,6 +67,7 @@ class StudentSpec:
     sliding_window: int = 64
     sink_tokens: int = 4
     init: str = "calibrated"
+    convert_further: bool = False
     calibration_tokens: int = 8192
     calibration_sequence_length: int = 512
     retrieval_heads: int = 0
@@ -386,6 +388,11 @@ def check(recipe: Recipe) -> Recipe:
             run.context_parallel == 1 or "S" not in str(recipe.student.full_attention_layers),
             "run.context_parallel",
             "must be 1 for a student with sliding-window layers, S in student.full_attention_layers",
+        ),
+        (
+            not recipe.student.convert_further or run.data_parallel in ("auto", "replicate"),
+            "run.data_parallel",
+            "must be auto or replicate with student.convert_further",
         ),
     ]
     for name, stage in stages.items():

@@ -459,15 +459,16 @@ def test_a_teachers_wrong_files_are_named(teacher, tmp_path):
         load_teacher(str(tmp_path))
 
 
-def test_converting_in_two_steps_equals_converting_at_once(teacher):
-    """A student that keeps all attention layers computes what the teacher does, so its layers are fitted alike."""
+@pytest.mark.parametrize("start", ["all", "S"])
+def test_converting_in_two_steps_equals_converting_at_once(teacher, start):
+    """A student whose attention sees all tokens computes what the teacher does, so its layers are fitted alike."""
     rows = Batch(torch.randint(0, 200, (2, 64)), torch.arange(64).expand(2, -1))
     options = {"retrieval_heads": 3, "center": "retrieval"}
     whole = convert(teacher, init="calibrated", calibration=rows, **options)
     layers = len(whole.model.layers)
-    student = convert(teacher, full_attention_layers="all", keep_rope=True, init="library")
+    student = convert(teacher, full_attention_layers=start, keep_rope=True, init="library", sliding_window=100)
     further = convert_further(student, ["linear_attention"] * layers, teacher, rows, **options)
-    assert further.config.to_dict() == whole.config.to_dict()
+    assert further.config.to_dict() == whole.config.to_dict() | {"sliding_window": 100}
     for name, expected in whole.state_dict().items():
         torch.testing.assert_close(further.state_dict()[name], expected, rtol=1e-3, atol=1e-4, msg=name)
 

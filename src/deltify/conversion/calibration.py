@@ -121,7 +121,7 @@ class Calibration:
         self.layers = [i for i, linear in enumerate(new) if linear and not old[i]]
         self.retrieval_heads = best_retrieval_heads(statistics, self.layers, retrieval_heads)
         self.rows = len(first_sequences(batch).input_ids)
-        self.captured = torch.empty(0)  # heads' outputs [B, T, H * K] in the teacher layer that runs
+        self.captured = torch.empty(0)  # heads' outputs [..., H * K] in the attention layer that runs
         self.explained: list[str] = []  # for each KDA layer, the fraction of variance that its o_proj explains
         self.silence: dict[int, list[str]] = {}  # for each KDA layer, see `describe_silence`
         self.chosen: Counter[Memory] = Counter()
@@ -170,7 +170,7 @@ class Calibration:
         retrieving = self.retrieval_heads.get(index, [])
         centred = {"none": [], "retrieval": retrieving, "all": list(range(len(mixer.A_log)))}[self.center]
         center_projections(mixer, x_ND, centred, constant_direction_D)
-        heads_NHK = split_heads(self.captured.flatten(0, 1), mixer.head_dim)
+        heads_NHK = split_heads(self.captured.flatten(0, -2), mixer.head_dim)
         fit_output_gate(mixer, x_ND, heads_NHK, constant_direction_D)
         weigh_equally(mixer, equal_H, constant_direction_D)
         if self.constant:

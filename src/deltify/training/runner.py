@@ -324,7 +324,7 @@ def choose_sharding(recipe: Recipe, device: torch.device, dtype: torch.dtype) ->
     Args:
         dtype: Data type of the teacher's parameters.
     """
-    if distributed.world_size() == 1:
+    if distributed.world_size() == 1 or recipe.student.convert_further:  # it needs whole models
         return False
     memory, size = distributed.memory_of(device), 0
     if recipe.run.data_parallel == "auto" and memory is not None:
@@ -375,30 +375,27 @@ def calibration_text(context: RunContext) -> Batch:
 
 
 def load_starting_student(context: RunContext, folder: str, teacher: Teacher) -> DeltifyForCausalLM:
-    """Load a trained student to train further. Attention layers that are KDA in the recipe are converted.
+    """Load a trained student to train further, and convert further layers of it if the recipe says so.
 
     Raises:
-        ValueError: If other layers differ from the recipe's full_attention_layers, or if the student is sharded.
+        ValueError: If the folder has no student, or its layers do not fit the recipe.
     """
-    layers = context.recipe.student.full_attention_layers
+    recipe, spec = context.recipe, context.recipe.student
     student = load_shards(context, Path(folder)) if context.sharded else load_student(Path(folder), context.device)
-    kinds = layer_kinds(layers, student.config.num_hidden_layers)
-    if measured_layers(layers) is not None:
-        kinds = list(student.config.layer_types or ())  # the student's own choice
-    own = list(student.config.layer_types or ())
+    if not isinstance(student, DeltifyForCausalLM):
+        raise ValueError(f"student.init={folder} is not a student. Name the folder of a run, or of a model of deltify")
+    layers, own = spec.full_attention_layers, list(student.config.layer_types)
+    kinds = layer_kinds(layers, len(own))
+    if own.count("full_attention") == measured_layers(layers):
+        kinds = own  # the student's own choice
     differing = {new for new, old in zip(kinds, own) if new != old}
-    if not isinstance(student, DeltifyForCausalLM) or differing - {"linear_attention"}:
-        raise ValueError(
-            f"student.init={folder} has the layers {own}, but full_attention_layers={layers!r} means {kinds}. Make "
-            "both the same, or choose fewer attention layers"
-        )
     if not differing:
         return student
-    if context.sharded:
-        raise ValueError(
-            "Further layers of a student are converted in whole models: choose run.data_parallel: replicate"
-        )
-    recipe, spec = context.recipe, context.recipe.student
+    described = f"student.init={folder} has the layers {own}, but full_attention_layers={layers!r} means {kinds}"
+    if differing != {"linear_attention"} or measured_layers(layers):
+        raise ValueError(f"{described}. Make both the same")
+    if not spec.convert_further:
+        raise ValueError(f"{described}. Make both the same, or set student.convert_further: true")
     options = {"retrieval_heads": spec.retrieval_heads, "center": spec.center, "seed": recipe.seed, "log": log}
     return convert_further(student.eval(), kinds, teacher, calibration_text(context), **options)
 

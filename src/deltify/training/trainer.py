@@ -4,7 +4,7 @@ import functools
 import math
 import time
 from collections.abc import Generator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
@@ -115,7 +115,7 @@ class StageTrainer:
         self.graphed: GraphedStep | None = None
         self.signal, self.stopped_early = 0, False
         self.last_save = self.last_clock = time.monotonic()
-        self.saving: Future[None] | None = None  # the checkpoint that a thread writes
+        self.saving: tuple[Future[None], Progress] | None = None  # the checkpoint that a thread writes
         # the previous stage may have set it; transformers 5.23 has another name for it than 5.16
         what = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
         getattr(student, f"{what}_checkpointing_{'enable' if recomputes(self.stage, name) else 'disable'}")()
@@ -135,9 +135,18 @@ class StageTrainer:
         if self.context.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.context.device)
         self.last_save = self.last_clock = time.monotonic()
+        try:
+            self.run_steps()
+        finally:  # after an error, too, so that no checkpoint stays unfinished
+            if self.saving is not None:
+                wait([self.saving[0]])
+
+    def run_steps(self) -> None:
         with ProgressBar(self.name, self.stage.steps) as show:
             for step in range(self.progress.step, self.stage.steps):
                 figures, samples = self.train_step(step), []
+                if self.saving is not None and self.saving[0].done():
+                    self.finish_saving()
                 speed = self.count_step()
                 self.check_for_stop()
                 finished_at = self.last_clock
@@ -233,9 +242,10 @@ class StageTrainer:
         self.finish_saving()
         folder = checkpoint.checkpoint_folder(self.recipe.folder, self.progress)
         state = (self.student, self.optimizers, self.progress)
-        self.saving = checkpoint.save_checkpoint(folder, *state, self.context.save_group)
-        if self.saving is None:
-            self.prune()
+        written = checkpoint.save_checkpoint(folder, *state, self.context.save_group)
+        self.saving = None if written is None else (written, self.progress)
+        if written is None:
+            self.prune(self.progress)
 
     def finish_saving(self) -> None:
         """Wait for the checkpoint that a thread writes, if any, and delete old ones.
@@ -244,13 +254,13 @@ class StageTrainer:
             OSError: If it could not be written.
         """
         if self.saving is not None:
-            self.saving.result()
-            self.saving = None
-            self.prune()
+            (written, progress), self.saving = self.saving, None
+            written.result()
+            self.prune(progress)
 
-    def prune(self) -> None:
-        kept = self.recipe.run.keep_checkpoints
-        checkpoint.prune(self.recipe.folder, self.name, kept, self.progress.best_step)
+    def prune(self, saved: Progress) -> None:
+        """Delete old checkpoints. The best one up to the checkpoint `saved` is kept: a better one is not saved yet."""
+        checkpoint.prune(self.recipe.folder, self.name, self.recipe.run.keep_checkpoints, saved.best_step)
 
     def accumulate_gradients(self, batch: Batch) -> dict[str, float]:
         """Add the gradients of a batch, one micro-batch at a time, and return the mean losses of all ranks."""
@@ -288,6 +298,7 @@ class StageTrainer:
         """Raise FloatingPointError if the loss or the gradient norm is not finite."""
         if math.isfinite(losses["loss"]) and math.isfinite(norm):
             return
+        self.finish_saving()
         saved = checkpoint.checkpoints(self.recipe.folder, self.name)
         raise FloatingPointError(
             f"{self.name}, step {step}: the loss is {losses['loss']} and the gradient norm {norm}. No update was made. "
