@@ -26,7 +26,10 @@ def with_special_tokens(tokenizer: PreTrainedTokenizerBase, *, end: bool) -> Pre
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: "test_parallel" not in item.nodeid)  # the slowest file first, so that none waits for it
+    # the slowest files first, so that none waits for them
+    items.sort(
+        key=lambda item: not item.nodeid.startswith(("tests/training/test_parallel", "tests/training/test_shards"))
+    )
     if torch.cuda.is_available():
         return
     for item in items:

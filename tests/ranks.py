@@ -181,12 +181,14 @@ def distill_first(recipe: str, first: int, cache: str) -> None:
     distill(load_recipe(recipe))
 
 
-def die_in_sixth_step() -> None:
-    """Let align's sixth step kill this process, as a fault of its machine would."""
+def die_in_sixth_step(run: Path) -> None:
+    """Let align's sixth step kill this process, as a fault of its machine would, when the fourth step is saved."""
     calls, align_step = count(), trainer.align_step
 
     def dies(*args):
         if next(calls) == 5:
+            while not (run / "checkpoints" / "align-0000004").is_dir():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return align_step(*args)
 
@@ -197,6 +199,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     recipe, *options = sys.argv[1:]
     if "--die" in options and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        die_in_sixth_step()
+        die_in_sixth_step(load_recipe(recipe).folder)
     minutes = -time.monotonic() / 60 if "--stop" in options else None  # a deadline that has passed
     distill(load_recipe(recipe), resume="--resume" in options, max_minutes=minutes)

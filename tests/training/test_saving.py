@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -13,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from deltify import distill
-from deltify.config import RunSpec, Stage
+from deltify.config import Recipe, RunSpec, Stage
 from deltify.training import checkpoint, distributed, trainer
 from deltify.training.checkpoint import Progress
 
@@ -152,3 +153,23 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, whol
     assert left == ["align-0000002", "align-0000004"]
     monkeypatch.undo()
     assert_same_weights(distill(recipe, resume=True), whole, "match")
+
+
+@pytest.mark.parametrize("error", [None, OSError("the disk is full")])
+def test_a_checkpoint_of_a_thread_is_finished_before_others_are_deleted(error, monkeypatch):
+    """A validation after its step may have found a better model, which no checkpoint has yet."""
+    pruned, written = [], Future()
+    monkeypatch.setattr(checkpoint, "prune", lambda folder, name, kept, best: pruned.append(best))
+    stage = object.__new__(trainer.StageTrainer)
+    stage.recipe, stage.name = Recipe(name="tiny"), "align"
+    stage.saving, stage.progress = (written, Progress("align", 2, 0, 0.0, 1.0, 2)), Progress("align", 3, 0, 0.0, 0.5, 3)
+    if error is None:
+        written.set_result(None)
+        stage.finish_saving()
+        assert pruned == [2]
+    else:
+        written.set_exception(error)
+        with pytest.raises(OSError, match="the disk is full"):
+            stage.finish_saving()
+        assert pruned == []
+    assert stage.saving is None

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..utils.fingerprint import full_tensor
 from .loading import StoredTensor, Tensors, with_prefix
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,11 +30,6 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def is_sharded(module: nn.Module) -> bool:
     """Return whether any parameter is sharded."""
     return any(isinstance(p, DTensor) for p in module.parameters())
-
-
-def full_tensor(x: Tensor) -> Tensor:
-    """Return a tensor, gathered from all processes if it is sharded."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def own_rows(x: Tensor) -> slice:

@@ -40,7 +40,7 @@ def fingerprint(model: nn.Module) -> str:
     at_once = 1 if any(isinstance(x, DTensor) for _, x in tensors) else len(tensors)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for start in range(0, len(tensors), at_once):
-            whole = [(name, full(x.detach())) for name, x in tensors[start : start + at_once]]
+            whole = [(name, full_tensor(x.detach())) for name, x in tensors[start : start + at_once]]
             pieces = [(name, piece) for name, x in whole for piece in x.reshape(-1).split(PIECE)]
             for (name, _), piece_hash in zip(pieces, pool.map(hash_piece, [piece for _, piece in pieces])):
                 digest.update(name.encode() + piece_hash)
@@ -48,7 +48,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def full(x: Tensor) -> Tensor:
+def full_tensor(x: Tensor) -> Tensor:
     """Return a tensor, gathered from all processes if it is sharded."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
