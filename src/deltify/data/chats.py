@@ -165,7 +165,7 @@ def size_to_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the number of tokens without white space after the last end-of-sequence token, which templates write."""
     end = tokenizer.eos_token_id
     size = len(ids) - ids[::-1].index(end) if end in ids else len(ids)
-    return len(ids) if tokenizer.decode(ids[size:]).strip() else size
+    return len(ids) if str(tokenizer.decode(ids[size:])).strip() else size
 
 
 def repair_all(value: Any) -> tuple[Any, int]:
