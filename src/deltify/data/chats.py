@@ -6,7 +6,7 @@ A line has one of the forms that TRL calls conversational language modeling and 
     {"prompt": [{"role": "user", "content": "..."}], "completion": [{"role": "assistant", "content": "..."}]}
     {"prompt": "...", "completion": "..."}
 
-The messages of assistants count, if there is a completion only those in it. An answer ends after its first
+The messages of assistants count, but none of those in a prompt. An answer ends after its first
 end-of-sequence token. Strings are not rendered, and the whole completion counts.
 """
 
