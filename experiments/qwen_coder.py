@@ -99,21 +99,23 @@ def answers(options: argparse.Namespace) -> None:
     for name, questions in (("gsm8k", gsm8k_questions(options)), ("textbooks", textbook_questions(options))):
         chosen = islice(questions, options.questions)
         for number, shard in enumerate(iter(lambda: list(islice(chosen, SHARD)), [])):  # noqa: B023
-            asked = options.out / "questions" / f"{name}-{number:02}.jsonl"
-            asked.parent.mkdir(parents=True, exist_ok=True)
-            asked.write_text("".join(json.dumps(line) + "\n" for line in shard))
-            answer_file(name, asked, options)
+            lines = "".join(json.dumps(line) + "\n" for line in shard)
+            answer_file(name, options.out / "questions" / f"{name}-{number:02}.jsonl", lines, options)
 
 
-def answer_file(name: str, asked: Path, options: argparse.Namespace) -> None:
-    """Let the teacher answer a file of questions, unless it has."""
+def answer_file(name: str, asked: Path, lines: str, options: argparse.Namespace) -> None:
+    """Write a file of questions and let the teacher answer them, unless it has answered these, and perhaps more."""
     done, unfinished = options.out / "answers" / name / asked.name, options.out / "unfinished" / asked.name
+    asked.parent.mkdir(parents=True, exist_ok=True)
+    if not asked.exists() or not asked.read_text().startswith(lines):
+        done.unlink(missing_ok=True)
+        asked.write_text(lines)
     if done.exists():
         return
     unfinished.unlink(missing_ok=True)
     settings = ANSWERS[name] | {"count": SHARD, "batch": options.batch, "temperature": 0.7}
     if options.smoke:  # a random teacher is never right
-        settings = {"samples": 8, "length": 1024, "count": SHARD, "batch": 64, "device": "cpu"}
+        settings = {"samples": 8, "length": ANSWERS[name]["length"], "count": SHARD, "batch": 64, "device": "cpu"}
     command = ["sample", options.teacher, asked, "--chat", "--field", "question", "-o", unfinished]
     run_deltify([*command, *flags(settings)], visible_gpus(options), options.out / "logs" / f"answers-{asked.stem}.log")
     done.parent.mkdir(parents=True, exist_ok=True)
@@ -265,20 +267,26 @@ def part_flags(part: str, options: argparse.Namespace) -> list[str]:
 
 
 def chat_answers(model: str, gpus: list[int], options: argparse.Namespace) -> None:
-    """Write a model's right answers to GSM8K's test questions in its chat format, unless it has."""
-    done = options.out / "parts" / "gsm8k-chat" / f"{model}.jsonl"
+    """Write a model's right answers to GSM8K's test questions in its chat format, unless it has.
+
+    The file holds right answers only. Its name ends with the number of questions.
+    """
+    questions = options.text / "eval" / "gsm8k_test.jsonl"
+    with questions.open() as lines:
+        count = min(options.limit or CHOICES["gsm8k"][1], sum(1 for line in lines if line.strip()))
+    done = options.out / "parts" / "gsm8k-chat" / f"{model}-{count}.jsonl"
     unfinished = options.out / "unfinished" / f"gsm8k-chat-{model}-{os.getpid()}-{gpus}.jsonl"
     if done.exists():
         return
     unfinished.unlink(missing_ok=True)
     source = options.teacher if model == "teacher" else options.out / model
     settings = {
-        "field": "question", "keep-number": "answer", "count": options.limit or CHOICES["gsm8k"][1],
-        "temperature": 1e-4, "length": 640, "batch": options.batch,  # near 0, the most likely token is chosen
+        "field": "question", "keep-number": "answer", "count": count, "temperature": 1e-4, "length": 640,
+        "batch": options.batch,  # near temperature 0, the most likely token is chosen
     }  # fmt: skip
     if options.smoke:
         settings |= {"device": "cpu", "length": 512}
-    command = ["sample", source, options.text / "eval" / "gsm8k_test.jsonl", "--chat", "-o", unfinished]
+    command = ["sample", source, questions, "--chat", "-o", unfinished]
     log = options.out / "logs" / f"measure-{model}-gsm8k-chat.log"
     run_deltify([*command, *flags(settings)], gpus, log)
     done.parent.mkdir(parents=True, exist_ok=True)
@@ -294,34 +302,37 @@ def report_all(options: argparse.Namespace) -> None:
         raise SystemExit(f"nothing is measured in {options.out / 'parts'}. Run: measure {' '.join(models)}")
     folder = combine(done, options.out / "report")
     report(folder)
-    table = card_table(json.loads((folder / "results.json").read_text()), options)
+    table = card_table(json.loads((folder / "results.json").read_text()), options.out / "parts" / "gsm8k-chat")
     (folder / "card.md").write_text(table)
     print(table)
 
 
-def card_table(results: dict, options: argparse.Namespace) -> str:
-    """Return benchmarks as a Markdown table: scores, and shares of the teacher's score, raw and above chance."""
+def card_table(results: dict, chats: Path) -> str:
+    """Return benchmarks as a Markdown table: scores, and shares of the teacher's score, raw and above chance.
+
+    Args:
+        results: Measured parts.
+        chats: Folder of `chat_answers`.
+    """
     rows = [
         row | {"task": row["task"] + (", strict" if "strict" in row["metric"] else "")}
         for row in results.get("benchmarks", [])
         if row["main"] or "strict" in row["metric"]
     ]
-    folder = options.out / "parts" / "gsm8k-chat"
-    count = options.limit or CHOICES["gsm8k"][1]
-    for path in sorted(folder.glob("*.jsonl")):
-        value = len(path.read_text().splitlines()) / count
-        rows.append({"model": path.stem, "task": "gsm8k, chat", "value": value, "chance": None, "items": count})
+    for path in sorted(chats.glob("*-[0-9]*.jsonl")):
+        model, _, count = path.stem.rpartition("-")
+        value = len(path.read_text().splitlines()) / int(count)
+        rows.append({"model": model, "task": "gsm8k, chat", "value": value, "chance": None, "items": int(count)})
     models = list(dict.fromkeys(row["model"] for row in rows if row["model"] != "teacher"))
     lines = [
         "Score in percent. In brackets: share of the teacher's score, raw and above chance, in percent.\n",
         "| task | items | teacher | " + " | ".join(models) + " | AFM-4.5B-Base-KDA-Only, shares (its card) |",
         "|---" * (len(models) + 4) + "|",
     ]
-    for task in dict.fromkeys(row["task"] for row in rows):
-        of_task = {row["model"]: row for row in rows if row["task"] == task}
+    for task, items in dict.fromkeys((row["task"], row["items"]) for row in rows):
+        of_task = {row["model"]: row for row in rows if (row["task"], row["items"]) == (task, items)}
         teacher = of_task.get("teacher")
         cells = [score_cell(of_task.get(model), teacher) for model in ("teacher", *models)]
-        items = next(iter(of_task.values()))["items"]
         lines.append(f"| {task} | {items} | {' | '.join(cells)} | {AFM.get(task.partition(',')[0], '')} |")
     return "\n".join(lines) + "\n"
 

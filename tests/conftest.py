@@ -27,9 +27,7 @@ def with_special_tokens(tokenizer: PreTrainedTokenizerBase, *, end: bool) -> Pre
 
 def pytest_collection_modifyitems(items):
     # the slowest files first, so that none waits for them
-    items.sort(
-        key=lambda item: not item.nodeid.startswith(("tests/training/test_parallel", "tests/training/test_shards"))
-    )
+    items.sort(key=lambda item: item.path.stem not in ("test_parallel", "test_shards"))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -36,7 +36,7 @@ def qwen_coder():
 def text(tmp_path_factory) -> Path:
     """Return a folder as the script wants it, with documentation of Python in place of textbooks and books."""
     folder = tmp_path_factory.mktemp("text")
-    texts = [text for text in python_docs() if len(text) > 2000][:60]
+    texts = [text for text in python_docs() if 2000 < len(text) < 5000][:20]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     for part in ("train", "eval"):
         (folder / part).mkdir()
@@ -86,6 +86,8 @@ def test_a_small_run_answers_and_trains_and_goes_on(qwen_coder, text, tmp_path, 
         assert not gpus and main([str(argument) for argument in arguments]) == 0
 
     monkeypatch.setattr(qwen_coder, "run_deltify", run)
+    for name, length in {"gsm8k": 256, "textbooks": 1100}.items():  # enough for some answers to end
+        monkeypatch.setitem(qwen_coder.ANSWERS[name], "length", length)
     common = ["--teacher", str(tmp_path / "teacher"), "--text", str(text), "--out", str(tmp_path / "out")]
     common += ["--data", str(tmp_path / "data"), "--smoke", "--questions", "2"]
     for command in (["answers"], ["answers"], ["train", "kda-only"]):
@@ -104,21 +106,52 @@ def test_a_small_run_answers_and_trains_and_goes_on(qwen_coder, text, tmp_path, 
         qwen_coder.main(["report", *common])
 
 
-def test_the_table_has_shares_of_the_teachers_score(qwen_coder, text, tmp_path):
+def test_the_table_has_shares_of_the_teachers_score(qwen_coder, tmp_path):
     row = {"task": "mmlu@5", "metric": "acc", "chance": 0.25, "items": 500, "main": True}
     strict = {"task": "gsm8k@5", "metric": "exact_match,strict-match", "chance": None, "items": 500, "main": False}
     results = {"benchmarks": [
         row | {"model": "teacher", "value": 0.65}, row | {"model": "kda-only", "value": 0.55},
         strict | {"model": "teacher", "value": 0.5}, strict | {"model": "kda-only", "value": 0.2},
     ]}  # fmt: skip
-    answers = tmp_path / "parts" / "gsm8k-chat"
-    answers.mkdir(parents=True)
-    (answers / "teacher.jsonl").write_text("{}\n" * 4)
-    (answers / "kda-only.jsonl").write_text("{}\n" * 3)
-    table = qwen_coder.card_table(results, options(qwen_coder, text, tmp_path, "report", "--limit", "8"))
+    for name, right in {"teacher-8": 4, "kda-only-8": 3, "teacher-50": 5, "kda-only-50": 0}.items():
+        (tmp_path / f"{name}.jsonl").write_text("{}\n" * right)
+    table = qwen_coder.card_table(results, tmp_path)
     assert "| mmlu@5 | 500 | 65.0 | 55.0 (84.6, 75.0) | 88.4, 80.8 |" in table
     assert "| gsm8k@5, strict | 500 | 50.0 | 20.0 (40.0, 40.0) | 51.4 |" in table
     assert "| gsm8k, chat | 8 | 50.0 | 37.5 (75.0, 75.0) |  |" in table
+    assert "| gsm8k, chat | 50 | 10.0 | 0.0 (0.0, 0.0) |  |" in table
+
+
+def test_answers_that_are_measured_name_the_number_of_questions(qwen_coder, text, tmp_path, monkeypatch):
+    def run(arguments, gpus, log):
+        counts.append(arguments[arguments.index("--count") + 1])
+        arguments[arguments.index("-o") + 1].parent.mkdir(parents=True, exist_ok=True)
+        arguments[arguments.index("-o") + 1].write_text("{}\n")
+
+    counts = []
+    monkeypatch.setattr(qwen_coder, "run_deltify", run)
+    (text / "eval" / "gsm8k_test.jsonl").write_text('{"question": "1", "answer": "1"}\n' * 30)
+    for more in ([], [], ["--limit", "8"]):  # the second is there already
+        qwen_coder.chat_answers("teacher", [], options(qwen_coder, text, tmp_path, "measure", *more))
+    assert counts == ["30", "8"]  # the file has fewer than 500
+    names = sorted(path.name for path in (tmp_path / "parts" / "gsm8k-chat").iterdir())
+    assert names == ["teacher-30.jsonl", "teacher-8.jsonl"]
+
+
+def test_a_file_of_answers_is_made_anew_for_more_questions_only(qwen_coder, text, tmp_path, monkeypatch):
+    def run(arguments, gpus, log):
+        ran.append(log.stem)
+        arguments[arguments.index("-o") + 1].parent.mkdir(parents=True, exist_ok=True)
+        arguments[arguments.index("-o") + 1].write_text(arguments[2].read_text())
+
+    ran = []
+    monkeypatch.setattr(qwen_coder, "run_deltify", run)
+    monkeypatch.setattr(qwen_coder, "SHARD", 10)
+    for number, answered in ((14, 14), (18, 18), (18, 18), (12, 18)):
+        qwen_coder.answers(options(qwen_coder, text, tmp_path, "answers", "--questions", str(number)))
+        lines = [path.read_text().splitlines() for path in sorted((tmp_path / "answers" / "gsm8k").iterdir())]
+        assert list(map(len, lines)) == [10, answered - 10]
+    assert [name for name in ran if "gsm8k" in name] == ["answers-gsm8k-00", "answers-gsm8k-01", "answers-gsm8k-01"]
 
 
 def test_models_have_gpus_of_their_own(qwen_coder, text, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from transformers import ByT5Tokenizer
 from deltify import distill
 from deltify.config import DataSpec, Stage, StudentSpec
 from deltify.conversion.teacher import byte_tokenizer, random_teacher
+from deltify.data import sources
 from deltify.data.batches import MixedBatches, heldout_batches
 from deltify.data.chats import Chats, encode_chat
 from deltify.data.sources import documents, held_out
@@ -77,6 +78,26 @@ def test_of_prompt_and_completion_the_completion_counts(template):
     assert answers == ("<think>" if template == THINKING else "") + "See you.</s>"
 
 
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_of_a_completion_of_several_messages_only_assistants_count(template):
+    more = [says("user", "Wait."), says("assistant", "I do."), says("user", "Go.")]
+    text, answers = counted(chat_tokenizer(template), {"prompt": HELLO[:4], "completion": [HELLO[4], *more]})
+    assert "Hello, grüß dich." in text and answers == "See you.</s>I do.</s>"
+    with pytest.raises(ValueError, match=r"here: no message of the completion has the role 'assistant'"):
+        counted(chat_tokenizer(template), {"prompt": HELLO, "completion": more[:1]})
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_an_answer_and_a_chat_end_with_one_end_of_sequence(template):
+    tokenizer = chat_tokenizer(template.replace("</s>", "<|end|>\n"))  # as SmolLM2's and Qwen's
+    text, answers = counted(tokenizer, {"messages": HELLO})
+    assert text + "\n" == tokenizer.apply_chat_template(HELLO, tokenize=False)
+    assert answers == "Hello, grüß dich.<|end|>See you.<|end|>"
+    assert counted(tokenizer, {"prompt": HELLO[:4], "completion": HELLO[4:]}) == (text, "See you.<|end|>")
+    tokenizer.chat_template += "{% if messages | length == 5 %}Bye.{% endif %}"  # text after the last end
+    assert counted(tokenizer, {"messages": HELLO}) == (text + "\nBye.<|end|>", answers)
+
+
 @pytest.mark.parametrize("end", [False, True])
 def test_strings_are_framed_as_texts_are_and_their_end_counts(end):
     tokenizer = chat_tokenizer(None, end=end)
@@ -111,7 +132,7 @@ def test_a_line_that_is_no_chat_is_named(record, template, message, tmp_path):
     assert not (tmp_path / "tokens").exists()
 
 
-def test_a_source_of_chats_that_cannot_be_read_is_named(tmp_path):
+def test_a_source_of_chats_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"messages": HELLO}))
     with pytest.raises(ValueError, match=r"line 1: .* field 'text'\. Name the source chat:FILE, to train on the ans"):
@@ -120,12 +141,49 @@ def test_a_source_of_chats_that_cannot_be_read_is_named(tmp_path):
         list(documents(f"recall:chat:{path}"))
     with pytest.raises(ValueError, match=r"ByT5Tokenizer does not tell which characters.*library tokenizers"):
         tokenize(Chats(str(path)), ByT5Tokenizer(), tmp_path / "tokens")
+    monkeypatch.chdir(tmp_path)  # whose JSON lines are not the source without a name
+    with pytest.raises(FileNotFoundError, match=r"there is no text at 'chat:'\. Give .*chat:SOURCE"):
+        open_data(DataSpec({"chat:": 1.0}, folder=str(tmp_path / "data")), "teacher", chat_tokenizer(), 64)
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ValueError, match=r"a\.txt has no JSON lines\. Give a file that ends in \.jsonl"):
         tokenize(Chats(str(tmp_path)), chat_tokenizer(), tmp_path / "tokens")
     path.write_text("[1]")
     with pytest.raises(ValueError, match=r"chats\.jsonl, line 1: '\[1\]' is not a JSON object, but a list"):
         tokenize(Chats(str(path)), chat_tokenizer(), tmp_path / "tokens")
+
+
+def test_a_bad_line_after_the_last_one_needed_does_no_harm(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    source = write_chats(path, 20, 1).removeprefix("chat:")
+    for bad in ('{"text": "no chat"}', "{", "[1]"):
+        write_chats(path, 20, 1)
+        path.write_text(path.read_text() + bad)
+        file = tokenize(Chats(source), chat_tokenizer(), tmp_path / f"some-{len(bad)}", max_tokens=300)
+        assert 300 <= len(file) < 400
+        with pytest.raises(ValueError, match=r"chats\.jsonl, line 21: "):
+            tokenize(Chats(source), chat_tokenizer(), tmp_path / "all")
+
+
+def test_unfit_rows_of_a_dataset_are_left_out_and_counted(tmp_path, monkeypatch, capsys):
+    unfit = [
+        {"messages": HELLO[:2]},
+        {"messages": HELLO, "tools": [{"name": "clock"}]},
+        {"messages": [says("user", "Hi!"), {"role": "assistant", "content": None}]},
+        {"messages": [says("user", "Hi!"), says("robot", "Beep.")]},
+    ]
+    fit = {"messages": [says("user", "Hi!"), says("assistant", "Hello.")], "tools": None}
+    rows = [unfit[0], fit, *unfit[1:], fit, *unfit * 80, fit]  # more than are encoded at a time
+    monkeypatch.setattr(sources, "hub_rows", lambda source: iter(rows))
+    refusing = "{% if messages[-1]['role'] == 'robot' %}{{ raise_exception('no robots') }}{% endif %}" + PLAIN
+    tokenizer = chat_tokenizer(refusing)
+    file = tokenize(Chats("hf:me/chats"), tokenizer, tmp_path / "chats")
+    assert tokenizer.decode(file.tokens) == "<user>Hi!</s><assistant>Hello.</s><|end|>" * 3
+    assert json.loads((tmp_path / "chats" / "meta.json").read_text())["rows_left_out"] == 4 * 81
+    said = " ".join(capsys.readouterr().out.split())
+    assert "324 rows were left out, the first because of this: hf:me/chats, row 1: no message has the role" in said
+    rows.remove(fit), rows.remove(fit)  # no row is fit among the first ones
+    with pytest.raises(ValueError, match=r"hf:me/chats, row 1: no message has the role 'assistant'"):
+        tokenize(Chats("hf:me/chats"), tokenizer, tmp_path / "none")
 
 
 def write_chats(path, count: int, answers: int = 2) -> str:
@@ -170,7 +228,7 @@ def test_token_files_of_chats_have_a_mask_and_keep_answers_to_a_question_togethe
 
 def test_a_cut_between_training_and_held_out_text_cuts_the_mask_there(tmp_path):
     tokenizer = chat_tokenizer()
-    (tmp_path / "few.jsonl").write_text(json.dumps({"messages": HELLO * 40}))
+    (tmp_path / "few.jsonl").write_text(json.dumps({"messages": HELLO * 10}))
     whole = tokenize(Chats(str(tmp_path / "few.jsonl")), tokenizer, tmp_path / "whole")
     train, held = tokenize_split(Chats(str(tmp_path / "few.jsonl")), tokenizer, tmp_path / "split")
     parts = (held, train) if held_out("system: Be kind.\nuser: Hi!\n") else (train, held)
@@ -180,11 +238,11 @@ def test_a_cut_between_training_and_held_out_text_cuts_the_mask_there(tmp_path):
 
 
 def test_one_side_goes_on_when_the_other_is_full(tmp_path):
-    tokenizer, source = chat_tokenizer(), write_chats(tmp_path / "chats.jsonl", 2000, 1)
-    options = {"max_tokens": 500, "heldout_tokens": 3000}  # training is full after the first ten chats
+    tokenizer, source = chat_tokenizer(), write_chats(tmp_path / "chats.jsonl", 1000, 1)
+    options = {"max_tokens": 500, "heldout_tokens": 1500}  # training is full after the first ten chats
     train, held = tokenize_split(Chats(source.removeprefix("chat:")), tokenizer, tmp_path / "split", **options)
-    questions = [f"user: What is {n} squared?\n" for n in range(2000)]
-    for file, part, limit in ((train, False, 500), (held, True, 3000)):
+    questions = [f"user: What is {n} squared?\n" for n in range(1000)]
+    for file, part, limit in ((train, False, 500), (held, True, 1500)):
         assert limit <= len(file) < limit + 100
         numbers = [n for n, question in enumerate(questions) if held_out(question) == part][: len(file.bounds) - 1]
         assert answers_in(file, tokenizer) == "".join(f"Answer 0: it is {n * n}.</s>" for n in numbers)
@@ -233,9 +291,10 @@ def test_training_on_chats_logs_the_mean_over_the_tokens_that_count(micro, tmp_p
     teacher = random_teacher("llama")
     teacher.tokenizer.chat_template = PLAIN
     monkeypatch.setattr(runner, "open_teacher", lambda *args: teacher)
-    source = write_chats(tmp_path / "chats.jsonl", 300)
+    source, text = write_chats(tmp_path / "chats.jsonl", 60), tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{n} is a number. " * 8}) + "\n" for n in range(60)))
     recipe = tiny_recipe(tmp_path, student=StudentSpec(init="library"), align=Stage())
-    data = replace(recipe.data, train={source: 0.8, "python-docs": 0.2})
+    data = replace(recipe.data, train={source: 0.8, str(text): 0.2})
     stage = Stage(8 * 32, 32, 8, micro_batch_size=micro, lr_mixers=0.0, lr_other=1e-9, ce_weight=0.3)
     recipe = replace(recipe, data=data, match=stage)
     run = distill(recipe)
@@ -244,7 +303,7 @@ def test_training_on_chats_logs_the_mean_over_the_tokens_that_count(micro, tmp_p
     train, _, _ = runner.open_text(recipe, teacher)
     batch = runner.stage_mix(recipe, "match", train).batch(0)
     assert 0 < int(batch.loss_mask.sum()) < batch.loss_mask.numel()
-    options = {"position_ids": batch.position_ids}
+    options = {"position_ids": batch.position_ids, "use_cache": False}  # with a cache, Llama reads over documents
     with torch.no_grad():
         log_p, log_q = (m(batch.input_ids, **options).logits.log_softmax(-1) for m in (teacher.model, student))
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)[batch.loss_mask].mean()

@@ -461,16 +461,21 @@ def test_a_source_shorter_than_a_sequence_is_refused():
         MixedBatches([token_file([10])], [1.0], 32, 1, seed=0)
 
 
-def test_windows_are_shuffled_once_an_epoch(monkeypatch):
+@pytest.mark.parametrize("rank, masked", [(0, False), (0, True), (1, True)])
+def test_windows_are_shuffled_once_an_epoch(rank, masked, monkeypatch):
     files, length = [token_file([50, 300, 701]), token_file([415], first=5000)], 32
+    if masked:
+        files[0] = replace(files[0], loss_mask=np.ones(len(files[0]), np.uint8))
     mix = MixedBatches(files, [3.0, 1.0], length, 8, seed=1)
     seeds, generator = [], np.random.default_rng
     mix.source_of(0)  # shuffles the files
     monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(tuple(seed)) or generator(seed))
-    rows = [mix.row(index) for index in range(100)]
-    epochs = {(1, which, turn // (len(files[which]) // length)) for which, turn in map(mix.source_of, range(100))}
+    batches = [mix.batch(step, rank, 2) for step in range(13)]
+    epochs = {(1, which, turn // (len(files[which]) // length)) for which, turn in map(mix.source_of, range(8 * 13))}
     assert len(seeds) == len(epochs) > 4 and set(seeds) == epochs
-    for index, row in enumerate(rows):
+    rows = [row for batch in batches for row in zip(batch.input_ids, batch.position_ids)]
+    own = [index for index in range(8 * 13) if index % 8 // 4 == rank]
+    for index, row in zip(own, rows, strict=True):
         which, turn = mix.source_of(index)
         windows = len(files[which]) // length
         order = generator([1, which, turn // windows])

@@ -91,20 +91,15 @@ class MixedBatches:
                 f"of {ranks}"
             )
         share = self.rows // ranks
-        first = step * self.rows + rank * share
-        rows = [self.row(index) for index in range(first, first + share)]
+        own = slice(rank * share, (rank + 1) * share)
+        places = [self.place(index) for index in range(step * self.rows, (step + 1) * self.rows)]
+        rows = [window(*place, self.length) for place in places[own]]
         ids, positions = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
         if all(file.loss_mask is None for file in self.files):
             return Batch(ids, positions)
         # of all ranks, so that every token that counts has the same weight in the step
-        indices = range(step * self.rows, (step + 1) * self.rows)
-        masks = np.stack([mask_window(*self.place(index), self.length) for index in indices])
-        own = torch.from_numpy(masks[rank * share : (rank + 1) * share])
-        return Batch(ids, positions, own, torch.tensor(masks.mean(), dtype=torch.float32))
-
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return token ids and positions of the sequence with this global index, both [T] int64."""
-        return window(*self.place(index), self.length)
+        masks = np.stack([mask_window(*place, self.length) for place in places])
+        return Batch(ids, positions, torch.from_numpy(masks[own]), torch.tensor(masks.mean(), dtype=torch.float32))
 
     def place(self, index: int) -> tuple[TokenFile, int]:
         """Return the file of the sequence with this global index, and where it begins there."""

@@ -1,4 +1,4 @@
-"""Chats as training text: rendered by the teacher's chat template, with a mask of the tokens that an assistant wrote.
+"""Chats as training text: rendered by the teacher's chat template, with a mask of the tokens of answers.
 
 A line has one of the forms that TRL calls conversational language modeling and prompt-completion:
 
@@ -6,11 +6,12 @@ A line has one of the forms that TRL calls conversational language modeling and 
     {"prompt": [{"role": "user", "content": "..."}], "completion": [{"role": "assistant", "content": "..."}]}
     {"prompt": "...", "completion": "..."}
 
-In `messages`, the answers of all assistants count; otherwise, only the completion does. Strings are not rendered.
+The messages of assistants count, but none of those in a prompt. An answer ends after its first
+end-of-sequence token. Strings are not rendered, and the whole completion counts.
 """
 
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -40,12 +41,13 @@ class Chat:
 
     prompt: str
     ids: list[int]
-    answer: np.ndarray  # [tokens] bool: whether an assistant wrote the token
+    answer: np.ndarray  # [tokens] bool: whether the token belongs to an answer
+    place: str  # file and line, or row of a dataset
     repaired: int = 0  # number of replaced characters
 
     @property
     def loss_mask(self) -> np.ndarray:
-        """Whether the prediction made at a token counts: whether an assistant wrote the next token, [tokens] bool."""
+        """Whether the prediction made at a token counts: whether the next one belongs to an answer, [tokens] bool."""
         return np.append(self.answer[1:], False)
 
 
@@ -59,18 +61,26 @@ def encode_chats(
 ) -> Generator[Encoded]:
     """Yield encoded chats, with their loss masks, a few hundred at a time. The arguments are those of `encode_all`.
 
+    A line is unfit if it is no chat, no token of it counts, or the template cannot render it or mark its answers. Of a
+    file, it becomes the error of what is yielded. Of a dataset of the hub, it is left out, unless no line is fit among
+    the first ones.
+
     Raises:
-        ValueError: If a line is no chat, no token of it counts, the template cannot render it or mark its answers, or
-            the tokenizer is implemented in Python.
+        ValueError: If the tokenizer is implemented in Python.
     """
     if not tokenizer.is_fast:
         raise ValueError(
             f"chat:{chats.source}: the tokenizer {type(tokenizer).__name__} does not tell which characters a token "
             "stands for. Chats need a tokenizer of the library tokenizers"
         )
-    lines = records(chats.source)
-    while group := list(islice(lines, GROUP)):
-        made = [encode_chat(record, tokenizer, place) for place, record in group]
+    lines, hub, some, error = records(chats.source), chats.source.startswith("hf:"), False, None
+    while error is None:
+        made, unfit, size, error = encode_group(lines, tokenizer, hub)
+        if not made and not unfit and error is None:
+            return
+        some = some or bool(made)
+        if not some and unfit:
+            error = unfit[0]
         held = np.array([split and held_out(chat.prompt) for chat in made], bool)
         needed = np.array(wanted(), bool)[held.astype(int)]
         order = [i for part in (False, True) for i in np.flatnonzero(needed & (held == part))]
@@ -79,10 +89,37 @@ def encode_chats(
             held,
             lengths,
             np.array([token for i in order for token in made[i].ids], dtype),
-            repaired=[(i, chat.repaired, group[i][0]) for i, chat in enumerate(made) if chat.repaired],
-            size=sum(len(str(record).encode(errors="replace")) for _, record in group),
+            repaired=[(i, chat.repaired, chat.place) for i, chat in enumerate(made) if chat.repaired],
+            size=size,
+            error=error,
             loss_mask=np.concatenate([made[i].loss_mask for i in order]) if order else np.zeros(0, bool),
+            unfit=unfit,
         )
+
+
+def encode_group(
+    lines: Iterator[tuple[str, dict]], tokenizer: PreTrainedTokenizerBase, leave_out: bool
+) -> tuple[list[Chat], list[ValueError], int, Exception | None]:
+    """Return the chats of the next lines, why lines are left out, the bytes of all, and the error that ended them.
+
+    Args:
+        lines: Pairs of place and line.
+        tokenizer: Tokenizer of the teacher.
+        leave_out: Whether to leave out unfit lines, instead of ending with an error.
+    """
+    made, unfit, size = [], [], 0
+    try:
+        for place, record in islice(lines, GROUP):
+            size += len(str(record).encode(errors="replace"))
+            try:
+                made.append(encode_chat(record, tokenizer, place))
+            except ValueError as error:
+                if not leave_out:
+                    raise
+                unfit.append(error)
+    except Exception as error:
+        return made, unfit, size, error
+    return made, unfit, size, None
 
 
 def encode_chat(record: dict, tokenizer: PreTrainedTokenizerBase, place: str) -> Chat:
@@ -94,7 +131,7 @@ def encode_chat(record: dict, tokenizer: PreTrainedTokenizerBase, place: str) ->
         place: Name of the line in errors.
 
     Raises:
-        ValueError: See `encode_chats`.
+        ValueError: If the line is unfit, see `encode_chats`.
     """
     record, repaired = repair_all(record)
     prompt, completion = record.get("prompt"), record.get("completion")
@@ -108,13 +145,12 @@ def encode_chat(record: dict, tokenizer: PreTrainedTokenizerBase, place: str) ->
         elif "messages" in record:
             key, ids, answer = encode_messages(checked(record["messages"], "messages"), tokenizer)
         elif "prompt" in record and "completion" in record:
-            before = checked(prompt, "prompt")
-            whole = rendered([*before, *checked(completion, "completion")], tokenizer)
-            start = beginning(before, whole, tokenizer)
-            key = whole[:start]
-            ids, answer = encode_spans(whole, [(start, len(whole))], tokenizer)
+            before, after = checked(prompt, "prompt"), checked(completion, "completion")
+            key, ids, answer = encode_messages([*before, *after], tokenizer, len(before))
         else:
             raise ValueError(f"its fields are {', '.join(record) or 'none'}; a chat has {FORMS}")
+        size = size_to_end(ids, tokenizer)
+        ids, answer = ids[:size], answer[:size]
         if not answer.any():
             raise ValueError("no token of it counts: it has no answer. Remove the line")
     except ValueError as error:
@@ -122,7 +158,14 @@ def encode_chat(record: dict, tokenizer: PreTrainedTokenizerBase, place: str) ->
     end = tokenizer.eos_token_id
     if end is not None and ids[-1] != end:
         ids, answer = [*ids, end], np.append(answer, of_strings)
-    return Chat(key, ids, answer, repaired)
+    return Chat(key, ids, answer, place, repaired)
+
+
+def size_to_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number of tokens without white space after the last end-of-sequence token, which templates write."""
+    end = tokenizer.eos_token_id
+    size = len(ids) - ids[::-1].index(end) if end in ids else len(ids)
+    return len(ids) if str(tokenizer.decode(ids[size:])).strip() else size
 
 
 def repair_all(value: Any) -> tuple[Any, int]:
@@ -150,16 +193,42 @@ def checked(messages: Any, field: str) -> list[Message]:
     return messages
 
 
-def encode_messages(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int], np.ndarray]:
-    """Return what comes before the first answer, the token ids, and whether an assistant wrote each of them."""
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+def encode_messages(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, before: int = 0
+) -> tuple[str, list[int], np.ndarray]:
+    """Return what comes before the first answer, the token ids, and whether each belongs to an answer.
+
+    Args:
+        messages: Messages of a chat.
+        tokenizer: Tokenizer of the teacher.
+        before: Number of messages of the prompt, in which no message is an answer.
+    """
+    answers = [i for i, message in enumerate(messages) if i >= before and message["role"] == "assistant"]
     if not answers:
-        raise ValueError("no message has the role 'assistant', so no token counts. Remove the line")
+        where = " of the completion" if before else ""
+        raise ValueError(f"no message{where} has the role 'assistant', so no token counts. Remove the line")
     key = "".join(f"{message['role']}: {message['content']}\n" for message in messages[: answers[0]])
+    ids, answer = encode_answers(messages, answers, tokenizer, before)
+    first = answer & ~np.append(False, answer[:-1])
+    start = np.maximum.accumulate(np.where(first, np.arange(len(ids)), 0))  # of each token's answer
+    is_end = answer & np.equal(ids, -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
+    ends = np.cumsum(is_end) - is_end  # before each token
+    return key, ids, answer & (ends == ends[start])  # a generation stops after the first end
+
+
+def encode_answers(
+    messages: list[Message], answers: list[int], tokenizer: PreTrainedTokenizerBase, before: int
+) -> tuple[list[int], np.ndarray]:
+    """Return the token ids of a chat, and whether each stands in one of the messages `answers`, [tokens] bool."""
     if MARKED.search(template_of(tokenizer)):
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
         encoding = apply_template(messages, tokenizer, **options)
-        return key, encoding["input_ids"], np.array(encoding["assistant_masks"], bool)
+        ids, marked = encoding["input_ids"], np.array(encoding["assistant_masks"], bool)
+        if not before:
+            return ids, marked
+        whole = rendered(messages, tokenizer)
+        completion = (beginning(messages[:before], whole, tokenizer), len(whole))
+        return ids, marked & encode_spans(whole, [completion], tokenizer)[1]
     whole, spans = rendered(messages, tokenizer), []
     for i in answers:
         end = rendered(messages[: i + 1], tokenizer)
@@ -169,7 +238,7 @@ def encode_messages(messages: list[Message], tokenizer: PreTrainedTokenizerBase)
                 "each answer a line of its own, or mark answers in the template with {% generation %}"
             )
         spans.append((beginning(messages[:i], end, tokenizer), len(end)))
-    return key, *encode_spans(whole, spans, tokenizer)
+    return encode_spans(whole, spans, tokenizer)
 
 
 def beginning(before: list[Message], whole: str, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -78,6 +78,7 @@ class Encoded:
     done: float | None = None  # fraction of the source read so far
     error: Exception | None = None  # raised when the next document was made
     loss_mask: np.ndarray | None = None  # [sum of lengths] bool, of chats (chats.py)
+    unfit: list[ValueError] = field(default_factory=list)  # why rows of a dataset are not among the documents
 
 
 def encode_all(

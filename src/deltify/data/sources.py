@@ -208,7 +208,8 @@ def recall_over(source: str) -> str | None:
 
 def chats_of(source: str) -> str | None:
     """Return the SOURCE of `chat:SOURCE`, or None for another source."""
-    return source.removeprefix(f"{CHAT}:") if source.startswith(f"{CHAT}:") else None
+    kind, _, inner = source.partition(":")
+    return inner if kind == CHAT and inner else None
 
 
 def text_files(source: str) -> list[Path]:
@@ -334,15 +335,13 @@ def records(source: str) -> Iterator[tuple[str, dict]]:
     if source.startswith("hf:"):
         yield from ((f"{source}, row {number}", row) for number, row in enumerate(hub_rows(source), 1))
         return
-    for path in text_files(source):
-        if path.suffix in (".txt", ".md"):
-            raise ValueError(f"{path} has no JSON lines. Give a file that ends in {', '.join(TEXT_SUFFIXES[2:])}")
-        first = 1
-        with path.open("rb") as file:
-            for lines in line_blocks(unpacked(file, path.suffix)):
-                for place, line in decoded_lines(str(path), first, lines):
-                    yield place, record_of_line(line, place)
-                first += len(lines.splitlines())
+    for piece in file_pieces(text_files(source)):
+        if piece.make is whole_text:
+            raise ValueError(
+                f"{piece.args[0]} has no JSON lines. Give a file that ends in {', '.join(TEXT_SUFFIXES[2:])}"
+            )
+        for place, line in decoded_lines(*piece.args):
+            yield place, record_of_line(line, place)
 
 
 def python_docs() -> Iterator[str]:

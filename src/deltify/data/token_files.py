@@ -2,7 +2,7 @@
 
 A token file is a folder: `tokens.bin` (uint16 or uint32, the documents one after the other), `bounds.npy` ([documents
 + 1] int64) and `meta.json` (what it was made from, and checksums). That of chats has `loss_mask.bin`, too (uint8 for
-each token: 1 if the prediction made at it counts, because an assistant wrote the next token).
+each token: 1 if the prediction made at it counts, because the next token belongs to an answer).
 """
 
 import hashlib
@@ -218,10 +218,12 @@ def write_documents(
     """Tokenize texts into one file, or two, until training has `max_tokens` and `heldout_tokens` are held out.
 
     Returns:
-        Counts for meta.json of the documents that were written: special_tokens_in_text, replaced_characters.
+        Counts for meta.json of the documents that were written: special_tokens_in_text, replaced_characters. Also
+        rows_left_out, if the source has rows that are no chats.
     """
     heldout = train if held is None else held  # without a second file, no document is held out
     special, replaced, first, skipped = Counter(), 0, "", 0
+    unfit, reason = 0, None
 
     def has_room() -> tuple[bool, bool]:
         return max_tokens is None or len(train) < max_tokens, len(heldout) < heldout_tokens
@@ -254,6 +256,8 @@ def write_documents(
             for document, count, place in part.repaired:
                 if kept[document]:
                     replaced, first = replaced + count, first or place
+            if part.unfit:
+                unfit, reason = unfit + len(part.unfit), reason or part.unfit[0]
             show(part.size, len(train), part.done)
             train_has_room, held_has_room = has_room()
             if not train_has_room and (not held_has_room or len(ends)):
@@ -267,7 +271,10 @@ def write_documents(
     if counts:
         listed = ", ".join(f"{token} {count:,}" for token, count in counts.items())
         log(f"{name}: the text contains names of special tokens, which become those tokens: {listed}")
-    return {"special_tokens_in_text": counts, "replaced_characters": replaced}
+    if unfit:
+        log(f"{name}: {unfit:,} rows were left out, the first because of this: {reason}")
+    found = {"special_tokens_in_text": counts, "replaced_characters": replaced}
+    return found | ({"rows_left_out": unfit} if unfit else {})
 
 
 def before_limit(lengths: np.ndarray, tokens: int, limit: int | None) -> np.ndarray:
