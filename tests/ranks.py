@@ -16,7 +16,8 @@ from types import SimpleNamespace
 from weakref import WeakSet
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -104,6 +105,32 @@ def steps(name: str, how: str, out: Path) -> None:
         assert torch.equal(distributed.all_reduce_mean(norms), norms)  # equal on all ranks, bit for bit
         if distributed.rank() == 0:
             torch.save((gradients, weights), out)
+
+
+def eight_bit_steps() -> None:
+    """Compare ten steps of 8-bit Adam on shards with those on whole parameters, bit for bit, and their states."""
+    from bitsandbytes.optim import AdamW8bit
+
+    from deltify.training.adamw8bit import ShardedAdamW8bit
+
+    torch.manual_seed(0)
+    whole = [nn.Parameter(torch.randn(shape)) for shape in ((33, 256), (1, 8192), (301,), (40, 2, 128))]
+    mesh = distributed.sharding_mesh("cpu", per_node=False)
+    sharded = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in whole]
+    reference, optimizer = AdamW8bit(whole, lr=0.01), ShardedAdamW8bit(sharded, lr=0.01)
+    for _ in range(10):
+        for p, part in zip(whole, sharded):
+            p.grad = torch.randn_like(p)
+            part.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
+        reference.step()
+        optimizer.step()
+    for p, part in zip(whole, sharded):
+        assert torch.equal(full_tensor(part), p)
+        want, got = reference.state[p], optimizer.state[part]
+        assert want.keys() == got.keys() and want["step"] == got["step"] == 10
+        for name in sorted({"state1", "state2", "absmax1", "absmax2"} & want.keys()):
+            assert torch.equal(full_tensor(got[name]).flatten(), want[name].flatten()), name
+            assert len(shards.own_part(got[name])) == len(shards.own_part(part))
 
 
 def distill_here(recipe: str, file_bytes: int, options: dict) -> int:

@@ -31,7 +31,7 @@ from ..utils.console import console
 from ..utils.formats import gib
 from . import distributed
 from .losses import CHUNK_BYTES
-from .optimizers import choose_trained, recomputes, training_bytes, waits_for_ranks
+from .optimizers import choose_trained, has_eight_bit_shards, recomputes, training_bytes, waits_for_ranks
 
 # FLOP/s of an 8192^3 bfloat16 matrix product, measured on random data, and total_memory in torch
 MEASURED = {"h100": 780e12, "h200": 717e12}
@@ -194,7 +194,8 @@ def plan_stage(
 ) -> StagePlan:
     """Estimate one stage with float32 student weights and bfloat16 products, which is `run.precision: bf16`."""
     pieces = gpus if sharded else 1
-    trained = sum(p.numel() for group in choose_trained(student, stage, name).values() for p in group)
+    parameters = [p for group in choose_trained(student, stage, name).values() for p in group]
+    trained = sum(p.numel() for p in parameters)
     weights, config = count(student), student.config
     adamw_params = 0 if trained < weights else weights - count(student.model.layers)
     share = max(1, stage.batch_size // gpus)
@@ -205,7 +206,7 @@ def plan_stage(
     sizes = {
         "teacher": 2 * count(teacher.model) // pieces,
         "student": 4 * own // pieces + 2 * cast,
-        "moments": moment_bytes(stage, trained, adamw_params) // pieces,
+        "moments": moment_bytes(stage, parameters, adamw_params, sharded) // pieces,
         "activations": tokens * activation_bytes(name, stage, student) + workspace_bytes(student, tokens),
         "loss": 0 if name == "align" else loss_bytes(config.vocab_size, config.hidden_size, tokens),
         "other gradients": 4 * trained // pieces,
@@ -268,9 +269,12 @@ def attention_flops(student: DeltifyForCausalLM, length: int, name: str) -> floa
     return layer * (config.num_hidden_layers + 1.5 * kept)
 
 
-def moment_bytes(stage: Stage, trained: int, adamw_params: int) -> int:
+def moment_bytes(stage: Stage, trained: list[nn.Parameter], adamw_params: int, sharded: bool) -> int:
     """Return the bytes of the optimizer's moments: two of 4 or 1 bytes for Adam, and one of 4 for Muon."""
-    return {"adamw": 8 * trained, "adamw8bit": 2 * trained, "muon": 4 * (trained + adamw_params)}[stage.optimizer]
+    numbers = sum(p.numel() for p in trained)
+    wide = sum(p.numel() for p in trained if not has_eight_bit_shards(p)) if sharded else 0  # in float32
+    sizes = {"adamw": 8 * numbers, "adamw8bit": 2 * numbers + 6 * wide, "muon": 4 * (numbers + adamw_params)}
+    return sizes[stage.optimizer]
 
 
 def activation_bytes(name: str, stage: Stage, student: DeltifyForCausalLM) -> int:
