@@ -31,7 +31,7 @@ from ..utils.console import console
 from ..utils.formats import gib
 from . import distributed
 from .losses import CHUNK_BYTES
-from .optimizers import choose_trained, has_eight_bit_shards, recomputes, training_bytes, waits_for_ranks
+from .optimizers import choose_trained, has_eight_bit_shards, recomputes, training_bytes
 
 # FLOP/s of an 8192^3 bfloat16 matrix product, measured on random data, and total_memory in torch
 MEASURED = {"h100": 780e12, "h200": 717e12}
@@ -212,7 +212,7 @@ def plan_stage(
         "other gradients": 4 * trained // pieces,
     }
     flops = product_flops(name, stage, teacher, student) + attention_flops(student, stage.sequence_length, name)
-    eager = waits_for_ranks(name, gpus, sharded) or recomputes(stage, name) or not graphs
+    eager = sharded or recomputes(stage, name) or not graphs
     if eager and rows == share and name != "align":  # only gradients that exceed the freed activations count
         freed = (sizes["activations"] + sizes["loss"]) * (config.num_hidden_layers - 1) // config.num_hidden_layers
         sizes["other gradients"] = max(0, sizes["other gradients"] - freed)

@@ -18,11 +18,6 @@ def recomputes(stage: Stage, name: str) -> bool:
     return stage.activation_checkpointing and name != "align"
 
 
-def waits_for_ranks(name: str, ranks: int, sharded: bool) -> bool:
-    """Return whether a step needs other ranks before it has its gradients, for sharded weights or align's loss."""
-    return ranks > 1 and (sharded or name == "align")
-
-
 def choose_trained(student: DeltifyForCausalLM, stage: Stage, name: str) -> dict[str, list[nn.Parameter]]:
     """Freeze the parameters that a stage does not train, and return the others by group: mixers and other.
 
@@ -90,7 +85,8 @@ def make_optimizers(
         if sharded and not any(has_eight_bit_shards(p) for group in adamw_groups for p in group["params"]):
             raise ValueError(
                 f"{name}.optimizer={stage.optimizer!r}: sharded moments have 8 bits where the length of rows is a "
-                f"multiple of {BLOCK}, and no trained matrix has such rows. Choose adamw, or run.data_parallel: replicate"
+                f"multiple of {BLOCK}, and no trained matrix has such rows. Choose adamw, or "
+                "run.data_parallel: replicate"
             )
         try:
             if sharded:
