@@ -9,7 +9,7 @@ Run: python benchmarks/paper.py --bandwidth 40 [--gpus 16 64] [--gpu h200] [--to
 import argparse
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from deltify.config import Stage
 from deltify.conversion.student import layer_kinds, model_class, student_config
@@ -19,18 +19,15 @@ LLAMA = {"vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, 
 LLAMA |= {"num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 80, "tie_word_embeddings": False}
 
 
-def traffic_bytes(teacher: int, student: int, gpus: int) -> float:
+def traffic_bytes(teacher: PreTrainedModel, student: PreTrainedModel, gpus: int) -> float:
     """Return the bytes that a GPU receives in a step of one micro-batch, with activation checkpointing.
 
-    The teacher's weights are gathered once, in bfloat16. Those of the student are gathered twice, in float32, and their
-    gradients are reduced in float32.
-
-    Args:
-        teacher: Number of the teacher's parameters.
-        student: Number of the student's.
-        gpus: Number of GPUs.
+    The teacher's weights are gathered once, in bfloat16. The student's layers are gathered twice: MLPs in bfloat16, the
+    others in float32. Its embeddings and head are gathered once, and all gradients are reduced in float32.
     """
-    return (2 * teacher + 3 * 4 * student) * (gpus - 1) / gpus
+    layers, mlps = count(student.model.layers), sum(count(layer.mlp) for layer in student.model.layers)
+    gathered = 2 * count(teacher.model) + 2 * (4 * layers - 2 * mlps) + 4 * (count(student) - layers)
+    return (gathered + 4 * count(student)) * (gpus - 1) / gpus
 
 
 def main() -> None:
@@ -47,15 +44,15 @@ def main() -> None:
     config = student_config(teacher, kinds, keep_rope=False, window=64, sinks=4)
     with torch.device("meta"):
         student = model_class(config)(config)
-    sizes = count(teacher.model), count(student)
-    print(f"{sizes[0]:,} parameters of the teacher, {sizes[1]:,} of the student; {options.gpu}")
+    sizes = f"{count(teacher.model):,} parameters of the teacher, {count(student):,} of the student"
+    print(f"{sizes}; {options.gpu}, rows of {options.length}")
     for gpus in options.gpus:
         for optimizer in ("adamw", "adamw8bit"):
             rows = gpus * options.rows
             again = {"optimizer": optimizer, "activation_checkpointing": True}
             stage = Stage(int(options.tokens), options.length, rows, 1, **again)
             plan = plan_stage("match", stage, teacher, student, options.gpu, gpus, sharded=True)
-            received = options.rows * traffic_bytes(*sizes, gpus)
+            received = options.rows * traffic_bytes(teacher.model, student, gpus)
             traffic = received / options.bandwidth / 1e9
             print(
                 f"{gpus} GPUs, {optimizer}: {plan.total / 2**30:.0f} GiB of {MEMORY[options.gpu] / 2**30:.0f} a GPU, "

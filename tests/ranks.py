@@ -34,6 +34,7 @@ from deltify.model.shards import full_tensor
 from deltify.training import distributed, trainer
 from deltify.training.estimate import loading_bytes
 from deltify.training.optimizers import choose_trained
+from deltify.training.steps import match_step
 from deltify.training.teachers import LiveTeacher
 from deltify.training.trainer import RunContext, StageTrainer
 from deltify.utils.fingerprint import fingerprint
@@ -110,6 +111,29 @@ def steps(name: str, how: str, out: Path) -> None:
         assert torch.equal(distributed.all_reduce_mean(norms), norms)  # equal on all ranks, bit for bit
         if distributed.rank() == 0:
             torch.save((gradients, weights), out)
+
+
+def bfloat16_gradients() -> None:
+    """Compare the gradients of a student under autocast, sharded with MLPs in bfloat16 and whole."""
+    cpu, found = torch.device("cpu"), []
+    for autocast in (None, torch.bfloat16):
+        torch.manual_seed(0)
+        teacher = random_teacher("llama")
+        student = convert(teacher, full_attention_layers="3:1", init="library").requires_grad_(True)
+        student.gradient_checkpointing_enable()
+        if autocast:
+            distributed.shard_student(student, cpu, autocast=autocast)
+        for seed in range(2):  # micro-batches, others on each rank
+            generator = torch.Generator().manual_seed(2 * seed + distributed.rank())
+            ids = torch.randint(0, 250, (2, 32), generator=generator)
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=autocast is None):
+                match_step(LiveTeacher(teacher), student, Batch(ids, torch.arange(32).expand(2, -1)), Stage(), 0.5)
+        gradients = {name: p.grad for name, p in student.named_parameters()}
+        if not autocast:
+            distributed.all_reduce_mean_(list(gradients.values()))
+        found.append({name: full_tensor(x) for name, x in gradients.items()})
+    for name, want in found[0].items():
+        assert (found[1][name] - want).norm() <= 1e-6 * want.norm(), name  # sums in another order
 
 
 def eight_bit_steps() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import assert_same_weights, records, tiny_recipe
 from processes import run_in_processes, run_under_torchrun
-from ranks import distill_here, eight_bit_steps, open_in_shards
+from ranks import bfloat16_gradients, distill_here, eight_bit_steps, open_in_shards
 from safetensors.torch import load_file
 
 from deltify.config import Recipe, Stage, TeacherSpec, write_recipe
@@ -93,6 +93,10 @@ def test_a_run_whose_process_is_killed_continues_after_torchruns_restart(tmp_pat
     said = run_under_torchrun("ranks.py", tmp_path / "recipe.yaml", "--resume", "--die", restarts=1)
     assert said.count("align: resuming from step 4") == 1
     assert_same_weights(killed.folder, unbroken.folder, "converted", "align")
+
+
+def test_gradients_of_a_sharded_student_in_bfloat16_equal_those_of_a_whole_one(tmp_path):
+    run_in_processes(bfloat16_gradients, 2, tmp_path)
 
 
 def test_eight_bit_adam_on_shards_equals_that_on_whole_parameters(tmp_path):

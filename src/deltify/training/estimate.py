@@ -205,7 +205,7 @@ def plan_stage(
     own = trained if name == "align" and not sharded else weights  # align shares frozen weights with the teacher
     sizes = {
         "teacher": 2 * count(teacher.model) // pieces,
-        "student": 4 * own // pieces + 2 * cast,
+        "student": 4 * own // pieces + (gathered_bytes(name, stage, student) if sharded else 2 * cast),
         "moments": moment_bytes(stage, parameters, adamw_params, sharded) // pieces,
         "activations": tokens * activation_bytes(name, stage, student) + workspace_bytes(student, tokens),
         "loss": 0 if name == "align" else loss_bytes(config.vocab_size, config.hidden_size, tokens),
@@ -220,6 +220,19 @@ def plan_stage(
     reached = GPUS[gpu] * min(0.5, MATMUL_EFFICIENCY * (config.hidden_size / EFFICIENCY_WIDTH) ** EFFICIENCY_POWER)
     seconds = LAYER_SECONDS * layers + share * stage.sequence_length * flops / reached
     return StagePlan(name, stage, sizes, max(seconds, HOST_SECONDS * layers if eager else 0.0))
+
+
+def gathered_bytes(name: str, stage: Stage, student: DeltifyForCausalLM) -> int:
+    """Return the bytes of a sharded student's weights that a GPU holds whole for a while.
+
+    These are embeddings and head, two layers or, in align, two mixers, in float32 and bfloat16. Without recomputation,
+    the backward pass also needs the bfloat16 copies of all mixers, which autocast makes.
+    """
+    layers = student.model.layers
+    mixers = [count(layer.self_attn) for layer in layers]
+    unit = max(mixers) if name == "align" else max(count(layer) for layer in layers)
+    kept = 0 if name == "align" or recomputes(stage, name) else 2 * sum(mixers)
+    return 4 * (count(student) - count(layers)) + 2 * (4 + 2) * unit + kept
 
 
 def loading_bytes(teacher: Teacher, student: DeltifyForCausalLM, pieces: int) -> int:

@@ -71,7 +71,9 @@ class RunContext:
     save_group: dist.ProcessGroup | None = None
 
     def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        """Return the context of a forward pass. It must not keep copies of weights that are gathered for a while."""
+        enabled, kept = self.precision == "bf16", not self.sharded
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=kept)
 
     def validate(
         self, teacher: StageTeacher, student: DeltifyForCausalLM
