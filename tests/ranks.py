@@ -13,10 +13,12 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 from weakref import WeakSet
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,6 +34,7 @@ from deltify.model.shards import full_tensor
 from deltify.training import distributed, trainer
 from deltify.training.estimate import loading_bytes
 from deltify.training.optimizers import choose_trained
+from deltify.training.steps import match_step
 from deltify.training.teachers import LiveTeacher
 from deltify.training.trainer import RunContext, StageTrainer
 from deltify.utils.fingerprint import fingerprint
@@ -54,7 +57,7 @@ def steps(name: str, how: str, out: Path) -> None:
         tokens=10 * 4 * 32,
         sequence_length=32,
         batch_size=4,
-        micro_batch_size=1 if name == "match" else 0,
+        micro_batch_size=1 if name == "match" or distributed.world_size() > 1 else 0,
         ce_weight=0.2,
     )
     run = RunSpec(context_parallel=2 if how.startswith("cut") else 1)
@@ -95,6 +98,10 @@ def steps(name: str, how: str, out: Path) -> None:
                 for p in student.parameters():
                     assert torch.equal(shards.own_part(p), full_tensor(p)[shards.own_rows(p)])
         stage_trainer.evaluate = lambda: ({}, [])
+        if how == "replicate":
+            with mock.patch("torch.distributed.all_reduce", None):  # a micro-batch waits for no other rank
+                stage_trainer.micro_step(1.0, stage_trainer.batch(0))
+            student.zero_grad(set_to_none=True)
         stage_trainer.accumulate_gradients(stage_trainer.batch(0))
         gradients = {n: full_tensor(p.grad) for n, p in student.named_parameters() if p.grad is not None}
         student.zero_grad(set_to_none=True)
@@ -104,6 +111,55 @@ def steps(name: str, how: str, out: Path) -> None:
         assert torch.equal(distributed.all_reduce_mean(norms), norms)  # equal on all ranks, bit for bit
         if distributed.rank() == 0:
             torch.save((gradients, weights), out)
+
+
+def bfloat16_gradients() -> None:
+    """Compare the gradients of a student under autocast, sharded with MLPs in bfloat16 and whole."""
+    cpu, found = torch.device("cpu"), []
+    for autocast in (None, torch.bfloat16):
+        torch.manual_seed(0)
+        teacher = random_teacher("llama")
+        student = convert(teacher, full_attention_layers="3:1", init="library").requires_grad_(True)
+        student.gradient_checkpointing_enable()
+        if autocast:
+            distributed.shard_student(student, cpu, autocast=autocast)
+        for seed in range(2):  # micro-batches, others on each rank
+            generator = torch.Generator().manual_seed(2 * seed + distributed.rank())
+            ids = torch.randint(0, 250, (2, 32), generator=generator)
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=autocast is None):
+                match_step(LiveTeacher(teacher), student, Batch(ids, torch.arange(32).expand(2, -1)), Stage(), 0.5)
+        gradients = {name: p.grad for name, p in student.named_parameters()}
+        if not autocast:
+            distributed.all_reduce_mean_(list(gradients.values()))
+        found.append({name: full_tensor(x) for name, x in gradients.items()})
+    for name, want in found[0].items():
+        assert (found[1][name] - want).norm() <= 1e-6 * want.norm(), name  # sums in another order
+
+
+def eight_bit_steps() -> None:
+    """Compare ten steps of 8-bit Adam on shards with those on whole parameters, bit for bit, and their states."""
+    from bitsandbytes.optim import AdamW8bit
+
+    from deltify.training.adamw8bit import ShardedAdamW8bit
+
+    torch.manual_seed(0)
+    whole = [nn.Parameter(torch.randn(shape)) for shape in ((33, 256), (1, 8192), (301,), (40, 2, 128))]
+    mesh = distributed.sharding_mesh("cpu", per_node=False)
+    sharded = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in whole]
+    reference, optimizer = AdamW8bit(whole, lr=0.01), ShardedAdamW8bit(sharded, lr=0.01)
+    for _ in range(10):
+        for p, part in zip(whole, sharded):
+            p.grad = torch.randn_like(p)
+            part.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
+        reference.step()
+        optimizer.step()
+    for p, part in zip(whole, sharded):
+        assert torch.equal(full_tensor(part), p)
+        want, got = reference.state[p], optimizer.state[part]
+        assert want.keys() == got.keys() and want["step"] == got["step"] == 10
+        for name in sorted({"state1", "state2", "absmax1", "absmax2"} & want.keys()):
+            assert torch.equal(full_tensor(got[name]).flatten(), want[name].flatten()), name
+            assert len(shards.own_part(got[name])) == len(shards.own_part(part))
 
 
 def distill_here(recipe: str, file_bytes: int, options: dict) -> int:

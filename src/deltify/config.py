@@ -114,7 +114,7 @@ class Stage:
             reverse or jensen-shannon.
         temperature: Softmax temperature of teacher and student in the divergence.
         optimizer: adamw; adamw8bit (bitsandbytes: moments of 2 bytes a parameter instead of 8); or muon (4
-            bytes a parameter), which uses AdamW for embeddings, head and vectors. Sharded models need adamw.
+            bytes a parameter), which uses AdamW for embeddings, head and vectors. muon cannot be sharded.
         weight_decay: Weight decay of matrices.
         max_grad_norm: Largest norm of the gradient; a larger one is scaled down.
         activation_checkpointing: Whether to recompute activations layer by layer, which saves memory.

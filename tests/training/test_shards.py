@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import assert_same_weights, records, tiny_recipe
 from processes import run_in_processes, run_under_torchrun
-from ranks import distill_here, open_in_shards
+from ranks import bfloat16_gradients, distill_here, eight_bit_steps, open_in_shards
 from safetensors.torch import load_file
 
 from deltify.config import Recipe, Stage, TeacherSpec, write_recipe
@@ -58,18 +58,19 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_sharded_run_converts_and_learns_what_a_replicated_one_does(tmp_path):
-    teacher = save_teacher(tmp_path / "teacher", "llama")
+    teacher = save_teacher(tmp_path / "teacher", "llama", intermediate_size=512)
     stage = Stage(tokens=2 * 2 * 32, sequence_length=32, batch_size=2)
-    recipe = tiny_recipe(tmp_path, teacher=TeacherSpec(teacher), align=stage, match=stage)
+    match = replace(stage, optimizer="adamw8bit")
+    recipe = tiny_recipe(tmp_path, teacher=TeacherSpec(teacher), align=stage, match=match)
     copies, parts = (replace(recipe, name=name) for name in ("copies", "parts"))
     run(copies, tmp_path / "1", "replicate")
     run(parts, tmp_path / "2", "shard")
-    for name in ("converted", "align", "match"):
+    # moments of short rows have 8 bits only in whole models
+    for name, most in {"converted": 0, "align": 1e-3, "match": 3e-3}.items():
         got, want = (weights(recipe.folder / name) for recipe in (parts, copies))
         assert got.keys() == want.keys()
         for key in want:
-            difference = (got[key] - want[key]).norm()
-            assert difference == 0 if name == "converted" else difference <= 1e-3 * want[key].norm(), key
+            assert (got[key] - want[key]).norm() <= most * want[key].norm(), key
         for file in ("config.json", "generation_config.json"):
             got, want = ((recipe.folder / name / file).read_text() for recipe in (parts, copies))
             assert json.loads(got) == json.loads(want)
@@ -82,14 +83,25 @@ def test_a_sharded_run_converts_and_learns_what_a_replicated_one_does(tmp_path):
 
 
 def test_a_run_whose_process_is_killed_continues_after_torchruns_restart(tmp_path):
-    recipe = tiny_recipe(tmp_path, match=Stage())
-    recipe = replace(recipe, run=replace(recipe.run, data_parallel="shard"))
+    teacher = save_teacher(tmp_path / "teacher", "llama", head_dim=64)  # rows of 256, for moments of 8 bits
+    recipe = tiny_recipe(tmp_path, teacher=TeacherSpec(teacher), match=Stage())
+    align, shard = replace(recipe.align, optimizer="adamw8bit"), replace(recipe.run, data_parallel="shard")
+    recipe = replace(recipe, align=align, run=shard)
     unbroken, killed = (replace(recipe, name=name) for name in ("unbroken", "killed"))
     run(unbroken, tmp_path / "1", "shard", file_bytes=2**30)
     write_recipe(killed, tmp_path / "recipe.yaml")
     said = run_under_torchrun("ranks.py", tmp_path / "recipe.yaml", "--resume", "--die", restarts=1)
     assert said.count("align: resuming from step 4") == 1
     assert_same_weights(killed.folder, unbroken.folder, "converted", "align")
+
+
+def test_gradients_of_a_sharded_student_in_bfloat16_equal_those_of_a_whole_one(tmp_path):
+    run_in_processes(bfloat16_gradients, 2, tmp_path)
+
+
+def test_eight_bit_adam_on_shards_equals_that_on_whole_parameters(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    run_in_processes(eight_bit_steps, 2, tmp_path)
 
 
 def test_no_process_of_a_conversion_holds_a_whole_model(tmp_path):

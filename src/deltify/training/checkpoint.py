@@ -166,7 +166,8 @@ def load_last(
     if damaged:
         raise ValueError(
             f"no checkpoint of {stage} in {run / 'checkpoints'} can be read ({', '.join(p.name for p in damaged)}). "
-            f"To train {stage} from its first step, delete them and --resume"
+            "Sharded runs cannot read adamw8bit's states of replicated ones, or the reverse: then restore "
+            f"run.data_parallel. To train {stage} from its first step, delete them and --resume"
         )
     return None
 

@@ -2,7 +2,8 @@
 
 In training, each rank trains on its share of every batch. Small models are replicated: each rank has a full copy, and
 gradients are averaged before the optimizer step. Large models are sharded over the ranks (FSDP2): weights, gradients
-and optimizer states. Each layer is one unit, and its mixer another, because align runs mixers alone. The order matters.
+and optimizer states. Each layer is one unit, and its mixer another, because align runs mixers alone. In bfloat16,
+so is the MLP of a student. The order matters.
 First decide which parameters train, because a gathered copy keeps the flag it was made with. Then shard the models, on
 the meta device, and fill the shards (`model/shards.py`). Then make the optimizer from the shards.
 
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from transformers import PreTrainedModel
 
@@ -263,25 +264,35 @@ def sharding_mesh(device: str, per_node: bool) -> DeviceMesh:
     return init_device_mesh(device, (ranks // local, local), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(root: nn.Module, layers: nn.ModuleList, device: torch.device, per_node: bool) -> None:
-    """Shard `root` over the ranks: each mixer, each layer, and the other parameters.
+def shard(
+    root: nn.Module, layers: nn.ModuleList, device: torch.device, per_node: bool, autocast: torch.dtype | None = None
+) -> None:
+    """Shard `root` over the ranks: each mixer, each MLP, each layer's other parameters, and those of no layer.
 
     Args:
         root: Model, or the part of it to shard, on `device` or on the meta device.
         layers: Its layers.
         device: Device that the ranks compute on.
         per_node: Whether to shard over the ranks of a node only. Nodes then hold the same (HSDP).
+        autocast: Data type of autocast, if the model always runs under it. MLPs, which are linear layers only, are then
+            gathered in it, and their gradients are averaged in float32. Autocast does the same after a gather.
     """
     mesh = sharding_mesh(device.type, per_node)
+    reduced = torch.float32 if autocast else None
+    policy = MixedPrecisionPolicy(param_dtype=autocast, reduce_dtype=reduced, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer.get_submodule("self_attn"), mesh=mesh)
+        if autocast:
+            fully_shard(layer.get_submodule("mlp"), mesh=mesh, mp_policy=policy)
         fully_shard(layer, mesh=mesh)
     fully_shard(root, mesh=mesh)
 
 
-def shard_student(student: DeltifyForCausalLM, device: torch.device, per_node: bool = False) -> None:
-    """Shard a student, and let `run_with_full_weights` gather it."""
-    shard(student, student.model.layers, device, per_node)
+def shard_student(
+    student: DeltifyForCausalLM, device: torch.device, per_node: bool = False, autocast: torch.dtype | None = None
+) -> None:
+    """Shard a student, and let `run_with_full_weights` gather it. For the arguments see `shard`."""
+    shard(student, student.model.layers, device, per_node, autocast)
     register_fsdp_forward_method(student, "run_with_full_weights")
 
 

@@ -31,7 +31,7 @@ from ..utils.console import console
 from ..utils.formats import gib
 from . import distributed
 from .losses import CHUNK_BYTES
-from .optimizers import choose_trained, recomputes, training_bytes, waits_for_ranks
+from .optimizers import choose_trained, has_eight_bit_shards, recomputes, training_bytes
 
 # FLOP/s of an 8192^3 bfloat16 matrix product, measured on random data, and total_memory in torch
 MEASURED = {"h100": 780e12, "h200": 717e12}
@@ -194,7 +194,8 @@ def plan_stage(
 ) -> StagePlan:
     """Estimate one stage with float32 student weights and bfloat16 products, which is `run.precision: bf16`."""
     pieces = gpus if sharded else 1
-    trained = sum(p.numel() for group in choose_trained(student, stage, name).values() for p in group)
+    parameters = [p for group in choose_trained(student, stage, name).values() for p in group]
+    trained = sum(p.numel() for p in parameters)
     weights, config = count(student), student.config
     adamw_params = 0 if trained < weights else weights - count(student.model.layers)
     share = max(1, stage.batch_size // gpus)
@@ -204,14 +205,14 @@ def plan_stage(
     own = trained if name == "align" and not sharded else weights  # align shares frozen weights with the teacher
     sizes = {
         "teacher": 2 * count(teacher.model) // pieces,
-        "student": 4 * own // pieces + 2 * cast,
-        "moments": moment_bytes(stage, trained, adamw_params) // pieces,
+        "student": 4 * own // pieces + (gathered_bytes(name, stage, student) if sharded else 2 * cast),
+        "moments": moment_bytes(stage, parameters, adamw_params, sharded) // pieces,
         "activations": tokens * activation_bytes(name, stage, student) + workspace_bytes(student, tokens),
         "loss": 0 if name == "align" else loss_bytes(config.vocab_size, config.hidden_size, tokens),
         "other gradients": 4 * trained // pieces,
     }
     flops = product_flops(name, stage, teacher, student) + attention_flops(student, stage.sequence_length, name)
-    eager = waits_for_ranks(name, gpus, sharded) or recomputes(stage, name) or not graphs
+    eager = sharded or recomputes(stage, name) or not graphs
     if eager and rows == share and name != "align":  # only gradients that exceed the freed activations count
         freed = (sizes["activations"] + sizes["loss"]) * (config.num_hidden_layers - 1) // config.num_hidden_layers
         sizes["other gradients"] = max(0, sizes["other gradients"] - freed)
@@ -219,6 +220,19 @@ def plan_stage(
     reached = GPUS[gpu] * min(0.5, MATMUL_EFFICIENCY * (config.hidden_size / EFFICIENCY_WIDTH) ** EFFICIENCY_POWER)
     seconds = LAYER_SECONDS * layers + share * stage.sequence_length * flops / reached
     return StagePlan(name, stage, sizes, max(seconds, HOST_SECONDS * layers if eager else 0.0))
+
+
+def gathered_bytes(name: str, stage: Stage, student: DeltifyForCausalLM) -> int:
+    """Return the bytes of a sharded student's weights that a GPU holds whole for a while.
+
+    These are embeddings and head, two layers or, in align, two mixers, in float32 and bfloat16. Without recomputation,
+    the backward pass also needs the bfloat16 copies of all mixers, which autocast makes.
+    """
+    layers = student.model.layers
+    mixers = [count(layer.self_attn) for layer in layers]
+    unit = max(mixers) if name == "align" else max(count(layer) for layer in layers)
+    kept = 0 if name == "align" or recomputes(stage, name) else 2 * sum(mixers)
+    return 4 * (count(student) - count(layers)) + 2 * (4 + 2) * unit + kept
 
 
 def loading_bytes(teacher: Teacher, student: DeltifyForCausalLM, pieces: int) -> int:
@@ -268,9 +282,12 @@ def attention_flops(student: DeltifyForCausalLM, length: int, name: str) -> floa
     return layer * (config.num_hidden_layers + 1.5 * kept)
 
 
-def moment_bytes(stage: Stage, trained: int, adamw_params: int) -> int:
+def moment_bytes(stage: Stage, trained: list[nn.Parameter], adamw_params: int, sharded: bool) -> int:
     """Return the bytes of the optimizer's moments: two of 4 or 1 bytes for Adam, and one of 4 for Muon."""
-    return {"adamw": 8 * trained, "adamw8bit": 2 * trained, "muon": 4 * (trained + adamw_params)}[stage.optimizer]
+    numbers = sum(p.numel() for p in trained)
+    wide = sum(p.numel() for p in trained if not has_eight_bit_shards(p)) if sharded else 0  # in float32
+    sizes = {"adamw": 8 * numbers, "adamw8bit": 2 * numbers + 6 * wide, "muon": 4 * (numbers + adamw_params)}
+    return sizes[stage.optimizer]
 
 
 def activation_bytes(name: str, stage: Stage, student: DeltifyForCausalLM) -> int:

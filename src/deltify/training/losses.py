@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..config import DIVERGENCES
 from ..conversion.calibration import LEAST_VARIANCE
-from . import distributed
 
 # bytes of one [chunk, W] float32 matrix of logits: small enough for a CPU's cache, large enough to fill a GPU
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 15 * 2**24}
@@ -22,16 +21,27 @@ CHUNK_BYTES = {"cpu": 2**24, "cuda": 15 * 2**24}
 def mixer_loss(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:
     """Return the mean squared difference of two mixer outputs, divided by the variance of the teacher's.
 
-    A constant equal to the teacher's mean scores 1. The variance is taken over the tokens of all ranks, so that the
-    mean of the ranks' losses is the loss of all tokens. It is at least `LEAST_VARIANCE` times the squared mean.
+    A constant equal to the teacher's mean scores 1.
+    """
+    difference, center_D, variance = squared_difference(student_BTD, teacher_BTD)
+    return difference / at_least(variance, center_D)
+
+
+def squared_difference(student_BTD: Tensor, teacher_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean squared difference of two mixer outputs, and the mean [D] and variance of the teacher's."""
+    teacher = teacher_BTD.float() if teacher_BTD.dtype != torch.float64 else teacher_BTD
+    teacher_ND, student_ND = teacher.flatten(0, -2), student_BTD.to(teacher.dtype).flatten(0, -2)
+    center_D = teacher_ND.mean(0)
+    variance = (teacher_ND - center_D).square().mean(0).sum()
+    return (student_ND - teacher_ND).square().sum(-1).mean(), center_D, variance
+
+
+def at_least(variance: Tensor, center_D: Tensor) -> Tensor:
+    """Return a variance, or `LEAST_VARIANCE` times the squared mean if that is larger.
+
     Otherwise the rounding errors of a layer with constant output would outweigh all other layers.
     """
-    teacher = teacher_BTD.float() if teacher_BTD.dtype != torch.float64 else teacher_BTD
-    teacher, student = teacher.flatten(0, -2), student_BTD.to(teacher.dtype).flatten(0, -2)
-    center = distributed.all_reduce_mean(teacher.mean(0))
-    variance = distributed.all_reduce_mean((teacher - center).square().mean(0)).sum()
-    least = (LEAST_VARIANCE * center.square().sum()).clamp(min=1e-12)
-    return (student - teacher).square().sum(-1).mean() / torch.maximum(variance, least)
+    return torch.maximum(variance, (LEAST_VARIANCE * center_D.square().sum(-1)).clamp(min=1e-12))
 
 
 def hidden_state_loss(

@@ -9,15 +9,13 @@ from torch import Tensor, nn
 from ..config import Stage
 from ..model import DeltifyForCausalLM
 
+BLOCK = 256  # elements of bitsandbytes' 8-bit moments that share a scale
+LEAST_EIGHT_BIT = 4096  # elements of a parameter from which on bitsandbytes' moments have 8 bits
+
 
 def recomputes(stage: Stage, name: str) -> bool:
     """Return whether the backward pass recomputes activations. align never does: only one layer's are alive."""
     return stage.activation_checkpointing and name != "align"
-
-
-def waits_for_ranks(name: str, ranks: int, sharded: bool) -> bool:
-    """Return whether a step needs other ranks before it has its gradients, for sharded weights or align's loss."""
-    return ranks > 1 and (sharded or name == "align")
 
 
 def choose_trained(student: DeltifyForCausalLM, stage: Stage, name: str) -> dict[str, list[nn.Parameter]]:
@@ -49,6 +47,11 @@ def training_bytes(student: nn.Module, teacher_parameters: Iterable[nn.Parameter
     return 16 * sum(p.numel() for p in student.parameters()) + teacher
 
 
+def has_eight_bit_shards(parameter: Tensor) -> bool:
+    """Return whether `adamw8bit` has 8-bit moments for a sharded parameter: if no block of a scale crosses rows."""
+    return parameter.numel() >= LEAST_EIGHT_BIT and parameter.numel() // len(parameter) % BLOCK == 0
+
+
 def make_optimizers(
     student: DeltifyForCausalLM, stage: Stage, name: str, sharded: bool = False
 ) -> list[torch.optim.Optimizer]:
@@ -59,7 +62,7 @@ def make_optimizers(
     the same learning rates.
 
     Raises:
-        ValueError: If `adamw8bit` lacks bitsandbytes, or a sharded student has another optimizer than `adamw`.
+        ValueError: If `adamw8bit` lacks bitsandbytes, or an optimizer does not work for a sharded student.
     """
     embedding_ids = {id(student.model.embed_tokens.weight), id(student.lm_head.weight)}
     muon_groups, adamw_groups = [], []
@@ -73,14 +76,23 @@ def make_optimizers(
         adamw_groups.append({"name": group, "params": matrices, "weight_decay": stage.weight_decay})
         adamw_groups.append({"name": f"{group}_vectors", "params": vectors, "weight_decay": 0.0})
     muon_groups, adamw_groups = ([g for g in each if g["params"]] for each in (muon_groups, adamw_groups))
-    if stage.optimizer != "adamw" and sharded:
+    if stage.optimizer == "muon" and sharded:
         raise ValueError(
-            f"{name}.optimizer={stage.optimizer!r} cannot be sharded over processes. Choose adamw, or "
+            f"{name}.optimizer={stage.optimizer!r} cannot be sharded over processes. Choose adamw or adamw8bit, or "
             "run.data_parallel: replicate"
         )
     if stage.optimizer == "adamw8bit":
+        if sharded and not any(has_eight_bit_shards(p) for group in adamw_groups for p in group["params"]):
+            raise ValueError(
+                f"{name}.optimizer={stage.optimizer!r}: sharded moments have 8 bits where the length of rows is a "
+                f"multiple of {BLOCK}, and no trained matrix has such rows. Choose adamw, or "
+                "run.data_parallel: replicate"
+            )
         try:
-            from bitsandbytes.optim import AdamW8bit
+            if sharded:
+                from .adamw8bit import ShardedAdamW8bit as AdamW8bit
+            else:
+                from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise ValueError(
                 f"{name}.optimizer={stage.optimizer!r} needs bitsandbytes ({error}). Run: pip install bitsandbytes, or "

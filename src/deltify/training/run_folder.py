@@ -10,7 +10,7 @@ from ..config import STAGES, Recipe, load_recipe, write_recipe
 from ..utils.files import write_text
 
 LEARNING_RATES = ("lr_mixers", "lr_other", "min_lr_ratio", "warmup_ratio", "max_grad_norm")
-# these change rounding only, but in align also the variance that the loss of a micro-batch is divided by
+# these change rounding only
 MEMORY = ("micro_batch_size", "activation_checkpointing")
 
 

@@ -429,4 +429,5 @@ def load_shards(
 
 
 def shard_student(context: RunContext, student: DeltifyForCausalLM) -> None:
-    distributed.shard_student(student, context.device, context.recipe.run.data_parallel == "hybrid")
+    autocast = torch.bfloat16 if context.precision == "bf16" else None
+    distributed.shard_student(student, context.device, context.recipe.run.data_parallel == "hybrid", autocast)

@@ -1,6 +1,6 @@
 """One training step of each stage, and the evaluation on held-out text.
 
-Legend: B batch, T tokens, N = B * T, D model width, W vocabulary.
+Legend: B batch, T tokens, N = B * T, D model width, L layers, W vocabulary.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,10 @@ from ..config import Stage
 from ..data.batches import Batch
 from ..model import DeltifyForCausalLM
 from ..model.mixers import find_packing
+from ..model.shards import own_part
 from ..utils.scoring import perplexity
-from .losses import hidden_state_loss, linear_kl, mixer_loss
+from . import distributed
+from .losses import at_least, hidden_state_loss, linear_kl, squared_difference
 
 
 class StageTeacher(Protocol):
@@ -70,11 +72,16 @@ def align_step(
 ) -> dict[str, Tensor]:
     """Train each student mixer on the input and output of the teacher attention layer that it replaces.
 
+    The gradients that it adds are those of mean squared differences. `divide_by_variance` makes them those of the loss,
+    after all micro-batches, so that no rank waits for others in the middle of a step.
+
+    Returns the loss of this batch alone, and what `divide_by_variance` needs.
+
     Args:
         scale: Factor of the gradients, which are added to those already there.
         max_documents: Number of documents to pack the batch as; see `find_packing`.
     """
-    losses: list[Tensor] = []
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
     packing = find_packing(None, batch.position_ids, batch.input_ids.shape[1], False, max_documents)
 
     def train_mixer(attention, args, kwargs, output):
@@ -87,12 +94,12 @@ def align_step(
                 out = layer.self_attn(hidden, None, packing)
             else:
                 out, _ = layer.self_attn(hidden, kwargs["position_embeddings"], kwargs["attention_mask"], None)
-            loss = mixer_loss(out, output[0])
+            difference, center_D, variance = squared_difference(out, output[0])
             with torch.autocast(hidden.device.type, enabled=False):
-                (loss * scale).backward()
-        losses.append(loss.detach())
+                (difference * scale).backward()
+        found.append((difference.detach(), center_D, variance))
 
-    def run_teacher(student: DeltifyForCausalLM) -> Tensor:
+    def run_teacher(student: DeltifyForCausalLM) -> dict[str, Tensor]:
         hooks = [layer.register_forward_hook(train_mixer, with_kwargs=True) for layer in teacher.attention_layers()]
         try:
             with torch.no_grad():
@@ -100,9 +107,36 @@ def align_step(
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.stack(losses).mean()
+        difference_L, center_LD, variance_L = map(torch.stack, zip(*found))
+        loss = (difference_L / at_least(variance_L, center_LD)).mean()
+        return {"loss": loss, "difference": difference_L, "center": center_LD, "variance": variance_L}
 
-    return {"loss": student.run_with_full_weights(run_teacher)}
+    return student.run_with_full_weights(run_teacher)
+
+
+@torch.no_grad()
+def divide_by_variance(student: DeltifyForCausalLM, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Divide the gradients of each mixer by the variance of the teacher's output, and return the loss of the step.
+
+    The variance is taken over the tokens of all micro-batches and ranks. So the loss is that of the whole batch,
+    however it is cut up.
+
+    Args:
+        parts: What `align_step` returned for each micro-batch of this rank.
+    """
+
+    def mean(name: str) -> Tensor:
+        return distributed.all_reduce_mean(torch.stack([part[name] for part in parts]).mean(0))
+
+    center_LD = mean("center")
+    for part in parts:  # the variance within parts, and that of their means
+        part["variance"] = part["variance"] + (part["center"] - center_LD).square().sum(-1)
+    divisor_L = at_least(mean("variance"), center_LD)
+    mixers = [layer.self_attn for layer in student.model.layers]
+    trained = [ps for mixer in mixers if (ps := [p for p in mixer.parameters() if p.grad is not None])]
+    for parameters, divisor in zip(trained, divisor_L, strict=True):
+        torch._foreach_div_([own_part(p.grad) for p in parameters], divisor)
+    return {"loss": (mean("difference") / divisor_L).mean()}
 
 
 def match_step(

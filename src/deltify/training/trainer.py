@@ -31,12 +31,11 @@ from .optimizers import (
     recomputes,
     set_learning_rates,
     trained,
-    waits_for_ranks,
 )
 from .recall import evaluate_recall, recall_text
 from .samples import write_samples
 from .signals import Stopped, Stopper
-from .steps import StageTeacher, align_step, evaluate_heldout, match_step
+from .steps import StageTeacher, align_step, divide_by_variance, evaluate_heldout, match_step
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,9 @@ class RunContext:
     save_group: dist.ProcessGroup | None = None
 
     def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        """Return the context of a forward pass. It must not keep copies of weights that are gathered for a while."""
+        enabled, kept = self.precision == "bf16", not self.sharded
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=kept)
 
     def validate(
         self, teacher: StageTeacher, student: DeltifyForCausalLM
@@ -274,6 +275,8 @@ class StageTrainer:
         losses = [run(part) for part in parts]
         if distributed.world_size() > 1 and not self.sharded:  # FSDP2 has done so already
             distributed.all_reduce_mean_([p.grad for p in trained(self.optimizers) if p.grad is not None])
+        if self.name == "align":
+            losses = [divide_by_variance(self.student, losses)]
         means = torch.stack([torch.stack([loss[key].float() for key in loss]) for loss in losses]).mean(0)
         return dict(zip(losses[0], distributed.all_reduce_mean(means).tolist()))
 
@@ -289,7 +292,7 @@ class StageTrainer:
         It can if the step neither waits for other ranks nor reads data on the host. Recomputed layers and cached
         teachers do the latter.
         """
-        waits = waits_for_ranks(self.name, distributed.world_size(), self.sharded) or self.ranks_per_row > 1
+        waits = self.sharded or self.ranks_per_row > 1
         on_gpu = self.student.device.type == "cuda"
         possible = on_gpu and self.teacher.can_be_graphed and not waits and not recomputes(self.stage, self.name)
         return self.recipe.run.cuda_graphs and possible
