@@ -135,20 +135,20 @@ def open_everything(
     metrics = Metrics(recipe)
     row_group = distributed.row_group(recipe.run.context_parallel)
     return teacher, RunContext(
-        recipe,
-        device,
-        precision,
-        train,
-        mixes,
-        batches,
-        probes,
-        prompts,
-        metrics,
-        stopper,
-        deadline,
-        row_group,
-        sharded,
-        distributed.save_group() if sharded else None,
+        recipe=recipe,
+        device=device,
+        precision=precision,
+        train=train,
+        mixes=mixes,
+        heldout=batches,
+        probes=probes,
+        prompts=prompts,
+        metrics=metrics,
+        stopper=stopper,
+        deadline=deadline,
+        row_group=row_group,
+        sharded=sharded,
+        save_group=distributed.save_group() if sharded else None,
     )
 
 
