@@ -63,8 +63,8 @@ def calibrate(
 ) -> None:
     """Initialise every KDA layer of the student that replaces an attention layer so that it resembles that layer.
 
-    Each layer is fitted to the inputs and outputs of the attention layer. docs/explanation/calibration.md shows what
-    each part contributes.
+    Each layer is fitted to the inputs and outputs of the attention layer. docs/explanation/calibration.md explains the
+    parts, docs/log/recipe.md has what each contributes.
 
     - Constants: a direction u is fitted with u . x near 1 for every input x of the layer. It replaces biases, which KDA
       layers lack: of q, k and v (see `fold_bias`), of the output gate, and of beta.

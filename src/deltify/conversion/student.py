@@ -261,13 +261,7 @@ def convert(
         log(f"attention layers, which retrieve most: {[i for i, kind in enumerate(kinds) if kind == 'full_attention']}")
     attention = {"keep_rope": keep_rope, "window": sliding_window, "sinks": sink_tokens}
     config = student_config(teacher, kinds, **attention, gate_bias=gate_bias, fold_biases=is_calibrated)
-    with torch.device("meta"):
-        student = model_class(config)(config).float()
-    if shard is not None:
-        shard(student)
-    allocate(student, teacher.model.device)
-    initialise_mixers(student, init, seed)
-    copy_weights(teacher.model, student)
+    student = new_student(teacher.model, config, init, seed, shard)
     mixers = [layer.self_attn for layer in student.model.layers if layer.linear]
     for line in origins(student, init):
         log(line)
@@ -322,17 +316,39 @@ def convert_further(
     config = copy.deepcopy(student.config)
     config.layer_types = kinds
     config.use_rope = [rope and kind != "linear_attention" for rope, kind in zip(config.use_rope, kinds)]
-    with torch.device("meta"):
-        new = model_class(config)(config).float()
-    allocate(new, student.device)
-    initialise_mixers(new, "calibrated", seed)
-    copy_weights(student, new)
+    new = new_student(student, config, "calibrated", seed)
     sample = calibration if retrieval_heads else first_sequences(calibration)
     statistics = measure_attention(teacher, sample.to(teacher.model.device))
     log(f"layers {further} become KDA, all other weights stay")
     calibrate(student, new, calibration, statistics, log, retrieval_heads=retrieval_heads, center=center)
     new.generation_config = student.generation_config
     return new
+
+
+def new_student(
+    source: PreTrainedModel,
+    config: DeltifyConfig,
+    init: str,
+    seed: int,
+    shard: Callable[[DeltifyForCausalLM], None] | None = None,
+) -> DeltifyForCausalLM:
+    """Return a student in float32 on the source's device, with the weights of the source and initialised KDA layers.
+
+    Args:
+        source: Teacher, or student whose layers are converted further.
+        config: Configuration of the new student.
+        init: Initialisation of what the source lacks, see `convert`.
+        seed: Random seed of the initialisation.
+        shard: See `convert`.
+    """
+    with torch.device("meta"):
+        student = model_class(config)(config).float()
+    if shard is not None:
+        shard(student)
+    allocate(student, source.device)
+    initialise_mixers(student, init, seed)
+    copy_weights(source, student)
+    return student
 
 
 def model_class(config: DeltifyConfig) -> type[DeltifyForCausalLM]:

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..model.causal_lm import CausalLM
 from ..model.loading import Tensors, check_shapes, checkpoint_tensors, plain_shapes, renamings, with_prefix
-from ..model.shards import EMBEDDINGS, HEAD, allocate, fill, is_sharded, read_generation_config, same_values
+from ..model.shards import EMBEDDINGS, HEAD, is_sharded, load_shards, read_generation_config, same_values
 from ..utils.files import MANIFEST, check_manifest, create_once, digest, write_manifest
 from .gguf_files import parts_of, unpack
 from .vocabulary import fit_tokenizer
@@ -133,7 +133,7 @@ def load_teacher(
         if shard is None:
             model = load_plain(source, folder, config, tensors, dtype=dtype, **options)
         else:
-            model = load_shards(folder, config, tensors, shard, torch.device(device), dtype=dtype, **options)
+            model = load_plain_shards(folder, config, tensors, shard, torch.device(device), dtype=dtype, **options)
     else:
         model = load_dequantized(source, folder, config, dtype=dtype, **options)
     if shard is None or not is_sharded(model):
@@ -190,7 +190,7 @@ def load_plain(source: str, folder: str, config: PreTrainedConfig, tensors: Tens
     return model
 
 
-def load_shards(
+def load_plain_shards(
     folder: str,
     config: PreTrainedConfig,
     tensors: Tensors,
@@ -211,9 +211,7 @@ def load_shards(
         config.tie_word_embeddings = True
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    shard(model)
-    allocate(model, device)
-    fill(model, tensors)
+    load_shards(model, tensors, shard, device)
     read_generation_config(model, folder, revision=revision)
     return model
 

@@ -77,6 +77,23 @@ def allocate(model: PreTrainedModel, device: torch.device) -> None:
             buffer.copy_(computed.get_buffer(name.rpartition(".")[2]))
 
 
+def load_shards(model: PreTrainedModel, tensors: Tensors, shard: Callable[[Any], object], device: torch.device) -> None:
+    """Shard a model on the meta device, and read this process's rows of its tensors.
+
+    Args:
+        model: Model, changed in place.
+        tensors: Tensors of the files by name. They fit the model.
+        shard: Function that shards a model over the processes.
+        device: Device of the rows.
+
+    Raises:
+        ValueError: If the model has buffers that cannot be computed.
+    """
+    shard(model)
+    allocate(model, device)
+    fill(model, tensors)
+
+
 @torch.no_grad()
 def fill(model: PreTrainedModel, tensors: Tensors) -> None:
     """Read this process's rows of all tensors of a model from safetensors files, converted to its data types.

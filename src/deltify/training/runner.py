@@ -24,7 +24,7 @@ from ..data.batches import Batch, MixedBatches, heldout_batches
 from ..data.token_files import TokenFile, open_data
 from ..model import DeltifyConfig, DeltifyForCausalLM
 from ..model.loading import checkpoint_tensors, plain_shapes
-from ..model.shards import allocate, fill, is_sharded, read_generation_config
+from ..model.shards import is_sharded, load_shards, read_generation_config
 from ..utils.console import console, log
 from ..utils.devices import pick_device, pick_precision
 from ..utils.folders import model_folder
@@ -281,7 +281,7 @@ def load_start(context: RunContext, start: str, name: str) -> DeltifyForCausalLM
     if not context.sharded:
         return load_student(folder, context.device)
     stage = context.recipe.stage(name)
-    return load_shards(context, folder, lambda student: choose_trained(student, stage, name))
+    return load_student_shards(context, folder, lambda student: choose_trained(student, stage, name))
 
 
 def convert_stage(context: RunContext, teacher: StageTeacher) -> DeltifyForCausalLM | None:
@@ -381,7 +381,8 @@ def load_starting_student(context: RunContext, folder: str, teacher: Teacher) ->
         ValueError: If the folder has no student, or its layers do not fit the recipe.
     """
     recipe, spec = context.recipe, context.recipe.student
-    student = load_shards(context, Path(folder)) if context.sharded else load_student(Path(folder), context.device)
+    path = Path(folder)
+    student = load_student_shards(context, path) if context.sharded else load_student(path, context.device)
     if not isinstance(student, DeltifyForCausalLM):
         raise ValueError(f"student.init={folder} is not a student. Name the folder of a run, or of a model of deltify")
     layers, own = spec.full_attention_layers, list(student.config.layer_types)
@@ -405,7 +406,7 @@ def load_student(folder: Path, device: torch.device) -> DeltifyForCausalLM:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
 
 
-def load_shards(
+def load_student_shards(
     context: RunContext, folder: Path, prepare: Callable[[DeltifyForCausalLM], object] = lambda student: None
 ) -> DeltifyForCausalLM:
     """Load the model of a finished stage in float32, sharded over the ranks. Each rank reads its own rows.
@@ -422,9 +423,7 @@ def load_shards(
     student = model_class(config).skeleton(config, plain_shapes(tensors, str(folder))).float()
     read_generation_config(student, str(folder))
     prepare(student)
-    shard_student(context, student)
-    allocate(student, context.device)
-    fill(student, tensors)
+    load_shards(student, tensors, partial(shard_student, context), context.device)
     return student.eval()
 
 
