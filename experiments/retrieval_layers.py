@@ -80,14 +80,9 @@ RUNS = {
     "measured-4k": Run("measured:4", 0, 24 * M, {"init": "measured"}, IN_4K, 0.25, every=500),
     # continues a run of experiments/hybrid_layers.py --tokens 4000000 --keep-rope, in the same folder
     "one-4k": Run("measured:1", 0, 14 * M, {"init": "measured-1-4000000"}, IN_4K, 0.25, every=500),
-    # converts the last attention layer of "one-4k"
-    "last": Run(
-        "none",
-        0,
-        12 * M,
-        {"init": "one-4k", "convert_further": True} | LONG_MEMORY | {"retrieval_heads": 9},
-        IN_4K,
-        every=250,
+    # converts the attention layers of "half-others", in the stream that was trained to serve them
+    "last-eight": Run(
+        "none", 0, 10 * M, LONG_MEMORY | {"init": "half-others", "convert_further": True, "retrieval_heads": 15}
     ),
 }
 WHOLE = "direct"  # run whose configuration the joined model has

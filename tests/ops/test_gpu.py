@@ -1,6 +1,7 @@
 """The same on a CUDA GPU; skipped where there is none."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,7 +112,8 @@ def test_gradients_of_packed_documents():
 
 def test_gradients_of_long_rows_are_as_good_as_of_short_ones():
     short, long = (check_gradients(1, T, 4, 128, 128, "slow") for T in (1024, 65536))
-    assert all(long[name] < 1.2 * short[name] + 5e-4 for name in NAMES), (short, long)
+    slack = dict.fromkeys(NAMES, 5e-4) | {"dA_log": 2e-3}  # four numbers, whose error varies more
+    assert all(long[name] < 1.2 * short[name] + slack[name] for name in NAMES), (short, long)
 
 
 def test_two_backwards_are_equal_bit_for_bit():
@@ -198,13 +200,16 @@ def test_conversion_and_one_step_of_each_stage():
     assert student.eval().generate(ids, max_new_tokens=4, do_sample=False).shape[0] == 4
 
 
-@pytest.mark.parametrize("compute", [align_step, match_step])
-def test_replayed_steps_give_the_eager_gradients(compute):
+@pytest.mark.parametrize("compute, masked", [(align_step, False), (match_step, False), (match_step, True)])
+def test_replayed_steps_give_the_eager_gradients(compute, masked):
     teacher = random_teacher("llama", hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
     freeze(teacher.model.cuda())
     ids = torch.randint(0, 250, (4, 4, 200))
     cuts = (200, 90, 70, 30)  # where documents start again
     batches = [Batch(x, (torch.arange(200) % cut).expand(4, 200)) for x, cut in zip(ids, cuts)]
+    if masked:
+        masks = [torch.rand(4, 200) < fraction for fraction in (0.9, 0.5, 0.3, 0.1)]
+        batches = [replace(b, loss_mask=mask, counted=mask.float().mean()) for b, mask in zip(batches, masks)]
     student = convert(teacher, calibration=batches[0].to("cuda"), full_attention_layers="3:1")
     student.requires_grad_(compute is match_step)
     for layer in student.model.layers:
@@ -234,7 +239,8 @@ def test_the_loss_equals_float64(kind):
     student, teacher = (torch.randn(N, D, device="cuda") for _ in range(2))
     head, t_head = (torch.randn(W, D, device="cuda") * 0.3 for _ in range(2))
     labels, mask = torch.randint(0, W, (N,), device="cuda"), torch.rand(N, device="cuda") < 0.8
-    options = {"labels": labels, "ce_weight": 0.3, "divergence": kind, "temperature": 2.0, "mask": mask}
+    options = {"labels": labels, "ce_weight": 0.3, "divergence": kind, "temperature": 2.0}
+    options["weights"] = mask / mask.float().mean()
     results = []
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         kind_of = torch.float64 if dtype is torch.float64 else torch.float32
