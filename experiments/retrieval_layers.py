@@ -10,6 +10,7 @@ finished are not repeated. "halves" begins with a model that joins two others, n
 
 import argparse
 import dataclasses
+import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from deltify.config import Recipe, Stage, load_recipe
 from deltify.training.metrics import read_stages
-from deltify.training.recall import curve_of
 from deltify.training.runner import distill
 
 RETRIEVING = list(range(17, 25))  # layers of SmolLM2-135M-Instruct with 15 of its 20 best retrieval heads
@@ -151,6 +151,30 @@ def join(retrieving: Path, others: Path, whole: Path, out: Path) -> None:
     save_file(joined, out / "model.safetensors", metadata={"format": "pt"})
 
 
+def validations(folder: Path) -> list[dict]:
+    """Return KL and recall of each validation of a run."""
+    found = []
+    for stage, lines in read_stages(folder):
+        for line in (line for line in lines if "heldout_kl" in line):
+            curve, right = (
+                [v for k, v in line.items() if k.startswith(f"recall_{what}_")] for what in ("logprob", "right")
+            )
+            found.append(
+                {"stage": stage, "tokens": line["tokens"], "kl": round(line["heldout_kl"], 4)}
+                | {"recall": round(line.get("recall", float("nan")), 3)}
+                | {"recall_logprob": [round(v, 3) for v in curve], "recall_right": [round(v, 3) for v in right]}
+            )
+    return found
+
+
+def add_results(path: Path, folders: list[Path]) -> None:
+    """Add the validations of runs to a JSON file of runs by name."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known |= {folder.name: validations(folder) for folder in folders}
+    rows = {name: ",\n".join(f"  {json.dumps(row)}" for row in run) for name, run in known.items()}
+    path.write_text("{\n" + ",\n".join(f' "{name}": [\n{text}\n ]' for name, text in rows.items()) + "\n}\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", choices=list(RUNS), metavar="RUN", help=f"one of {', '.join(RUNS)}")
@@ -159,6 +183,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/retrieval-layers", help="folder of the runs")
     parser.add_argument("--data", default="runs/data", help="folder of token files")
+    parser.add_argument("--results", type=Path, help="JSON file that the validations are added to")
     options = parser.parse_args()
     for name in options.runs:
         if name in JOINED:
@@ -166,12 +191,12 @@ def main() -> None:
             join(retrieving, others, run_folder(options, WHOLE) / "converted", joined_folder(options, name))
         recipe = make_recipe(name, options)
         folder = distill(recipe, resume=(recipe.folder / "recipe.yaml").exists())
-        for stage, lines in read_stages(folder):
-            for line in lines:
-                if "heldout_kl" in line:
-                    curve = " / ".join(f"{value:.2f}" for value in curve_of(line).values())
-                    kl, recall = line["heldout_kl"], line.get("recall", float("nan"))
-                    print(f"{name} {stage} {line['tokens']:>11,} tokens: KL {kl:.4f}, recall {recall:.2f}: {curve}")
+        for line in validations(folder):
+            curve = " / ".join(f"{value:.2f}" for value in line["recall_logprob"])
+            at = f"{name} {line['stage']} {line['tokens']:>11,} tokens"
+            print(f"{at}: KL {line['kl']:.4f}, recall {line['recall']:.2f}: {curve}")
+        if options.results:
+            add_results(options.results, [folder])
 
 
 if __name__ == "__main__":
