@@ -59,6 +59,8 @@ class StudentSpec:
             that attend most to an earlier occurrence of the current tokens in the teacher.
         center: Heads for which the calibrated initialisation subtracts the mean over tokens from queries and keys:
             none, retrieval (those of retrieval_heads) or all.
+        head_dim: Width of the heads. Defaults to the teacher's. Heads of twice the width have four times the state and
+            twice the weights of a mixer. Only the teacher's width if layers stay attention.
         gate_bias: Whether the output gate has a bias. Without it, the student runs in other runtimes.
     """
 
@@ -72,6 +74,7 @@ class StudentSpec:
     calibration_sequence_length: int = 512
     retrieval_heads: int = 0
     center: str = "none"
+    head_dim: int | None = None
     gate_bias: bool = False
 
 

@@ -43,6 +43,51 @@ def test_key_value_heads_are_repeated_as_whole_blocks():
     assert repeat_heads(x, 4, 3).flatten().tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
 
 
+def test_wider_heads_begin_with_the_teachers_channels(teacher, rows):
+    lines = []
+    student = convert(teacher, calibration=rows, init="library", head_dim=24, log=lines.append)
+    assert any("heads have 24 channels: the teacher's 16" in line for line in lines)
+    theirs, mixer = teacher.model.model.layers[1].self_attn, student.model.layers[1].self_attn
+    q, k, v = (getattr(mixer, f"{name}_proj").weight.unflatten(0, (4, 24)) for name in "qkv")
+    assert torch.equal(q[:, :16].flatten(0, 1), theirs.q_proj.weight)
+    assert torch.equal(k[:, :16].flatten(0, 1), repeat_heads(theirs.k_proj.weight, 4, 16))
+    new = [x[:, 16:] / x[:, :16].square().mean((1, 2), keepdim=True).sqrt() for x in (q, k, v)]
+    assert torch.allclose(new[0], new[1], atol=1e-6) and not torch.allclose(new[0], new[2], atol=0.1)
+    assert float(new[0].detach().std()) == pytest.approx(0.5, rel=0.1)
+    o = mixer.o_proj.weight.unflatten(1, (4, 24))
+    assert torch.equal(o[..., :16].flatten(1), theirs.o_proj.weight) and not o[..., 16:].any()
+    ids = rows.input_ids[:2]
+    whole = student.eval()(ids).logits
+    pieces = student.generate(
+        ids[:, :40], max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    assert torch.allclose(pieces.logits[0], whole[:, 39], atol=1e-4)
+
+
+@torch.no_grad()
+def test_wider_heads_fit_the_teacher_better(rows):
+    for architecture in ("llama", "qwen2"):  # without and with biases that are folded
+        teacher = random_teacher(architecture)
+        kl = []
+        for width in (16, 32):
+            student = convert(teacher, calibration=rows, head_dim=width, retrieval_heads=2, center="all").eval()
+            batch = rows.split(4)[0]
+            logits = [
+                model(batch.input_ids, position_ids=batch.position_ids).logits for model in (teacher.model, student)
+            ]
+            p, q = (x.log_softmax(-1) for x in logits)
+            kl.append(float((p.exp() * (p - q)).sum(-1).mean()))
+        assert kl[1] < kl[0]
+
+
+def test_a_width_of_heads_that_does_not_fit_is_refused(teacher, rows):
+    for options in ({"head_dim": 8}, {"head_dim": 32, "full_attention_layers": "3:1"}):
+        with pytest.raises(
+            ValueError, match=rf"head_dim={options['head_dim']}; choose the width of .*, 16, or a larger"
+        ):
+            convert(teacher, calibration=rows, **options)
+
+
 def test_layers_can_be_given_as_ratio_list_word_or_pattern():
     def letters(spec, layers):
         return "".join({"linear": "K", "full": "F", "sliding": "S"}[k.split("_")[0]] for k in layer_kinds(spec, layers))

@@ -170,7 +170,7 @@ class Calibration:
         retrieving = self.retrieval_heads.get(index, [])
         centred = {"none": [], "retrieval": retrieving, "all": list(range(len(mixer.A_log)))}[self.center]
         center_projections(mixer, x_ND, centred, constant_direction_D)
-        heads_NHK = split_heads(self.captured.flatten(0, -2), mixer.head_dim)
+        heads_NHK = self.captured.flatten(0, -2).unflatten(-1, (len(mixer.A_log), -1))
         fit_output_gate(mixer, x_ND, heads_NHK, constant_direction_D)
         weigh_equally(mixer, equal_H, constant_direction_D)
         if self.constant:
@@ -219,6 +219,33 @@ def repeat_heads(x: Tensor, heads: int, head_dim: int) -> Tensor:
     """
     blocks = x.unflatten(0, (-1, head_dim))
     return blocks.repeat_interleave(heads // blocks.shape[0], dim=0).flatten(0, 1)
+
+
+def widen(x: Tensor, projection: str, heads: int, head_dim: int, layer: int) -> Tensor:
+    """Return a projection of a layer for heads of `head_dim` channels, the first of which are those of `x`.
+
+    The new channels of queries, keys and values begin as random directions, half as large as the others. Queries and
+    keys get the same directions. `o_proj` ignores the new channels until it is fitted.
+
+    Args:
+        x: Weight [H * K, D] or bias [H * K] of q_proj, k_proj or v_proj; weight [D, H * K] or bias [D] of o_proj.
+        projection: Which of them.
+        heads: Number of heads.
+        head_dim: Width of the heads, at least that of `x`.
+        layer: Index of the layer, which seeds the random directions.
+    """
+    dim = x.dim() - 1 if projection == "o_proj" else 0
+    if (projection == "o_proj" and x.dim() == 1) or x.shape[dim] == heads * head_dim:
+        return x
+    blocks = x.unflatten(dim, (heads, -1))
+    shape = list(blocks.shape)
+    shape[dim + 1] = head_dim - shape[dim + 1]
+    new = blocks.new_zeros(shape)
+    if projection != "o_proj" and x.dim() == 2:
+        generator = torch.Generator().manual_seed(2 * layer + (projection == "v_proj"))
+        size_H11 = blocks.square().mean((1, 2), keepdim=True).sqrt()
+        new += torch.randn(shape, generator=generator).to(new) * size_H11 / 2
+    return torch.cat([blocks, new], dim + 1).flatten(dim, dim + 1)
 
 
 # ---- degenerate layers -----------------------------------------------------------------------------------------------
@@ -277,12 +304,12 @@ def fold_bias(projection: nn.Linear, bias_C: Tensor, constant_direction_D: Tenso
 
 def take_biases(mixer: DeltifyKDA, attention: TeacherAttention, constant_direction_D: Tensor) -> None:
     """Fold the teacher's biases of q, k and v into the weights of a KDA layer without biases."""
-    for projection, source in zip(
-        (mixer.q_proj, mixer.k_proj, mixer.v_proj), (attention.q_proj, attention.k_proj, attention.v_proj)
-    ):
+    heads = len(mixer.A_log)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        projection, source = getattr(mixer, name), getattr(attention, name)
         if source.bias is not None and projection.bias is None:
-            bias = repeat_heads(full_tensor(source.bias).float(), len(mixer.A_log), mixer.head_dim)
-            fold_bias(projection, bias, constant_direction_D)
+            bias = repeat_heads(full_tensor(source.bias).float(), heads, attention.q_proj.out_features // heads)
+            fold_bias(projection, widen(bias, name, heads, mixer.head_dim, 0), constant_direction_D)
 
 
 def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor, constant_direction_D: Tensor) -> None:
@@ -296,7 +323,7 @@ def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor, constant
         parameter.zero_()
     if high.bias is None:
         low.weight[-1] = constant_direction_D
-    N, H, K = heads_NHK.shape
+    N, H, _ = heads_NHK.shape
     if len(low.weight) <= H:
         return
     norm_NH = heads_NHK.norm(dim=-1)
@@ -305,8 +332,8 @@ def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor, constant
     mean_input_D, mean_logits_H = x_ND.mean(0), logits_NH.mean(0)
     weight_DH = ridge(x_ND - mean_input_D, logits_NH - mean_logits_H, GATE_PENALTY)
     low.weight[:H] = weight_DH.t()
-    high.weight[:, :H] = torch.eye(H, device=weight_DH.device).repeat_interleave(K, dim=0)
-    gate_bias(mixer).copy_((mean_logits_H - mean_input_D @ weight_DH).repeat_interleave(K))
+    high.weight[:, :H] = torch.eye(H, device=weight_DH.device).repeat_interleave(mixer.head_dim, dim=0)
+    gate_bias(mixer).copy_((mean_logits_H - mean_input_D @ weight_DH).repeat_interleave(mixer.head_dim))
 
 
 def gate_bias(mixer: DeltifyKDA) -> Tensor:

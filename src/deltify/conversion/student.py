@@ -21,7 +21,7 @@ from ..model.mixers import init_gates
 from ..model.modeling import rotary_embedding
 from ..model.shards import allocate, full_tensor, is_sharded, own_part, own_rows
 from .attention import HeadStatistics, measure_attention
-from .calibration import calibrate, first_sequences, repeat_heads
+from .calibration import calibrate, first_sequences, repeat_heads, widen
 from .teacher import Teacher, freeze, head_width
 
 INITS = ("calibrated", "calibrated-constant", "library", "arcee")
@@ -73,6 +73,7 @@ def layer_kinds(spec: str | list[int], layers: int, statistics: list[HeadStatist
     return [KIND_BY_LETTER[pattern[i % len(pattern)]] for i in range(layers)]
 
 
+WIDENED = ("q_proj", "k_proj", "v_proj", "o_proj")  # projections of KDA layers that `widen` knows
 O_NORM_EPS = 1e-5  # the only value that vLLM and SGLang support
 COPIED_CONFIG_FIELDS = (  # from the teacher's configuration, unchanged
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -89,6 +90,7 @@ def student_config(
     keep_rope: bool,
     window: int,
     sinks: int,
+    head_dim: int | None = None,
     gate_bias: bool = False,
     fold_biases: bool = True,
 ) -> DeltifyConfig:
@@ -100,13 +102,21 @@ def student_config(
         keep_rope: Whether full-attention layers keep the teacher's RoPE. Sliding layers always do.
         window: Number of tokens that sliding layers see.
         sinks: Number of first tokens that sliding layers always see.
+        head_dim: Width of the heads, see `convert`.
         gate_bias: Whether the output gate of KDA layers has a bias.
         fold_biases: Whether KDA layers have no biases of q, k and v, even if the teacher has.
 
     Raises:
-        ValueError: If a layer that stays full attention has a sliding window in the teacher.
+        ValueError: If a layer that stays full attention has a sliding window in the teacher, or heads of this width
+            cannot be made.
     """
     config = teacher.config
+    width = head_width(config) if head_dim is None else head_dim
+    if width < head_width(config) or (width > head_width(config) and set(kinds) != {"linear_attention"}):
+        raise ValueError(
+            f"head_dim={head_dim}; choose the width of this teacher's heads, {head_width(config)}, or a larger one if "
+            "all layers become KDA (full_attention_layers: none)"
+        )
     rope, slides = teacher.family.rope(config), teacher.family.slides(config)
     if sliding := [i for i, kind in enumerate(kinds) if kind == "full_attention" and slides[i]]:
         raise ValueError(
@@ -122,7 +132,7 @@ def student_config(
         kda_bias=bool(facts["attention_bias"]) and not fold_biases,
         gate_bias=gate_bias,
         o_norm_eps=O_NORM_EPS,
-        head_dim=head_width(config),
+        head_dim=width,
         layer_types=kinds,
         use_rope=[rotates[kind] and rope[i] for i, kind in enumerate(kinds)],
         sliding_window=window,
@@ -201,6 +211,7 @@ def convert(
     calibration: Batch | None = None,
     retrieval_heads: int = 0,
     center: str = "none",
+    head_dim: int | None = None,
     gate_bias: bool = False,
     seed: int = 0,
     log: Callable[[str], None] = lambda line: None,
@@ -225,6 +236,8 @@ def convert(
             earlier occurrence of the current tokens in the teacher. Calibrated initialisations only.
         center: Heads for which the mean over tokens is subtracted from queries and keys: "none", "retrieval" (those
             heads) or "all". Calibrated initialisations only.
+        head_dim: Width of the heads. Defaults to the teacher's. If it is larger, the first channels of a head come from
+            the teacher, see `widen`. The kernels are fast for 64 and 128.
         gate_bias: Whether the output gate has a bias, as in AFM-4.5B-Base-KDA-Only and fla. Without it, other runtimes
             can run the student, see `export`. Calibrated initialisations then make one channel of the gate constant,
             which takes the place of the bias.
@@ -260,11 +273,17 @@ def convert(
     if is_measured:
         log(f"attention layers, which retrieve most: {[i for i, kind in enumerate(kinds) if kind == 'full_attention']}")
     attention = {"keep_rope": keep_rope, "window": sliding_window, "sinks": sink_tokens}
-    config = student_config(teacher, kinds, **attention, gate_bias=gate_bias, fold_biases=is_calibrated)
+    heads = {"head_dim": head_dim, "gate_bias": gate_bias, "fold_biases": is_calibrated}
+    config = student_config(teacher, kinds, **attention, **heads)
     student = new_student(teacher.model, config, init, seed, shard)
     mixers = [layer.self_attn for layer in student.model.layers if layer.linear]
     for line in origins(student, init):
         log(line)
+    if config.head_dim > head_width(teacher.config):
+        log(
+            f"heads have {config.head_dim} channels: the teacher's {head_width(teacher.config)}, and others that start "
+            "as random directions"
+        )
     if config.qk_norm and mixers:
         log("the teacher's q_norm and k_norm are dropped in KDA layers, which use L2 normalisation instead")
     if mixers and config.attention_bias and is_calibrated:
@@ -371,12 +390,18 @@ def copy_weights(source: PreTrainedModel, student: DeltifyForCausalLM) -> None:
         if name not in tensors:
             if origin.rule == "init":
                 continue
-            raise ValueError(f"the teacher ({source.config.model_type}) cannot be converted: it has no tensor {name}")
+            raise ValueError(f"this {source.config.model_type} model cannot be converted: it has no tensor {name}")
         value = full_tensor(tensors[name])
-        if origin.rule == "repeat" and len(value) != len(target):
-            value = repeat_heads(value, config.num_attention_heads, config.head_dim)
+        if origin.pattern in WIDENED:
+            if origin.rule == "repeat":
+                value = repeat_heads(value, config.num_attention_heads, head_width(source.config))
+            layer = int(name.split(".")[2])
+            value = widen(value, origin.pattern, config.num_attention_heads, config.head_dim, layer)
         if value.shape != target.shape:
-            raise ValueError(f"{name} is {tuple(value.shape)} in the teacher, {tuple(target.shape)} in the student")
+            raise ValueError(
+                f"{name} is {tuple(value.shape)} in the {source.config.model_type} model, {tuple(target.shape)} in the "
+                "new student"
+            )
         own_part(target).copy_(value[own_rows(target)])
 
 

@@ -22,6 +22,7 @@ from ..conversion.teacher import (
     embedded_gguf,
     family_of,
     freeze,
+    head_width,
     load_config,
     locate,
     random_teacher,
@@ -152,6 +153,7 @@ def skeletons(recipe: Recipe, *, unpack: bool = False) -> tuple[Teacher, Deltify
         keep_rope=spec.keep_rope,
         window=spec.sliding_window,
         sinks=spec.sink_tokens,
+        head_dim=spec.head_dim,
         gate_bias=spec.gate_bias,
         fold_biases=spec.init.startswith("calibrated"),
     )
@@ -211,7 +213,9 @@ def plan_stage(
         "loss": 0 if name == "align" else loss_bytes(config.vocab_size, config.hidden_size, tokens),
         "other gradients": 4 * trained // pieces,
     }
-    flops = product_flops(name, stage, teacher, student) + attention_flops(student, stage.sequence_length, name)
+    flops = product_flops(name, stage, teacher, student) + attention_flops(
+        teacher, student, stage.sequence_length, name
+    )
     eager = sharded or recomputes(stage, name) or not graphs
     if eager and rows == share and name != "align":  # only gradients that exceed the freed activations count
         freed = (sizes["activations"] + sizes["loss"]) * (config.num_hidden_layers - 1) // config.num_hidden_layers
@@ -268,16 +272,14 @@ def multiplied(model: PreTrainedModel) -> list[nn.Parameter]:
     return [p for part in (model.model.layers, model.lm_head) for p in part.parameters()]
 
 
-def attention_flops(student: DeltifyForCausalLM, length: int, name: str) -> float:
+def attention_flops(teacher: Teacher, student: DeltifyForCausalLM, length: int, name: str) -> float:
     """Return the FLOPs per token of attention scores and weighted sums, in sequences of `length` tokens.
 
     They are scaled by ATTENTION_FACTOR. The teacher's attention computes masked positions too. The student's full
     attention skips them and needs three passes, so each layer counts 1.5 times as much.
     """
-    config = student.config
-    assert config.head_dim is not None  # the configuration fills it in
-    # layers and heads of the teacher have the same number and width
-    layer = ATTENTION_FACTOR * 4 * length * config.num_attention_heads * config.head_dim
+    config = teacher.config
+    layer = ATTENTION_FACTOR * 4 * length * config.num_attention_heads * head_width(config)
     kept = sum(layer.kind == "full_attention" for layer in student.model.layers) if name != "align" else 0
     return layer * (config.num_hidden_layers + 1.5 * kept)
 

@@ -244,6 +244,7 @@ def rough_student(spec: StudentSpec, teacher: Teacher, device: torch.device) -> 
         sliding_window=spec.sliding_window,
         sink_tokens=spec.sink_tokens,
         init="library",
+        head_dim=spec.head_dim,
         gate_bias=spec.gate_bias,
     )
 

@@ -357,6 +357,7 @@ def create_student(context: RunContext, teacher: Teacher) -> DeltifyForCausalLM:
         calibration=calibration_text(context),
         retrieval_heads=spec.retrieval_heads,
         center=spec.center,
+        head_dim=spec.head_dim,
         gate_bias=spec.gate_bias,
         seed=recipe.seed,
         log=log,
@@ -385,6 +386,11 @@ def load_starting_student(context: RunContext, folder: str, teacher: Teacher) ->
     student = load_student_shards(context, path) if context.sharded else load_student(path, context.device)
     if not isinstance(student, DeltifyForCausalLM):
         raise ValueError(f"student.init={folder} is not a student. Name the folder of a run, or of a model of deltify")
+    if spec.head_dim not in (None, student.config.head_dim):
+        raise ValueError(
+            f"student.init={folder} has heads of {student.config.head_dim} channels, but student.head_dim is "
+            f"{spec.head_dim}. Leave head_dim out"
+        )
     layers, own = spec.full_attention_layers, list(student.config.layer_types)
     kinds = layer_kinds(layers, len(own))
     if own.count("full_attention") == measured_layers(layers):
