@@ -213,9 +213,8 @@ def plan_stage(
         "loss": 0 if name == "align" else loss_bytes(config.vocab_size, config.hidden_size, tokens),
         "other gradients": 4 * trained // pieces,
     }
-    flops = product_flops(name, stage, teacher, student) + attention_flops(
-        teacher, student, stage.sequence_length, name
-    )
+    attention = attention_flops(teacher, student, stage.sequence_length, name)
+    flops = product_flops(name, stage, teacher, student) + attention
     eager = sharded or recomputes(stage, name) or not graphs
     if eager and rows == share and name != "align":  # only gradients that exceed the freed activations count
         freed = (sizes["activations"] + sizes["loss"]) * (config.num_hidden_layers - 1) // config.num_hidden_layers

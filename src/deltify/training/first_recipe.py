@@ -91,9 +91,8 @@ def cpu_machine() -> Machine:
 
     def plan(name: str, stage: Stage, teacher: Teacher, student: DeltifyForCausalLM) -> StagePlan:
         like_gpu = plan_stage(name, stage, teacher, student, "h100", 1, graphs=False)
-        flops = product_flops(name, stage, teacher, student) + attention_flops(
-            teacher, student, stage.sequence_length, name
-        )
+        attention = attention_flops(teacher, student, stage.sequence_length, name)
+        flops = product_flops(name, stage, teacher, student) + attention
         # the estimate is for bfloat16 products, a CPU computes in float32
         doubled = {purpose: 2 * size for purpose, size in like_gpu.bytes.items()}
         seconds = stage.batch_size * stage.sequence_length * flops / reached
