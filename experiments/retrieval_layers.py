@@ -72,6 +72,7 @@ RUNS = {
     ),
     # 10M tokens each: all layers at once, or two halves that are trained apart, joined and trained together
     "direct": Run("none", 2 * M, 8 * M, LONG_MEMORY),
+    "direct-wide": Run("none", 2 * M, 8 * M, LONG_MEMORY | {"head_dim": 128}),  # not run yet
     "half-others": Run(RETRIEVING, 1 * M, 1 * M, LONG_MEMORY),
     "half-retrieving": Run(OTHERS, 1 * M, 3 * M, LONG_MEMORY),
     "halves": Run("none", 0, 4 * M, {"init": "halves"}),
