@@ -3,13 +3,15 @@
     python experiments/read_precision.py --train openstax.jsonl.zst --heldout heldout_dev.jsonl teacher
     python experiments/read_precision.py --train openstax.jsonl.zst --heldout heldout_dev.jsonl heads --seed 0 1
 
-The share is the part of what a head reads that comes from where it should read, by squared length. The rest is noise.
+What a head reads is a vector. One part comes from the tokens that it should read. The share is the squared length of
+this part, divided by that of the whole.
 
-- `teacher`: The 20 heads of the teacher that retrieve most get noise added to what they read from 128 or more tokens
-  back: values of random earlier tokens. Prints recall for each share. Then the same for all heads.
-- `heads`: Trains queries, keys and beta of two KDA heads of width K without decay. Their inputs are those of the
-  teacher's layer 18. They hold random codes in place of values. They are to read the codes of the tokens that the
-  teacher's heads attend to from 128 or more tokens away. Prints the share on other rows than those of the training.
+- `teacher`: In the 20 heads of the teacher that retrieve most, noise replaces a part of what they read from 128 or more
+  tokens back: values of random earlier tokens, at the same length. Prints recall for each share. Then the same for all
+  heads. The first four tokens of a text, attention sinks, are left out.
+- `heads`: Trains queries, keys and beta of two KDA heads without decay. Their inputs are those of the teacher's layer
+  18. They hold random codes in place of values. They are to read the mean of these codes over the tokens that are 128
+  or more tokens away, weighted by the teacher's attention. Prints the share on other rows than those of the training.
 
 Takes about ten minutes on two CPU cores.
 """
@@ -51,7 +53,7 @@ def far_mask(tokens: int) -> Tensor:
 
 @contextmanager
 def noisy_heads(heads: dict[int, list[int]], share: float) -> Iterator[None]:
-    """Make heads of the model that runs read with this share, at the same mean length of what they read."""
+    """Make heads of the model that runs read with this share. What they read keeps its length, on average."""
     plain, generator = ALL_ATTENTION_FUNCTIONS["sdpa"], torch.Generator().manual_seed(1)
 
     def attend(module, q, k, v, mask, scaling, **options):
@@ -66,7 +68,7 @@ def noisy_heads(heads: dict[int, list[int]], share: float) -> Iterator[None]:
                 read = attention @ values
                 noise = values[(torch.rand(tokens, generator=generator) * (place - FAR).clamp(min=1)).long()]
                 noise = F.normalize(noise, dim=-1) * read.norm(dim=-1, keepdim=True)
-                out[row, :, head] += (share - 1) * read + (share * (1 - share)) ** 0.5 * noise
+                out[row, :, head] += (share**0.5 - 1) * read + (1 - share) ** 0.5 * noise
         return out, weights
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
@@ -105,7 +107,7 @@ class Row:
 
 def read_rows(teacher: Teacher, mix: MixedBatches, number: int) -> list[Row]:
     """Return rows of text, each of one document, as the teacher's layer sees them."""
-    attention, plain, rows, inputs = teacher.model.model.layers[LAYER].self_attn, None, [], []
+    attention, rows, inputs = teacher.model.model.layers[LAYER].self_attn, [], []
     plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(module, q, k, v, mask, scaling, **options):
@@ -162,8 +164,8 @@ class Heads(nn.Module):
         q, k = (torch.einsum("td,hkd->thk", x, weight)[None] for weight in (self.q, self.k))
         q, k = (F.silu(q), F.silu(k)) if self.silu else (q, k)
         beta = (x @ self.b.mT + self.b_shift)[None]
-        none = torch.zeros_like(q), beta, torch.zeros(len(HEADS)), torch.full((len(HEADS) * self.width,), -12.0)
-        read, _ = kda(q, k, codes[None], *none)  # softplus(-12): a half-life of 100,000 tokens
+        gates = torch.zeros_like(q), beta, torch.zeros(len(HEADS)), torch.full((len(HEADS) * self.width,), -12.0)
+        read, _ = kda(q, k, codes[None], *gates)  # softplus(-12): a half-life of 100,000 tokens
         loss = share = mass = torch.zeros(())
         for index, (at, weights, sums) in enumerate(row.far):
             wanted = weights.float() @ codes[:, index]
@@ -174,7 +176,7 @@ class Heads(nn.Module):
 
 
 def train_heads(heads: Heads, rows: list[Row], steps: int, lr: float, seed: int) -> float:
-    """Train heads on all rows but the last, and return the share on those."""
+    """Train heads on all rows but the last eight, and return the share on those."""
     generator = torch.Generator().manual_seed(seed)
 
     def codes() -> Tensor:
@@ -196,7 +198,7 @@ def train_heads(heads: Heads, rows: list[Row], steps: int, lr: float, seed: int)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("teacher", "heads"))
+    parser.add_argument("experiment", choices=("teacher", "heads"))
     parser.add_argument("--train", required=True, help="text that the facts are put into")
     parser.add_argument("--heldout", required=True, help="validation text")
     parser.add_argument("--width", nargs="+", type=int, default=[64, 128, 256], help="widths of the heads")
@@ -212,7 +214,7 @@ def main() -> None:
     teacher = open_teacher(recipe, torch.device("cpu"), torch.float32)
     train, heldout, _ = open_text(recipe, teacher)
     with torch.no_grad():
-        if options.what == "teacher":
+        if options.experiment == "teacher":
             calibration = MixedBatches(train, [1.0], LENGTH, 4, 9).batch(0)
             return print_teacher(teacher, calibration, heldout, recipe.run.heldout_tokens)
         rows = read_rows(teacher, MixedBatches(train, [1.0], LENGTH, 1, 5), ROWS + TEST_ROWS)

@@ -179,7 +179,7 @@ def test_a_run_converts_further_layers_of_a_students_folder(tmp_path, capsys):
     further = StudentSpec(init=str(hybrid), convert_further=True)
     for wrong, message in (
         (replace(further, convert_further=False), "or set student.convert_further: true"),
-        (replace(further, head_dim=32), "has heads of 16 channels, but student.head_dim is 32"),
+        (replace(further, head_dim=32), "has heads of 16 channels, but the recipe means 32. Set student.head_dim: 16"),
         (replace(further, full_attention_layers="measured:2"), "Make both the same$"),
         (replace(further, init=str(tmp_path)), "config.json"),
     ):

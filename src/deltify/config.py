@@ -59,8 +59,9 @@ class StudentSpec:
             that attend most to an earlier occurrence of the current tokens in the teacher.
         center: Heads for which the calibrated initialisation subtracts the mean over tokens from queries and keys:
             none, retrieval (those of retrieval_heads) or all.
-        head_dim: Width of the heads. Defaults to the teacher's. Heads of twice the width have four times the state and
-            twice the weights of a mixer. Only the teacher's width if layers stay attention.
+        head_dim: Width of the heads. Defaults to the teacher's. Heads of twice the width have four times the state, and
+            about twice the weights in KDA layers. Only the teacher's width if layers stay attention. GPU kernels
+            support 64 and 128.
         gate_bias: Whether the output gate has a bias. Without it, the student runs in other runtimes.
     """
 
@@ -344,6 +345,7 @@ def one_of(choices: tuple[str, ...]) -> tuple[Callable[[object], bool], str]:
 RULES = {
     "student.retrieval_heads": AT_LEAST_0,
     "student.center": one_of(CENTER),
+    "student.head_dim": (lambda x: x is None or x >= 1, "must be at least 1, or null"),
     "data.train": (are_weights, "must name sources with positive weights"),
     "run.precision": one_of(PRECISIONS),
     "run.data_parallel": one_of(DATA_PARALLEL),

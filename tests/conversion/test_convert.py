@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltify.conversion.attention import HeadStatistics, far_copies, measure_attention
 from deltify.conversion.calibration import (
@@ -43,10 +43,12 @@ def test_key_value_heads_are_repeated_as_whole_blocks():
     assert repeat_heads(x, 4, 3).flatten().tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
 
 
-def test_wider_heads_begin_with_the_teachers_channels(teacher, rows):
+def test_wider_heads_begin_with_the_teachers_channels(teacher, rows, tmp_path):
     lines = []
     student = convert(teacher, calibration=rows, init="library", head_dim=24, log=lines.append)
-    assert any("heads have 24 channels: the teacher's 16" in line for line in lines)
+    assert any("q_proj" in line and line.endswith("new channels: random directions") for line in lines)
+    assert "heads of 24 channels are slow on a GPU: its kernels support (64, 128)" in lines
+    other = convert(teacher, calibration=rows, init="library", head_dim=24, seed=1).model.layers[1].self_attn
     theirs, mixer = teacher.model.model.layers[1].self_attn, student.model.layers[1].self_attn
     q, k, v = (getattr(mixer, f"{name}_proj").weight.unflatten(0, (4, 24)) for name in "qkv")
     assert torch.equal(q[:, :16].flatten(0, 1), theirs.q_proj.weight)
@@ -54,6 +56,7 @@ def test_wider_heads_begin_with_the_teachers_channels(teacher, rows):
     new = [x[:, 16:] / x[:, :16].square().mean((1, 2), keepdim=True).sqrt() for x in (q, k, v)]
     assert torch.allclose(new[0], new[1], atol=1e-6) and not torch.allclose(new[0], new[2], atol=0.1)
     assert float(new[0].detach().std()) == pytest.approx(0.5, rel=0.1)
+    assert not torch.equal(other.q_proj.weight, mixer.q_proj.weight)
     o = mixer.o_proj.weight.unflatten(1, (4, 24))
     assert torch.equal(o[..., :16].flatten(1), theirs.o_proj.weight) and not o[..., 16:].any()
     ids = rows.input_ids[:2]
@@ -62,6 +65,8 @@ def test_wider_heads_begin_with_the_teachers_channels(teacher, rows):
         ids[:, :40], max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
     assert torch.allclose(pieces.logits[0], whole[:, 39], atol=1e-4)
+    student.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, whole)
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def save_teacher(folder: Path, architecture: str, **facts) -> str:
     [
         ("llama", {"tie_word_embeddings": True}, {"full_attention_layers": "measured:2", "retrieval_heads": 3}),
         ("qwen2", {}, {"full_attention_layers": "KS", "init": "calibrated-constant", "gate_bias": True}),
-        ("arcee", {"num_attention_heads": 1, "num_key_value_heads": 1}, {"init": "library", "keep_rope": True}),
+        ("arcee", {"num_attention_heads": 1, "num_key_value_heads": 1}, {"init": "library", "head_dim": 48}),
     ],
 )
 def test_models_loaded_and_converted_in_shards_equal_whole_ones(architecture, facts, options, tmp_path):

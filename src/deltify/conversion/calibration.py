@@ -221,7 +221,7 @@ def repeat_heads(x: Tensor, heads: int, head_dim: int) -> Tensor:
     return blocks.repeat_interleave(heads // blocks.shape[0], dim=0).flatten(0, 1)
 
 
-def widen(x: Tensor, projection: str, heads: int, head_dim: int, layer: int) -> Tensor:
+def widen(x: Tensor, projection: str, heads: int, head_dim: int, seed: int) -> Tensor:
     """Return a projection of a layer for heads of `head_dim` channels, the first of which are those of `x`.
 
     The new channels of queries, keys and values begin as random directions, half as large as the others. Queries and
@@ -232,7 +232,7 @@ def widen(x: Tensor, projection: str, heads: int, head_dim: int, layer: int) -> 
         projection: Which of them.
         heads: Number of heads.
         head_dim: Width of the heads, at least that of `x`.
-        layer: Index of the layer, which seeds the random directions.
+        seed: Random seed, another one for each layer.
     """
     dim = x.dim() - 1 if projection == "o_proj" else 0
     if (projection == "o_proj" and x.dim() == 1) or x.shape[dim] == heads * head_dim:
@@ -242,7 +242,7 @@ def widen(x: Tensor, projection: str, heads: int, head_dim: int, layer: int) -> 
     shape[dim + 1] = head_dim - shape[dim + 1]
     new = blocks.new_zeros(shape)
     if projection != "o_proj" and x.dim() == 2:
-        generator = torch.Generator().manual_seed(2 * layer + (projection == "v_proj"))
+        generator = torch.Generator().manual_seed(2 * seed + (projection == "v_proj"))
         size_H11 = blocks.square().mean((1, 2), keepdim=True).sqrt()
         new += torch.randn(shape, generator=generator).to(new) * size_H11 / 2
     return torch.cat([blocks, new], dim + 1).flatten(dim, dim + 1)
@@ -308,8 +308,9 @@ def take_biases(mixer: DeltifyKDA, attention: TeacherAttention, constant_directi
     for name in ("q_proj", "k_proj", "v_proj"):
         projection, source = getattr(mixer, name), getattr(attention, name)
         if source.bias is not None and projection.bias is None:
-            bias = repeat_heads(full_tensor(source.bias).float(), heads, attention.q_proj.out_features // heads)
-            fold_bias(projection, widen(bias, name, heads, mixer.head_dim, 0), constant_direction_D)
+            width = attention.q_proj.out_features // heads
+            bias_HK = repeat_heads(full_tensor(source.bias).float(), heads, width).unflatten(0, (heads, width))
+            fold_bias(projection, F.pad(bias_HK, (0, mixer.head_dim - width)).flatten(), constant_direction_D)
 
 
 def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor, constant_direction_D: Tensor) -> None:

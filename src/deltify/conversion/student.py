@@ -73,6 +73,7 @@ def layer_kinds(spec: str | list[int], layers: int, statistics: list[HeadStatist
     return [KIND_BY_LETTER[pattern[i % len(pattern)]] for i in range(layers)]
 
 
+FAST_WIDTHS = (64, 128)  # of heads, for which there are GPU kernels
 WIDENED = ("q_proj", "k_proj", "v_proj", "o_proj")  # projections of KDA layers that `widen` knows
 O_NORM_EPS = 1e-5  # the only value that vLLM and SGLang support
 COPIED_CONFIG_FIELDS = (  # from the teacher's configuration, unchanged
@@ -111,12 +112,7 @@ def student_config(
             cannot be made.
     """
     config = teacher.config
-    width = head_width(config) if head_dim is None else head_dim
-    if width < head_width(config) or (width > head_width(config) and set(kinds) != {"linear_attention"}):
-        raise ValueError(
-            f"head_dim={head_dim}; choose the width of this teacher's heads, {head_width(config)}, or a larger one if "
-            "all layers become KDA (full_attention_layers: none)"
-        )
+    width = student_head_dim(teacher, kinds, head_dim)
     rope, slides = teacher.family.rope(config), teacher.family.slides(config)
     if sliding := [i for i, kind in enumerate(kinds) if kind == "full_attention" and slides[i]]:
         raise ValueError(
@@ -138,6 +134,22 @@ def student_config(
         sliding_window=window,
         sink_tokens=sinks,
     )
+
+
+def student_head_dim(teacher: Teacher, kinds: list[str], head_dim: int | None) -> int:
+    """Return the width of a student's heads, which is the teacher's if `head_dim` is None.
+
+    Raises:
+        ValueError: If heads of this width cannot be made.
+    """
+    own = head_width(teacher.config)
+    width = own if head_dim is None else head_dim
+    if width < own or (width > own and set(kinds) != {"linear_attention"}):
+        raise ValueError(
+            f"head_dim={head_dim}; choose the width of this teacher's heads, {own}, or a larger one if all layers "
+            "become KDA (full_attention_layers: none)"
+        )
+    return width
 
 
 def sliding_control(teacher: Teacher, window: int = 64, sinks: int = 4) -> DeltifyForCausalLM:
@@ -260,6 +272,7 @@ def convert(
         raise ValueError(
             f"retrieval_heads={retrieval_heads}; this teacher has {layers * heads} heads. Choose 0 to that number"
         )
+    student_head_dim(teacher, layer_kinds(full_attention_layers, layers), head_dim)
     is_measured = measured_layers(full_attention_layers) is not None
     if is_measured and calibration is None:
         raise ValueError(f"full_attention_layers={full_attention_layers!r} needs calibration text. Give it")
@@ -277,13 +290,11 @@ def convert(
     config = student_config(teacher, kinds, **attention, **heads)
     student = new_student(teacher.model, config, init, seed, shard)
     mixers = [layer.self_attn for layer in student.model.layers if layer.linear]
-    for line in origins(student, init):
+    is_wider = config.head_dim > head_width(teacher.config)
+    for line in origins(student, init, is_wider):
         log(line)
-    if config.head_dim > head_width(teacher.config):
-        log(
-            f"heads have {config.head_dim} channels: the teacher's {head_width(teacher.config)}, and others that start "
-            "as random directions"
-        )
+    if is_wider and config.head_dim not in FAST_WIDTHS:
+        log(f"heads of {config.head_dim} channels are slow on a GPU: its kernels support {FAST_WIDTHS}")
     if config.qk_norm and mixers:
         log("the teacher's q_norm and k_norm are dropped in KDA layers, which use L2 normalisation instead")
     if mixers and config.attention_bias and is_calibrated:
@@ -366,7 +377,7 @@ def new_student(
         shard(student)
     allocate(student, source.device)
     initialise_mixers(student, init, seed)
-    copy_weights(source, student)
+    copy_weights(source, student, seed)
     return student
 
 
@@ -378,8 +389,11 @@ def model_class(config: DeltifyConfig) -> type[DeltifyForCausalLM]:
 
 
 @torch.no_grad()
-def copy_weights(source: PreTrainedModel, student: DeltifyForCausalLM) -> None:
+def copy_weights(source: PreTrainedModel, student: DeltifyForCausalLM, seed: int) -> None:
     """Copy all tensors of a student that come from the source: the teacher, or a student with KDA layers of its own.
+
+    Args:
+        seed: Random seed of channels that the source lacks, see `widen`.
 
     Raises:
         ValueError: If the source lacks a tensor, or has it in another shape.
@@ -395,8 +409,8 @@ def copy_weights(source: PreTrainedModel, student: DeltifyForCausalLM) -> None:
         if origin.pattern in WIDENED:
             if origin.rule == "repeat":
                 value = repeat_heads(value, config.num_attention_heads, head_width(source.config))
-            layer = int(name.split(".")[2])
-            value = widen(value, origin.pattern, config.num_attention_heads, config.head_dim, layer)
+            own_seed = seed * config.num_hidden_layers + int(name.split(".")[2])
+            value = widen(value, origin.pattern, config.num_attention_heads, config.head_dim, own_seed)
         if value.shape != target.shape:
             raise ValueError(
                 f"{name} is {tuple(value.shape)} in the {source.config.model_type} model, {tuple(target.shape)} in the "
@@ -431,8 +445,13 @@ def initialise_mixers(student: DeltifyForCausalLM, init: str, seed: int) -> None
                     own_part(target).copy_(mixer.get_parameter(name)[own_rows(target)])
 
 
-def origins(student: DeltifyForCausalLM, init: str) -> list[str]:
-    """Return a line for each group of tensors: number of tensors, number of parameters, and where they come from."""
+def origins(student: DeltifyForCausalLM, init: str, is_wider: bool = False) -> list[str]:
+    """Return a line for each group of tensors: number of tensors, number of parameters, and where they come from.
+
+    Args:
+        init: Initialisation of the student.
+        is_wider: Whether the student's heads are wider than the teacher's.
+    """
     groups: dict[tuple[str, str], list[int]] = {}
     for name, tensor in student.named_parameters():
         origin = origin_of(name, student.config)
@@ -440,6 +459,8 @@ def origins(student: DeltifyForCausalLM, init: str) -> list[str]:
         if origin.rule == "init":
             short = f"model.layers.*.self_attn.{origin.pattern}"
         source = origin.source.format(init=f"init: {init}")
+        if is_wider and origin.pattern in WIDENED:
+            source += "; new channels: zero" if origin.pattern == "o_proj" else "; new channels: random directions"
         if init.startswith("calibrated") and origin.pattern == "o_proj":
             source = "init: least squares from the student's mixer to the teacher's attention output"
         count = groups.setdefault((short, source), [0, 0])

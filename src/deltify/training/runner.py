@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config import STAGES, Recipe, check
 from ..conversion.student import INITS, convert, convert_further, layer_kinds, measured_layers, model_class
-from ..conversion.teacher import Teacher
+from ..conversion.teacher import Teacher, head_width
 from ..data.batches import Batch, MixedBatches, heldout_batches
 from ..data.token_files import TokenFile, open_data
 from ..model import DeltifyConfig, DeltifyForCausalLM
@@ -386,10 +386,11 @@ def load_starting_student(context: RunContext, folder: str, teacher: Teacher) ->
     student = load_student_shards(context, path) if context.sharded else load_student(path, context.device)
     if not isinstance(student, DeltifyForCausalLM):
         raise ValueError(f"student.init={folder} is not a student. Name the folder of a run, or of a model of deltify")
-    if spec.head_dim not in (None, student.config.head_dim):
+    width, wanted = student.config.head_dim, spec.head_dim or head_width(teacher.config)
+    if width != wanted:
         raise ValueError(
-            f"student.init={folder} has heads of {student.config.head_dim} channels, but student.head_dim is "
-            f"{spec.head_dim}. Leave head_dim out"
+            f"student.init={folder} has heads of {width} channels, but the recipe means {wanted}. Set "
+            f"student.head_dim: {width}"
         )
     layers, own = spec.full_attention_layers, list(student.config.layer_types)
     kinds = layer_kinds(layers, len(own))
