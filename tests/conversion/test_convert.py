@@ -69,6 +69,15 @@ def test_wider_heads_begin_with_the_teachers_channels(teacher, rows, tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, whole)
 
 
+def test_new_channels_have_no_biases(rows):
+    teacher = random_teacher("qwen2")
+    bias = teacher.model.model.layers[0].self_attn.v_proj.bias
+    torch.nn.init.normal_(bias)
+    mixer = convert(teacher, calibration=rows, init="library", head_dim=24).model.layers[0].self_attn
+    got = mixer.v_proj.bias.unflatten(0, (4, 24))
+    assert torch.equal(got[:, :16].flatten(), repeat_heads(bias, 4, 16)) and not got[:, 16:].any()
+
+
 @torch.no_grad()
 def test_wider_heads_fit_the_teacher_better(rows):
     for architecture in ("llama", "qwen2"):  # without and with biases that are folded

@@ -88,6 +88,14 @@ def test_cuda_graphs_save_time_and_cost_memory(smollm2):
     assert eager.seconds > 2 * longer.seconds and eager.total < replayed.total
 
 
+def test_wider_heads_take_time_and_memory(smollm2):
+    wide = pair(LlamaConfig(**SMOLLM2), head_dim=128)
+    narrow = plan_stage("match", Stage(2**30, 2048, 4), *smollm2, "h200", 1)
+    planned = plan_stage("match", Stage(2**30, 2048, 4), *wide, "h200", 1)
+    assert count(wide[1]) == 201_479_118  # of a converted student
+    assert planned.seconds > narrow.seconds and planned.total > 1.3 * narrow.total
+
+
 def test_muon_keeps_one_moment_except_for_embeddings_and_norm(smollm2):
     adamw, muon = (
         plan_stage("match", Stage(2**30, 2048, 4, optimizer=optimizer), *smollm2, "h200", 1)
