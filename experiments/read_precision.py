@@ -18,7 +18,7 @@ Takes about ten minutes on two CPU cores.
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -48,27 +48,23 @@ def far_mask(tokens: int) -> Tensor:
     return (place[:, None] - place >= FAR) & (place >= 4)
 
 
-# ---- how precisely the teacher must read -----------------------------------------------------------------------------
+def far_attention(q_HTK: Tensor, k_GTK: Tensor, head: int, scaling: float) -> Tensor:
+    """Return the attention [T, T] of a query head to far keys, for H query heads over G key heads."""
+    place = torch.arange(q_HTK.shape[1])
+    logits = (q_HTK[head] @ k_GTK[head * len(k_GTK) // len(q_HTK)].mT) * scaling
+    attention = logits.masked_fill(place > place[:, None], -torch.inf).softmax(-1)
+    return attention.masked_fill(~far_mask(len(place)), 0)
 
 
 @contextmanager
-def noisy_heads(heads: dict[int, list[int]], share: float) -> Iterator[None]:
-    """Make heads of the model that runs read with this share. What they read keeps its length, on average."""
-    plain, generator = ALL_ATTENTION_FUNCTIONS["sdpa"], torch.Generator().manual_seed(1)
+def watched_attention(watch: Callable[..., None]) -> Iterator[None]:
+    """Call `watch(module, q, k, v, scaling, out)` after the attention of each layer; q and so on are [B, H, T, K], out
+    is [B, T, H, K] and may be changed in place."""
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(module, q, k, v, mask, scaling, **options):
-        out, weights = plain(module, q, k, v, mask, scaling=scaling, **options)  # out: [B, T, H, K]
-        tokens, group = q.shape[2], q.shape[1] // k.shape[1]
-        place, far = torch.arange(tokens), far_mask(tokens)
-        for row in range(len(q)):
-            for head in heads.get(module.layer_idx, ()):
-                logits = (q[row, head] @ k[row, head // group].mT) * scaling
-                attention = logits.masked_fill(place > place[:, None], -torch.inf).softmax(-1).masked_fill(~far, 0)
-                values = v[row, head // group] - v[row, head // group].mean(0)
-                read = attention @ values
-                noise = values[(torch.rand(tokens, generator=generator) * (place - FAR).clamp(min=1)).long()]
-                noise = F.normalize(noise, dim=-1) * read.norm(dim=-1, keepdim=True)
-                out[row, :, head] += (share**0.5 - 1) * read + (1 - share) ** 0.5 * noise
+        out, weights = plain(module, q, k, v, mask, scaling=scaling, **options)
+        watch(module, q, k, v, scaling, out)
         return out, weights
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
@@ -76,6 +72,28 @@ def noisy_heads(heads: dict[int, list[int]], share: float) -> Iterator[None]:
         yield
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+# ---- how precisely the teacher must read -----------------------------------------------------------------------------
+
+
+def noisy_heads(heads: dict[int, list[int]], share: float) -> Callable[..., None]:
+    """Return what makes heads read with this share. What they read keeps its length, on average."""
+    generator = torch.Generator().manual_seed(1)
+
+    def add_noise(module, q, k, v, scaling, out):
+        tokens = q.shape[2]
+        place = torch.arange(tokens)
+        for row in range(len(q)):
+            for head in heads.get(module.layer_idx, ()):
+                values = v[row, head * v.shape[1] // q.shape[1]]
+                values = values - values.mean(0)
+                read = far_attention(q[row], k[row], head, scaling) @ values
+                noise = values[(torch.rand(tokens, generator=generator) * (place - FAR).clamp(min=1)).long()]
+                noise = F.normalize(noise, dim=-1) * read.norm(dim=-1, keepdim=True)
+                out[row, :, head] += (share**0.5 - 1) * read + (1 - share) ** 0.5 * noise
+
+    return add_noise
 
 
 def print_teacher(teacher: Teacher, calibration: Batch, heldout: list, tokens: int) -> None:
@@ -86,7 +104,7 @@ def print_teacher(teacher: Teacher, calibration: Batch, heldout: list, tokens: i
     print("| heads | share | recall | right, % |\n|---|---|---|---|")
     for name, heads, shares in (("20", best, (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.0)), ("all", every, (0.8, 0.5, 0.2))):
         for share in shares:
-            with noisy_heads(heads, share):
+            with watched_attention(noisy_heads(heads, share)):
                 scores = [score for probe in probes for score in read_answers(teacher.model, [probe])]
             buckets = recall_buckets([probe.distances for probe in probes], scores)
             recall = sum(bucket.log_prob for bucket in buckets) / len(buckets)
@@ -108,31 +126,24 @@ class Row:
 def read_rows(teacher: Teacher, mix: MixedBatches, number: int) -> list[Row]:
     """Return rows of text, each of one document, as the teacher's layer sees them."""
     attention, rows, inputs = teacher.model.model.layers[LAYER].self_attn, [], []
-    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def attend(module, q, k, v, mask, scaling, **options):
+    def watch(module, q, k, v, scaling, out):
         if module is attention:
-            far, place = [], torch.arange(q.shape[2])
+            far = []
             for head in HEADS:
-                logits = (q[0, head] @ k[0, head * k.shape[1] // q.shape[1]].mT) * scaling
-                weights = logits.masked_fill(place > place[:, None], -torch.inf).softmax(-1)
-                weights = weights.masked_fill(~far_mask(len(place)), 0)
+                weights = far_attention(q[0], k[0], head, scaling)
                 at = (weights.sum(-1) > LEAST_MASS).nonzero().squeeze(1)
                 far.append((at, weights[at].half(), weights[at].sum(-1)))
             rows.append(Row(inputs[-1], far))
-        return plain(module, q, k, v, mask, scaling=scaling, **options)
 
     hook = attention.register_forward_pre_hook(
         lambda module, args, kwargs: inputs.append(kwargs["hidden_states"][0]), with_kwargs=True
     )
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
-    try:
+    with watched_attention(watch):
         for index in range(number):
             batch = mix.batch(index)
             teacher.model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-    finally:
-        hook.remove()
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    hook.remove()
     return rows
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from deltify.config import Recipe, Stage, load_recipe
 from deltify.training.metrics import read_stages
+from deltify.training.recall import curve_of
 from deltify.training.runner import distill
 
 RETRIEVING = list(range(17, 25))  # layers of SmolLM2-135M-Instruct with 15 of its 20 best retrieval heads
@@ -81,7 +82,7 @@ RUNS = {
     "measured-4k": Run("measured:4", 0, 24 * M, {"init": "measured"}, IN_4K, 0.25, every=500),
     # continues a run of experiments/hybrid_layers.py --tokens 4000000 --keep-rope, in the same folder
     "one-4k": Run("measured:1", 0, 14 * M, {"init": "measured-1-4000000"}, IN_4K, 0.25, every=500),
-    # converts the attention layers of "half-others", in the stream that was trained to serve them
+    # converts the attention layers of "half-others", whose other layers are KDA and trained
     "last-eight": Run(
         "none", 0, 10 * M, LONG_MEMORY | {"init": "half-others", "convert_further": True, "retrieval_heads": 15}
     ),
@@ -157,9 +158,8 @@ def validations(folder: Path) -> list[dict]:
     found = []
     for stage, lines in read_stages(folder):
         for line in (line for line in lines if "heldout_kl" in line):
-            curve, right = (
-                [v for k, v in line.items() if k.startswith(f"recall_{what}_")] for what in ("logprob", "right")
-            )
+            curve = curve_of(line).values()
+            right = [value for key, value in line.items() if key.startswith("recall_right")]
             found.append(
                 {"stage": stage, "tokens": line["tokens"], "kl": round(line["heldout_kl"], 4)}
                 | {"recall": round(line.get("recall", float("nan")), 3)}
@@ -168,10 +168,10 @@ def validations(folder: Path) -> list[dict]:
     return found
 
 
-def add_results(path: Path, folders: list[Path]) -> None:
-    """Add the validations of runs to a JSON file of runs by name."""
+def add_results(path: Path, folder: Path) -> None:
+    """Add the validations of a run to a JSON file of runs by name."""
     known = json.loads(path.read_text()) if path.exists() else {}
-    known |= {folder.name: validations(folder) for folder in folders}
+    known[folder.name] = validations(folder)
     rows = {name: ",\n".join(f"  {json.dumps(row)}" for row in run) for name, run in known.items()}
     path.write_text("{\n" + ",\n".join(f' "{name}": [\n{text}\n ]' for name, text in rows.items()) + "\n}\n")
 
@@ -197,7 +197,7 @@ def main() -> None:
             at = f"{name} {line['stage']} {line['tokens']:>11,} tokens"
             print(f"{at}: KL {line['kl']:.4f}, recall {line['recall']:.2f}: {curve}")
         if options.results:
-            add_results(options.results, [folder])
+            add_results(options.results, folder)
 
 
 if __name__ == "__main__":

@@ -221,18 +221,18 @@ def repeat_heads(x: Tensor, heads: int, head_dim: int) -> Tensor:
     return blocks.repeat_interleave(heads // blocks.shape[0], dim=0).flatten(0, 1)
 
 
-def widen(x: Tensor, projection: str, heads: int, head_dim: int, seed: int) -> Tensor:
+def widen(x: Tensor, projection: str, heads: int, head_dim: int, seed: int = 0) -> Tensor:
     """Return a projection of a layer for heads of `head_dim` channels, the first of which are those of `x`.
 
     The new channels of queries, keys and values begin as random directions, half as large as the others. Queries and
-    keys get the same directions. `o_proj` ignores the new channels until it is fitted.
+    keys get the same directions. Their biases are zero. `o_proj` ignores the new channels until it is fitted.
 
     Args:
         x: Weight [H * K, D] or bias [H * K] of q_proj, k_proj or v_proj; weight [D, H * K] or bias [D] of o_proj.
         projection: Which of them.
         heads: Number of heads.
         head_dim: Width of the heads, at least that of `x`.
-        seed: Random seed, another one for each layer.
+        seed: Random seed of the directions, another one for each layer.
     """
     dim = x.dim() - 1 if projection == "o_proj" else 0
     if (projection == "o_proj" and x.dim() == 1) or x.shape[dim] == heads * head_dim:
@@ -308,9 +308,8 @@ def take_biases(mixer: DeltifyKDA, attention: TeacherAttention, constant_directi
     for name in ("q_proj", "k_proj", "v_proj"):
         projection, source = getattr(mixer, name), getattr(attention, name)
         if source.bias is not None and projection.bias is None:
-            width = attention.q_proj.out_features // heads
-            bias_HK = repeat_heads(full_tensor(source.bias).float(), heads, width).unflatten(0, (heads, width))
-            fold_bias(projection, F.pad(bias_HK, (0, mixer.head_dim - width)).flatten(), constant_direction_D)
+            bias = repeat_heads(full_tensor(source.bias).float(), heads, attention.q_proj.out_features // heads)
+            fold_bias(projection, widen(bias, name, heads, mixer.head_dim), constant_direction_D)
 
 
 def fit_output_gate(mixer: DeltifyKDA, x_ND: Tensor, heads_NHK: Tensor, constant_direction_D: Tensor) -> None:

@@ -272,7 +272,7 @@ def convert(
         raise ValueError(
             f"retrieval_heads={retrieval_heads}; this teacher has {layers * heads} heads. Choose 0 to that number"
         )
-    student_head_dim(teacher, layer_kinds(full_attention_layers, layers), head_dim)
+    student_head_dim(teacher, layer_kinds(full_attention_layers, layers), head_dim)  # before anything is measured
     is_measured = measured_layers(full_attention_layers) is not None
     if is_measured and calibration is None:
         raise ValueError(f"full_attention_layers={full_attention_layers!r} needs calibration text. Give it")
@@ -286,8 +286,9 @@ def convert(
     if is_measured:
         log(f"attention layers, which retrieve most: {[i for i, kind in enumerate(kinds) if kind == 'full_attention']}")
     attention = {"keep_rope": keep_rope, "window": sliding_window, "sinks": sink_tokens}
-    heads = {"head_dim": head_dim, "gate_bias": gate_bias, "fold_biases": is_calibrated}
-    config = student_config(teacher, kinds, **attention, **heads)
+    config = student_config(
+        teacher, kinds, **attention, head_dim=head_dim, gate_bias=gate_bias, fold_biases=is_calibrated
+    )
     student = new_student(teacher.model, config, init, seed, shard)
     mixers = [layer.self_attn for layer in student.model.layers if layer.linear]
     is_wider = config.head_dim > head_width(teacher.config)

@@ -14,6 +14,7 @@ import yaml
 from transformers import PreTrainedConfig
 
 from ..config import STAGES, DataSpec, Recipe, RunSpec, Stage, StudentSpec, TeacherSpec, check, load_recipe
+from ..conversion.student import FAST_WIDTHS
 from ..conversion.teacher import Teacher, head_width
 from ..data.sources import PYTHON_DOCS
 from ..model import DeltifyForCausalLM
@@ -369,7 +370,7 @@ def notes(recipe: Recipe, config: PreTrainedConfig, machine: Machine) -> list[st
         found.append("The hours come from the speed of this machine when the recipe was made.")
     elif machine.name not in MEASURED:
         found.append(f"The hours come from the data sheet of {machine.name} and were not measured.")
-    if machine.name != "cpu" and (width := head_width(config)) not in (64, 128):
+    if machine.name != "cpu" and (width := head_width(config)) not in FAST_WIDTHS:
         found.append(f"The GPU kernels need heads of width 64 or 128, not {width}: expect several times these hours.")
     if any("hf:" in source for source in recipe.data.train):
         found.append("Text from the hub needs: pip install 'deltify[hub]'")
