@@ -55,7 +55,7 @@ LONG_MIX = {
     "chat:textbooks": 0.05,
 }  # fmt: skip
 # recipe of each model, and the fraction of the tokens in each stage
-OURS = {"align": 1 / 15, "match": 0.8, "extend": 2 / 15}
+OURS = {"align": 0.125, "match": 0.75, "extend": 0.125}
 MODELS = {
     "kda-only": ("qwen2.5-1.5b-kda", OURS),
     "hybrid": ("qwen2.5-1.5b-hybrid", OURS),
@@ -180,9 +180,14 @@ def make_recipe(model: str, options: argparse.Namespace) -> Recipe:
     for stage, settings in zip(STAGES, map(load_recipe(name).stage, STAGES)):
         share = shares.get(stage, 0)
         fields[f"{stage}.tokens"] = int(share * options.tokens * 1e6)
-        steps.append(int(share * options.tokens * 1e6) // (settings.batch_size * settings.sequence_length))
-        if share and not settings.micro_batch_size:
-            fields[f"{stage}.micro_batch_size"] = 2  # as ours, to share a batch in the same way
+        if not share:
+            continue
+        batch_tokens = options.batch_tokens or settings.batch_size * settings.sequence_length
+        rows = max(1, batch_tokens // settings.sequence_length)
+        fields[f"{stage}.batch_size"] = rows
+        # GPUs share a batch, at most 8,192 tokens at a time
+        fields[f"{stage}.micro_batch_size"] = max(1, min(rows // options.gpus, 8192 // settings.sequence_length))
+        steps.append(int(share * options.tokens * 1e6) // (rows * settings.sequence_length))
     fields["run.eval_every"] = max(1, max(steps) // options.validations) if options.validations else 10**9
     if options.smoke:
         fields |= smoke_fields(shares) | ({"student.full_attention_layers": "measured:1"} if model == "hybrid" else {})
@@ -421,6 +426,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gpus", type=int, default=1, help="GPUs of each model: 1, 2 or 4 (default: 1)")
     parser.add_argument("--tokens", type=float, default=75, help="millions of tokens of each model (default: 75)")
+    parser.add_argument("--batch-tokens", type=int, help="tokens of a training step (default: those of the recipe)")
     parser.add_argument(
         "--validations",
         type=int,
