@@ -36,7 +36,7 @@ from deltify.training.estimate import loading_bytes
 from deltify.training.optimizers import choose_trained
 from deltify.training.steps import match_step
 from deltify.training.teachers import LiveTeacher
-from deltify.training.trainer import RunContext, StageTrainer
+from deltify.training.trainer import RunContext, StageTrainer, micro_step
 from deltify.utils.fingerprint import fingerprint
 
 
@@ -100,7 +100,7 @@ def steps(name: str, how: str, out: Path) -> None:
         stage_trainer.evaluate = lambda: ({}, [])
         if how == "replicate":
             with mock.patch("torch.distributed.all_reduce", None):  # a micro-batch waits for no other rank
-                stage_trainer.micro_step(1.0, stage_trainer.batch(0))
+                micro_step(context, name, live, student, 1.0, stage_trainer.batch(0))
             student.zero_grad(set_to_none=True)
         stage_trainer.accumulate_gradients(stage_trainer.batch(0))
         gradients = {n: full_tensor(p.grad) for n, p in student.named_parameters() if p.grad is not None}

@@ -20,6 +20,7 @@ from tokenizers.processors import TemplateProcessing
 
 from deltify import convert
 from deltify.conversion.teacher import byte_tokenizer, random_teacher
+from deltify.evaluation import lm_eval_model
 from deltify.evaluation.benchmarks import TASKS, letter_bias, paired, read_items, run_benchmark, run_benchmarks
 from deltify.evaluation.lm_eval_cache import CachedLM, answer_key
 from deltify.evaluation.lm_eval_model import ConstantStateLM, WholeLM, lm_for
@@ -397,6 +398,18 @@ def test_only_models_of_constant_state_take_the_fast_path(teacher, student):
     for model, fast in ((student, True), (hybrid, False), (teacher.model, False)):
         assert isinstance(lm_for(model, teacher.tokenizer), ConstantStateLM) == fast
     assert type(lm_for(student, teacher.tokenizer, fast=False)) is WholeLM
+
+
+def test_batches_have_logits_that_fit_into_memory(teacher, monkeypatch):
+    asked = [Instance("loglikelihood", {}, ("word " * n, "end"), 0) for n in (40, 3, 4, 5)]
+    lm, rows = lm_for(teacher.model, teacher.tokenizer), []
+    want = lm.loglikelihood(asked, disable_tqdm=True)
+    monkeypatch.setitem(lm_eval_model.LOGIT_BYTES, "cpu", 2 * 2 * 203 * teacher.config.vocab_size * 4)  # two of them
+    hook = teacher.model.register_forward_pre_hook(lambda model, args: rows.append(len(args[0])))
+    answers = lm.loglikelihood(asked, disable_tqdm=True)
+    hook.remove()
+    assert rows == [2, 2] and lm.batch_size == 8
+    assert np.allclose([p for p, _ in answers], [p for p, _ in want], atol=1e-4)
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------

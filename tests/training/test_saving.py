@@ -1,7 +1,9 @@
 """Checkpoints of a run: which are kept, and what happens to damaged ones."""
 
+import gc
 import re
 import shutil
+import weakref
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +63,31 @@ def test_after_a_stage_a_better_checkpoint_is_left(last, left, tmp_path, monkeyp
     folder = distill(tiny_recipe(tmp_path, match=Stage(), run=run))
     assert seen == [[], ["align-0000002", "align-0000006"]]  # the best and the latest
     assert [path.name for path in checkpoint.checkpoints(folder, "align")] == left
+
+
+def test_a_finished_stage_leaves_no_graphs_and_no_optimizer_in_memory(tmp_path, monkeypatch):
+    class Graphed:
+        def __init__(self, compute, parameters, log):
+            made.append(weakref.ref(self))
+            self.compute = compute
+
+        def __call__(self, batch, device):
+            return self.compute(batch.to(device), None)
+
+    def make(*args):
+        made.extend(map(weakref.ref, optimizers := make_optimizers(*args)))
+        return optimizers
+
+    made, make_optimizers = [], trainer.make_optimizers
+    monkeypatch.setattr(trainer, "GraphedStep", Graphed)
+    monkeypatch.setattr(trainer.StageTrainer, "can_be_graphed", lambda self: True)
+    monkeypatch.setattr(trainer, "make_optimizers", make)
+    gc.disable()  # large tensors do not make Python collect
+    try:
+        distill(tiny_recipe(tmp_path))
+        assert len(made) == 4 and not any(ref() for ref in made)
+    finally:
+        gc.enable()
 
 
 def test_a_thread_writes_the_state_at_the_time_of_saving(tmp_path, alone, monkeypatch):

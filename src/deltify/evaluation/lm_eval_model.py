@@ -40,6 +40,7 @@ except ModuleNotFoundError as error:
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # tokens, padding included
 STATE_BYTES = {"cpu": 2**28, "cuda": 2**31}  # recurrent states
 WHOLE_BATCH_SIZE = {"cpu": 8, "cuda": 64}  # sequences of a `WholeLM`
+LOGIT_BYTES = {"cpu": 2**30, "cuda": 2**33}  # logits and their log-softmax, in a `WholeLM`
 MAX_PREDICTIONS = 1024  # positions whose logits exist at a time
 SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}  # options of generation that do not depend on the prompt
 
@@ -111,6 +112,20 @@ class WholeLM(HFLM):
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         tokens, following = super()._encode_pair(context, continuation)
         return tokens or [self.prefix_token_id], following
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
+        """Answer in batches whose logits fit into LOGIT_BYTES, as HFLM has those of all tokens at once.
+
+        The size depends on the requests, not on free memory, as rounding depends on batches.
+        """
+        tokens = max((min(len(context + following), self.max_length) for _, context, following in requests), default=1)
+        row = 2 * tokens * self.model.config.vocab_size * self.model.dtype.itemsize
+        usual = self.batch_size_per_gpu
+        self.batch_size_per_gpu = max(1, min(int(usual), LOGIT_BYTES.get(self.model.device.type, 2**33) // row))
+        try:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        finally:
+            self.batch_size_per_gpu = usual
 
 
 # ---- models of constant state ----------------------------------------------------------------------------------------

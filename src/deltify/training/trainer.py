@@ -266,12 +266,12 @@ class StageTrainer:
     def accumulate_gradients(self, batch: Batch) -> dict[str, float]:
         """Add the gradients of a batch, one micro-batch at a time, and return the mean losses of all ranks."""
         parts = batch.split(self.stage.micro_batch_size or len(batch.input_ids))
-        scale = 1 / len(parts)
+        # The graph must not refer to this object: both, and the optimizer's state, would outlive the stage.
+        step = functools.partial(micro_step, self.context, self.name, self.teacher, self.student, 1 / len(parts))
         if self.graphed is None and self.can_be_graphed():
-            step = functools.partial(self.micro_step, scale)
             self.graphed = GraphedStep(step, trained(self.optimizers), log)
         device = self.student.device
-        run = (lambda p: self.graphed(p, device)) if self.graphed else lambda p: self.micro_step(scale, p.to(device))
+        run = (lambda part: self.graphed(part, device)) if self.graphed else lambda part: step(part.to(device))
         losses = [run(part) for part in parts]
         if distributed.world_size() > 1 and not self.sharded:  # FSDP2 has done so already
             distributed.all_reduce_mean_([p.grad for p in trained(self.optimizers) if p.grad is not None])
@@ -279,12 +279,6 @@ class StageTrainer:
             losses = [divide_by_variance(self.student, losses)]
         means = torch.stack([torch.stack([loss[key].float() for key in loss]) for loss in losses]).mean(0)
         return dict(zip(losses[0], distributed.all_reduce_mean(means).tolist()))
-
-    def micro_step(self, scale: float, batch: Batch, max_documents: int | None = None) -> dict[str, Tensor]:
-        """Add the gradients of a micro-batch, times `scale`, and return its losses."""
-        arguments = (self.teacher, self.student, batch, self.stage, scale, max_documents)
-        with self.context.autocast():
-            return align_step(*arguments) if self.name == "align" else match_step(*arguments, self.context.row_group)
 
     def can_be_graphed(self) -> bool:
         """Return whether a CUDA graph can capture a step.
@@ -322,6 +316,21 @@ class StageTrainer:
             highlight=False,
         )
         return scores, samples
+
+
+def micro_step(
+    context: RunContext,
+    name: str,
+    teacher: StageTeacher,
+    student: DeltifyForCausalLM,
+    scale: float,
+    batch: Batch,
+    max_documents: int | None = None,
+) -> dict[str, Tensor]:
+    """Add the gradients of a micro-batch of the stage `name`, times `scale`, and return its losses."""
+    arguments = (teacher, student, batch, context.recipe.stage(name), scale, max_documents)
+    with context.autocast():
+        return align_step(*arguments) if name == "align" else match_step(*arguments, context.row_group)
 
 
 def share_frozen_weights(student: DeltifyForCausalLM, teacher_parameters: dict[str, nn.Parameter]) -> None:
