@@ -226,20 +226,32 @@ def measure(model: str, gpus: list[int], options: argparse.Namespace) -> None:
 
     Raises:
         RuntimeError: If the model is not trained to its end. Its parts would not be measured again after more training.
+            Or if parts fail, after all others.
     """
     if not options.unfinished and not is_finished(options.out / model / "extend"):
         raise RuntimeError(f"{model} is not trained to its end. Run: train {model}. Or give --unfinished")
-    chosen = options.parts or PARTS
+    chosen, failed = options.parts or PARTS, []
     first = list(MODELS).index(model) * len(chosen) // len(MODELS) if model in MODELS else 0
     for part in (*chosen[first:], *chosen[:first]):
-        output, log = options.out / "parts" / f"{model}-{part}", options.out / "logs" / f"measure-{model}-{part}.log"
-        if part == "gsm8k-chat":
-            for name in (model, "teacher"):
-                chat_answers(name, gpus, options)
-        elif not (output / "results.json").is_file():
-            copy_teacher_answers(options.out / "parts", output, part)
-            command = ["evaluate", options.out / model, "--output", output, *part_flags(part, options)]
-            run_deltify(command, gpus, log)
+        try:
+            measure_part(model, part, gpus, options)
+        except RuntimeError as error:
+            failed.append(str(error))
+    if failed:
+        raise RuntimeError("\n\n".join(failed))
+
+
+def measure_part(model: str, part: str, gpus: list[int], options: argparse.Namespace) -> None:
+    """Evaluate one part of a model, unless that is done."""
+    output, log = options.out / "parts" / f"{model}-{part}", options.out / "logs" / f"measure-{model}-{part}.log"
+    if part == "gsm8k-chat":
+        for name in (model, "teacher"):
+            chat_answers(name, gpus, options)
+    elif not (output / "finished").exists():  # results.json is written after each measure of a part
+        copy_teacher_answers(options.out / "parts", output, part)
+        command = ["evaluate", options.out / model, "--output", output, *part_flags(part, options)]
+        run_deltify(command, gpus, log)
+        (output / "finished").touch()
 
 
 def part_flags(part: str, options: argparse.Namespace) -> list[str]:

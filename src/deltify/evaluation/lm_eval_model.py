@@ -123,7 +123,7 @@ class WholeLM(HFLM):
         usual = self.batch_size_per_gpu
         self.batch_size_per_gpu = max(1, min(int(usual), LOGIT_BYTES.get(self.model.device.type, 2**33) // row))
         try:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         finally:
             self.batch_size_per_gpu = usual
 
