@@ -19,14 +19,15 @@ RUNS = {
     "even-7": "KDA in 23 layers, 7 evenly spaced ones stay attention",
     "even-1": "KDA in all layers but 15",
     "half-retrieving": "KDA in layers 17-24",
-    "direct": "KDA in all layers",
+    "direct-wide": "KDA in all layers, heads of 128 channels",
+    "direct": "KDA in all layers, heads of 64 channels",
 }
 
 
 def main() -> None:
     runs = json.loads((ROOT / "experiments/results/retrieval-layers.json").read_text())
     figure, ((axes,),) = open_figure(1, 1, 8, 4.2)
-    for color, (name, label) in zip(COLORS, RUNS.items()):
+    for color, (name, label) in zip((*COLORS, "black"), RUNS.items(), strict=True):
         for seed, line in ((0, "-"), (1, "--")):
             rows = runs.get(f"{name}-seed{seed}", [])
             million = [row["tokens"] / 1e6 for row in rows]

@@ -73,11 +73,12 @@ RUNS = {
     ),
     # 10M tokens each: all layers at once, or two halves that are trained apart, joined and trained together
     "direct": Run("none", 2 * M, 8 * M, LONG_MEMORY),
-    "direct-wide": Run("none", 2 * M, 8 * M, LONG_MEMORY | {"head_dim": 128}),  # not run yet
+    "direct-wide": Run("none", 2 * M, 8 * M, LONG_MEMORY | {"head_dim": 128}),
     "half-others": Run(RETRIEVING, 1 * M, 1 * M, LONG_MEMORY),
     "half-retrieving": Run(OTHERS, 1 * M, 3 * M, LONG_MEMORY),
     "halves": Run("none", 0, 4 * M, {"init": "halves"}),
     "direct-long": Run("none", 0, 28 * M, {"init": "direct"}, {"sequence_length": 4096, "batch_size": 1}),
+    "direct-wide-4k": Run("none", 0, 48 * M, {"init": "direct-wide"}, IN_4K, every=1000),  # not run yet
     "measured": Run("measured:4", 2 * M, 8 * M, sparse=0.25),
     "measured-4k": Run("measured:4", 0, 24 * M, {"init": "measured"}, IN_4K, 0.25, every=500),
     # continues a run of experiments/hybrid_layers.py --tokens 4000000 --keep-rope, in the same folder
