@@ -1,6 +1,7 @@
 """Evaluation of models side by side, and the pages of its report."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from helpers import tiny_recipe
 
 from deltify import distill, evaluate, report
 from deltify.cli import main
-from deltify.config import Stage, load_recipe
+from deltify.config import Stage, load_recipe, write_recipe
 from deltify.conversion.teacher import random_teacher
 from deltify.evaluation.benchmarks import main_metric, run_benchmarks
 from deltify.evaluation.heldout import trained_tokens
@@ -155,6 +156,19 @@ def test_tokens_of_the_model_that_a_run_starts_from_are_counted(run):
         untrained.folder.mkdir(exist_ok=True)
         write_text(untrained.folder / "metrics.jsonl", "")
         assert trained_tokens(untrained)["extend"] == tokens, start
+
+
+def test_a_stage_that_has_saved_no_model_does_not_count(run, tmp_path):
+    folder = tmp_path / "begun"
+    shutil.copytree(run, folder)
+    extend = Stage(tokens=512, sequence_length=64, batch_size=2)
+    begun = replace(load_recipe(run / "recipe.yaml"), name="begun", output=str(tmp_path), extend=extend)
+    write_recipe(begun, folder / "recipe.yaml")
+    with (folder / "metrics.jsonl").open("a") as lines:
+        lines.write(json.dumps({"stage": "extend", "step": 1, "tokens": 128, "loss": 1.0}) + "\n")
+    results = json.loads(evaluate(folder, EvaluationSpec(stages=False, controls=False)).read_text())
+    assert results["trained_length"] == 32
+    assert results["students"][0]["tokens"] == trained_tokens(load_recipe(run / "recipe.yaml"))["match"]
 
 
 def test_a_model_that_fails_half_way_keeps_what_was_measured(run, data, monkeypatch):

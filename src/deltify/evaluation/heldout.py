@@ -141,7 +141,8 @@ def ngram_baselines(train: list[TokenFile], heldout: list[Batch], vocab_size: in
 def trained_tokens(recipe: Recipe) -> dict[str, int]:
     """Return the number of tokens that each stage's model was trained on.
 
-    It includes earlier stages, and the run or stage whose student this one started from.
+    It includes earlier stages, and the run or stage whose student this one started from. A stage that saved no model
+    does not count.
     """
     init = recipe.student.init
     start = 0
@@ -150,7 +151,8 @@ def trained_tokens(recipe: Recipe) -> dict[str, int]:
         is_run = Path(init).expanduser() == parent  # else a stage of it, or "converted"
         start = at_start["extend"] if is_run else at_start.get(Path(init).name, 0)
     total = start
-    last = {name: records[-1]["tokens"] for name, records in read_stages(recipe.folder)}
+    saved = [name for name in STAGES if (recipe.folder / name / "config.json").is_file()]
+    last = {name: records[-1]["tokens"] for name, records in read_stages(recipe.folder) if name in saved}
     trained = {}
     for name in STAGES:
         total = start + last[name] if name in last else total

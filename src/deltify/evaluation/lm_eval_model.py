@@ -119,9 +119,11 @@ class WholeLM(HFLM):
         The size depends on the requests, not on free memory, as rounding depends on batches.
         """
         tokens = max((min(len(context + following), self.max_length) for _, context, following in requests), default=1)
-        row = 2 * tokens * self.model.config.vocab_size * self.model.dtype.itemsize
-        usual = self.batch_size_per_gpu
-        self.batch_size_per_gpu = max(1, min(int(usual), LOGIT_BYTES.get(self.model.device.type, 2**33) // row))
+        model, usual = self.model, self.batch_size_per_gpu
+        assert isinstance(model, PreTrainedModel)
+        each = 2 * tokens * model.config.vocab_size * model.dtype.itemsize
+        fitting = LOGIT_BYTES.get(model.device.type, 2**33) // each
+        self.batch_size_per_gpu = max(1, min(int(usual), fitting))
         try:
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         finally:

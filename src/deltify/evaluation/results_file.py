@@ -32,9 +32,9 @@ class Results:
         self.path, self.started = path, time.time()
         lengths = [
             recipe.stage(stage).sequence_length
-            for recipe in runs.values()
+            for folder, recipe in runs.items()
             for stage in STAGES
-            if recipe.stage(stage).tokens
+            if recipe.stage(stage).tokens and (Path(folder) / stage / "config.json").is_file()
         ]
         recipes = list(runs.values())
         self.content: dict = {
