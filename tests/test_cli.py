@@ -3,9 +3,10 @@
 import re
 
 import pytest
+import torch
 from helpers import tiny_recipe
 
-from deltify import distill
+from deltify import cli, distill
 from deltify.cli import main
 from deltify.config import Stage, write_recipe
 
@@ -50,3 +51,19 @@ def test_generate_streams_and_counts(tmp_path, capsys):
     run = distill(tiny_recipe(tmp_path, match=Stage()))
     assert main(["generate", str(run), "Hello", "--max-new-tokens", "5", "--device", "cpu"]) == 0
     assert re.search(r"\[[1-5] tokens in [\d.]+ s, [\d.]+ tokens/s, prompt of 5 included\]", capsys.readouterr().out)
+
+
+def test_a_full_gpu_is_an_error_of_one_line(capsys, monkeypatch):
+    def fill(options, extra):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 56.08 GiB. GPU 0 has a total capacity of 139.80 GiB of which 44.23 "
+            "GiB is free. Process 880 has 66.00 MiB memory in use."
+        )
+
+    monkeypatch.setitem(cli.COMMANDS, "recipes", (cli.COMMANDS["recipes"][0], fill))
+    assert cli.main(["recipes"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "deltify: a GPU's memory is full (CUDA out of memory. Tried to allocate 56.08 GiB. GPU 0 has"
+    )
+    assert "44.23 GiB is free). Other programs may use it" in told and told.count("\n") == 1

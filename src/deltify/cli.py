@@ -50,6 +50,16 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"deltify: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's
+            raise
+        figures = ". ".join(str(error).split(". ")[:3])
+        print(
+            f"deltify: a GPU's memory is full ({figures}). Other programs may use it: nvidia-smi lists them. End them "
+            "and run the command again",
+            file=sys.stderr,
+        )
+        return 1
     except Stopped as stopped:
         print(f"deltify: {stopped}", file=sys.stderr)
         return stopped.exit_code
