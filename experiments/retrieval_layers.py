@@ -78,7 +78,7 @@ RUNS = {
     "half-retrieving": Run(OTHERS, 1 * M, 3 * M, LONG_MEMORY),
     "halves": Run("none", 0, 4 * M, {"init": "halves"}),
     "direct-long": Run("none", 0, 28 * M, {"init": "direct"}, {"sequence_length": 4096, "batch_size": 1}),
-    "direct-wide-4k": Run("none", 0, 48 * M, {"init": "direct-wide"}, IN_4K, every=1000),  # not run yet
+    "direct-wide-4k": Run("none", 0, 48 * M, {"init": "direct-wide", "head_dim": 128}, IN_4K, every=1000),  # not run
     "measured": Run("measured:4", 2 * M, 8 * M, sparse=0.25),
     "measured-4k": Run("measured:4", 0, 24 * M, {"init": "measured"}, IN_4K, 0.25, every=500),
     # continues a run of experiments/hybrid_layers.py --tokens 4000000 --keep-rope, in the same folder
