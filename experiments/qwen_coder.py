@@ -182,12 +182,15 @@ def make_recipe(model: str, options: argparse.Namespace) -> Recipe:
         fields[f"{stage}.tokens"] = int(share * options.tokens * 1e6)
         if not share:
             continue
-        batch_tokens = options.batch_tokens or settings.batch_size * settings.sequence_length
-        rows = max(1, batch_tokens // settings.sequence_length)
+        length, wanted = settings.sequence_length, options.batch_tokens or settings.batch_size * settings.sequence_length
+        each = max(1, wanted // (length * options.gpus))  # sequences of a GPU
+        rows = each * options.gpus
         fields[f"{stage}.batch_size"] = rows
-        # GPUs share a batch, at most 8,192 tokens at a time
-        fields[f"{stage}.micro_batch_size"] = max(1, min(rows // options.gpus, 8192 // settings.sequence_length))
-        steps.append(int(share * options.tokens * 1e6) // (rows * settings.sequence_length))
+        # at most 8,192 tokens at a time
+        fields[f"{stage}.micro_batch_size"] = max(
+            n for n in range(1, each + 1) if each % n == 0 and n <= max(1, 8192 // length)
+        )
+        steps.append(int(share * options.tokens * 1e6) // (rows * length))
     fields["run.eval_every"] = max(1, max(steps) // options.validations) if options.validations else 10**9
     if options.smoke:
         fields |= smoke_fields(shares) | ({"student.full_attention_layers": "measured:1"} if model == "hybrid" else {})
@@ -225,8 +228,8 @@ def measure(model: str, gpus: list[int], options: argparse.Namespace) -> None:
     """Evaluate a model part by part. Each model begins with another part, so that it can copy the teacher's answers.
 
     Raises:
-        RuntimeError: If the model is not trained to its end. Its parts would not be measured again after more training.
-            Or if parts fail, after all others.
+        RuntimeError: If the model is not trained to its end, as its parts would not be measured again after more
+            training. Also if a part fails: the other parts are measured first.
     """
     if not options.unfinished and not is_finished(options.out / model / "extend"):
         raise RuntimeError(f"{model} is not trained to its end. Run: train {model}. Or give --unfinished")
@@ -317,6 +320,8 @@ def report_all(options: argparse.Namespace) -> None:
     done = [folder for folder in folders if (folder / "results.json").is_file()]
     if not done:
         raise SystemExit(f"nothing is measured in {options.out / 'parts'}. Run: measure {' '.join(models)}")
+    if halves := [folder.name for folder in done if not (folder / "finished").exists()]:
+        print(f"measured in part only: {', '.join(halves)}", file=sys.stderr)
     folder = combine(done, options.out / "report")
     report(folder)
     table = card_table(json.loads((folder / "results.json").read_text()), options.out / "parts" / "gsm8k-chat")
@@ -424,7 +429,7 @@ def on_gpus_of_their_own(work, options: argparse.Namespace) -> None:
         done = [pool.submit(with_group, model) for model in options.models]
         failed = [error for error in (future.exception() for future in done) if error]
     if failed:
-        raise failed[0]
+        raise RuntimeError("\n\n".join(map(str, failed)))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -438,7 +443,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gpus", type=int, default=1, help="GPUs of each model: 1, 2 or 4 (default: 1)")
     parser.add_argument("--tokens", type=float, default=75, help="millions of tokens of each model (default: 75)")
-    parser.add_argument("--batch-tokens", type=int, help="tokens of a training step (default: those of the recipe)")
+    parser.add_argument("--batch-tokens", type=int, help="tokens of a training step, and at least one sequence of a GPU (default: those of the recipe)")
     parser.add_argument(
         "--validations",
         type=int,

@@ -59,11 +59,47 @@ def test_all_models_train_on_equally_many_tokens_of_the_same_text(qwen_coder, te
         stages = [recipe.stage(name) for name in STAGES]
         assert sum(stage.tokens for stage in stages) == pytest.approx(75e6, abs=3)
         assert recipe.data.train == recipes["hybrid"].data.train and recipe.teacher.model == "T"
-        assert all(stage.batch_size // 4 % stage.micro_batch_size == 0 for stage in stages if stage.tokens)
         assert recipe.run.eval_every > 1000
     assert f"chat:{tmp_path}/answers/gsm8k" in recipes["arcee"].data.train
     assert recipes["kda-only"].extend.data_weights.keys() == recipes["kda-only"].data.train.keys()
     assert [recipes[model].student.full_attention_layers for model in recipes] == ["none", "measured:7", "none"]
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [None, 4096, 12_288, 65_536])
+def test_gpus_share_steps_of_any_size(qwen_coder, text, tmp_path, gpus, tokens):
+    more = [] if tokens is None else ["--batch-tokens", str(tokens)]
+    chosen = options(qwen_coder, text, tmp_path, "train", "--gpus", str(gpus), *more)
+    for model in qwen_coder.MODELS:
+        recipe = qwen_coder.make_recipe(model, chosen)
+        for stage in (stage for stage in map(recipe.stage, STAGES) if stage.tokens):
+            assert stage.batch_size % (gpus * stage.micro_batch_size) == 0
+            assert stage.micro_batch_size * stage.sequence_length <= 8192
+            whole = gpus * stage.sequence_length
+            if tokens is not None:  # the largest step that all GPUs share, or one sequence of each
+                assert stage.batch_size * stage.sequence_length == max(1, tokens // whole) * whole
+
+
+def test_a_part_that_fails_does_not_stop_the_others_and_is_repeated(qwen_coder, text, tmp_path, monkeypatch):
+    ran, failing = [], {"kda-only-mmlu"}
+
+    def run(arguments, gpus, log):
+        output = arguments[arguments.index("--output") + 1]
+        ran.append(output.name)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "results.json").write_text("{}")  # written after each measure
+        if output.name in failing:
+            raise RuntimeError(f"{output.name} failed")
+
+    monkeypatch.setattr(qwen_coder, "run_deltify", run)
+    parts = ("choices", "mmlu", "gsm8k")
+    chosen = options(qwen_coder, text, tmp_path, "measure", "kda-only", "--unfinished", "--parts", *parts)
+    with pytest.raises(RuntimeError, match="kda-only-mmlu failed"):
+        qwen_coder.measure("kda-only", [], chosen)
+    assert ran == [f"kda-only-{part}" for part in parts]
+    failing.clear()
+    qwen_coder.measure("kda-only", [], chosen)
+    assert ran[3:] == ["kda-only-mmlu"]
 
 
 def test_questions_are_about_passages_of_the_textbooks(qwen_coder, text, tmp_path):

@@ -55,8 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         figures = ". ".join(str(error).split(". ")[:3])
         print(
-            f"deltify: a GPU's memory is full ({figures}). Other programs may use it: nvidia-smi lists them. End them "
-            "and run the command again",
+            f"deltify: a GPU's memory is full ({figures}). Other programs may use it (nvidia-smi lists them), or this "
+            "command needs more than the GPU has",
             file=sys.stderr,
         )
         return 1

@@ -404,7 +404,7 @@ def test_batches_have_logits_that_fit_into_memory(teacher, monkeypatch):
     asked = [Instance("loglikelihood", {}, ("word " * n, "end"), 0) for n in (40, 3, 4, 5)]
     lm, rows = lm_for(teacher.model, teacher.tokenizer), []
     want = lm.loglikelihood(asked, disable_tqdm=True)
-    monkeypatch.setitem(lm_eval_model.LOGIT_BYTES, "cpu", 2 * 2 * 203 * teacher.config.vocab_size * 4)  # two of them
+    monkeypatch.setitem(lm_eval_model.LOGIT_BYTES, "cpu", 2 * 3 * 203 * teacher.config.vocab_size * 4)  # two of them
     hook = teacher.model.register_forward_pre_hook(lambda model, args: rows.append(len(args[0])))
     answers = lm.loglikelihood(asked, disable_tqdm=True)
     hook.remove()

@@ -168,7 +168,10 @@ def test_a_stage_that_has_saved_no_model_does_not_count(run, tmp_path):
         lines.write(json.dumps({"stage": "extend", "step": 1, "tokens": 128, "loss": 1.0}) + "\n")
     results = json.loads(evaluate(folder, EvaluationSpec(stages=False, controls=False)).read_text())
     assert results["trained_length"] == 32
-    assert results["students"][0]["tokens"] == trained_tokens(load_recipe(run / "recipe.yaml"))["match"]
+    whole = trained_tokens(load_recipe(run / "recipe.yaml"))
+    assert results["students"][0]["tokens"] == whole["match"]
+    (folder / "match" / "unfinished.json").write_text(json.dumps({"step": 3}))  # it stopped there, and went on since
+    assert trained_tokens(begun)["match"] == whole["align"] + 3 * 2 * 32
 
 
 def test_a_model_that_fails_half_way_keeps_what_was_measured(run, data, monkeypatch):

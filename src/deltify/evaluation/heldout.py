@@ -1,5 +1,6 @@
 """Scores on held-out text: perplexity, KL to the teacher, top-1 agreement, and n-gram baselines."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -150,11 +151,22 @@ def trained_tokens(recipe: Recipe) -> dict[str, int]:
         at_start = trained_tokens(load_recipe(parent / "recipe.yaml"))
         is_run = Path(init).expanduser() == parent  # else a stage of it, or "converted"
         start = at_start["extend"] if is_run else at_start.get(Path(init).name, 0)
-    total = start
-    saved = [name for name in STAGES if (recipe.folder / name / "config.json").is_file()]
-    last = {name: records[-1]["tokens"] for name, records in read_stages(recipe.folder) if name in saved}
-    trained = {}
+    last = {name: saved_tokens(recipe.folder / name, records) for name, records in read_stages(recipe.folder)}
+    total, trained = start, {}
     for name in STAGES:
-        total = start + last[name] if name in last else total
+        if (tokens := last.get(name)) is not None:
+            total = start + tokens
         trained[name] = total
     return trained
+
+
+def saved_tokens(folder: Path, records: list[dict]) -> int | None:
+    """Return the tokens at which a stage saved its model, of its lines in metrics.jsonl. None if it saved none.
+
+    A stage that stopped early may have gone on since, without saving its model again.
+    """
+    if not (folder / "config.json").is_file():
+        return None
+    stopped = folder / "unfinished.json"
+    step = json.loads(stopped.read_text())["step"] if stopped.is_file() else records[-1]["step"]
+    return max(record["tokens"] for record in records if record["step"] <= step)

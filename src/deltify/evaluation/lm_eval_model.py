@@ -40,7 +40,7 @@ except ModuleNotFoundError as error:
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # tokens, padding included
 STATE_BYTES = {"cpu": 2**28, "cuda": 2**31}  # recurrent states
 WHOLE_BATCH_SIZE = {"cpu": 8, "cuda": 64}  # sequences of a `WholeLM`
-LOGIT_BYTES = {"cpu": 2**30, "cuda": 2**33}  # logits and their log-softmax, in a `WholeLM`
+LOGIT_BYTES = {"cpu": 2**30, "cuda": 2**33}  # logits of a `WholeLM`, their log-softmax, and that of the last batch
 MAX_PREDICTIONS = 1024  # positions whose logits exist at a time
 SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}  # options of generation that do not depend on the prompt
 
@@ -121,7 +121,7 @@ class WholeLM(HFLM):
         tokens = max((min(len(context + following), self.max_length) for _, context, following in requests), default=1)
         model, usual = self.model, self.batch_size_per_gpu
         assert isinstance(model, PreTrainedModel)
-        each = 2 * tokens * model.config.vocab_size * model.dtype.itemsize
+        each = 3 * tokens * model.config.vocab_size * model.dtype.itemsize
         fitting = LOGIT_BYTES.get(model.device.type, 2**33) // each
         self.batch_size_per_gpu = max(1, min(int(usual), fitting))
         try:
