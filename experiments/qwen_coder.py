@@ -182,7 +182,8 @@ def make_recipe(model: str, options: argparse.Namespace) -> Recipe:
         fields[f"{stage}.tokens"] = int(share * options.tokens * 1e6)
         if not share:
             continue
-        length, wanted = settings.sequence_length, options.batch_tokens or settings.batch_size * settings.sequence_length
+        length = settings.sequence_length
+        wanted = options.batch_tokens or settings.batch_size * length
         each = max(1, wanted // (length * options.gpus))  # sequences of a GPU
         rows = each * options.gpus
         fields[f"{stage}.batch_size"] = rows
@@ -443,7 +444,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gpus", type=int, default=1, help="GPUs of each model: 1, 2 or 4 (default: 1)")
     parser.add_argument("--tokens", type=float, default=75, help="millions of tokens of each model (default: 75)")
-    parser.add_argument("--batch-tokens", type=int, help="tokens of a training step, and at least one sequence of a GPU (default: those of the recipe)")
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        help="tokens of a training step, and at least one sequence of a GPU (default: those of the recipe)",
+    )
     parser.add_argument(
         "--validations",
         type=int,
