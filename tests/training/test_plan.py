@@ -129,6 +129,14 @@ def test_afm_counts_are_those_of_the_published_model_and_its_stages_as_measured(
         assert stage.batch_size * stage.sequence_length / planned.seconds == pytest.approx(rate, rel=0.3)
 
 
+def test_qwen_takes_the_memory_and_time_that_were_measured():
+    pair_of_qwen = pair(Qwen2Config(**QWEN2 | {"tie_word_embeddings": False}))  # a GGUF file has a head of its own
+    for name, memory, rate in (("align", 8.9, 56_149), ("match", 66.5, 25_483)):
+        planned = plan_stage(name, Stage(2**30, 2048, 4), *pair_of_qwen, "h200", 1)
+        assert planned.total / 2**30 == pytest.approx(memory, rel=0.1)
+        assert 4 * 2048 / planned.seconds == pytest.approx(rate, rel=0.2)
+
+
 def test_a_process_loads_and_converts_little_more_than_its_part(smollm2):
     whole, half, quarter = (loading_bytes(*smollm2, pieces) for pieces in (1, 2, 4))
     assert whole == 2 * count(smollm2[0].model) + 4 * count(smollm2[1])

@@ -42,10 +42,10 @@ DATA_SHEETS = {"a100": (312e12, 80e9), "a100-40gb": (312e12, 40e9), "l40s": (362
 DATA_SHEET_EFFICIENCY = MEASURED["h200"] / 989e12
 GPUS = MEASURED | {name: DATA_SHEET_EFFICIENCY * flops for name, (flops, _) in DATA_SHEETS.items()}
 MEMORY |= {name: memory for name, (_, memory) in DATA_SHEETS.items()}
-# Fraction of that rate that the matrix products of a step reach at width 576. It grows as width ** 0.5. These numbers
-# and LAYER_SECONDS were fitted to 11 kinds of steps of SmolLM2-135M, within 20 %, and to 3 at width 2,560.
-MATMUL_EFFICIENCY, EFFICIENCY_WIDTH, EFFICIENCY_POWER = 0.23, 576, 0.5
-ATTENTION_FACTOR = 1.3  # time per FLOP of the products inside attention, relative to other products
+# Fraction of that rate that the matrix products of a step reach at width 576. It grows as width ** 0.7, up to a half.
+# These numbers and LAYER_SECONDS were fitted to 11 kinds of steps of SmolLM2-135M, 2 at width 1,536 and 3 at width
+# 2,560 (docs/log/benchmarks.md).
+MATMUL_EFFICIENCY, EFFICIENCY_WIDTH, EFFICIENCY_POWER = 0.22, 576, 0.7
 LAYER_SECONDS = 1.15e-3  # per layer and micro-batch, of small kernels that do not fill the GPU
 HOST_SECONDS = 8.5e-3  # per layer and micro-batch, of Python and launches without a CUDA graph
 BACKWARD_TOKEN_HEADS = 2**18  # tokens times heads that the operator's backward pass processes at a time
@@ -274,11 +274,11 @@ def multiplied(model: PreTrainedModel) -> list[nn.Parameter]:
 def attention_flops(teacher: Teacher, student: DeltifyForCausalLM, length: int, name: str) -> float:
     """Return the FLOPs per token of attention scores and weighted sums, in sequences of `length` tokens.
 
-    They are scaled by ATTENTION_FACTOR. The teacher's attention computes masked positions too. The student's full
-    attention skips them and needs three passes, so each layer counts 1.5 times as much.
+    The teacher's attention computes masked positions too. The student's full attention skips them and needs three
+    passes, so each layer counts 1.5 times as much.
     """
     config = teacher.config
-    layer = ATTENTION_FACTOR * 4 * length * config.num_attention_heads * head_width(config)
+    layer = 4 * length * config.num_attention_heads * head_width(config)
     kept = sum(layer.kind == "full_attention" for layer in student.model.layers) if name != "align" else 0
     return layer * (config.num_hidden_layers + 1.5 * kept)
 
