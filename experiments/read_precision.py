@@ -18,6 +18,7 @@ Takes about ten minutes on two CPU cores.
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -40,6 +41,17 @@ LAYER, HEADS = 18, (6, 7)  # the two heads that retrieve most
 ROWS, TEST_ROWS = 64, 8
 CODE_WIDTH = 64
 LEAST_MASS = 0.2  # attention to far tokens below which a token does not count
+# functions of queries and keys before their normalisation; "silu" is that of KDA
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "silu": F.silu,
+    "silu squared": lambda x: F.silu(x) * F.silu(x).abs(),  # keeps the sign
+    "silu cubed": lambda x: F.silu(x) ** 3,
+    "relu squared": lambda x: F.relu(x).square(),
+    "softmax": lambda x: x.softmax(-1),  # over the channels
+    "silu of both signs": lambda x: torch.cat([F.silu(x), F.silu(-x)], -1),  # twice as many channels
+    "silu squared of both signs": lambda x: torch.cat([F.silu(y) * F.silu(y).abs() for y in (x, -x)], -1),
+}
 
 
 def far_mask(tokens: int) -> Tensor:
@@ -154,11 +166,11 @@ class Heads(nn.Module):
     directions, equal for queries and keys.
     """
 
-    def __init__(self, teacher: Teacher, rows: list[Row], width: int, silu: bool, seed: int):
+    def __init__(self, teacher: Teacher, rows: list[Row], width: int, activation: str, seed: int):
         super().__init__()
         attention = teacher.model.model.layers[LAYER].self_attn
         x = torch.cat([row.x_TD for row in rows[:8]])
-        self.mean, self.width, self.silu = x.mean(0), width, silu
+        self.mean, self.activation = x.mean(0), ACTIVATIONS[activation]
         q, k = (
             projection.weight.detach().unflatten(0, (-1, 64)) for projection in (attention.q_proj, attention.k_proj)
         )
@@ -173,9 +185,9 @@ class Heads(nn.Module):
         """Return the loss, and the mean share of the codes [T, H, K] that were to be read."""
         x = row.x_TD - self.mean
         q, k = (torch.einsum("td,hkd->thk", x, weight)[None] for weight in (self.q, self.k))
-        q, k = (F.silu(q), F.silu(k)) if self.silu else (q, k)
-        beta = (x @ self.b.mT + self.b_shift)[None]
-        gates = torch.zeros_like(q), beta, torch.zeros(len(HEADS)), torch.full((len(HEADS) * self.width,), -12.0)
+        q, k = self.activation(q), self.activation(k)
+        beta, channels = (x @ self.b.mT + self.b_shift)[None], q.shape[-1]
+        gates = torch.zeros_like(q), beta, torch.zeros(len(HEADS)), torch.full((len(HEADS) * channels,), -12.0)
         read, _ = kda(q, k, codes[None], *gates)  # softplus(-12): a half-life of 100,000 tokens
         loss = share = mass = torch.zeros(())
         for index, (at, weights, sums) in enumerate(row.far):
@@ -213,6 +225,10 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="text that the facts are put into")
     parser.add_argument("--heldout", required=True, help="validation text")
     parser.add_argument("--width", nargs="+", type=int, default=[64, 128, 256], help="widths of the heads")
+    parser.add_argument(
+        "--activation", nargs="+", default=["none", "silu"], choices=ACTIVATIONS, metavar="NAME",
+        help=f"of queries and keys: {', '.join(ACTIVATIONS)} (default: none, silu)",
+    )  # fmt: skip
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=600, help="training steps of a row each")
     parser.add_argument("--lr", type=float, default=1e-2)
@@ -229,12 +245,11 @@ def main() -> None:
             calibration = MixedBatches(train, [1.0], LENGTH, 4, 9).batch(0)
             return print_teacher(teacher, calibration, heldout, recipe.run.heldout_tokens)
         rows = read_rows(teacher, MixedBatches(train, [1.0], LENGTH, 1, 5), ROWS + TEST_ROWS)
-    print("| width | SiLU | seed | share |\n|---|---|---|---|")
-    for width in options.width:
-        for silu in (False, True):
-            for seed in options.seed:
-                share = train_heads(Heads(teacher, rows, width, silu, seed), rows, options.steps, options.lr, seed)
-                print(f"| {width} | {'yes' if silu else 'no'} | {seed} | {share:.3f} |", flush=True)
+    print("| width | activation | seed | share |\n|---|---|---|---|")
+    for width, activation, seed in itertools.product(options.width, options.activation, options.seed):
+        heads = Heads(teacher, rows, width, activation, seed)
+        share = train_heads(heads, rows, options.steps, options.lr, seed)
+        print(f"| {width} | {activation} | {seed} | {share:.3f} |", flush=True)
 
 
 if __name__ == "__main__":
