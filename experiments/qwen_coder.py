@@ -178,9 +178,8 @@ def make_recipe(model: str, options: argparse.Namespace) -> Recipe:
         fields["extend.data_weights"] = json.dumps(named(LONG_MIX, options))
     steps = []
     for stage, settings in zip(STAGES, map(load_recipe(name).stage, STAGES)):
-        share = shares.get(stage, 0)
-        fields[f"{stage}.tokens"] = int(share * options.tokens * 1e6)
-        if not share:
+        tokens = fields[f"{stage}.tokens"] = int(shares.get(stage, 0) * options.tokens * 1e6)
+        if not tokens:
             continue
         length = settings.sequence_length
         wanted = options.batch_tokens or settings.batch_size * length
@@ -191,7 +190,7 @@ def make_recipe(model: str, options: argparse.Namespace) -> Recipe:
         fields[f"{stage}.micro_batch_size"] = max(
             n for n in range(1, each + 1) if each % n == 0 and n <= max(1, 8192 // length)
         )
-        steps.append(int(share * options.tokens * 1e6) // (rows * length))
+        steps.append(tokens // (rows * length))
     fields["run.eval_every"] = max(1, max(steps) // options.validations) if options.validations else 10**9
     if options.smoke:
         fields |= smoke_fields(shares) | ({"student.full_attention_layers": "measured:1"} if model == "hybrid" else {})

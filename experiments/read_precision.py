@@ -41,16 +41,23 @@ LAYER, HEADS = 18, (6, 7)  # the two heads that retrieve most
 ROWS, TEST_ROWS = 64, 8
 CODE_WIDTH = 64
 LEAST_MASS = 0.2  # attention to far tokens below which a token does not count
+
+
+def silu_squared(x: Tensor) -> Tensor:
+    """Return the square of silu(x) with its sign."""
+    return F.silu(x) * F.silu(x).abs()
+
+
 # functions of queries and keys before their normalisation; "silu" is that of KDA
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "silu": F.silu,
-    "silu squared": lambda x: F.silu(x) * F.silu(x).abs(),  # keeps the sign
+    "silu squared": silu_squared,
     "silu cubed": lambda x: F.silu(x) ** 3,
     "relu squared": lambda x: F.relu(x).square(),
     "softmax": lambda x: x.softmax(-1),  # over the channels
     "silu of both signs": lambda x: torch.cat([F.silu(x), F.silu(-x)], -1),  # twice as many channels
-    "silu squared of both signs": lambda x: torch.cat([F.silu(y) * F.silu(y).abs() for y in (x, -x)], -1),
+    "silu squared of both signs": lambda x: torch.cat([silu_squared(x), silu_squared(-x)], -1),
 }
 
 

@@ -53,7 +53,7 @@ def options(qwen_coder, text, out, *more):
 
 
 def test_all_models_train_on_equally_many_tokens_of_the_same_text(qwen_coder, text, tmp_path):
-    chosen = options(qwen_coder, text, tmp_path, "train", "--gpus", "4")
+    chosen = options(qwen_coder, text, tmp_path, "train")
     recipes = {model: qwen_coder.make_recipe(model, chosen) for model in qwen_coder.MODELS}
     for recipe in recipes.values():
         stages = [recipe.stage(name) for name in STAGES]

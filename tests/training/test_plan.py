@@ -130,9 +130,9 @@ def test_afm_counts_are_those_of_the_published_model_and_its_stages_as_measured(
 
 
 def test_qwen_takes_the_memory_and_time_that_were_measured():
-    pair_of_qwen = pair(Qwen2Config(**QWEN2 | {"tie_word_embeddings": False}))  # a GGUF file has a head of its own
+    qwen = pair(Qwen2Config(**QWEN2 | {"tie_word_embeddings": False}))  # a GGUF file has a head of its own
     for name, memory, rate in (("align", 8.9, 56_149), ("match", 66.5, 25_483)):
-        planned = plan_stage(name, Stage(2**30, 2048, 4), *pair_of_qwen, "h200", 1)
+        planned = plan_stage(name, Stage(2**30, 2048, 4), *qwen, "h200", 1)
         assert planned.total / 2**30 == pytest.approx(memory, rel=0.1)
         assert 4 * 2048 / planned.seconds == pytest.approx(rate, rel=0.2)
 

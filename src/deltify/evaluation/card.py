@@ -13,6 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from ..config import STAGES
 from ..conversion.teacher import EMBEDDED
 from ..data.sources import chats_of, recall_over
+from ..utils.folders import saved_stages
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 CARRIED_OVER = (*LICENSE_FIELDS, "language")
@@ -154,10 +155,8 @@ def recipe_folder(source: str) -> Path | None:
 
 def last_stage(run: Path) -> Path | None:
     """Return the folder of a run's last stage, or None if it has none."""
-    for name in reversed(STAGES):
-        if (run / name / "config.json").is_file():
-            return run / name
-    return None
+    trained = [name for name in saved_stages(run) if name in STAGES]
+    return run / trained[-1] if trained else None
 
 
 def hub_datasets(recipes: dict[Path, str]) -> list[str]:

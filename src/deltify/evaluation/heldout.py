@@ -18,6 +18,7 @@ from ..training.distributed import check_same, from_first, share_out
 from ..training.metrics import read_stages
 from ..training.steps import hidden_states, next_tokens
 from ..utils.console import with_progress
+from ..utils.folders import saved_stages
 from ..utils.scoring import kl_terms, label_log_probs, log_probs, perplexity
 from .card import recipe_folder
 
@@ -151,22 +152,20 @@ def trained_tokens(recipe: Recipe) -> dict[str, int]:
         at_start = trained_tokens(load_recipe(parent / "recipe.yaml"))
         is_run = Path(init).expanduser() == parent  # else a stage of it, or "converted"
         start = at_start["extend"] if is_run else at_start.get(Path(init).name, 0)
-    last = {name: saved_tokens(recipe.folder / name, records) for name, records in read_stages(recipe.folder)}
+    lines, saved = dict(read_stages(recipe.folder)), saved_stages(recipe.folder)
     total, trained = start, {}
     for name in STAGES:
-        if (tokens := last.get(name)) is not None:
-            total = start + tokens
+        if name in lines and name in saved:
+            total = start + saved_tokens(recipe.folder / name, lines[name])
         trained[name] = total
     return trained
 
 
-def saved_tokens(folder: Path, records: list[dict]) -> int | None:
-    """Return the tokens at which a stage saved its model, of its lines in metrics.jsonl. None if it saved none.
+def saved_tokens(folder: Path, records: list[dict]) -> int:
+    """Return the tokens at which a stage saved its model, of its lines in metrics.jsonl.
 
     A stage that stopped early may have gone on since, without saving its model again.
     """
-    if not (folder / "config.json").is_file():
-        return None
     stopped = folder / "unfinished.json"
     step = json.loads(stopped.read_text())["step"] if stopped.is_file() else records[-1]["step"]
     return max(record["tokens"] for record in records if record["step"] <= step)

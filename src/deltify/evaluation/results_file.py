@@ -16,6 +16,7 @@ from ..conversion.teacher import Teacher
 from ..training.distributed import rank
 from ..utils.devices import device_name
 from ..utils.files import write_text
+from ..utils.folders import saved_stages
 
 
 class Results:
@@ -34,7 +35,7 @@ class Results:
             recipe.stage(stage).sequence_length
             for folder, recipe in runs.items()
             for stage in STAGES
-            if recipe.stage(stage).tokens and (Path(folder) / stage / "config.json").is_file()
+            if recipe.stage(stage).tokens and stage in saved_stages(Path(folder))
         ]
         recipes = list(runs.values())
         self.content: dict = {

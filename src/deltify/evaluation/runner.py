@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import STAGES, Recipe, load_recipe
+from ..config import Recipe, load_recipe
 from ..conversion.teacher import Teacher, load_teacher
 from ..data.sources import documents
 from ..data.token_files import file_name
@@ -28,7 +28,7 @@ from ..training.teachers import open_teacher
 from ..utils.console import log, with_progress
 from ..utils.devices import pick_device
 from ..utils.fingerprint import fingerprint
-from ..utils.folders import model_folder
+from ..utils.folders import model_folder, saved_stages
 from ..utils.tokens import token_ids
 from .benchmarks import compare_with_teacher, run_benchmarks
 from .controls import make_controls
@@ -300,8 +300,7 @@ def open_models(
     for source in sources:
         folders = {Path(source).name: model_folder(source)}
         if source in runs and all_stages:
-            stages = [name for name in ("converted", *STAGES) if (Path(source) / name / "config.json").is_file()]
-            folders = {name: str(Path(source) / name) for name in stages}
+            folders = {name: str(Path(source) / name) for name in saved_stages(Path(source))}
         for name, folder in folders.items():
             if name in opened or name == "teacher":
                 raise ValueError(f"Two models would be called {name!r}. Rename the folder {source}.")

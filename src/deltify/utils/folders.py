@@ -18,9 +18,13 @@ def model_folder(path: str) -> str:
         return path
     if (folder / "config.json").is_file():
         return str(folder)
-    for name in (*reversed(STAGES), "converted"):
-        if (folder / name / "config.json").is_file():
-            return str(folder / name)
+    if stages := saved_stages(folder):
+        return str(folder / stages[-1])
     raise FileNotFoundError(
         f"{path} holds neither a model (config.json) nor a run (converted/, align/, match/, extend/)"
     )
+
+
+def saved_stages(run: Path) -> list[str]:
+    """Return the stages of a run that have saved a model, in their order. The first one is "converted"."""
+    return [name for name in ("converted", *STAGES) if (run / name / "config.json").is_file()]
