@@ -2,7 +2,8 @@
 
     run="python experiments/qwen_coder.py --teacher qwen.gguf --text TEXT --out OUT"
     $run answers                                  # questions, and the teacher's answers to them
-    $run train kda-only hybrid arcee              # 75M tokens each
+    $run align kda-only hybrid                    # may run at the same time, on other GPUs
+    $run train kda-only hybrid arcee              # 75M tokens each, those of align counted
     $run measure kda-only hybrid arcee
     $run report
 
@@ -12,8 +13,10 @@ splits of the benchmarks. WinoGrande is measured if eval/ has winogrande_validat
 
 - `answers`: The teacher answers the training questions of GSM8K, four times each. Answers with the right last number
   are kept. It also answers requests about passages of the textbooks, once each.
-- `train`: Training text is textbooks, podcasts, books, sparse recall text and these answers. Of the answers, only the
-  teacher's tokens count.
+- `align`: The align stage of our models is a run of its own, in OUT/MODEL-align. Its text is textbooks, podcasts, books
+  and sparse recall text.
+- `train`: The other stages begin with the model of `align`, which is trained first if it is not there. Their text is
+  that of align and these answers. Of the answers, only the teacher's tokens count.
 - `measure`: Each model is measured in parts. The teacher's answers of a part are copied, not repeated.
 - `report`: One report of all parts, and OUT/report/card.md, a table beside the figures of AFM-4.5B-Base-KDA-Only.
 
@@ -46,6 +49,7 @@ from deltify.evaluation.report import combine
 from deltify.training.checkpoint import is_finished
 
 # weights of sources in sequences of 2,048 tokens and, for our models, in longer ones; not tuned
+ALIGN_MIX = {"openstax": 0.3, "changelog": 0.15, "gutenberg-0": 0.3, "sparse-recall:openstax": 0.25}
 MIX = {
     "openstax": 0.2, "changelog": 0.1, "gutenberg-0": 0.2, "sparse-recall:openstax": 0.25, "chat:gsm8k": 0.15,
     "chat:textbooks": 0.1,
@@ -54,12 +58,13 @@ LONG_MIX = {
     "openstax": 0.05, "changelog": 0.15, "gutenberg-0": 0.4, "sparse-recall:openstax": 0.25, "chat:gsm8k": 0.1,
     "chat:textbooks": 0.05,
 }  # fmt: skip
-# recipe of each model, and the fraction of the tokens in each stage
-OURS = {"align": 0.125, "match": 0.75, "extend": 0.125}
-MODELS = {
-    "kda-only": ("qwen2.5-1.5b-kda", OURS),
-    "hybrid": ("qwen2.5-1.5b-hybrid", OURS),
-    "arcee": ("baselines/arcee", {"match": 0.875, "extend": 0.125}),
+# recipe of each model, the fraction of the tokens in each stage, and fields that differ from the recipe's
+OURS = {"align": 0.25, "match": 0.65, "extend": 0.1}
+MODELS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
+    "kda-only": ("qwen2.5-1.5b-kda", OURS, {}),
+    "hybrid": ("qwen2.5-1.5b-hybrid", OURS, {}),
+    "hybrid-rope": ("qwen2.5-1.5b-hybrid", OURS, {"student.keep_rope": "true"}),
+    "arcee": ("baselines/arcee", {"match": 0.875, "extend": 0.125}, {}),
 }
 SHARD = 1000  # questions of a file of answers
 REQUESTS = (
@@ -152,33 +157,50 @@ def passages(paragraphs: list[str]) -> Iterator[str]:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def train(model: str, gpus: list[int], options: argparse.Namespace) -> None:
+def align(model: str, gpus: list[str], options: argparse.Namespace) -> None:
+    """Train the align stage of a model of `MODELS`, or go on with it."""
+    distill(make_recipe(model, options, aligned=True), gpus, options)
+
+
+def train(model: str, gpus: list[str], options: argparse.Namespace) -> None:
     """Train a model of `MODELS`, or go on with it."""
-    recipe = make_recipe(model, options)
-    path = options.out / "recipes" / f"{model}.yaml"
+    if "align" in MODELS[model][1] and not is_finished(align_folder(model, options)):
+        align(model, gpus, options)
+    distill(make_recipe(model, options), gpus, options)
+
+
+def align_folder(model: str, options: argparse.Namespace) -> Path:
+    return options.out / f"{model}-align" / "align"
+
+
+def distill(recipe: Recipe, gpus: list[str], options: argparse.Namespace) -> None:
+    path = options.out / "recipes" / f"{recipe.name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_recipe(recipe, path)
     more = ["--resume"] if (recipe.folder / "recipe.yaml").exists() else []
     if options.max_minutes is not None:
         more += ["--max-minutes", options.max_minutes]
-    run_deltify(["distill", path, *more], gpus, options.out / "logs" / f"train-{model}.log")
+    run_deltify(["distill", path, *more], gpus, options.out / "logs" / f"train-{recipe.name}.log")
 
 
-def make_recipe(model: str, options: argparse.Namespace) -> Recipe:
-    """Return the recipe of a model with the texts and tokens of the command line."""
-    name, shares = MODELS[model]
+def make_recipe(model: str, options: argparse.Namespace, aligned: bool = False) -> Recipe:
+    """Return the recipe of a model's align stage, or of its other stages, with the command line's texts and tokens."""
+    name, shares, changes = MODELS[model]
+    stages = {stage: share for stage, share in shares.items() if (stage == "align") == aligned}
     fields: dict[str, object] = {
-        "name": model, "output": options.out, "seed": options.seed, "teacher.model": options.teacher,
-        "teacher.architecture": "qwen2", "data.train": json.dumps(named(MIX, options)), "data.max_tokens": "null",
+        "name": f"{model}-align" if aligned else model, "output": options.out, "seed": options.seed,
+        "teacher.model": options.teacher, "teacher.architecture": "qwen2",
+        "data.train": json.dumps(named(ALIGN_MIX if aligned else MIX, options)), "data.max_tokens": "null",
         "data.heldout": options.text / "eval" / "heldout_dev.jsonl", "data.folder": options.data,
         "run.heldout_tokens": 131_072, "run.heldout_sequence_length": 2048, "run.save_every_minutes": 10_000,
         "run.keep_checkpoints": 1,
-    }  # fmt: skip
-    if model != "arcee":
+    } | changes  # fmt: skip
+    if "align" in shares and not aligned:
+        fields["student.init"] = align_folder(model, options)
         fields["extend.data_weights"] = json.dumps(named(LONG_MIX, options))
     steps = []
     for stage, settings in zip(STAGES, map(load_recipe(name).stage, STAGES)):
-        tokens = fields[f"{stage}.tokens"] = int(shares.get(stage, 0) * options.tokens * 1e6)
+        tokens = fields[f"{stage}.tokens"] = int(stages.get(stage, 0) * options.tokens * 1e6)
         if not tokens:
             continue
         length = settings.sequence_length
@@ -193,7 +215,8 @@ def make_recipe(model: str, options: argparse.Namespace) -> Recipe:
         steps.append(tokens // (rows * length))
     fields["run.eval_every"] = max(1, max(steps) // options.validations) if options.validations else 10**9
     if options.smoke:
-        fields |= smoke_fields(shares) | ({"student.full_attention_layers": "measured:1"} if model == "hybrid" else {})
+        fields |= smoke_fields(stages)
+        fields |= {"student.full_attention_layers": "measured:1"} if name == "qwen2.5-1.5b-hybrid" else {}
     return load_recipe(name, flags_of(fields))
 
 
@@ -224,7 +247,7 @@ def named(weights: dict[str, float], options: argparse.Namespace) -> dict[str, f
 # ---- measures --------------------------------------------------------------------------------------------------------
 
 
-def measure(model: str, gpus: list[int], options: argparse.Namespace) -> None:
+def measure(model: str, gpus: list[str], options: argparse.Namespace) -> None:
     """Evaluate a model part by part. Each model begins with another part, so that it can copy the teacher's answers.
 
     Raises:
@@ -244,7 +267,7 @@ def measure(model: str, gpus: list[int], options: argparse.Namespace) -> None:
         raise RuntimeError("\n\n".join(failed))
 
 
-def measure_part(model: str, part: str, gpus: list[int], options: argparse.Namespace) -> None:
+def measure_part(model: str, part: str, gpus: list[str], options: argparse.Namespace) -> None:
     """Evaluate one part of a model, unless that is done."""
     output, log = options.out / "parts" / f"{model}-{part}", options.out / "logs" / f"measure-{model}-{part}.log"
     if part == "gsm8k-chat":
@@ -286,7 +309,7 @@ def part_flags(part: str, options: argparse.Namespace) -> list[str]:
     return [*flags(fields), "--no-stages", *unused, *recall]
 
 
-def chat_answers(model: str, gpus: list[int], options: argparse.Namespace) -> None:
+def chat_answers(model: str, gpus: list[str], options: argparse.Namespace) -> None:
     """Write a model's right answers to GSM8K's test questions in its chat format, unless it has.
 
     The file holds right answers only. Its name ends with the number of questions.
@@ -295,7 +318,7 @@ def chat_answers(model: str, gpus: list[int], options: argparse.Namespace) -> No
     with questions.open() as lines:
         count = min(options.limit or CHOICES["gsm8k"][1], sum(1 for line in lines if line.strip()))
     done = options.out / "parts" / "gsm8k-chat" / f"{model}-{count}.jsonl"
-    unfinished = options.out / "unfinished" / f"gsm8k-chat-{model}-{os.getpid()}-{gpus}.jsonl"
+    unfinished = options.out / "unfinished" / f"gsm8k-chat-{model}-{os.getpid()}-{'-'.join(gpus)}.jsonl"
     if done.exists():
         return
     unfinished.unlink(missing_ok=True)
@@ -383,11 +406,15 @@ def flags_of(fields: dict) -> list[str]:
     return [f"--{name}={value}" for name, value in fields.items()]
 
 
-def visible_gpus(options: argparse.Namespace) -> list[int]:
-    return [] if options.smoke else list(range(torch.cuda.device_count()))
+def visible_gpus(options: argparse.Namespace) -> list[str]:
+    """Return the numbers of the GPUs that CUDA_VISIBLE_DEVICES names, or of all."""
+    if options.smoke:
+        return []
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return names or [str(gpu) for gpu in range(torch.cuda.device_count())]
 
 
-def run_deltify(arguments: list, gpus: list[int], log: Path) -> None:
+def run_deltify(arguments: list, gpus: list[str], log: Path) -> None:
     """Run a command of deltify on some GPUs, or on the CPU without any, and write what it prints to a file.
 
     Raises:
@@ -395,10 +422,10 @@ def run_deltify(arguments: list, gpus: list[int], log: Path) -> None:
     """
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={len(gpus)}"] if len(gpus) > 1 else []
     command = [sys.executable, *start, "-m", "deltify.cli", *map(str, arguments)]
-    print(f"{log.stem}: GPUs {gpus or 'none'}, {log}", flush=True)
+    print(f"{log.stem}: GPUs {', '.join(gpus) or 'none'}, {log}", flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     (log.parent.parent / "unfinished").mkdir(exist_ok=True)
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     with log.open("a") as out:
         out.write(f"$ {' '.join(command)}\n")
         out.flush()
@@ -414,7 +441,7 @@ def on_gpus_of_their_own(work, options: argparse.Namespace) -> None:
     groups = [group for group in groups if len(group) == options.gpus]
     if gpus and not groups:
         raise SystemExit(f"--gpus {options.gpus}, but there are {len(gpus)}. Give fewer.")
-    free: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+    free: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
     for group in groups or [[]]:
         free.put(group)
 
@@ -434,8 +461,8 @@ def on_gpus_of_their_own(work, options: argparse.Namespace) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("answers", "train", "measure", "report"))
-    parser.add_argument("models", nargs="*", help=f"of train, measure and report: {', '.join(MODELS)} (default: all)")
+    parser.add_argument("what", choices=("answers", "align", "train", "measure", "report"))
+    parser.add_argument("models", nargs="*", help=f"of all but answers: {', '.join(MODELS)} (default: all)")
     parser.add_argument("--teacher", required=True, help="folder, GGUF file or hub id")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -465,10 +492,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--book-tokens", type=int, default=65536, help="tokens read of each of four books")
     parser.add_argument("--smoke", action="store_true", help="try the script in small on the CPU")
     options = parser.parse_args(arguments)
-    if options.what in ("train", "measure"):
-        options.models = options.models or [*MODELS]
-    if unknown := [model for model in options.models if model not in MODELS]:
-        parser.error(f"unknown models {unknown}; choose from {', '.join(MODELS)}")
+    known = [model for model in MODELS if options.what != "align" or "align" in MODELS[model][1]]
+    if options.what in ("align", "train", "measure"):
+        options.models = options.models or known
+    if unknown := [model for model in options.models if model not in known]:
+        parser.error(f"unknown models {unknown}; choose from {', '.join(known)}")
     return options
 
 
@@ -479,7 +507,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif options.what == "report":
         report_all(options)
     else:
-        on_gpus_of_their_own({"train": train, "measure": measure}[options.what], options)
+        on_gpus_of_their_own({"align": align, "train": train, "measure": measure}[options.what], options)
 
 
 if __name__ == "__main__":

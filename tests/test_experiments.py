@@ -55,14 +55,19 @@ def options(qwen_coder, text, out, *more):
 def test_all_models_train_on_equally_many_tokens_of_the_same_text(qwen_coder, text, tmp_path):
     chosen = options(qwen_coder, text, tmp_path, "train")
     recipes = {model: qwen_coder.make_recipe(model, chosen) for model in qwen_coder.MODELS}
-    for recipe in recipes.values():
-        stages = [recipe.stage(name) for name in STAGES]
-        assert sum(stage.tokens for stage in stages) == pytest.approx(75e6, abs=3)
+    for model, recipe in recipes.items():
+        aligned = [qwen_coder.make_recipe(model, chosen, aligned=True)] if model != "arcee" else []
+        tokens = [one.stage(name).tokens for one in (*aligned, recipe) for name in STAGES]
+        assert sum(tokens) == pytest.approx(75e6, abs=3)
+        assert all(not any("chat:" in source for source in one.data.train) for one in aligned)
         assert recipe.data.train == recipes["hybrid"].data.train and recipe.teacher.model == "T"
-        assert recipe.run.eval_every > 1000
+        assert recipe.run.eval_every > 900
     assert f"chat:{tmp_path}/answers/gsm8k" in recipes["arcee"].data.train
     assert recipes["kda-only"].extend.data_weights.keys() == recipes["kda-only"].data.train.keys()
-    assert [recipes[model].student.full_attention_layers for model in recipes] == ["none", "measured:7", "none"]
+    layers = {model: recipe.student.full_attention_layers for model, recipe in recipes.items()}
+    assert layers == {"kda-only": "none", "hybrid": "measured:7", "hybrid-rope": "measured:7", "arcee": "none"}
+    assert [model for model, recipe in recipes.items() if recipe.student.keep_rope] == ["hybrid-rope"]
+    assert recipes["hybrid"].student.init == str(tmp_path / "hybrid-align" / "align")
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4])
@@ -128,7 +133,8 @@ def test_a_small_run_answers_and_trains_and_goes_on(qwen_coder, text, tmp_path, 
     common += ["--data", str(tmp_path / "data"), "--smoke", "--questions", "2"]
     for command in (["answers"], ["answers"], ["train", "kda-only"]):
         qwen_coder.main([*command, *common])
-    assert ran == ["answers-gsm8k-00", "answers-textbooks-00", "train-kda-only"]  # answers are not repeated
+    # answers are not repeated
+    assert ran == ["answers-gsm8k-00", "answers-textbooks-00", "train-kda-only-align", "train-kda-only"]
     chats = [json.loads(line) for line in (tmp_path / "out/answers/gsm8k/gsm8k-00.jsonl").read_text().splitlines()]
     assert chats and {chat["messages"][0]["content"] for chat in chats} <= {f"What is {n} times 2?" for n in range(2)}
     assert (tmp_path / "out" / "kda-only" / "extend" / "config.json").is_file()
@@ -138,7 +144,7 @@ def test_a_small_run_answers_and_trains_and_goes_on(qwen_coder, text, tmp_path, 
         RuntimeError, match=r"hybrid is not trained to its end\. Run: train hybrid\. Or give --unfinished"
     ):
         qwen_coder.main(["measure", "hybrid", *common])
-    with pytest.raises(SystemExit, match=r"nothing is measured in .*Run: measure kda-only hybrid arcee"):
+    with pytest.raises(SystemExit, match=r"nothing is measured in .*Run: measure kda-only hybrid hybrid-rope arcee"):
         qwen_coder.main(["report", *common])
 
 
@@ -192,12 +198,18 @@ def test_a_file_of_answers_is_made_anew_for_more_questions_only(qwen_coder, text
 
 def test_models_have_gpus_of_their_own(qwen_coder, text, tmp_path, monkeypatch):
     chosen = options(qwen_coder, text, tmp_path, "train", "--gpus", "2")
-    monkeypatch.setattr(qwen_coder, "visible_gpus", lambda _: [0, 1, 2, 3, 4])
+    monkeypatch.setattr(qwen_coder, "visible_gpus", lambda _: list("01234"))
     seen = {}
     qwen_coder.on_gpus_of_their_own(lambda model, gpus, _: seen.update({model: gpus}), chosen)
-    assert set(seen) == set(qwen_coder.MODELS) and all(gpus in ([0, 1], [2, 3]) for gpus in seen.values())
-    monkeypatch.setattr(qwen_coder, "visible_gpus", lambda _: [0])
+    assert set(seen) == set(qwen_coder.MODELS) and all("".join(gpus) in ("01", "23") for gpus in seen.values())
+    monkeypatch.setattr(qwen_coder, "visible_gpus", lambda _: ["0"])
     with pytest.raises(SystemExit, match=r"--gpus 2, but there are 1"):
         qwen_coder.on_gpus_of_their_own(None, chosen)
-    with pytest.raises(SystemExit):
-        options(qwen_coder, text, tmp_path, "train", "kda")
+    for command in (["train", "kda"], ["align", "arcee"]):
+        with pytest.raises(SystemExit):
+            options(qwen_coder, text, tmp_path, *command)
+
+
+def test_models_run_on_the_gpus_that_are_visible(qwen_coder, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    assert qwen_coder.visible_gpus(options(qwen_coder, text, tmp_path, "train")) == ["1", "3"]
