@@ -7,10 +7,11 @@ import pytest
 import torch
 from helpers import small_model, small_tokenizer, write_gguf
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from deltify.conversion import gguf_files, teacher
-from deltify.conversion.gguf_files import SPLITS, halves_from_neighbours
+from deltify.conversion.gguf_files import SPLITS, halves_from_neighbours, mark_spaces
 from deltify.conversion.teacher import load_teacher
 from deltify.model import shards
 
@@ -129,6 +130,12 @@ def test_scaled_positions_are_those_of_the_model(rope, tokenizer, tmp_path):
     assert_same(read, model)
 
 
+def test_a_factor_without_a_type_is_linear_as_in_llama_cpp(tokenizer, tmp_path):
+    model = small_model(tokenizer, rope_parameters={"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0})
+    extra = lambda out: out.add_float32("llama.rope.scaling.factor", 4.0)  # noqa: E731
+    assert_same(load_teacher(str(write_gguf(tmp_path / "model.gguf", model, tokenizer, extra=extra))).model, model)
+
+
 def test_factors_of_an_unknown_scaling_are_refused(tokenizer, tmp_path):
     extra = lambda out: out.add_tensor("rope_freqs.weight", np.linspace(1, 3, 8, dtype=np.float32))  # noqa: E731
     path = write_gguf(tmp_path / "model.gguf", small_model(tokenizer), tokenizer, extra=extra)
@@ -191,6 +198,17 @@ def test_text_is_split_and_begun_as_the_file_says(tokenizer, tmp_path):
     read = load_teacher(str(write_gguf(tmp_path / "both.gguf", model, tokenizer, extra=extra))).tokenizer
     ids = read(text)["input_ids"]
     assert [ids[0], ids[-1]] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("prefix, word", [(True, "▁the▁cat"), (False, "the▁cat")])
+def test_a_sentencepiece_vocabulary_marks_spaces_as_llama_cpp_does(prefix, word):
+    vocabulary = {"<unk>": 0, "<s>": 1, word: 2, f"▁{word}": 3}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.add_special_tokens(["<s>"])
+    mark_spaces(backend, prefix)
+    assert backend.encode("<s>the cat").tokens == ["<s>", word]  # after a special token, too
+    assert backend.encode(" the cat").tokens == [f"▁{word}"]  # a space of the text is kept
+    assert backend.decode([2]) == "the cat"
 
 
 @pytest.mark.parametrize("pre", [None, "poro-chat"])

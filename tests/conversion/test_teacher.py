@@ -155,6 +155,33 @@ def test_fp8_weights_are_dequantized(tmp_path):
     for name, want in plain.model.state_dict().items():
         got = teacher.model.state_dict()[name]
         assert got.dtype == torch.float32 and float((got - want).norm() / want.norm()) < 0.05, name
+    rotary = load_teacher(folder, dtype=torch.bfloat16).model.model.rotary_emb
+    assert torch.equal(rotary.inv_freq, plain.model.model.rotary_emb.inv_freq)  # float32
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight_scale_inv"])
+def test_a_quantized_model_with_a_missing_tensor_is_refused(name, tmp_path):
+    folder = save(random_teacher("llama", **WIDE, tie_word_embeddings=False), tmp_path, quantization_config=FP8)
+    quantize_to_fp8(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no scales of|cannot be dequantized here"):
+        load_teacher(folder)
+
+
+def test_an_untied_head_of_a_quantized_model_is_kept_though_the_config_has_it_tied(tmp_path):
+    plain = random_teacher("llama", **WIDE, tie_word_embeddings=False)
+    folder = save(plain, tmp_path, quantization_config=FP8, tie_word_embeddings=True)
+    quantize_to_fp8(tmp_path)
+    try:
+        teacher = load_teacher(folder)
+    except ValueError as error:  # transformers 5.16 cannot
+        assert "is quantized by 'fp8', which cannot be dequantized here" in str(error)
+        pytest.skip(str(error))
+    assert torch.equal(teacher.model.lm_head.weight, plain.model.lm_head.weight)
+    student = convert(teacher, full_attention_layers="all", keep_rope=True, init="library").eval()
+    torch.testing.assert_close(logits(student), logits(teacher.model), rtol=0, atol=1e-6)
 
 
 def test_codes_without_their_scales_are_refused(tmp_path):
@@ -169,6 +196,52 @@ def test_methods_that_cannot_be_dequantized_are_refused_by_name(method, tmp_path
     folder = save(random_teacher("llama"), tmp_path, quantization_config={"quant_method": method, "bits": 4})
     with pytest.raises(ValueError, match=f"is quantized by '{method}', which cannot be dequantized here"):
         load_teacher(folder)
+
+
+# ---- configurations that change what a model computes ----------------------------------------------------------------
+
+
+def test_a_teacher_that_sees_later_tokens_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is_causal is false"):
+        load_teacher(save(random_teacher("llama"), tmp_path, is_causal=False))
+
+
+def test_a_model_with_code_of_its_own_is_refused(tmp_path):
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    folder = save(random_teacher("llama"), tmp_path, auto_map=own)
+    (tmp_path / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'llama'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    with pytest.raises(ValueError, match="its own class OwnForCausalLM"):
+        load_teacher(folder, trust_remote_code=True)
+    assert type(load_teacher(folder).model).__name__ == "LlamaForCausalLM"
+
+
+def test_llama_ignores_the_fields_of_sliding_windows(tmp_path):
+    teacher = load_teacher(save(random_teacher("llama", num_hidden_layers=2), tmp_path, sliding_window=4))
+    student = convert(teacher, full_attention_layers="all", keep_rope=True, init="library").eval()
+    torch.testing.assert_close(logits(student), logits(teacher.model), rtol=0, atol=1e-6)
+
+
+def test_longrope_is_kept_in_full_attention_and_refused_in_windows():
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 16}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, **factors}
+    teacher = random_teacher("llama", num_hidden_layers=2, head_dim=16, rope_parameters=rope)
+    student = convert(teacher, full_attention_layers="all", keep_rope=True, init="library").eval()
+    torch.testing.assert_close(logits(student), logits(teacher.model), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"longrope.*--no-controls"):
+        sliding_control(teacher)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"penalty_alpha": 0.6, "top_k": 4}, {"top_p": 0.9, "cache_implementation": "static"}]
+)
+def test_a_student_is_saved_without_settings_of_generation_that_it_drops(settings, tmp_path):
+    folder = save(random_teacher("llama", num_hidden_layers=2), tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    convert(load_teacher(folder), init="library").save_pretrained(tmp_path / "student")
 
 
 # ---- the vocabulary --------------------------------------------------------------------------------------------------

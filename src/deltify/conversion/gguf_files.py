@@ -18,7 +18,7 @@ import gguf
 import numpy as np
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -185,11 +185,13 @@ class GgufModel:
     def rope(self, own: dict, head_dim: int) -> dict:
         """Return the rotary parameters, from keys and from the tensor of factors that Llama 3.1 and later have."""
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)}
-        kind, factor = own.get("rope.scaling.type", "none"), own.get("rope.scaling.factor", 1.0)
+        factor = own.get("rope.scaling.factor") or 1.0
+        kind = own.get("rope.scaling.type", "none" if factor == 1.0 else "linear")  # as llama.cpp reads it
         if kind in ("linear", "yarn"):
             rope |= {"rope_type": kind, "factor": factor}
             if kind == "yarn":
-                rope["original_max_position_embeddings"] = own["rope.scaling.original_context_length"]
+                original = own.get("rope.scaling.original_context_length", own["context_length"])
+                rope["original_max_position_embeddings"] = original
         elif kind != "none":
             raise ValueError(f"{self.path} has rope.scaling.type = {kind!r}; supported are none, linear and yarn")
         if "rope_freqs.weight" in self.tensors:
@@ -337,6 +339,8 @@ def read_tokenizer(model: GgufModel):
             console.print(f"warning: {model.path.name} does not name its tokenizer; text is split as GPT-2 does")
         begins = SPLITS[name].begins
         split_text(backend, SPLITS[name])
+    else:
+        mark_spaces(backend, bool(model.key("tokenizer.ggml.add_space_prefix", True)))
     vocabulary = model.key("tokenizer.ggml.tokens")
     for name, key in SPECIAL_TOKENS.items():
         token = model.key(f"tokenizer.ggml.{key}_token_id")
@@ -345,6 +349,21 @@ def read_tokenizer(model: GgufModel):
     begins = model.key("tokenizer.ggml.add_bos_token", begins) and tokenizer.bos_token_id is not None
     set_beginning(tokenizer, begins, bool(model.key("tokenizer.ggml.add_eos_token", False)))
     return tokenizer
+
+
+def mark_spaces(backend: Tokenizer, prefix: bool) -> None:
+    """Make a tokenizer with a sentencepiece vocabulary treat spaces as llama.cpp does.
+
+    Args:
+        backend: Tokenizer, changed in place.
+        prefix: Whether a space is put before a text, and before what follows a special token.
+    """
+    first = [normalizers.Prepend("▁")] if prefix else []
+    backend.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
+    last = [decoders.Strip(" ", left=1, right=0)] if prefix else []
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, *last])
 
 
 def split_text(backend: Tokenizer, split: Split) -> None:

@@ -120,6 +120,11 @@ def student_config(
             "tokens. A layer that stays full attention would ignore the window. Convert these layers to KDA; or, if no "
             "sequence is longer than the window, set sliding_window to null in the teacher's config.json"
         )
+    if "sliding_attention" in kinds and (config.rope_parameters or {}).get("rope_type") == "longrope":
+        raise ValueError(
+            "this teacher's rotary positions (longrope) depend on the length of the text, which layers with sliding "
+            "windows do not support. Choose KDA or full attention. In an evaluation, give --no-controls"
+        )
     facts = teacher.family.facts(config)
     rotates = {"linear_attention": False, "full_attention": keep_rope, "sliding_attention": True}
     return ARCHITECTURES[teacher.family.student](

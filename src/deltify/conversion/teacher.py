@@ -44,6 +44,7 @@ class Family:
     attention_out_bias: bool | str = "attention_bias"  # of the output projection
     qk_norm: bool = False
     rope_layers: str | None = None  # field with a 1 for each layer with RoPE; None if all layers have it
+    has_windows: bool = True  # whether the family reads the fields of sliding windows
     student: str = "deltify"  # model type of the student
 
     def facts(self, config: PreTrainedConfig) -> dict[str, Any]:
@@ -55,6 +56,8 @@ class Family:
     def slides(self, config: PreTrainedConfig) -> list[bool]:
         """Return for each layer whether the teacher's attention has a sliding window."""
         kinds = getattr(config, "layer_types", None)
+        if not self.has_windows:
+            return [False] * config.num_hidden_layers
         if kinds is None:  # Mistral: one field for all layers
             return [getattr(config, "sliding_window", None) is not None] * config.num_hidden_layers
         return [kind == "sliding_attention" for kind in kinds]
@@ -68,8 +71,8 @@ class Family:
 
 # by model type; docs/reference/models.md has the table for users
 FAMILIES = {
-    "llama": Family(),
-    "arcee": Family(mlp_gated=False, student="arcee_kda"),
+    "llama": Family(has_windows=False),
+    "arcee": Family(mlp_gated=False, has_windows=False, student="arcee_kda"),
     "mistral": Family(mlp_bias=False, attention_bias=False, attention_out_bias=False),
     "qwen2": Family(mlp_bias=False, attention_bias=True, attention_out_bias=False),
     "qwen3": Family(mlp_bias=False, qk_norm=True),
@@ -135,7 +138,8 @@ def load_teacher(
         else:
             model = load_plain_shards(folder, config, tensors, shard, torch.device(device), dtype=dtype, **options)
     else:
-        model = load_dequantized(source, folder, config, dtype=dtype, **options)
+        check_scales(source, tensors)
+        model = load_dequantized(source, folder, config, tensors, dtype=dtype, **options)
     if shard is None or not is_sharded(model):
         model.to(device)  # pyrefly: ignore[bad-argument-type]  # transformers' decorator hides the method's type
     return Teacher(freeze(model), tokenizer, family)
@@ -183,11 +187,16 @@ def load_plain(source: str, folder: str, config: PreTrainedConfig, tensors: Tens
     model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
     if missing := sorted(info["missing_keys"]):  # transformers has initialised these at random
         raise ValueError(f"{source}: transformers did not load {', '.join(missing[:5])}")
+    tie_if_equal(model)
+    return model
+
+
+def tie_if_equal(model: CausalLM) -> None:
+    """Tie the head to the embeddings if both have the same values."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if not config.tie_word_embeddings and torch.equal(head.weight, embeddings.weight):
+    if not model.config.tie_word_embeddings and torch.equal(head.weight, embeddings.weight):
         model.config.tie_word_embeddings = True
         model.tie_weights()
-    return model
 
 
 def load_plain_shards(
@@ -216,12 +225,29 @@ def load_plain_shards(
     return model
 
 
-def load_dequantized(source: str, folder: str, config: PreTrainedConfig, *, dtype: torch.dtype, **options) -> CausalLM:
-    """Return a model that was saved quantized, dequantized by transformers.
+def check_scales(source: str, tensors: Tensors) -> None:
+    """Check that 8-bit floating-point tensors have scales, without which transformers takes codes for values.
 
     Raises:
-        ValueError: If transformers cannot dequantize it, or not all of it.
+        ValueError: If some have none.
     """
+    codes = [name for name, tensor in tensors.items() if tensor.dtype.startswith("F8") and "_scale" not in name]
+    if bad := sorted(name for name in codes if not any(other.startswith(f"{name}_scale") for other in tensors)):
+        raise ValueError(f"{source} has no scales of {', '.join(bad[:3])}. Give the model in bfloat16")
+
+
+def load_dequantized(
+    source: str, folder: str, config: PreTrainedConfig, tensors: Tensors, *, dtype: torch.dtype, **options
+) -> CausalLM:
+    """Return a model that was saved quantized, dequantized by transformers.
+
+    The tensors decide whether head and embeddings are tied, not the configuration.
+
+    Raises:
+        ValueError: If transformers cannot dequantize it, or does not load all of it.
+    """
+    if any(name.startswith(HEAD.removesuffix("weight")) for name in with_prefix(tensors)):
+        config.tie_word_embeddings = False
     quantization = config.quantization_config
     quantization = dict(quantization if isinstance(quantization, dict) else quantization.to_dict())
     method = quantization.get("quant_method", "unknown")
@@ -233,10 +259,14 @@ def load_dequantized(source: str, folder: str, config: PreTrainedConfig, *, dtyp
             if not hasattr(AutoQuantizationConfig.from_dict(quantization), "dequantize"):
                 raise ValueError("transformers does not support it")
             config.quantization_config = {**quantization, "dequantize": True}
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, **options
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
-        model = (model.dequantize(dtype) if is_bitsandbytes else model).to(dtype)
+        if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
+            raise ValueError(f"{', '.join(wrong[:3])} are missing or not expected")
+        model = model.dequantize(dtype) if is_bitsandbytes else model
+        for parameter in model.parameters():  # not buffers: rotary frequencies stay float32
+            parameter.data = parameter.data.to(dtype)
     except Exception as error:  # of any kind: a missing package, or a fault of some version of transformers
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{problem} ({reason}). Give the model in bfloat16") from error
@@ -249,13 +279,23 @@ def load_dequantized(source: str, folder: str, config: PreTrainedConfig, *, dtyp
     wrong = [n for n in expected if n not in state or tuple(state[n].shape) != expected[n] or state[n].dtype != dtype]
     if wrong := sorted(wrong + [name for name in state if name not in expected]):
         raise ValueError(f"{problem} ({', '.join(wrong[:3])} stay quantized). Give the model in bfloat16")
+    tie_if_equal(model)
     return model
 
 
 def expected_shapes(config: PreTrainedConfig, trust_remote_code: bool = False) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of all tensors of the model that a configuration describes."""
+    """Return names and shapes of all tensors of the model that a configuration describes.
+
+    Raises:
+        ValueError: If its code is not that of transformers. It may compute what the student cannot.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    if not type(model).__module__.startswith("transformers."):
+        raise ValueError(
+            f"the model comes with its own class {type(model).__name__}, whose computation a student cannot be "
+            f"given. If it computes what transformers' {config.model_type} model does, leave out trust_remote_code"
+        )
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -279,6 +319,8 @@ def family_of(config: PreTrainedConfig) -> Family:
         known = ", ".join(sorted(FAMILIES))
         reason = f" ({REFUSALS[config.model_type]})" if config.model_type in REFUSALS else ""
         raise ValueError(f"model_type {config.model_type!r} cannot be converted yet{reason}; supported are: {known}")
+    if not getattr(config, "is_causal", True):  # transformers then lets tokens attend to later ones
+        raise ValueError("is_causal is false in config.json: tokens attend to later ones, which a student cannot do")
     return FAMILIES[config.model_type]
 
 

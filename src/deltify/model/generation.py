@@ -19,6 +19,10 @@ UNSUPPORTED = (
 )
 
 
+# settings of sampling, which greedy generation ignores
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
 class DeltifyGenerationMixin(GenerationMixin):
     """transformers' generation with a `DeltifyCache`. Settings that need another cache are refused."""
 
@@ -78,4 +82,9 @@ def supported_settings(settings: GenerationConfig) -> tuple[GenerationConfig, li
     dropped = [name for name in UNSUPPORTED if getattr(settings, name, None) != getattr(default, name, None)]
     for name in dropped:
         setattr(supported, name, getattr(default, name, None))
+    if dropped and not supported.do_sample:  # transformers saves changed settings only if no setting is ignored
+        ignored = [name for name in SAMPLING if getattr(supported, name, None) != getattr(default, name, None)]
+        for name in ignored:
+            setattr(supported, name, getattr(default, name, None))
+        dropped += ignored
     return supported, dropped
