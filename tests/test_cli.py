@@ -28,6 +28,8 @@ from deltify.config import Stage, write_recipe
             "run.heldout_sequence_length=1 must be at least 2",
         ),
         (["distill", "{recipe}", "--run.heldout_tokens", "8"], "run.heldout_tokens=8 must be at least run.heldout_seq"),
+        (["distill", "{recipe}", "--data.max_tokens", "0"], "data.max_tokens=0 must be at least 1, or null"),
+        (["distill", "{recipe}", "--match.tokens", "-640"], "match.tokens=-640 must be at least 0"),
         (["distill", "{recipe}", "--run.save_every", "-1"], "run.save_every=-1 must be at least 0"),
         (["distill", "{recipe}", "--run.save_every_minutes", "0"], "run.save_every_minutes=0.0 must be above 0"),
         (["distill", "{recipe}", "--align.max_grad_norm", "0"], "align.max_grad_norm=0.0 must be above 0"),

@@ -347,6 +347,7 @@ RULES = {
     "student.center": one_of(CENTER),
     "student.head_dim": (lambda x: x is None or x >= 1, "must be at least 1, or null"),
     "data.train": (are_weights, "must name sources with positive weights"),
+    "data.max_tokens": (lambda x: x is None or x >= 1, "must be at least 1, or null"),
     "run.precision": one_of(PRECISIONS),
     "run.data_parallel": one_of(DATA_PARALLEL),
     "run.context_parallel": AT_LEAST_1,
@@ -358,7 +359,10 @@ RULES = {
 }
 STAGE_RULES = {
     "sequence_length": AT_LEAST_2,
+    "tokens": AT_LEAST_0,
     "batch_size": AT_LEAST_1,
+    "micro_batch_size": AT_LEAST_0,
+    "weight_decay": AT_LEAST_0,
     "lr_mixers": AT_LEAST_0,
     "lr_other": AT_LEAST_0,
     "min_lr_ratio": FRACTION,

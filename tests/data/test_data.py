@@ -662,6 +662,17 @@ def test_few_documents_are_cut_by_tokens_and_keep_their_bounds(tmp_path, tokeniz
     assert held.bounds.tolist() == [0, 12, 20, 32, 44] and len(train) == 88
 
 
+@pytest.mark.parametrize("kind", ["recall", "sparse-recall"])
+def test_recall_over_a_text_whose_end_is_held_out_is_refused(kind, tmp_path, tokenizer):
+    text, dev = tmp_path / "book.txt", tmp_path / "dev.txt"
+    for path in (text, dev):
+        path.write_text("A sentence of a book. Another one follows it. " * 1000)
+    spec = DataSpec(train={str(text): 0.5, f"{kind}:{text}": 0.5}, folder=str(tmp_path / "data"))
+    with pytest.raises(ValueError, match=r"would have validation text: .*book\.txt has too few documents"):
+        open_data(spec, "teacher", tokenizer, 64)
+    open_data(replace(spec, heldout=str(dev)), "teacher", tokenizer, 64)
+
+
 def test_a_source_too_short_to_hold_some_out_is_named(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("short " * 20)
     spec = DataSpec({str(tmp_path / "a.txt"): 1.0}, None, str(tmp_path / "data"))

@@ -110,6 +110,8 @@ def test_a_fitted_run_trains_all_stages_and_resumes_with_its_numbers(tmp_path, c
     assert steps != 8 and replace(take_numbers(fitted, recipe), run=recipe.run) == recipe  # nothing else has changed
     run = distill(fitted, max_minutes=0)
     assert load_recipe(run / "recipe.yaml") == fitted
+    changed = fit_to_time(replace(recipe, match=replace(recipe.match, lr_mixers=1e-5)), 5, ["match.lr_mixers"])
+    assert changed.match == replace(fitted.match, lr_mixers=1e-5) and changed.align == fitted.align
     again = fit_to_time(recipe, 5)  # on a machine that is as fast, it would be other numbers
     assert again == fitted and "This machine" not in capsys.readouterr().out
     distill(again, resume=True)

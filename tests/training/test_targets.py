@@ -95,6 +95,8 @@ def test_an_interrupted_capture_resumes_and_stores_no_sequence_twice(tmp_path, m
     assert figures["rows"] == 20 and figures["kl"] < 1e-3 and 2 * 64 <= figures["bytes_per_token"] < 3 * 64
     names = [name for path in folder.glob("rows-*") for name in load_file(path)]
     assert len(names) == len(set(names)) == 20
+    min(folder.glob("rows-*")).unlink()  # a lost shard is made again, and no other one is overwritten
+    assert capture_recipe(recipe, folder, "bf16")["rows"] == len(teacher_cache.read_index(folder)) == 20
     with pytest.raises(ValueError, match=r"holds a cache of .*bf16.*, not of .*int8"):
         capture_recipe(recipe, folder, "int8")
 

@@ -162,7 +162,8 @@ def tokenize_split(
     Reading ends when training has `max_tokens` and `heldout_tokens` are held out. A document for a side that is already
     full is left out. Where there are few documents, one side may get none, or fewer than `heldout_sequence_length`
     tokens may be held out. Then 5 % of the tokens are held out instead, or `heldout_sequence_length` if that is more.
-    The counts in each meta.json cover the documents of both files.
+    The counts in each meta.json cover the documents of both files. `cut` says whether tokens were held out instead of
+    documents.
 
     Args:
         texts: Texts, pieces or chats, see `tokenize`.
@@ -182,7 +183,7 @@ def tokenize_split(
     def make(unfinished: Path) -> None:
         train, held = (TokenWriter(unfinished / part, tokenizer, isinstance(texts, Chats)) for part in parts)
         name = origin.get("source", folder.name)
-        counts = write_documents(texts, train, held, max_tokens, heldout_tokens, name, processes)
+        counts = write_documents(texts, train, held, max_tokens, heldout_tokens, name, processes) | {"cut": False}
         if not len(train) or len(held) < heldout_sequence_length:
             total = len(train) + len(held)
             if not total:
@@ -193,6 +194,7 @@ def tokenize_split(
                     f"{name!r} has {total} tokens, too few to hold out {share} of them. Set data.heldout to a "
                     "validation text, or give more text"
                 )
+            counts["cut"] = True
             if len(train):
                 train.move(len(train) - share, held)
             else:
@@ -388,22 +390,24 @@ def open_data(
         heldout_sequence_length: Number of tokens of a validation sequence. Sources of few documents reserve as many.
 
     Raises:
-        ValueError: If a source has too little text, or changed since it was tokenized.
+        ValueError: If a source has too little text, or changed since it was tokenized; or if a recall source reads text
+            that is held out.
     """
     heldout_budget = max(heldout_tokens, HELDOUT_TOKENS)
     teacher = Path(teacher_name).expanduser()
     folder = Path(spec.folder) / short_name(str(teacher.resolve()) if teacher.exists() else teacher_name)
     if spec.max_tokens:
         folder = folder.with_name(f"{folder.name}-{spec.max_tokens}")
-    train, held = [], []
+    train, held, cut = [], [], set()
     for source in spec.train:
         origin = origin_of(source)
         name = short_name(origin["source"])
         if spec.heldout is None and not recall_over(source):
+            whole = folder / f"{name}-split{heldout_budget}"
             pair = tokenize_split(
                 texts_of(source),
                 tokenizer,
-                folder / f"{name}-split{heldout_budget}",
+                whole,
                 max_tokens=spec.max_tokens,
                 heldout_tokens=heldout_budget,
                 heldout_sequence_length=heldout_sequence_length,
@@ -411,9 +415,16 @@ def open_data(
             )
             train.append(pair[0])
             held.append(pair[1])
+            if json.loads((whole / "train" / "meta.json").read_text()).get("cut"):
+                cut.add(source)
         else:
             whole = folder / f"{name}-all"
             train.append(tokenize(texts_of(source), tokenizer, whole, max_tokens=spec.max_tokens, origin=origin))
+    if leaks := sorted(source for source in spec.train if recall_over(source) in cut):
+        raise ValueError(
+            f"{', '.join(leaks)} would have validation text: {recall_over(leaks[0])} has too few documents, so the end "
+            "of its text is held out. Set data.heldout to another validation text, or give the text as several files"
+        )
     if spec.heldout is None and not held:
         raise ValueError(
             f"none of the sources {', '.join(spec.train)} can provide validation text. Set data.heldout to a "

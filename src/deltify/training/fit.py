@@ -3,9 +3,10 @@
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +40,7 @@ STAGE_NUMBERS = (
     "lr_mixers",
     "lr_other",
 )  # fields of a stage that may change
+RUN_NUMBERS = ("heldout_tokens", "eval_every")  # fields of `run` that may change
 MOST_GROWTH = 32  # largest factor of a stage's tokens on a fast machine
 LITTLE = 5.0  # seconds in which a CPU should do the work on a batch, or else a single sequence is measured
 REPETITIONS = 4  # of work on a batch; a CUDA graph is first replayed by the third
@@ -59,10 +61,11 @@ class Speed:
     training: dict[str, float]
 
 
-def fit_to_time(recipe: Recipe, minutes: float) -> Recipe:
+def fit_to_time(recipe: Recipe, minutes: float, given: Collection[str] = ()) -> Recipe:
     """Return the recipe with numbers of tokens for which its run takes about `minutes`, and say so in a line.
 
-    If the recipe's folder holds a run, the numbers are those of that run, so that it can be resumed.
+    If the recipe's folder holds a run, the numbers are those of that run, so that it can be resumed. Fields in `given`
+    keep their values then.
 
     Raises:
         ValueError: If `minutes` is not above 0, a launcher has started several processes, the recipe cuts rows over
@@ -73,7 +76,7 @@ def fit_to_time(recipe: Recipe, minutes: float) -> Recipe:
         raise ValueError(f"--fit-minutes {minutes:g} must be above 0")
     check(recipe)
     if holds_run(recipe.folder):
-        return take_numbers(recipe, load_recipe(recipe.folder / "recipe.yaml"))
+        return take_numbers(recipe, load_recipe(recipe.folder / "recipe.yaml"), given)
     if recipe.run.context_parallel > 1:
         raise ValueError(
             f"--fit-minutes measures the speed of one process, which run.context_parallel={recipe.run.context_parallel}"
@@ -172,19 +175,15 @@ def training_seconds(recipe: Recipe, speed: Speed) -> float:
     return sum(seconds * recipe.stage(name).tokens for name, seconds in speed.training.items())
 
 
-def take_numbers(recipe: Recipe, stored: Recipe) -> Recipe:
-    """Return the recipe with the numbers that the run of `stored` was fitted to."""
-    stages = {}
-    for name in STAGES:
-        old = stored.stage(name)
-        values = {key: getattr(old, key) for key in STAGE_NUMBERS}
-        stages[name] = replace(recipe.stage(name), **values)
-    same = replace(
-        recipe,
-        student=replace(recipe.student, calibration_tokens=stored.student.calibration_tokens),
-        run=replace(recipe.run, heldout_tokens=stored.run.heldout_tokens, eval_every=stored.run.eval_every),
-    )
-    return with_stages(same, stages)
+def take_numbers(recipe: Recipe, stored: Recipe, given: Collection[str] = ()) -> Recipe:
+    """Return the recipe with the numbers that the run of `stored` was fitted to, except for the fields in `given`."""
+
+    def take(part: str, names: Iterable[str]) -> Any:
+        old, new = (getattr(whole, part) for whole in (stored, recipe))
+        return replace(new, **{name: getattr(old, name) for name in names if f"{part}.{name}" not in given})
+
+    same = replace(recipe, student=take("student", ["calibration_tokens"]), run=take("run", RUN_NUMBERS))
+    return with_stages(same, {name: take(name, STAGE_NUMBERS) for name in STAGES})
 
 
 def describe_fit(recipe: Recipe, fitted: Recipe, speed: Speed, minutes: float) -> str:

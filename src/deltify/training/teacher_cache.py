@@ -147,7 +147,8 @@ class ShardWriter:
     def flush(self) -> None:
         """Write the pending sequences to a new shard. An interrupted write leaves no shard."""
         if self.pending:
-            path = self.folder / f"rows-{len(list(self.folder.glob('rows-*.safetensors'))):06d}.safetensors"
+            numbers = [int(path.stem.removeprefix("rows-")) for path in self.folder.glob("rows-*.safetensors")]
+            path = self.folder / f"rows-{max(numbers, default=-1) + 1:06d}.safetensors"
             unfinished = path.with_suffix(".unfinished")
             tensors = {f"{key}.{name}": x.contiguous() for key, parts in self.pending for name, x in parts.items()}
             save_file(tensors, unfinished)
