@@ -64,7 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"deltify: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
-        print("deltify: stopped. Continue from the last checkpoint with --resume", file=sys.stderr)
+        is_training = options.command == "distill"
+        how = "Continue from the last checkpoint with --resume" if is_training else "Repeat the command"
+        print(f"deltify: stopped. {how}", file=sys.stderr)
         return 130
     return 0
 
@@ -187,7 +189,8 @@ def run_distill(options: argparse.Namespace, overrides: list[str]) -> None:
     elif recipe.run.device in ("auto", "cuda") and options.fit_minutes is None:
         relaunch_with_torchrun()
     if options.fit_minutes is not None:
-        recipe = fit_to_time(recipe, options.fit_minutes)
+        given = [part.removeprefix("--").partition("=")[0] for part in overrides if part.startswith("--")]
+        recipe = fit_to_time(recipe, options.fit_minutes, given)
     with ExitStack() as stack:
         if options.dashboard and os.environ.get("RANK", "0") == "0":  # the first process serves
             from .evaluation.watch import serving

@@ -14,11 +14,11 @@ from deltify.cli import main
 from deltify.config import Stage, load_recipe, write_recipe
 from deltify.conversion.teacher import random_teacher
 from deltify.evaluation.benchmarks import main_metric, run_benchmarks
-from deltify.evaluation.heldout import trained_tokens
 from deltify.evaluation.plots import draw_training
 from deltify.evaluation.settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec, RecallSpec
 from deltify.evaluation.tables import heldout_note
 from deltify.training.checkpoint import save_model
+from deltify.training.history import Trained, trained_model, trained_stages
 from deltify.training.metrics import read_stages
 from deltify.utils.files import atomic_write, read_jsonl, write_text
 
@@ -146,16 +146,76 @@ def test_evaluations_made_one_by_one_are_reported_together(run, data, tmp_path, 
     assert "The evaluations differ in device: abacus, cpu" in capsys.readouterr().err
 
 
-def test_tokens_of_the_model_that_a_run_starts_from_are_counted(run):
-    recipe = load_recipe(run / "recipe.yaml")
-    of_stage = trained_tokens(recipe)
-    assert 0 < of_stage["align"] < of_stage["extend"]
-    starts = {run: of_stage["extend"], run / "align": of_stage["align"], run / "converted": 0, "calibrated": 0}
-    for start, tokens in starts.items():
-        untrained = replace(recipe, name="untrained", student=replace(recipe.student, init=str(start)))
-        untrained.folder.mkdir(exist_ok=True)
-        write_text(untrained.folder / "metrics.jsonl", "")
-        assert trained_tokens(untrained)["extend"] == tokens, start
+def test_models_of_one_name_and_different_texts_are_not_reported_together(run, tmp_path, capsys):
+    again = shutil.copytree(run, tmp_path / "again")
+    spec = EvaluationSpec(controls=False, samples=False)
+    folders = [str(evaluate(source, spec, output=tmp_path / str(n)).parent) for n, source in enumerate((run, again))]
+    assert main(["report", *folders, "-o", str(tmp_path / "all")]) == 1  # both have a model called match
+    assert "both have a model called" in (said := capsys.readouterr().err) and "--no-stages" in said
+    spec = replace(spec, stages=False)
+    (tmp_path / "other.txt").write_text("Quite another text. " * 2000)
+    other = replace(spec, heldout=tmp_path / "other.txt")
+    folders = [str(evaluate(again, s, output=tmp_path / f"h{n}").parent) for n, s in enumerate((spec, other))]
+    assert main(["report", *folders, "-o", str(tmp_path / "all")]) == 1
+    assert "2 different held-out texts" in capsys.readouterr().err
+
+
+def test_held_out_text_that_changed_since_the_run_began_is_refused(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    facts = json.loads((folder / "run.json").read_text())
+    facts["data"]["held-out text 1"] = "another"
+    (folder / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=r"held-out text 1 of .* changed since the run began.*--heldout"):
+        evaluate(folder, EvaluationSpec(controls=False))
+
+
+def test_a_measure_that_cannot_run_is_refused_first(run, tmp_path):
+    model, out = run / "match", tmp_path / "out"
+    with pytest.raises(ValueError, match="--heldout needs a run"):
+        evaluate(model, EvaluationSpec(heldout="no-such-file"), output=out)
+    for needles, message in (
+        (NeedleSpec(("niah_singel_1",)), "no needle task 'niah_singel_1'"),
+        (NeedleSpec(("niah_single_1",), lengths=(0,)), "--lengths 0"),
+        (NeedleSpec(("niah_single_1",), samples=-1), "--needle-samples -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(run, EvaluationSpec(needles=needles), output=out)
+    with pytest.raises(ValueError, match="--books needs a teacher"):
+        evaluate(model, EvaluationSpec(positions=PositionSpec("no-such-file")), output=out)
+
+
+def test_answers_to_more_items_are_kept_when_fewer_are_asked(run, data, tmp_path):
+    spec = EvaluationSpec(controls=False, samples=False, stages=False)
+    asked = {None: [], 2: []}
+    for limit in (None, 2, None):
+        benchmarks = BenchmarkSpec(("arc_easy",), limit=limit, data=str(data))
+        evaluate(run, replace(spec, benchmarks=benchmarks), output=tmp_path / "out")
+        lines = read_jsonl(tmp_path / "out" / "items" / run.name / "arc_easy.jsonl")
+        items = [line for line in lines if "scores" in line]
+        asked[limit].append((len(items), sum(len(line.get("requests", "1")) for line in lines)))
+    assert asked[2][0][0] == 2 and asked[None][0] == asked[None][1]
+    assert asked[2][0][1] == asked[None][0][1]  # every answer is still there
+
+
+def test_tokens_of_the_model_that_a_run_starts_from_are_counted(run, tmp_path):
+    of_stage = trained_stages(run)
+    assert 0 == of_stage["converted"].tokens < of_stage["align"].tokens < of_stage["extend"].tokens
+    short = {"align": Stage(), "match": Stage(tokens=64, sequence_length=16, batch_size=2)}
+    recipe = replace(tiny_recipe(tmp_path, name="first", **short), output=str(tmp_path))
+    parent = shutil.copytree(run, tmp_path / "parent")
+    for number, start in enumerate((parent, parent / "align", parent / "converted")):
+        child = replace(recipe, name=f"child{number}", student=replace(recipe.student, init=str(start)))
+        folder, before = distill(child), trained_model(start)
+        assert trained_stages(folder)["converted"] == before
+        assert trained_model(folder) == Trained(before.tokens + 64, max(before.length, 16)), start
+    grandchild = replace(recipe, name="grandchild", student=replace(recipe.student, init=str(folder / "converted")))
+    shutil.rmtree(parent)  # what it was trained on is written down
+    assert trained_model(distill(grandchild)).tokens == 64 and trained_model(tmp_path / "child0").tokens > 64
+    moved = (tmp_path / "child0").rename(tmp_path / "moved")
+    results = json.loads(evaluate(moved, EvaluationSpec(controls=False)).read_text())
+    of_stage = trained_stages(moved)
+    scores = {score["name"]: score["tokens"] for score in results["scores"]}
+    assert scores["converted"] == of_stage["converted"].tokens > 0 and scores["match"] == of_stage["match"].tokens
 
 
 def test_a_stage_that_has_saved_no_model_does_not_count(run, tmp_path):
@@ -168,10 +228,10 @@ def test_a_stage_that_has_saved_no_model_does_not_count(run, tmp_path):
         lines.write(json.dumps({"stage": "extend", "step": 1, "tokens": 128, "loss": 1.0}) + "\n")
     results = json.loads(evaluate(folder, EvaluationSpec(stages=False, controls=False)).read_text())
     assert results["trained_length"] == 32
-    whole = trained_tokens(load_recipe(run / "recipe.yaml"))
-    assert results["students"][0]["tokens"] == whole["match"]
+    whole = trained_stages(run)
+    assert results["students"][0]["tokens"] == whole["match"].tokens
     (folder / "match" / "unfinished.json").write_text(json.dumps({"step": 3}))  # it stopped there, and went on since
-    assert trained_tokens(begun)["match"] == whole["align"] + 3 * 2 * 32
+    assert trained_stages(folder)["match"].tokens == whole["align"].tokens + 3 * 2 * 32
 
 
 def test_a_model_that_fails_half_way_keeps_what_was_measured(run, data, monkeypatch):

@@ -16,6 +16,7 @@ from deltify.config import Stage, write_recipe
 from deltify.training import checkpoint, runner, trainer
 from deltify.training.signals import Stopped
 from deltify.training.steps import align_step
+from deltify.utils.files import sole_writer
 
 
 def test_a_run_killed_at_random_moments_resumes_to_the_same_bits(tmp_path):
@@ -157,6 +158,13 @@ def test_learning_rates_may_change_when_resuming_and_nothing_else(tmp_path, caps
     rates = [record["lr_mixers"] for record in records(run) if record["stage"] == "align" and record["step"]]
     assert rates[:2] == [1e-3, 2e-4] and 1e-4 < rates[-1] < rates[-2] < 2e-4
     assert load_recipe(run / "recipe.yaml").align.lr_mixers == 2e-4
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    with sole_writer(recipe.folder / ".run.lock", ""), pytest.raises(ValueError, match="Another process trains in"):
+        distill(recipe)
+    assert not (recipe.folder / "recipe.yaml").exists()
 
 
 def test_data_weights_may_not_change_when_resuming(tmp_path):

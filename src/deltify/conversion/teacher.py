@@ -193,8 +193,8 @@ def load_plain(source: str, folder: str, config: PreTrainedConfig, tensors: Tens
 
 def tie_if_equal(model: CausalLM) -> None:
     """Tie the head to the embeddings if both have the same values."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if not model.config.tie_word_embeddings and torch.equal(head.weight, embeddings.weight):
+    state = model.state_dict()
+    if not model.config.tie_word_embeddings and torch.equal(state[HEAD], state[EMBEDDINGS]):
         model.config.tie_word_embeddings = True
         model.tie_weights()
 

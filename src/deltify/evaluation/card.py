@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from ..config import STAGES
 from ..conversion.teacher import EMBEDDED
 from ..data.sources import chats_of, recall_over
-from ..utils.folders import saved_stages
+from ..utils.folders import recipe_folder, saved_stages
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 CARRIED_OVER = (*LICENSE_FIELDS, "language")
@@ -144,13 +144,6 @@ def recipes_of(runs: Sequence[str | Path]) -> dict[Path, str]:
             path = recipe_folder(yaml.safe_load(chain[path])["student"]["init"])
         texts |= dict(reversed(chain.items()))
     return texts
-
-
-def recipe_folder(source: str) -> Path | None:
-    """Return the folder of the run that `source` is, or is a stage of. None if it is neither."""
-    path = Path(source).expanduser()
-    folders = (path, path.parent) if path.is_dir() else ()
-    return next((folder for folder in folders if (folder / "recipe.yaml").is_file()), None)
 
 
 def last_stage(run: Path) -> Path | None:

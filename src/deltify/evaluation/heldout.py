@@ -1,6 +1,6 @@
 """Scores on held-out text: perplexity, KL to the teacher, top-1 agreement, and n-gram baselines."""
 
-import json
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -10,17 +10,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..config import STAGES, Recipe, load_recipe
+from ..config import Recipe
 from ..conversion.teacher import Teacher
 from ..data.batches import Batch, heldout_batches
 from ..data.token_files import TokenFile, open_data
 from ..training.distributed import check_same, from_first, share_out
-from ..training.metrics import read_stages
+from ..training.history import Trained
+from ..training.run_folder import read_run
 from ..training.steps import hidden_states, next_tokens
 from ..utils.console import with_progress
-from ..utils.folders import saved_stages
 from ..utils.scoring import kl_terms, label_log_probs, log_probs, perplexity
-from .card import recipe_folder
 
 CHUNK_TOKENS = 256  # tokens whose logits exist at a time
 NGRAM_TOKENS = 10_000_000  # tokens of each source that the n-gram models are counted on
@@ -50,21 +49,30 @@ def heldout_scores(
     teacher: Teacher,
     runs: Mapping[str, Recipe],
     models: Mapping[str, PreTrainedModel],
+    trained: Mapping[str, Trained],
     heldout: str | Path | None = None,
 ) -> dict:
-    """Return the entries of results.json on held-out text: its size, and scores of teacher, n-grams and models.
+    """Return the entries of results.json on held-out text: size, hash, and scores of teacher, n-grams and models.
 
     Processes under torchrun share the batches of the text.
 
     Args:
         runs: Recipes by the path of their run. The first one gives text and sequence length.
         models: Models to score by name.
+        trained: What they were trained on by name.
         heldout: Source of the text. Defaults to that of the first run.
+
+    Raises:
+        ValueError: If the first run had other validation text. It may have trained on what is now held out.
     """
-    recipe = next(iter(runs.values()))
-    data = recipe.data if heldout is None else replace(recipe.data, heldout=str(heldout))
+    path, recipe = next(iter(runs.items()))
     tokens, length = recipe.run.heldout_tokens, recipe.run.heldout_sequence_length
-    train, held = open_data(data, recipe.teacher.model, teacher.tokenizer, tokens, length)
+    options = recipe.teacher.model, teacher.tokenizer, tokens, length
+    train, held = open_data(recipe.data, *options)
+    if heldout is None:
+        check_unchanged(Path(path), held)
+    else:
+        _, held = open_data(replace(recipe.data, train={}, heldout=str(heldout)), *options)
     batches = heldout_batches(held, length, BATCH_SEQUENCES, tokens)
     check_same("held-out text", lambda: [batch.input_ids.tolist() for batch in batches])
     scored = {"teacher": teacher.model, **models}
@@ -73,13 +81,24 @@ def heldout_scores(
     measured = {name: means(*of_model) for name, of_model in zip(scored, sums.tolist())}
     scores = [Score("teacher", *measured.pop("teacher"))]
     scores += from_first(lambda: ngram_baselines(train, batches, teacher.config.vocab_size))
-    trained = trained_tokens(recipe) | {Path(path).name: trained_tokens(run)["extend"] for path, run in runs.items()}
-    scores += [Score(name, *values, trained.get(name, 0)) for name, values in measured.items()]
+    scores += [Score(name, *values, trained[name].tokens) for name, values in measured.items()]
     return {
         "heldout_tokens": sum(batch.input_ids.numel() for batch in batches),
         "heldout_sequence_length": batches[0].input_ids.shape[1],
+        "heldout_digest": hashlib.sha256(b"".join(b.input_ids.numpy().tobytes() for b in batches)).hexdigest()[:16],
         "scores": [asdict(score) for score in scores],
     }
+
+
+def check_unchanged(run: Path, heldout: list[TokenFile]) -> None:
+    """Raise ValueError if held-out texts are not those that a run began with."""
+    then = read_run(run).get("data", {})
+    now = {f"held-out text {number}": file.digest for number, file in enumerate(heldout, 1)}
+    if changed := [name for name in now if then.get(name, now[name]) != now[name]]:
+        raise ValueError(
+            f"{', '.join(changed)} of {run} changed since the run began, which may have trained on what is held out "
+            "now. Restore the text, or name a text to score with --heldout"
+        )
 
 
 @torch.no_grad()
@@ -138,34 +157,3 @@ def ngram_baselines(train: list[TokenFile], heldout: list[Batch], vocab_size: in
         Score("unigram model", math.exp(-np.log(p[b]).mean())),
         Score("bigram model", math.exp(-np.log(bigram).mean())),
     ]
-
-
-def trained_tokens(recipe: Recipe) -> dict[str, int]:
-    """Return the number of tokens that each stage's model was trained on.
-
-    It includes earlier stages, and the run or stage whose student this one started from. A stage that saved no model
-    does not count.
-    """
-    init = recipe.student.init
-    start = 0
-    if (parent := recipe_folder(init)) is not None:
-        at_start = trained_tokens(load_recipe(parent / "recipe.yaml"))
-        is_run = Path(init).expanduser() == parent  # else a stage of it, or "converted"
-        start = at_start["extend"] if is_run else at_start.get(Path(init).name, 0)
-    lines, saved = dict(read_stages(recipe.folder)), saved_stages(recipe.folder)
-    total, trained = start, {}
-    for name in STAGES:
-        if name in lines and name in saved:
-            total = start + saved_tokens(recipe.folder / name, lines[name])
-        trained[name] = total
-    return trained
-
-
-def saved_tokens(folder: Path, records: list[dict]) -> int:
-    """Return the tokens at which a stage saved its model, of its lines in metrics.jsonl.
-
-    A stage that stopped early may have gone on since, without saving its model again.
-    """
-    stopped = folder / "unfinished.json"
-    step = json.loads(stopped.read_text())["step"] if stopped.is_file() else records[-1]["step"]
-    return max(record["tokens"] for record in records if record["step"] <= step)

@@ -27,10 +27,9 @@ from ..model.causal_lm import CausalLM
 from ..utils.console import console, log
 from ..utils.devices import device_name, pick_device
 from ..utils.files import write_text
-from ..utils.folders import model_folder
+from ..utils.folders import model_folder, recipe_folder
 from ..utils.tokens import token_ids
 from . import plots
-from .card import recipe_folder
 from .kda_heads import COSINES, DISTANCES, inspect_heads, kda_layers
 from .results_file import command_line, versions
 from .runner import open_reference, pick_dtype

@@ -135,10 +135,17 @@ class CachedLM(LM):
         check_same("benchmark items or examples", lambda: [self.model, *sorted(self.waiting)])
         lines = from_first(lambda: read_jsonl(self.path))
         known = {key: answer for line in lines for key, answer in answers_of(line)}
+        # of other items, examples or data types: a later evaluation may need them again
+        self.unused = {key: answer for key, answer in known.items() if key not in self.waiting}
         with self.opened(append=False) as self.file:
+            self.write_unused()
             for key in list(self.waiting):
                 if key in known:
                     self.keep(key, known[key])
+
+    def write_unused(self) -> None:
+        for key, answer in self.unused.items():
+            self.write({"request": key, "answer": answer})
 
     def key(self, kind: str, args: Iterable) -> str:
         """Return the key of a request."""
@@ -167,12 +174,13 @@ class CachedLM(LM):
         self.file.flush()
 
     def finish(self) -> list[dict]:
-        """Rewrite the file with items alone, and return them by task and document."""
+        """Rewrite the file with items and unused answers, and return the items by task and document."""
         order = {name: number for number, name in enumerate(self.tasks)}
         items = [self.items[key] for key in sorted(self.items, key=lambda key: (order[key[0]], key[1]))]
         with self.opened(append=False) as self.file:
             for item in items:
                 self.write(item)
+            self.write_unused()
         return items
 
     def item(self, document: Document) -> dict:

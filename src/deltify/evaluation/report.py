@@ -121,7 +121,7 @@ def combine(folders: Sequence[str | Path], output: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: If a folder has no results.json.
-        ValueError: If evaluations differ in teacher, device, dtype or held-out text.
+        ValueError: If evaluations differ in teacher, device, dtype or held-out text, or call two models by one name.
     """
     output = Path(output)
     parts = [read_results(folder) for folder in folders]
@@ -130,6 +130,9 @@ def combine(folders: Sequence[str | Path], output: str | Path) -> Path:
             raise ValueError(
                 f"The evaluations differ in {key}: {', '.join(sorted(values))}. Repeat them with equal settings."
             )
+    if len(texts := {part.get("heldout_digest") for part in parts} - {None}) > 1:
+        raise ValueError(f"The evaluations have {len(texts)} different held-out texts. Repeat them with one text.")
+    check_names(parts)
     whole: dict = {}
     for part in parts:
         for key, value in part.items():
@@ -147,6 +150,23 @@ def combine(folders: Sequence[str | Path], output: str | Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "results.json", json.dumps(whole, indent=1))
     return output
+
+
+BASELINES = {"teacher", "unigram model", "bigram model"}  # names that all evaluations share
+
+
+def check_names(parts: list[dict]) -> None:
+    """Raise ValueError if two evaluations have models of one name from different runs."""
+    run_of: dict[str, str] = {}
+    for part in parts:
+        runs = part["runs"] or [""]
+        for name in {row["name"] for key in ("scores", "students") for row in part.get(key, [])} - BASELINES:
+            run = next((run for run in runs if Path(run).name == name), runs[0])
+            if run_of.setdefault(name, run) != run:
+                raise ValueError(
+                    f"{run_of[name]} and {run} both have a model called {name!r}. Evaluate each with --no-stages, "
+                    "which calls models by their runs, or rename a folder"
+                )
 
 
 def read_results(folder: str | Path) -> dict:

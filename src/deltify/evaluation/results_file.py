@@ -5,18 +5,14 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from ..config import STAGES, Recipe
-from ..conversion.teacher import Teacher
 from ..training.distributed import rank
 from ..utils.devices import device_name
 from ..utils.files import write_text
-from ..utils.folders import saved_stages
 
 
 class Results:
@@ -25,23 +21,17 @@ class Results:
     def __init__(
         self,
         path: Path,
-        teacher: Teacher | None,
-        runs: Mapping[str, Recipe],
+        teacher: str | Path | None,
+        runs: list[str],
+        trained_length: int,
         device: torch.device,
         dtype: torch.dtype,
     ):
         self.path, self.started = path, time.time()
-        lengths = [
-            recipe.stage(stage).sequence_length
-            for folder, recipe in runs.items()
-            for stage in STAGES
-            if recipe.stage(stage).tokens and stage in saved_stages(Path(folder))
-        ]
-        recipes = list(runs.values())
         self.content: dict = {
-            "teacher": recipes[0].teacher.model if recipes else teacher and teacher.model.name_or_path,
-            "runs": list(runs),
-            "trained_length": max(lengths, default=None),
+            "teacher": None if teacher is None else str(teacher),
+            "runs": runs,
+            "trained_length": trained_length or None,
             "device": device_name(device),
             "dtype": str(dtype).removeprefix("torch."),
             "versions": versions(),

@@ -8,12 +8,11 @@ next to it, and a second evaluation reuses them. `deltify.report` makes pages of
 
 import itertools
 from collections import Counter
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import Recipe, load_recipe
@@ -23,10 +22,12 @@ from ..data.token_files import file_name
 from ..inference.loading import load_model, load_tokenizer
 from ..model.causal_lm import CausalLM
 from ..training.distributed import LONG_WAIT, check_same, from_first, process_group, rank, share_out
+from ..training.history import trained_model
 from ..training.run_folder import check_weights
 from ..training.teachers import open_teacher
 from ..utils.console import log, with_progress
 from ..utils.devices import pick_device
+from ..utils.files import sole_writer
 from ..utils.fingerprint import fingerprint
 from ..utils.folders import model_folder, saved_stages
 from ..utils.tokens import token_ids
@@ -34,7 +35,7 @@ from .benchmarks import compare_with_teacher, run_benchmarks
 from .controls import make_controls
 from .decode_cost import decode_cost
 from .heldout import heldout_scores
-from .needles import NeedleMaker, ask_needles, summarise
+from .needles import NeedleMaker, ask_needles, summarise, task_of
 from .positions import by_position
 from .recall_curve import measure_recall, recall_probes
 from .results_file import Results
@@ -88,8 +89,19 @@ def evaluate(
             f"{names[0]} has no recipe.yaml, so it is no run. Check the path. To evaluate a model that is no run, name "
             "a folder for the results with --output"
         )
+    if not runs and spec.heldout is not None:
+        raise ValueError("--heldout needs a run among the sources, whose teacher and lengths it takes")
+    if not runs and spec.positions and spec.teacher is None:
+        raise ValueError("--books needs a teacher, as no source is a run. Name it with --teacher")
+    if spec.needles:  # before other measures take their time
+        check_needles(spec.needles)
     folder = Path(output) if output else Path(names[0])
-    with process_group(pick_device(spec.device), timeout=LONG_WAIT) as device, sole_writer(folder):
+    refusal = (
+        f"Another evaluation writes to {folder}. Wait for it, or name another folder with --output. To use several "
+        "GPUs, start one evaluation with torchrun."
+    )
+    alone = sole_writer(folder / ".evaluation.lock", refusal)
+    with process_group(pick_device(spec.device), timeout=LONG_WAIT) as device, alone if rank() == 0 else nullcontext():
         evaluation = Evaluation(names, runs, spec, folder, device)
         evaluation.heldout()
         evaluation.choose_models()
@@ -108,28 +120,6 @@ def evaluate(
     return evaluation.results.path
 
 
-@contextmanager
-def sole_writer(folder: Path) -> Generator[None]:
-    """Create a folder and lock it, on the first process.
-
-    Raises:
-        ValueError: If another evaluation has locked it.
-    """
-    if rank() > 0:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / ".evaluation.lock").acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"Another evaluation writes to {folder}. Wait for it, or name another folder with --output. To use several "
-            "GPUs, start one evaluation with torchrun."
-        ) from None
-    with lock:
-        yield
-
-
 class Evaluation:
     """The models of one evaluation and the results so far. Each method adds one measure to results.json."""
 
@@ -139,11 +129,13 @@ class Evaluation:
         self.spec, self.runs, self.folder = spec, runs, folder
         dtype = pick_dtype(spec.dtype, device)
         self.teacher = open_reference(spec.teacher, list(runs.values()), device, dtype)
-        self.results = Results(folder / "results.json", self.teacher, runs, device, dtype)
-        all_stages = spec.stages and len(sources) == 1
-        opened = open_models(sources, runs, device, dtype, all_stages=all_stages)
-        self.scored = {name: model for name, (model, _) in opened.items()}
-        self.students = {name: model for name, (model, is_final) in opened.items() if is_final}
+        folders = model_folders(sources, runs, all_stages=spec.stages and len(sources) == 1)
+        self.trained = {name: trained_model(path) for name, (path, _) in folders.items()}
+        teacher = spec.teacher or next((recipe.teacher.model for recipe in runs.values()), None)
+        length = max(trained.length for trained in self.trained.values())
+        self.results = Results(folder / "results.json", teacher, list(runs), length, device, dtype)
+        self.scored = {name: load_model(path, device=device, dtype=dtype) for name, (path, _) in folders.items()}
+        self.students = {name: self.scored[name] for name, (_, is_final) in folders.items() if is_final}
         all_models = [*([self.teacher.model] if self.teacher else []), *self.scored.values()]
         check_same("models", lambda: [fingerprint(model) for model in all_models])
         self.tokenizer = self.teacher.tokenizer if self.teacher else load_tokenizer(sources[0])
@@ -153,7 +145,7 @@ class Evaluation:
     def heldout(self) -> None:
         """Score every model on the held-out text of the first run. Without a run there is none."""
         if self.teacher is not None and self.runs:
-            self.results.add(**heldout_scores(self.teacher, self.runs, self.scored, self.spec.heldout))
+            self.results.add(**heldout_scores(self.teacher, self.runs, self.scored, self.trained, self.spec.heldout))
 
     def choose_models(self) -> None:
         """Add teacher and controls to the students, and write what the students are."""
@@ -243,6 +235,16 @@ def describe(name: str, model: PreTrainedModel, measured: dict) -> dict:
     }
 
 
+def check_needles(spec: NeedleSpec) -> None:
+    """Raise ValueError if a needle task is unknown, or a number is too small."""
+    for task in spec.tasks:
+        task_of(task)
+    if not spec.lengths or min(spec.lengths) < 1:
+        raise ValueError(f"--lengths {','.join(map(str, spec.lengths))}: name numbers of tokens of at least 1")
+    if spec.samples < 1:
+        raise ValueError(f"--needle-samples {spec.samples} must be at least 1")
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of this name, or for auto the usual one of the device.
 
@@ -278,34 +280,27 @@ def open_reference(
     return teacher
 
 
-def open_models(
-    sources: list[str],
-    runs: dict[str, Recipe],
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    all_stages: bool,
-) -> dict[str, tuple[CausalLM, bool]]:
-    """Open the students: by name, each model and whether it is a final one.
+def model_folders(sources: list[str], runs: dict[str, Recipe], *, all_stages: bool) -> dict[str, tuple[str, bool]]:
+    """Return the students by name: each one's folder or hub id, and whether it is a final one.
 
     A run's last stage is final, and so is a model that is no run.
 
     Args:
-        all_stages: Whether to open all stages of a run under their own names, instead of the last under the run's name.
+        all_stages: Whether to take all stages of a run under their own names, instead of the last under the run's name.
 
     Raises:
         ValueError: If two models would have one name.
     """
-    opened: dict[str, tuple[CausalLM, bool]] = {}
+    found: dict[str, tuple[str, bool]] = {}
     for source in sources:
         folders = {Path(source).name: model_folder(source)}
         if source in runs and all_stages:
             folders = {name: str(Path(source) / name) for name in saved_stages(Path(source))}
         for name, folder in folders.items():
-            if name in opened or name == "teacher":
+            if name in found or name == "teacher":
                 raise ValueError(f"Two models would be called {name!r}. Rename the folder {source}.")
-            opened[name] = load_model(folder, device=device, dtype=dtype), name == list(folders)[-1]
-    return opened
+            found[name] = folder, name == list(folders)[-1]
+    return found
 
 
 def longest_documents(source: str, count: int, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -19,10 +19,6 @@ UNSUPPORTED = (
 )
 
 
-# settings of sampling, which greedy generation ignores
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-
-
 class DeltifyGenerationMixin(GenerationMixin):
     """transformers' generation with a `DeltifyCache`. Settings that need another cache are refused."""
 
@@ -78,13 +74,12 @@ class DeltifyGenerationMixin(GenerationMixin):
 
 def supported_settings(settings: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
     """Return a copy of a teacher's generation settings without unsupported ones, and the names of those."""
-    supported, default = copy.deepcopy(settings), GenerationConfig()
+    default = GenerationConfig()
     dropped = [name for name in UNSUPPORTED if getattr(settings, name, None) != getattr(default, name, None)]
-    for name in dropped:
-        setattr(supported, name, getattr(default, name, None))
-    if dropped and not supported.do_sample:  # transformers saves changed settings only if no setting is ignored
-        ignored = [name for name in SAMPLING if getattr(supported, name, None) != getattr(default, name, None)]
-        for name in ignored:
-            setattr(supported, name, getattr(default, name, None))
-        dropped += ignored
+    if not dropped:
+        return copy.deepcopy(settings), dropped
+    kept = {name: value for name, value in settings.to_dict().items() if name not in dropped}
+    supported = GenerationConfig.from_dict(kept)
+    # as if read from a file: transformers does not save settings that were changed and are ignored, such as top_p alone
+    supported._original_object_hash = hash(supported)
     return supported, dropped

@@ -92,15 +92,18 @@ def read_run(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {}
 
 
-def write_run(recipe: Recipe, device: torch.device, precision: str, data: dict[str, str], weights: str) -> None:
+def write_run(
+    recipe: Recipe, device: torch.device, precision: str, data: dict[str, str], weights: str, start: dict[str, int]
+) -> None:
     """Write recipe.yaml and run.json: device, precision, name and memory of a GPU, checksums of text and teacher.
 
     Args:
         data: Checksums of the tokens of each source.
         weights: Fingerprint of the teacher's weights.
+        start: What the model of student.init was trained on before, as its run may go on later, or be deleted.
     """
     recipe.folder.mkdir(parents=True, exist_ok=True)
-    made = machine(device, precision) | {"data": data, "weights": weights}
+    made = machine(device, precision) | {"data": data, "weights": weights, "start": start}
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         made |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory}

@@ -11,6 +11,8 @@ extend: The same as match, on longer sequences.
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -27,13 +29,15 @@ from ..model.loading import checkpoint_tensors, plain_shapes
 from ..model.shards import is_sharded, load_shards, read_generation_config
 from ..utils.console import console, log
 from ..utils.devices import pick_device, pick_precision
+from ..utils.files import sole_writer
 from ..utils.folders import model_folder
 from . import checkpoint, distributed
 from .estimate import count, skeletons
+from .history import trained_model
 from .metrics import Metrics
 from .optimizers import choose_trained, training_bytes
 from .recall import heldout_probes, recall_text
-from .run_folder import check_data, check_run, check_weights, write_run
+from .run_folder import check_data, check_run, check_weights, read_run, write_run
 from .samples import heldout_prompts
 from .signals import Stopper
 from .steps import StageTeacher
@@ -64,12 +68,16 @@ def distill(
     started = time.monotonic()
     deadline = math.inf if max_minutes is None else started + 60 * max_minutes
     check(recipe)
-    if recipe.student.init not in INITS and not Path(recipe.student.init).expanduser().is_dir():
+    begins = not checkpoint.is_finished(recipe.folder / "converted")
+    if begins and recipe.student.init not in INITS and not Path(recipe.student.init).expanduser().is_dir():
         raise ValueError(
             f"student.init={recipe.student.init!r}; choose one of {', '.join(INITS)}, or the folder of a student"
         )
     tracker_module(recipe.run.report_to)
-    with distributed.process_group(pick_device(recipe.run.device)) as device:
+    refusal = f"Another process trains in {recipe.folder}. Wait for it, or use another --name"
+    alone = sole_writer(recipe.folder / ".run.lock", refusal)
+    group = distributed.process_group(pick_device(recipe.run.device))
+    with group as device, alone if distributed.rank() == 0 else nullcontext():
         check_shares(recipe)
         precision = pick_precision(recipe.run.precision, device)
         changes = check_run(recipe, resume, device, precision)
@@ -124,7 +132,8 @@ def open_everything(
     check_data(recipe, digests)
     distributed.barrier()
     if distributed.rank() == 0:
-        write_run(recipe, device, precision, digests, teacher.fingerprint)
+        start = read_run(recipe.folder).get("start") or asdict(trained_model(recipe.student.init))
+        write_run(recipe, device, precision, digests, teacher.fingerprint, start)
     longest = max(recipe.stage(name).sequence_length for name in STAGES if recipe.stage(name).tokens)
     probes = heldout_probes(heldout, longest, recipe.run.heldout_tokens, teacher.tokenizer)
     if not probes:

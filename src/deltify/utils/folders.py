@@ -28,3 +28,10 @@ def model_folder(path: str) -> str:
 def saved_stages(run: Path) -> list[str]:
     """Return the stages of a run that have saved a model, in their order. The first one is "converted"."""
     return [name for name in ("converted", *STAGES) if (run / name / "config.json").is_file()]
+
+
+def recipe_folder(source: str) -> Path | None:
+    """Return the folder of the run that `source` is, or is a stage of. None if it is neither."""
+    path = Path(source).expanduser()
+    folders = (path, path.parent) if path.is_dir() else ()
+    return next((folder for folder in folders if (folder / "recipe.yaml").is_file()), None)
