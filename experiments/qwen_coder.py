@@ -48,7 +48,7 @@ from deltify.evaluation.needles import TASKS as NEEDLES
 from deltify.evaluation.report import combine
 from deltify.training.checkpoint import is_finished
 
-# weights of sources in sequences of 2,048 tokens and, for our models, in longer ones; not tuned
+# weights of sources in align, in match and, for our models, in longer sequences; not tuned
 ALIGN_MIX = {"openstax": 0.3, "changelog": 0.15, "gutenberg-0": 0.3, "sparse-recall:openstax": 0.25}
 MIX = {
     "openstax": 0.2, "changelog": 0.1, "gutenberg-0": 0.2, "sparse-recall:openstax": 0.25, "chat:gsm8k": 0.15,
@@ -159,7 +159,7 @@ def passages(paragraphs: list[str]) -> Iterator[str]:
 
 def align(model: str, gpus: list[str], options: argparse.Namespace) -> None:
     """Train the align stage of a model of `MODELS`, or go on with it."""
-    distill(make_recipe(model, options, aligned=True), gpus, options)
+    distill(make_recipe(model, options, only_align=True), gpus, options)
 
 
 def train(model: str, gpus: list[str], options: argparse.Namespace) -> None:
@@ -183,19 +183,19 @@ def distill(recipe: Recipe, gpus: list[str], options: argparse.Namespace) -> Non
     run_deltify(["distill", path, *more], gpus, options.out / "logs" / f"train-{recipe.name}.log")
 
 
-def make_recipe(model: str, options: argparse.Namespace, aligned: bool = False) -> Recipe:
+def make_recipe(model: str, options: argparse.Namespace, only_align: bool = False) -> Recipe:
     """Return the recipe of a model's align stage, or of its other stages, with the command line's texts and tokens."""
     name, shares, changes = MODELS[model]
-    stages = {stage: share for stage, share in shares.items() if (stage == "align") == aligned}
+    stages = {stage: share for stage, share in shares.items() if (stage == "align") == only_align}
     fields: dict[str, object] = {
-        "name": f"{model}-align" if aligned else model, "output": options.out, "seed": options.seed,
+        "name": f"{model}-align" if only_align else model, "output": options.out, "seed": options.seed,
         "teacher.model": options.teacher, "teacher.architecture": "qwen2",
-        "data.train": json.dumps(named(ALIGN_MIX if aligned else MIX, options)), "data.max_tokens": "null",
+        "data.train": json.dumps(named(ALIGN_MIX if only_align else MIX, options)), "data.max_tokens": "null",
         "data.heldout": options.text / "eval" / "heldout_dev.jsonl", "data.folder": options.data,
         "run.heldout_tokens": 131_072, "run.heldout_sequence_length": 2048, "run.save_every_minutes": 10_000,
         "run.keep_checkpoints": 1,
     } | changes  # fmt: skip
-    if "align" in shares and not aligned:
+    if "align" in shares and not only_align:
         fields["student.init"] = align_folder(model, options)
         fields["extend.data_weights"] = json.dumps(named(LONG_MIX, options))
     steps = []

@@ -56,7 +56,7 @@ def test_all_models_train_on_equally_many_tokens_of_the_same_text(qwen_coder, te
     chosen = options(qwen_coder, text, tmp_path, "train")
     recipes = {model: qwen_coder.make_recipe(model, chosen) for model in qwen_coder.MODELS}
     for model, recipe in recipes.items():
-        aligned = [qwen_coder.make_recipe(model, chosen, aligned=True)] if model != "arcee" else []
+        aligned = [qwen_coder.make_recipe(model, chosen, only_align=True)] if model != "arcee" else []
         tokens = [one.stage(name).tokens for one in (*aligned, recipe) for name in STAGES]
         assert sum(tokens) == pytest.approx(75e6, abs=3)
         assert all(not any("chat:" in source for source in one.data.train) for one in aligned)

@@ -14,9 +14,9 @@ from deltify import distill, load_recipe
 from deltify.cli import main
 from deltify.config import Stage, write_recipe
 from deltify.training import checkpoint, runner, trainer
+from deltify.training.distributed import sole_writer
 from deltify.training.signals import Stopped
 from deltify.training.steps import align_step
-from deltify.utils.files import sole_writer
 
 
 def test_a_run_killed_at_random_moments_resumes_to_the_same_bits(tmp_path):

@@ -55,9 +55,9 @@ class Family:
 
     def slides(self, config: PreTrainedConfig) -> list[bool]:
         """Return for each layer whether the teacher's attention has a sliding window."""
-        kinds = getattr(config, "layer_types", None)
         if not self.has_windows:
             return [False] * config.num_hidden_layers
+        kinds = getattr(config, "layer_types", None)
         if kinds is None:  # Mistral: one field for all layers
             return [getattr(config, "sliding_window", None) is not None] * config.num_hidden_layers
         return [kind == "sliding_attention" for kind in kinds]

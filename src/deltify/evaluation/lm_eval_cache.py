@@ -56,6 +56,7 @@ class CachedLM(LM):
         self.on_first_request = contextlib.ExitStack()
         self.answers: dict[str, Answer] = {}  # by the key of the request
         self.items: dict[Document, dict] = {}
+        self.unused: dict[str, Answer] = {}  # of other items, examples or data types, for later evaluations
         self.documents: dict[Document, list[Instance]] = {}
         self.missing: dict[Document, int] = {}  # number of answers that a document lacks
         self.waiting: dict[str, list[Document]] = {}  # documents that need the answer with this key
@@ -135,7 +136,6 @@ class CachedLM(LM):
         check_same("benchmark items or examples", lambda: [self.model, *sorted(self.waiting)])
         lines = from_first(lambda: read_jsonl(self.path))
         known = {key: answer for line in lines for key, answer in answers_of(line)}
-        # of other items, examples or data types: a later evaluation may need them again
         self.unused = {key: answer for key, answer in known.items() if key not in self.waiting}
         with self.opened(append=False) as self.file:
             self.write_unused()
@@ -144,6 +144,7 @@ class CachedLM(LM):
                     self.keep(key, known[key])
 
     def write_unused(self) -> None:
+        """Write the answers that this evaluation does not need."""
         for key, answer in self.unused.items():
             self.write({"request": key, "answer": answer})
 

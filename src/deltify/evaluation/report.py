@@ -40,6 +40,8 @@ from .tables import (
     recall_table,
 )
 
+BASELINES = {"teacher", "unigram model", "bigram model"}  # names that all evaluations share
+
 
 @dataclass(frozen=True)
 class Section:
@@ -150,9 +152,6 @@ def combine(folders: Sequence[str | Path], output: str | Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "results.json", json.dumps(whole, indent=1))
     return output
-
-
-BASELINES = {"teacher", "unigram model", "bigram model"}  # names that all evaluations share
 
 
 def check_names(parts: list[dict]) -> None:

@@ -9,7 +9,6 @@ next to it, and a second evaluation reuses them. `deltify.report` makes pages of
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,13 +20,12 @@ from ..data.sources import documents
 from ..data.token_files import file_name
 from ..inference.loading import load_model, load_tokenizer
 from ..model.causal_lm import CausalLM
-from ..training.distributed import LONG_WAIT, check_same, from_first, process_group, rank, share_out
+from ..training.distributed import LONG_WAIT, check_same, from_first, process_group, rank, share_out, sole_writer
 from ..training.history import trained_model
 from ..training.run_folder import check_weights
 from ..training.teachers import open_teacher
 from ..utils.console import log, with_progress
 from ..utils.devices import pick_device
-from ..utils.files import sole_writer
 from ..utils.fingerprint import fingerprint
 from ..utils.folders import model_folder, saved_stages
 from ..utils.tokens import token_ids
@@ -101,7 +99,7 @@ def evaluate(
         "GPUs, start one evaluation with torchrun."
     )
     alone = sole_writer(folder / ".evaluation.lock", refusal)
-    with process_group(pick_device(spec.device), timeout=LONG_WAIT) as device, alone if rank() == 0 else nullcontext():
+    with process_group(pick_device(spec.device), timeout=LONG_WAIT) as device, alone:
         evaluation = Evaluation(names, runs, spec, folder, device)
         evaluation.heldout()
         evaluation.choose_models()

@@ -19,10 +19,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -58,6 +60,25 @@ def rank() -> int:
 def world_size() -> int:
     """Return the number of processes, or 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def sole_writer(lock: Path, refusal: str) -> Generator[None]:
+    """Hold the lock file `lock` on the first process, and create its folder.
+
+    Raises:
+        ValueError: With the message `refusal`, if another program holds it.
+    """
+    if rank() > 0:
+        yield
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(lock).acquire(timeout=0)
+    except Timeout:
+        raise ValueError(refusal) from None
+    with held:
+        yield
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..config import STAGES, load_recipe
 from ..utils.folders import recipe_folder, saved_stages
 from .metrics import read_stages
+from .run_folder import read_run
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ def trained_stages(run: Path) -> dict[str, Trained]:
         FileNotFoundError: If the run has not begun.
     """
     recipe = load_recipe(run / "recipe.yaml")
-    start = json.loads((run / "run.json").read_text()).get("start") if (run / "run.json").is_file() else None
+    start = read_run(run).get("start")
     # runs of earlier versions have not written down what they started from
     before = trained_model(recipe.student.init) if start is None else Trained(**start)
     lines, saved = dict(read_stages(run)), saved_stages(run)

@@ -11,7 +11,6 @@ extend: The same as match, on longer sequences.
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,6 @@ from ..model.loading import checkpoint_tensors, plain_shapes
 from ..model.shards import is_sharded, load_shards, read_generation_config
 from ..utils.console import console, log
 from ..utils.devices import pick_device, pick_precision
-from ..utils.files import sole_writer
 from ..utils.folders import model_folder
 from . import checkpoint, distributed
 from .estimate import count, skeletons
@@ -37,7 +35,7 @@ from .history import trained_model
 from .metrics import Metrics
 from .optimizers import choose_trained, training_bytes
 from .recall import heldout_probes, recall_text
-from .run_folder import check_data, check_run, check_weights, read_run, write_run
+from .run_folder import check_data, check_run, check_weights, holds_run, read_run, write_run
 from .samples import heldout_prompts
 from .signals import Stopper
 from .steps import StageTeacher
@@ -75,19 +73,18 @@ def distill(
         )
     tracker_module(recipe.run.report_to)
     refusal = f"Another process trains in {recipe.folder}. Wait for it, or use another --name"
-    alone = sole_writer(recipe.folder / ".run.lock", refusal)
-    group = distributed.process_group(pick_device(recipe.run.device))
-    with group as device, alone if distributed.rank() == 0 else nullcontext():
+    with distributed.process_group(pick_device(recipe.run.device)) as device:
         check_shares(recipe)
         precision = pick_precision(recipe.run.precision, device)
-        changes = check_run(recipe, resume, device, precision)
-        distributed.barrier()  # no rank writes while another still reads
-        ranks = f" of {distributed.world_size()}" if distributed.world_size() > 1 else ""
-        console.print(f"[bold]{recipe.name}[/]: {recipe.teacher.model} on {device}{ranks}, {precision}")
-        for line in changes:
-            log(line)
-        with Stopper() as stopper:
-            run_stages(recipe, device, precision, stages, deadline, stopper)
+        with distributed.sole_writer(recipe.folder / ".run.lock", refusal):
+            changes = check_run(recipe, resume, device, precision)
+            distributed.barrier()  # no rank writes while another still reads
+            ranks = f" of {distributed.world_size()}" if distributed.world_size() > 1 else ""
+            console.print(f"[bold]{recipe.name}[/]: {recipe.teacher.model} on {device}{ranks}, {precision}")
+            for line in changes:
+                log(line)
+            with Stopper() as stopper:
+                run_stages(recipe, device, precision, stages, deadline, stopper)
         console.print(f"models, metrics and checkpoints are in {recipe.folder}")
     return recipe.folder
 
@@ -132,7 +129,9 @@ def open_everything(
     check_data(recipe, digests)
     distributed.barrier()
     if distributed.rank() == 0:
-        start = read_run(recipe.folder).get("start") or asdict(trained_model(recipe.student.init))
+        # a failed attempt may have left a run.json that is about another model
+        start = read_run(recipe.folder).get("start") if holds_run(recipe.folder) else None
+        start = start or asdict(trained_model(recipe.student.init))
         write_run(recipe, device, precision, digests, teacher.fingerprint, start)
     longest = max(recipe.stage(name).sequence_length for name in STAGES if recipe.stage(name).tokens)
     probes = heldout_probes(heldout, longest, recipe.run.heldout_tokens, teacher.tokenizer)

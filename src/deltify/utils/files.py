@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
@@ -156,19 +156,3 @@ def read_jsonl(path: Path, *, repair: bool = False) -> list[dict]:
     if cut and repair:
         write_text(path, whole + newline)
     return [json.loads(line) for line in (whole + newline).split("\n")[:-1]]
-
-
-@contextmanager
-def sole_writer(lock: Path, refusal: str) -> Generator[None]:
-    """Hold the lock file `lock`, whose folder is created.
-
-    Raises:
-        ValueError: With the message `refusal`, if another process holds it.
-    """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        held = FileLock(lock).acquire(timeout=0)
-    except Timeout:
-        raise ValueError(refusal) from None
-    with held:
-        yield
