@@ -1,8 +1,10 @@
-"""The operator on a GPU, beside flash-linear-attention's kernels and cuDNN's attention, in bfloat16.
+"""The operator on a GPU, beside flash-linear-attention's and NVIDIA's kernels and cuDNN's attention, in bfloat16.
 
-Both sides start from the same raw inputs; L2 norms, gate and sigmoid are inside. Beside each time of ours stands its
-error against float64. Attention has 20 query heads over 4 key/value heads, as AFM-4.5B has.
-Run: python benchmarks/kda_gpu.py [parts of cases' names] (needs a CUDA GPU; flash-linear-attention==0.6.0 for the peer)
+All start from the same raw inputs; L2 norms, gate and sigmoid are inside. Beside the times of a forward pass stand the
+errors against float64. NVIDIA's kernel for Hopper has bounded gates only, and no gradients of the raw inputs.
+Attention has 20 query heads over 4 key/value heads, as AFM-4.5B has.
+Run: python benchmarks/kda_gpu.py [parts of cases' names] (needs a CUDA GPU; flash-linear-attention==0.6.0 and
+nvidia-cudnn-frontend==1.32.0 for the peers)
 """
 
 import contextlib
@@ -25,11 +27,17 @@ try:
 except ImportError:
     chunk_kda = fused_recurrent_kda = None
 
+try:
+    from cudnn.linear_attention.ops import kimi_delta_attention
+except ImportError:
+    kimi_delta_attention = None
+
 PEER = "fla chunk_kda"
+NVIDIA = "nvidia kda_hopper_cuda"
 K = 128
 # (B, T, H) and the gates it is timed with
 FORWARD = [
-    ((1, 32768, 20), ("slow", "library", "fast", "bounded", "zero")),
+    ((1, 32768, 20), ("slow", "library", "fast", "bounded", "bounded-slow", "zero")),
     ((1, 2048, 20), ("library",)),
     ((1, 8192, 20), ("slow", "library", "fast", "bounded")),
     ((1, 8192, 64), ("slow", "library", "fast", "bounded")),
@@ -64,17 +72,33 @@ def make_inputs(B: int, T: int, H: int, gates: str) -> list[Tensor]:
         dt_bias = torch.zeros_like(dt_bias)
     if gates == "bounded":
         A_log, dt_bias = torch.zeros_like(A_log), torch.zeros_like(dt_bias)
+    if gates == "bounded-slow":
+        A_log, dt_bias = torch.zeros_like(A_log), torch.full_like(dt_bias, -6)
     if gates == "zero":
         f = torch.full_like(f, -60)
     return [x.bfloat16() for x in (q, k, v, f, b)] + [A_log, dt_bias]
 
 
-def error(gates: str, H: int, lower_bound: float | None) -> float:
+def error(forward, gates: str, H: int, lower_bound: float | None) -> float:
     """RMS of the difference to float64 over RMS of the reference, at 2,000 tokens of the same heads."""
     inputs = make_inputs(1, 2000, H, gates)
     want = kda(*(x.double() for x in inputs), lower_bound=lower_bound, backend="chunked")[0]
-    got = kda(*inputs, lower_bound=lower_bound, backend="triton")[0]
+    got = forward(inputs, lower_bound)[0].view_as(want)
     return float((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt())
+
+
+def our_forward(inputs: list[Tensor], lower_bound: float | None, cu_seqlens: Tensor | None = None):
+    return kda(*inputs, lower_bound=lower_bound, cu_seqlens=cu_seqlens, backend="triton")
+
+
+def nvidia_forward(inputs: list[Tensor], lower_bound: float):
+    q, k, v, f, b, A_log, dt_bias = inputs
+    B, T, H, _ = q.shape
+    rows = torch.arange(0, B * T + 1, T, device="cuda", dtype=torch.int32)
+    options = {"use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True, "output_final_state": True}
+    options |= {"safe_gate": True, "gate_lower_bound": lower_bound, "plan_name": "kda_hopper_cuda"}
+    flat = [x.flatten(0, 1) for x in (q, k, v, f, b)]
+    return kimi_delta_attention(*flat, rows, a_log=A_log, dt_bias=dt_bias.view(H, K), **options)
 
 
 def peer_forward(inputs: list[Tensor], lower_bound: float | None, cu_seqlens: Tensor | None = None):
@@ -105,10 +129,11 @@ def forward_rows(wanted: list[str]) -> Iterator[list[dict]]:
         case = f"forward/{gates}/B{B}-T{T}-H{H}-K{K}" + ("" if packed is None else "-packed7")
         if not any(part in case for part in wanted):
             continue
-        inputs, lower_bound = make_inputs(B, T, H, gates), -5.0 if gates == "bounded" else None
+        inputs, lower_bound = make_inputs(B, T, H, gates), -5.0 if gates.startswith("bounded") else None
         rows = []
-        ours = lambda: kda(*inputs, lower_bound=lower_bound, cu_seqlens=packed, backend="triton")
+        ours = lambda: our_forward(inputs, lower_bound, packed)
         theirs = lambda: peer_forward(inputs, lower_bound, packed)
+        nvidia = lambda: nvidia_forward(inputs, lower_bound)
         for metric, seconds in (("eager seconds", eager_seconds), ("graph seconds", graph_seconds)):
             peer = None
             if chunk_kda and seconds is eager_seconds:  # its autotuner cannot be captured
@@ -116,7 +141,12 @@ def forward_rows(wanted: list[str]) -> Iterator[list[dict]]:
             rows.append(row(case, metric, seconds(ours), peer, PEER))
         with prepare_in_triton():
             rows.append(row(case, "graph seconds", rows[-1]["ours"], graph_seconds(ours), "prepare in Triton"))
-        rows.append(row(case, "relative error", error(gates, H, lower_bound), None, "float64"))
+        error_of = lambda forward: error(forward, gates, H, lower_bound)
+        peer_error = error_of(peer_forward) if chunk_kda else None
+        rows.append(row(case, "relative error", our_error := error_of(our_forward), peer_error, PEER))
+        if kimi_delta_attention and lower_bound is not None:
+            rows.append(row(case, "eager seconds", rows[0]["ours"], eager_seconds(nvidia), NVIDIA))
+            rows.append(row(case, "relative error", our_error, error_of(nvidia_forward), NVIDIA))
         yield rows
 
 

@@ -3,6 +3,7 @@
     run="python experiments/qwen_coder.py --teacher qwen.gguf --text TEXT --out OUT"
     $run answers                                  # questions, and the teacher's answers to them
     $run align kda-only hybrid                    # may run at the same time, on other GPUs
+    $run rates kda-only                           # optional: learning rates of match, compared
     $run train kda-only hybrid arcee              # 75M tokens each, those of align counted
     $run measure kda-only hybrid arcee
     $run report
@@ -15,6 +16,8 @@ splits of the benchmarks. WinoGrande is measured if eval/ has winogrande_validat
   are kept. It also answers requests about passages of the textbooks, once each.
 - `align`: The align stage of our models is a run of its own, in OUT/MODEL-align. Its text is textbooks, podcasts, books
   and sparse recall text.
+- `rates`: Short match runs that begin with the model of `align`, one after the other, with its text. Each has another
+  pair of learning rates (`RATES`). Prints KL and recall of each.
 - `train`: The other stages begin with the model of `align`, which is trained first if it is not there. Their text is
   that of align and these answers. Of the answers, only the teacher's tokens count.
 - `measure`: Each model is measured in parts. The teacher's answers of a part are copied, not repeated.
@@ -27,6 +30,7 @@ on the CPU in small, to try the script with a tiny teacher.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import queue
@@ -47,6 +51,7 @@ from deltify.data.sources import documents
 from deltify.evaluation.needles import TASKS as NEEDLES
 from deltify.evaluation.report import combine
 from deltify.training.checkpoint import is_finished
+from deltify.training.metrics import read_stages
 
 # weights of sources in align, in match and, for our models, in longer sequences; not tuned
 ALIGN_MIX = {"openstax": 0.3, "changelog": 0.15, "gutenberg-0": 0.3, "sparse-recall:openstax": 0.25}
@@ -66,6 +71,7 @@ MODELS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "hybrid-rope": ("qwen2.5-1.5b-hybrid", OURS, {"student.keep_rope": "true"}),
     "arcee": ("baselines/arcee", {"match": 0.875, "extend": 0.125}, {}),
 }
+RATES = ((6e-4, 2e-5), (2e-4, 2e-5), (6e-4, 1e-4), (2e-4, 1e-4))  # of mixers and of other parameters
 SHARD = 1000  # questions of a file of answers
 REQUESTS = (
     "Explain this passage to a student who reads about its subject for the first time.\n\n{}",
@@ -167,6 +173,32 @@ def train(model: str, gpus: list[str], options: argparse.Namespace) -> None:
     if "align" in MODELS[model][1] and not is_finished(align_folder(model, options)):
         align(model, gpus, options)
     distill(make_recipe(model, options), gpus, options)
+
+
+def rates(model: str, gpus: list[str], options: argparse.Namespace) -> None:
+    """Train match for --rate-tokens from the model of `align`, once for each pair of `RATES`, and print the results."""
+    if not is_finished(align_folder(model, options)):
+        align(model, gpus, options)
+    for pair in RATES:
+        recipe = rate_recipe(model, pair, options)
+        distill(recipe, gpus, options)
+        line = [line for line in dict(read_stages(recipe.folder))["match"] if "heldout_kl" in line][-1]
+        recall = line.get("recall", float("nan"))
+        print(f"{recipe.name}: {line['tokens']:,} tokens, KL {line['heldout_kl']:.4f}, recall {recall:.2f}", flush=True)
+
+
+def rate_recipe(model: str, pair: tuple[float, float], options: argparse.Namespace) -> Recipe:
+    """Return a recipe of match alone, with the text of align and a pair of `RATES`."""
+    recipe, match = make_recipe(model, options, only_align=True), make_recipe(model, options).match
+    return dataclasses.replace(
+        recipe,
+        name=f"{model}-rates-{pair[0]:g}-{pair[1]:g}",
+        student=dataclasses.replace(recipe.student, init=str(align_folder(model, options))),
+        align=dataclasses.replace(recipe.align, tokens=0),
+        match=dataclasses.replace(
+            match, tokens=int(options.rate_tokens * 1e6), lr_mixers=pair[0], lr_other=pair[1], data_weights=None
+        ),
+    )
 
 
 def align_folder(model: str, options: argparse.Namespace) -> Path:
@@ -461,7 +493,7 @@ def on_gpus_of_their_own(work, options: argparse.Namespace) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("answers", "align", "train", "measure", "report"))
+    parser.add_argument("what", choices=("answers", "align", "rates", "train", "measure", "report"))
     parser.add_argument("models", nargs="*", help=f"of all but answers: {', '.join(MODELS)} (default: all)")
     parser.add_argument("--teacher", required=True, help="folder, GGUF file or hub id")
     parser.add_argument("--text", type=Path, required=True)
@@ -481,6 +513,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=3,
         help="validations in the longest stage; the best so far is saved; 0: none but at its end (default: 3)",
     )
+    parser.add_argument(
+        "--rate-tokens", type=float, default=3, help="millions of tokens of each run of rates (default: 3)"
+    )
     parser.add_argument("--max-minutes", type=float, help="minutes after which train saves and stops")
     parser.add_argument("--questions", type=int, default=7500, help="questions of each kind (default: 7500)")
     parser.add_argument("--batch", type=int, default=256, help="answers generated at a time (default: 256)")
@@ -492,8 +527,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--book-tokens", type=int, default=65536, help="tokens read of each of four books")
     parser.add_argument("--smoke", action="store_true", help="try the script in small on the CPU")
     options = parser.parse_args(arguments)
-    known = [model for model in MODELS if options.what != "align" or "align" in MODELS[model][1]]
-    if options.what in ("align", "train", "measure"):
+    known = [model for model in MODELS if options.what not in ("align", "rates") or "align" in MODELS[model][1]]
+    if options.what in ("align", "rates", "train", "measure"):
         options.models = options.models or known
     if unknown := [model for model in options.models if model not in known]:
         parser.error(f"unknown models {unknown}; choose from {', '.join(known)}")
@@ -507,7 +542,9 @@ def main(arguments: list[str] | None = None) -> None:
     elif options.what == "report":
         report_all(options)
     else:
-        on_gpus_of_their_own({"align": align, "train": train, "measure": measure}[options.what], options)
+        on_gpus_of_their_own(
+            {"align": align, "rates": rates, "train": train, "measure": measure}[options.what], options
+        )
 
 
 if __name__ == "__main__":

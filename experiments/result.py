@@ -135,6 +135,7 @@ def measure(model: str, options: argparse.Namespace) -> None:
             spec = dataclasses.replace(spec, benchmarks=BenchmarkSpec(tasks, limit, options.text / "eval"))
         elif part in HAYSTACKS:
             tasks, lengths, samples = HAYSTACKS[part]
+            samples = options.samples or samples
             spec = dataclasses.replace(spec, needles=NeedleSpec(tasks, lengths, samples, books))
         else:
             contexts = DecodeSpec((1024, 8192, options.book_tokens))
@@ -163,6 +164,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", default="runs/data", help="folder of token files")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="parts of measure (default: all)")
+    parser.add_argument("--samples", type=int, help="needles of each task and length (default: see HAYSTACKS)")
     parser.add_argument("--million", type=int, default=1_000_000, help="tokens per million; fewer for a trial")
     parser.add_argument("--book-tokens", type=int, default=65536, help="tokens read of each of four books")
     options = parser.parse_args()

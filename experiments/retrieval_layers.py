@@ -5,7 +5,7 @@
 
 Each run is a recipe of its own in --out, and its metrics.jsonl has the recall curve of each validation. Runs that are
 finished are not repeated. "halves" begins with a model that joins two others, named in JOINED. Runs whose name ends in
-"-4k" continue another run in longer sequences. Needs a GPU.
+"-4k" or "-16k" continue another run in longer sequences. Needs a GPU.
 """
 
 import argparse
@@ -55,6 +55,10 @@ class Run:
 
 M = 1_000_000
 IN_4K = {"sequence_length": 4096, "batch_size": 2}
+# twice the teacher's context window: half of the positions have cross-entropy only
+IN_16K = {"sequence_length": 16_384, "batch_size": 1, "lr_mixers": 2e-4, "lr_other": 6e-5, "ce_weight": 0.2}
+WIDE = LONG_MEMORY | {"head_dim": 128}
+NOPE = {"keep_rope": False}
 MUON = {"optimizer": "muon", "lr_mixers": 2e-3, "lr_other": 6e-4}
 RUNS = {
     "align": Run("none", 4 * M, 0),
@@ -73,14 +77,18 @@ RUNS = {
     ),
     # 10M tokens each: all layers at once, or two halves that are trained apart, joined and trained together
     "direct": Run("none", 2 * M, 8 * M, LONG_MEMORY),
-    "direct-wide": Run("none", 2 * M, 8 * M, LONG_MEMORY | {"head_dim": 128}),
+    "direct-wide": Run("none", 2 * M, 8 * M, WIDE),
     "half-others": Run(RETRIEVING, 1 * M, 1 * M, LONG_MEMORY),
     "half-retrieving": Run(OTHERS, 1 * M, 3 * M, LONG_MEMORY),
     "halves": Run("none", 0, 4 * M, {"init": "halves"}),
     "direct-long": Run("none", 0, 28 * M, {"init": "direct"}, {"sequence_length": 4096, "batch_size": 1}),
-    "direct-wide-4k": Run("none", 0, 48 * M, {"init": "direct-wide", "head_dim": 128}, IN_4K, every=1000),  # not run
+    "direct-wide-4k": Run("none", 0, 48 * M, {"init": "direct-wide", "head_dim": 128}, IN_4K, every=1000),
+    "direct-wide-16k": Run("none", 0, 6 * M, {"init": "direct-wide-4k", "head_dim": 128}, IN_16K, every=183),
     "measured": Run("measured:4", 2 * M, 8 * M, sparse=0.25),
     "measured-4k": Run("measured:4", 0, 24 * M, {"init": "measured"}, IN_4K, 0.25, every=500),
+    "measured-nope": Run("measured:4", 2 * M, 8 * M, NOPE, sparse=0.25, every=488),
+    "measured-nope-4k": Run("measured:4", 0, 24 * M, NOPE | {"init": "measured-nope"}, IN_4K, 0.25, every=1000),
+    "measured-nope-16k": Run("measured:4", 0, 4 * M, NOPE | {"init": "measured-nope-4k"}, IN_16K, 0.25, every=122),
     # continues a run of experiments/hybrid_layers.py --tokens 4000000 --keep-rope, in the same folder
     "one-4k": Run("measured:1", 0, 14 * M, {"init": "measured-1-4000000"}, IN_4K, 0.25, every=500),
     # converts the attention layers of "half-others", whose other layers are KDA and trained
@@ -99,7 +107,7 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     recipe = load_recipe("smollm2-135m-kda")
     length = {"calibration_tokens": 32_768, "calibration_sequence_length": 2048}
     spec = dataclasses.replace(
-        recipe.student, full_attention_layers=run.attention, keep_rope=True, **length | run.student
+        recipe.student, full_attention_layers=run.attention, **{"keep_rope": True} | length | run.student
     )
     if (start := run.student.get("init")) is not None:
         folder = joined_folder(options, start) if start in JOINED else run_folder(options, start) / "match"

@@ -114,7 +114,7 @@ def test_questions_are_about_passages_of_the_textbooks(qwen_coder, text, tmp_pat
     assert all(row.keys() == {"question"} and 80 < len(row["question"].split()) < 280 for row in rows)
 
 
-def test_a_small_run_answers_and_trains_and_goes_on(qwen_coder, text, tmp_path, monkeypatch):
+def test_a_small_run_answers_and_trains_and_goes_on(qwen_coder, text, tmp_path, monkeypatch, capsys):
     teacher = random_teacher("qwen2")
     teacher.tokenizer.chat_template = TEMPLATE
     for part in (teacher.model, teacher.tokenizer):
@@ -139,6 +139,10 @@ def test_a_small_run_answers_and_trains_and_goes_on(qwen_coder, text, tmp_path, 
     assert chats and {chat["messages"][0]["content"] for chat in chats} <= {f"What is {n} times 2?" for n in range(2)}
     assert (tmp_path / "out" / "kda-only" / "extend" / "config.json").is_file()
     assert len(list((tmp_path / "data").rglob("loss_mask.bin"))) == 2
+    monkeypatch.setattr(qwen_coder, "RATES", ((2e-4, 2e-5),))
+    qwen_coder.main(["rates", "kda-only", "--rate-tokens", "0.0025", *common])
+    assert ran[4:] == ["train-kda-only-rates-0.0002-2e-05"]  # align is not repeated
+    assert "kda-only-rates-0.0002-2e-05: 2,048 tokens, KL" in capsys.readouterr().out
     qwen_coder.main(["train", "kda-only", *common])
     with pytest.raises(
         RuntimeError, match=r"hybrid is not trained to its end\. Run: train hybrid\. Or give --unfinished"
