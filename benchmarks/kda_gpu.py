@@ -32,7 +32,7 @@ try:
 except ImportError:
     kimi_delta_attention = None
 
-PEER = "fla chunk_kda"
+PEER = "fla chunk_kda" if chunk_kda else "fla chunk_kda: not installed"
 NVIDIA = "nvidia kda_hopper_cuda"
 K = 128
 # (B, T, H) and the gates it is timed with

@@ -37,11 +37,12 @@ class Run:
     Attributes:
         attention: full_attention_layers of the student.
         align: Tokens of align.
-        match: Tokens of match.
+        match: Tokens of match, or of extend.
         student: Fields of the student.
-        in_match: Fields of match.
+        in_match: Fields of match, or of extend.
         sparse: Fraction of sparse recall text.
         every: Steps between validations.
+        stage: match, or extend, which may train beyond the teacher's context window.
     """
 
     attention: str | list[int]
@@ -51,6 +52,7 @@ class Run:
     in_match: dict = field(default_factory=dict)
     sparse: float = 0.5
     every: int = 244
+    stage: str = "match"
 
 
 M = 1_000_000
@@ -82,13 +84,13 @@ RUNS = {
     "half-retrieving": Run(OTHERS, 1 * M, 3 * M, LONG_MEMORY),
     "halves": Run("none", 0, 4 * M, {"init": "halves"}),
     "direct-long": Run("none", 0, 28 * M, {"init": "direct"}, {"sequence_length": 4096, "batch_size": 1}),
-    "direct-wide-4k": Run("none", 0, 48 * M, {"init": "direct-wide", "head_dim": 128}, IN_4K, every=1000),
-    "direct-wide-16k": Run("none", 0, 6 * M, {"init": "direct-wide-4k", "head_dim": 128}, IN_16K, every=183),
+    "direct-wide-4k": Run("none", 0, 40 * M, {"init": "direct-wide", "head_dim": 128}, IN_4K, every=1000),
+    "direct-wide-16k": Run("none", 0, 6 * M, {"init": "direct-wide-4k", "head_dim": 128}, IN_16K, 0.5, 183, "extend"),
     "measured": Run("measured:4", 2 * M, 8 * M, sparse=0.25),
     "measured-4k": Run("measured:4", 0, 24 * M, {"init": "measured"}, IN_4K, 0.25, every=500),
     "measured-nope": Run("measured:4", 2 * M, 8 * M, NOPE, sparse=0.25, every=488),
     "measured-nope-4k": Run("measured:4", 0, 24 * M, NOPE | {"init": "measured-nope"}, IN_4K, 0.25, every=1000),
-    "measured-nope-16k": Run("measured:4", 0, 4 * M, NOPE | {"init": "measured-nope-4k"}, IN_16K, 0.25, every=122),
+    "measured-nope-16k": Run("measured:4", 0, 4 * M, NOPE | {"init": "measured-nope-4k"}, IN_16K, 0.25, 122, "extend"),
     # continues a run of experiments/hybrid_layers.py --tokens 4000000 --keep-rope, in the same folder
     "one-4k": Run("measured:1", 0, 14 * M, {"init": "measured-1-4000000"}, IN_4K, 0.25, every=500),
     # converts the attention layers of "half-others", whose other layers are KDA and trained
@@ -115,6 +117,7 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     weights = {text: (1 - run.sparse) * weight for text, weight in zip(options.train, TEXT)}
     sparse = {f"sparse-recall:{text}": run.sparse / 2 for text in (options.train[0], options.train[2])}
     stage = Stage(sequence_length=2048, batch_size=2, lr_mixers=1e-3, lr_other=3e-4)
+    trained = dataclasses.replace(stage, tokens=run.match, **run.in_match)
     return dataclasses.replace(
         recipe,
         name=run_folder(options, name).name,
@@ -125,8 +128,7 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
             recipe.data, train=weights | sparse, heldout=options.heldout, folder=options.data, max_tokens=48_000_000
         ),
         align=dataclasses.replace(stage, tokens=run.align),
-        match=dataclasses.replace(stage, tokens=run.match, **run.in_match),
-        extend=Stage(),
+        **({"match": Stage(), "extend": Stage()} | {run.stage: trained}),
         run=dataclasses.replace(
             recipe.run,
             heldout_tokens=98_304,

@@ -17,6 +17,8 @@ def test_a_part_of_a_benchmark_keeps_the_rest_and_what_other_devices_said():
     second = [row("forward/x", "s", 1.0, 4.0, "fla")]
     rows = merged(second, before | {"rows": first}, ours)
     assert rows == [*second, *({**r, "device": "old", "commit": "a"} for r in first)]
+    alone = [row("forward/x", "s", 1.0, None, "fla: not installed")]  # keeps the keys that have no value
+    assert merged([], before | {"rows": alone}, ours) == [alone[0] | {"device": "old", "commit": "a"}]
     third = [row("forward/x", "s", 0.5, 4.0, "fla")]
     rows = merged(third, ours | {"rows": rows}, ours | {"commit": "c"})
     assert [r["ours"] for r in rows] == [0.5, 2.0, 1.0]
