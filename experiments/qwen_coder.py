@@ -71,7 +71,8 @@ MODELS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "hybrid-rope": ("qwen2.5-1.5b-hybrid", OURS, {"student.keep_rope": "true"}),
     "arcee": ("baselines/arcee", {"match": 0.875, "extend": 0.125}, {}),
 }
-RATES = ((6e-4, 2e-5), (2e-4, 2e-5), (6e-4, 1e-4), (2e-4, 1e-4))  # of mixers and of other parameters
+# learning rates of mixers and of other parameters that `rates` compares
+RATES = ((6e-4, 2e-5), (2e-4, 2e-5), (6e-4, 1e-4), (2e-4, 1e-4))
 SHARD = 1000  # questions of a file of answers
 REQUESTS = (
     "Explain this passage to a student who reads about its subject for the first time.\n\n{}",
