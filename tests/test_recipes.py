@@ -251,3 +251,8 @@ def test_sequences_longer_than_the_context_window_are_refused(tmp_path):
     recipe = tiny_recipe(tmp_path, teacher=TeacherSpec(model=str(tmp_path / "teacher")))
     with pytest.raises(ValueError, match=r"match\.sequence_length=128 exceeds the teacher's context window"):
         distill(replace(recipe, match=Stage(tokens=512, sequence_length=128, batch_size=2)))
+    with pytest.raises(ValueError, match=r"run\.heldout_sequence_length=128 exceeds the teacher's context window"):
+        distill(replace(recipe, run=replace(recipe.run, heldout_sequence_length=128)))
+    long = StudentSpec(init="calibrated", calibration_sequence_length=128)
+    with pytest.raises(ValueError, match=r"student\.calibration_sequence_length=128 exceeds the teacher's context"):
+        distill(replace(recipe, student=long))

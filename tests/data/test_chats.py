@@ -286,6 +286,24 @@ def test_the_fraction_that_counts_is_that_of_the_whole_step_on_every_rank(tmp_pa
     assert heldout_batches([chats], 32, 4, 256)[0].loss_mask is None
 
 
+@pytest.mark.parametrize("with_chats", [False, True])
+def test_sequences_beyond_the_teachers_window_say_what_is_within_it(tmp_path, with_chats):
+    tokenizer = chat_tokenizer()
+    files = [tokenize(["some text " * 500, "more"] * 5, tokenizer, tmp_path / "texts")]
+    files.append(tokenize(["a text, " * 4] * 200, tokenizer, tmp_path / "short"))
+    if with_chats:
+        source = write_chats(tmp_path / "chats.jsonl", 100)
+        files.append(tokenize(Chats(source.removeprefix("chat:")), tokenizer, tmp_path / "chats"))
+    mix = MixedBatches(files, [1.0] * len(files), 64, 8, 0, context_window=24)
+    whole = mix.batch(1)
+    inside = whole.loss_mask & (whole.position_ids < 24)
+    assert 0.2 < float(inside.float().mean()) < 0.95 * float(whole.counted)
+    for part in (mix.batch(1, 1, 4), *whole.split(2), whole.to("cpu")):
+        assert float(part.within) == pytest.approx(float(inside.float().mean()))
+        assert float(part.counted) == pytest.approx(float(whole.loss_mask.float().mean()))
+    assert MixedBatches(files[:2], [0.5, 0.5], 24, 8, 0, context_window=24).batch(0).within is None
+
+
 @pytest.mark.parametrize("micro", [0, 2])
 def test_training_on_chats_logs_the_mean_over_the_tokens_that_count(micro, tmp_path, monkeypatch):
     teacher = random_teacher("llama")
@@ -301,7 +319,7 @@ def test_training_on_chats_logs_the_mean_over_the_tokens_that_count(micro, tmp_p
     row = next(row for row in metrics_of(run) if row["stage"] == "match")
     student = runner.load_student(run / "converted", torch.device("cpu")).eval()
     train, _, _ = runner.open_text(recipe, teacher)
-    batch = runner.stage_mix(recipe, "match", train).batch(0)
+    batch = runner.stage_mix(recipe, "match", train, 2048).batch(0)
     assert 0 < int(batch.loss_mask.sum()) < batch.loss_mask.numel()
     options = {"position_ids": batch.position_ids, "use_cache": False}  # with a cache, Llama reads over documents
     with torch.no_grad():

@@ -24,7 +24,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from deltify.config import DataSpec
 from deltify.conversion.teacher import byte_tokenizer
 from deltify.data import encoding, sources, token_files
-from deltify.data.batches import MixedBatches, heldout_batches, window
+from deltify.data.batches import MixedBatches, heldout_batches, ids_and_positions
 from deltify.data.recall import BREAKS, recall_document, scattered_documents, scattered_outlines
 from deltify.data.sources import Piece, documents, held_out, pieces, python_docs
 from deltify.data.token_files import (
@@ -480,7 +480,7 @@ def test_windows_are_shuffled_once_an_epoch(rank, masked, monkeypatch):
         windows = len(files[which]) // length
         order = generator([1, which, turn // windows])
         offset = order.integers(0, len(files[which]) - windows * length + 1)
-        expected = window(files[which], offset + order.permutation(windows)[turn % windows] * length, length)
+        expected = ids_and_positions(files[which], offset + order.permutation(windows)[turn % windows] * length, length)
         assert all(np.array_equal(one, other) for one, other in zip(row, expected))
 
 

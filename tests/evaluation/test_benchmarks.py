@@ -21,7 +21,15 @@ from tokenizers.processors import TemplateProcessing
 from deltify import convert
 from deltify.conversion.teacher import byte_tokenizer, random_teacher
 from deltify.evaluation import lm_eval_model
-from deltify.evaluation.benchmarks import TASKS, letter_bias, paired, read_items, run_benchmark, run_benchmarks
+from deltify.evaluation.benchmarks import (
+    TASKS,
+    items_of,
+    letter_bias,
+    paired,
+    read_items,
+    run_benchmark,
+    run_benchmarks,
+)
 from deltify.evaluation.lm_eval_cache import CachedLM, answer_key
 from deltify.evaluation.lm_eval_model import ConstantStateLM, WholeLM, lm_for
 from deltify.evaluation.lm_eval_tasks import load_benchmark, parse_letter, spread, task_manager
@@ -454,6 +462,19 @@ def test_rows_are_lm_evals_figures(data, from_hub, teacher, student, tmp_path):
     assert len(read_items(tmp_path / "mmlu.jsonl")) == 2 * 57
     (text,) = read_items(tmp_path / "gsm8k@0.jsonl")
     assert text["texts"] and "####" in text["gold"]
+
+
+def test_a_row_is_compared_by_the_items_of_its_own_benchmark(data, teacher, student, tmp_path):
+    options = {"data": data, "limit": 2, "log": lambda line: None}
+    for name, model in (("teacher", teacher.model), ("student", student)):
+        folder = tmp_path / name
+        run_benchmarks(model, teacher.tokenizer, ["arc_easy"], items_folder=folder, **options | {"limit": 5})
+        rows = run_benchmarks(model, teacher.tokenizer, ["ai2_arc"], items_folder=folder, **options)
+        assert {(row["task"], row["file"]) for row in rows} == {(t, "ai2_arc") for t in ("arc_easy", "arc_challenge")}
+        for row in rows:  # those of arc_easy.jsonl, which is there, too, are others
+            items = items_of(folder, row)
+            assert len(items) == row["items"] < 5
+            assert np.mean([item["scores"][row["metric"]] for item in items]) == row["value"]
 
 
 class Asked:

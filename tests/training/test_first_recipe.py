@@ -42,6 +42,7 @@ def test_a_recipe_for_a_gpu_fits_its_memory_and_the_time(smollm2, tmp_path, caps
     recipe = load_recipe(path)
     assert (recipe.name, recipe.teacher.architecture) == ("small-model-kda", "llama")
     assert (recipe.align.sequence_length, recipe.match.sequence_length, recipe.extend.tokens) == (512, 1024, 0)
+    assert recipe.run.heldout_sequence_length == 1024
     assert recipe.match.lr_other == load_recipe("smollm2-135m-kda").match.lr_other
     plans = planned(recipe, "h200")
     hours = sum(plan.seconds * plan.stage.steps for plan in plans) / 3600

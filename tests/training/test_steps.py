@@ -207,9 +207,14 @@ def test_tokens_that_do_not_count_bring_no_gradient(stage, monkeypatch):
     assert not last[~counts].any() and last[counts].any(-1).all()
 
 
+@pytest.mark.parametrize("window", [2048, 10])
 @pytest.mark.parametrize("stage", STAGES_WITH_A_MASK.values(), ids=STAGES_WITH_A_MASK)
-def test_every_token_that_counts_has_the_same_weight_in_any_micro_batches(stage):
+def test_every_token_that_counts_has_the_same_weight_in_any_micro_batches(stage, window):
     teacher, batch = LiveTeacher(random_teacher("llama")), masked_batch()
+    teacher.pretrained.model.config.max_position_embeddings = window
+    if window < batch.input_ids.shape[1]:
+        batch.position_ids[1:3, 7:] -= 7  # two documents, so that rows differ in what is within the window
+        batch = replace(batch, within=(batch.loss_mask & (batch.position_ids < window)).float().mean())
     student = convert(teacher.pretrained, init="library").requires_grad_(True)
     results = []
     for rows in (4, 2, 1):

@@ -25,15 +25,19 @@ class Batch:
     position_ids: Tensor  # [B, T] int64
     loss_mask: Tensor | None = None  # [B, T] bool: whether the prediction made at a token counts; None if all do
     counted: Tensor | None = None  # fraction of the whole step's tokens, over all ranks, that count; None if all do
+    within: Tensor | None = None  # fraction that counts and is within the teacher's context window; None if unknown
 
     def __post_init__(self):
         if (self.loss_mask is None) != (self.counted is None):
             raise ValueError("a batch has loss_mask and counted, or neither of them")
+        if self.within is not None and self.counted is None:
+            raise ValueError("a batch that has within has loss_mask and counted, too")
 
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors of the batch, in a fixed order."""
-        return [x for x in (self.input_ids, self.position_ids, self.loss_mask, self.counted) if x is not None]
+        tensors = (self.input_ids, self.position_ids, self.loss_mask, self.counted, self.within)
+        return [x for x in tensors if x is not None]
 
     @property
     def same_document(self) -> Tensor:
@@ -45,7 +49,7 @@ class Batch:
         parts = [self.input_ids.split(rows), self.position_ids.split(rows)]
         if self.loss_mask is not None:
             parts.append(self.loss_mask.split(rows))
-        return [Batch(*part, counted=self.counted) for part in zip(*parts)]
+        return [Batch(*part, counted=self.counted, within=self.within) for part in zip(*parts)]
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device."""
@@ -65,6 +69,7 @@ class MixedBatches:
     length: int  # T
     rows: int  # sequences of a whole batch, over all ranks
     seed: int
+    context_window: int | None = None  # of the teacher, in tokens; batches of longer sequences have `Batch.within`
 
     def __post_init__(self):
         for file in self.files:
@@ -93,13 +98,18 @@ class MixedBatches:
         share = self.rows // ranks
         own = slice(rank * share, (rank + 1) * share)
         places = [self.place(index) for index in range(step * self.rows, (step + 1) * self.rows)]
-        rows = [window(*place, self.length) for place in places[own]]
+        rows = [ids_and_positions(*place, self.length) for place in places[own]]
         ids, positions = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
-        if all(file.loss_mask is None for file in self.files):
+        window = self.length if self.context_window is None else self.context_window
+        if self.length <= window and all(file.loss_mask is None for file in self.files):
             return Batch(ids, positions)
         # of all ranks, so that every token that counts has the same weight in the step
         masks = np.stack([mask_window(*place, self.length) for place in places])
-        return Batch(ids, positions, torch.from_numpy(masks[own]), torch.tensor(masks.mean(), dtype=torch.float32))
+        fractions = [masks.mean()]
+        if self.length > window:
+            inside = np.stack([positions_window(*place, self.length) < window for place in places])
+            fractions.append((masks & inside).mean())
+        return Batch(ids, positions, torch.from_numpy(masks[own]), *torch.tensor(fractions, dtype=torch.float32))
 
     def place(self, index: int) -> tuple[TokenFile, int]:
         """Return the file of the sequence with this global index, and where it begins there."""
@@ -147,15 +157,19 @@ class MixedBatches:
         return np.random.default_rng(self.seed).permutation(np.repeat(np.arange(len(counts)), counts))
 
 
-def window(file: TokenFile, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids and positions [length] int64 of consecutive tokens of a token file.
+def ids_and_positions(file: TokenFile, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids and positions [length] int64 of consecutive tokens of a token file."""
+    return file.tokens[start : start + length].astype(np.int64), positions_window(file, start, length)
 
-    The positions of a document that begins before the window count from 0 at the window's start.
+
+def positions_window(file: TokenFile, start: int, length: int) -> np.ndarray:
+    """Return the positions of consecutive tokens of a token file, [length] int64.
+
+    Those of a document that begins before `start` count from 0 at `start`.
     """
-    ids = file.tokens[start : start + length].astype(np.int64)
     places = np.arange(start, start + length)
     begins = file.bounds[np.searchsorted(file.bounds, places, side="right") - 1]
-    return ids, places - np.maximum(begins, start)
+    return places - np.maximum(begins, start)
 
 
 def mask_window(file: TokenFile, start: int, length: int) -> np.ndarray:
@@ -187,6 +201,6 @@ def heldout_batches(files: list[TokenFile], length: int, rows: int, limit: int) 
                 "run.heldout_sequence_length, or set data.heldout to a longer validation text"
             )
         count = max(1, min(limit // len(files), len(file)) // length)
-        stretches += [window(file, index * length, length) for index in range(count)]
+        stretches += [ids_and_positions(file, index * length, length) for index in range(count)]
     groups = (stretches[start : start + rows] for start in range(0, len(stretches), rows))
     return [Batch(*(torch.from_numpy(np.stack(part)) for part in zip(*group))) for group in groups]

@@ -60,8 +60,8 @@ def run_benchmarks(
 
     Returns:
         Rows with task, metric, value, stderr (None where lm-eval has none), items, chance (None where there is no
-        choice), tokens_read (for new answers) and tokens_whole (what HFLM would have read). The last two are None if
-        HFLM runs the model.
+        choice, or where answers are not just right or wrong), file (name of the file of items), tokens_read (for new
+        answers) and tokens_whole (what HFLM would have read). The last two are None if HFLM runs the model.
 
     Raises:
         ValueError: If a task or limit is unknown or wrong. Nothing has run then.
@@ -113,7 +113,7 @@ def run_benchmark(lm, benchmark: Benchmark, items_folder: Path, seed: int = SEED
     counts = all_gather((lm.tokens_read, lm.tokens_whole) if counted else (0, 0))
     tokens = tuple(map(sum, zip(*counts))) if counted else (None, None)
     return [
-        {**row, "task": row.get("task", benchmark.name), "tokens_read": tokens[0], "tokens_whole": tokens[1]}
+        {"task": benchmark.name, **row, "file": benchmark.name, "tokens_read": tokens[0], "tokens_whole": tokens[1]}
         for row in rows
     ]
 
@@ -137,7 +137,8 @@ def score_rows(benchmark: Benchmark, results: Mapping[str, Mapping], items: list
                 error = standard_error(scores)
             row = {"task": benchmark.name if is_group else name, "metric": metric, "value": float(value)}
             row |= {"stderr": float(error) if isinstance(error, float) else None, "items": results[name]["sample_len"]}
-            rows.append(row | {"chance": mean_chance(own) if metric.startswith("acc") else None})
+            graded = np.isin(scores, (0, 1)).all()  # right or wrong, unlike truthfulqa_mc2, which shares out one point
+            rows.append(row | {"chance": mean_chance(own) if metric.startswith("acc") and graded else None})
     return rows
 
 
@@ -286,24 +287,21 @@ def compare_with_teacher(rows: list[dict], items: Path) -> list[dict]:
     if not any(row["model"] == "teacher" for row in rows):
         return rows
     main = {task: main_metric(rows, task) for task in dict.fromkeys(row["task"] for row in rows)}
-    teacher_items = {task: items_of(items / "teacher", task) for task in main}
     compared = []
     for row in rows:
         row = dict(row, main=row["metric"] == main[row["task"]])
         if row["model"] != "teacher" and row["main"]:
-            ours, theirs = items_of(items / file_name(row["model"]), row["task"]), teacher_items[row["task"]]
+            ours, theirs = (items_of(items / file_name(name), row) for name in (row["model"], "teacher"))
             row["ratio"] = paired(ours, theirs, row["metric"])
             row["ratio_above_chance"] = paired(ours, theirs, row["metric"], above_chance=True)
         compared.append(row)
     return compared
 
 
-def items_of(folder: Path, task: str) -> list[dict]:
-    """Return the items of a task, which has a file of its own or shares one with other tasks."""
-    path = folder / f"{task}.jsonl"
-    if path.is_file():
-        return read_items(path)
-    return [item for path in sorted(folder.glob("*.jsonl")) for item in read_items(path) if item["task"] == task]
+def items_of(folder: Path, row: dict) -> list[dict]:
+    """Return the items of a row's task. Their file may have those of other tasks, too."""
+    items = read_items(folder / f"{row['file']}.jsonl")
+    return items if row["task"] == row["file"] else [item for item in items if item["task"] == row["task"]]
 
 
 def main_metric(rows: list[dict], task: str) -> str:

@@ -153,13 +153,15 @@ def first_recipe(teacher: str, *, gpu: str | None = None, cpu: bool = False, hou
     large = count(pair[0].model) >= LARGE
     name = "smollm2-135m-demo" if machine.name == "cpu" else "afm-4.5b-kda" if large else "smollm2-135m-kda"
     pattern = load_recipe(name)
+    context = config.max_position_embeddings
+    calibration = min(pattern.student.calibration_sequence_length, context)
     recipe = replace(
         pattern,
         name=named.name,
         teacher=replace(named.teacher, architecture=config.model_type),
-        student=replace(pattern.student, gate_bias=False),
+        student=replace(pattern.student, gate_bias=False, calibration_sequence_length=calibration),
     )
-    stages = {name: cut_to_context(name, recipe, config.max_position_embeddings) for name in STAGES}
+    stages = {name: cut_to_context(name, recipe, context) for name in STAGES}
     plans = fit_memory(stages, pair, machine, teacher)
     fixed = Fixed(
         machine.calibration_seconds * count(pair[0].model.model.layers) * recipe.student.calibration_tokens,
@@ -176,7 +178,11 @@ def first_recipe(teacher: str, *, gpu: str | None = None, cpu: bool = False, hou
     recipe = replace(
         recipe,
         data=data,
-        run=replace(pattern.run, eval_every=max(pattern.run.eval_every, every)),
+        run=replace(
+            pattern.run,
+            eval_every=max(pattern.run.eval_every, every),
+            heldout_sequence_length=min(pattern.run.heldout_sequence_length, context),
+        ),
         align=stages["align"],
         match=stages["match"],
         extend=stages["extend"],

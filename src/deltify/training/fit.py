@@ -256,7 +256,7 @@ def time_stage(context: RunContext, name: str, teacher: StageTeacher, student: D
         micro = min(stage.micro_batch_size, sequences)
         part = replace(stage, batch_size=sequences, micro_batch_size=micro)
         recipe = with_stages(context.recipe, {name: part})
-        mixes = {name: stage_mix(recipe, name, context.train)}
+        mixes = {name: stage_mix(recipe, name, context.train, teacher.config.max_position_embeddings)}
         return StageTrainer(replace(context, recipe=recipe, mixes=mixes), name, teacher, student).train_step
 
     student.train()

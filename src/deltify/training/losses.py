@@ -45,20 +45,20 @@ def at_least(variance: Tensor, center_D: Tensor) -> Tensor:
 
 
 def hidden_state_loss(
-    student: list[Tensor], teacher: list[Tensor], mask: Tensor | None = None, count: Tensor | None = None
+    student: list[Tensor], teacher: list[Tensor], weights: Tensor | None = None, count: Tensor | None = None
 ) -> Tensor:
     """Return 1 - cosine similarity of hidden states [N, D], one tensor per layer, averaged over layers and tokens.
 
     Args:
         student: Hidden states of the student.
         teacher: Hidden states of the teacher.
-        mask: Which tokens count, [N]. Defaults to all.
+        weights: Weights of the tokens, [N], 1 on average over all tokens of the loss. Default to 1.
         count: Number of tokens that the sum is divided by. Defaults to N.
     """
     layers = [1 - F.cosine_similarity(s.float(), t.float(), dim=-1) for s, t in zip(student, teacher)]
-    if mask is None or count is None:
-        return torch.stack([loss.mean() for loss in layers]).mean()
-    return torch.stack([(loss * mask).sum() / count for loss in layers]).mean()
+    if weights is not None:
+        layers = [loss * weights for loss in layers]
+    return torch.stack(layers).sum(-1).mean() / (len(student[0]) if count is None else count)
 
 
 def linear_kl(

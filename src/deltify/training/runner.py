@@ -124,7 +124,8 @@ def open_everything(
     sharded = choose_sharding(recipe, device, dtype_of(precision))
     teacher = open_first_teacher(recipe, device, dtype_of(precision), sharded)
     train, heldout, batches = open_text(recipe, teacher)  # one process writes the token files
-    mixes = {name: stage_mix(recipe, name, train) for name in stages if recipe.stage(name).tokens}
+    window = teacher.config.max_position_embeddings
+    mixes = {name: stage_mix(recipe, name, train, window) for name in stages if recipe.stage(name).tokens}
     digests = data_digests(recipe, train, heldout)
     check_data(recipe, digests)
     distributed.barrier()
@@ -221,8 +222,8 @@ def data_digests(recipe: Recipe, train: list[TokenFile], heldout: list[TokenFile
     return digests | {f"held-out text {number}": file.digest for number, file in enumerate(heldout, 1)}
 
 
-def stage_mix(recipe: Recipe, name: str, train: list[TokenFile]) -> MixedBatches:
-    """Return the training batches of a stage."""
+def stage_mix(recipe: Recipe, name: str, train: list[TokenFile], context_window: int) -> MixedBatches:
+    """Return the training batches of a stage, for a teacher with this context window in tokens."""
     stage, files = recipe.stage(name), dict(zip(recipe.data.train, train))
     weights = stage.data_weights or recipe.data.train
     return MixedBatches(
@@ -231,6 +232,7 @@ def stage_mix(recipe: Recipe, name: str, train: list[TokenFile]) -> MixedBatches
         stage.sequence_length,
         stage.batch_size,
         recipe.seed + STAGES.index(name),
+        context_window,
     )
 
 
@@ -245,7 +247,8 @@ def capture_recipe(recipe: Recipe, folder: Path, format: str) -> dict[str, float
     teacher = LiveTeacher(open_teacher(recipe, device, dtype))
     train, _, heldout = open_text(recipe, teacher)
     stages = {name: recipe.stage(name) for name in ("match", "extend") if recipe.stage(name).tokens}
-    mixes = {name: (stage, stage_mix(recipe, name, train)) for name, stage in stages.items()}
+    window = teacher.config.max_position_embeddings
+    mixes = {name: (stage, stage_mix(recipe, name, train, window)) for name, stage in stages.items()}
     return capture(recipe.teacher.model, teacher, folder, format, heldout, mixes)
 
 

@@ -154,6 +154,7 @@ def match_step(
     teacher's context window contribute cross-entropy only.
 
     With a `loss_mask`, each loss is the mean over the tokens that count, over all micro-batches and ranks of the step.
+    Divergence and hidden-state loss are means over those of them that are within the context window.
 
     Args:
         batch: Whole rows.
@@ -175,10 +176,9 @@ def match_step(
     }
     if (weights := kl_weights(batch, teacher.config.max_position_embeddings)) is not None:
         options["weights"] = segment(weights, row_group).flatten()
-    batch, mask, count = segment_of(batch, row_group), None, None
-    if batch.loss_mask is not None and batch.counted is not None:  # both, or neither
-        mask = batch.loss_mask.flatten()
-        count = options["count"] = (batch.counted * mask.numel()).clamp(min=1e-6)
+    batch, count = segment_of(batch, row_group), None
+    if batch.counted is not None:
+        count = options["count"] = (batch.counted * batch.input_ids.numel()).clamp(min=1e-6)
 
     def compute_losses(student: DeltifyForCausalLM) -> tuple[Tensor, ...]:
         student_hidden, *student_layers = layer_states(
@@ -187,7 +187,7 @@ def match_step(
         loss, kl, ce = linear_kl(student_hidden, student.lm_head.weight, teacher_hidden, teacher_head, **options)
         if not with_layers:
             return loss, kl, ce
-        hidden = hidden_state_loss(student_layers, teacher_layers, mask, count)
+        hidden = hidden_state_loss(student_layers, teacher_layers, options.get("weights"), count)
         return (1 - weight) * loss + weight * hidden, kl, ce, hidden.detach()
 
     loss, kl, ce, *hidden = student.run_with_full_weights(compute_losses)
@@ -202,9 +202,10 @@ def match_step(
 
 
 def kl_weights(batch: Batch, context_window: int) -> Tensor | None:
-    """Return the weights [B, T] of the tokens' divergence, 1 on average over those that count. None if all are 1.
+    """Return the weights [B, T] of what the teacher says about tokens. None if all are 1.
 
-    Tokens beyond the context window have a weight of 0. So have those that the `loss_mask` leaves out.
+    Over the tokens that count in the whole step, they are 1 on average. Tokens beyond the context window have a weight
+    of 0. So have those that the `loss_mask` leaves out. The others have equal weights.
     """
     mask = None if batch.loss_mask is None else batch.loss_mask.float()
     if batch.input_ids.shape[1] <= context_window:
@@ -213,7 +214,9 @@ def kl_weights(batch: Batch, context_window: int) -> Tensor | None:
     if mask is None:
         return inside / inside.mean()
     inside = inside * mask
-    return inside * (mask.sum() / inside.sum().clamp(min=1))
+    if batch.within is None or batch.counted is None:
+        return inside * (mask.sum() / inside.sum().clamp(min=1))
+    return inside * (batch.counted / batch.within.clamp(min=1e-6))
 
 
 def segment(x_BT: Tensor, row_group: dist.ProcessGroup | None) -> Tensor:
@@ -224,7 +227,8 @@ def segment(x_BT: Tensor, row_group: dist.ProcessGroup | None) -> Tensor:
 def segment_of(batch: Batch, row_group: dist.ProcessGroup | None) -> Batch:
     """Return this rank's segments of the rows of a batch."""
     mask = None if batch.loss_mask is None else segment(batch.loss_mask, row_group)
-    return Batch(segment(batch.input_ids, row_group), segment(batch.position_ids, row_group), mask, batch.counted)
+    ids, positions = segment(batch.input_ids, row_group), segment(batch.position_ids, row_group)
+    return Batch(ids, positions, mask, batch.counted, batch.within)
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:

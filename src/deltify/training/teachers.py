@@ -100,8 +100,8 @@ def open_teacher(
         shard: Function that shards the teacher over the ranks, see `load_teacher`.
 
     Raises:
-        ValueError: If a stage has longer sequences than the teacher's context window. extend may have them if its
-            ce_weight is above 0.
+        ValueError: If a stage, the validation or the calibration has longer sequences than the teacher's context
+            window. extend may have them if its ce_weight is above 0.
     """
     spec = recipe.teacher
     if spec.model.startswith("random:"):
@@ -115,5 +115,14 @@ def open_teacher(
             raise ValueError(
                 f"{name}.sequence_length={stage.sequence_length} exceeds the teacher's context window "
                 f"({context_window} tokens). Lower it, or give extend a ce_weight above 0"
+            )
+    lengths = {"run.heldout_sequence_length": recipe.run.heldout_sequence_length}
+    if recipe.student.init.startswith("calibrated"):
+        lengths["student.calibration_sequence_length"] = recipe.student.calibration_sequence_length
+    for field, length in lengths.items():
+        if length > context_window:
+            raise ValueError(
+                f"{field}={length} exceeds the teacher's context window ({context_window} tokens), beyond which its "
+                "predictions mean nothing. Lower it"
             )
     return teacher
