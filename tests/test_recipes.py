@@ -63,6 +63,15 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
     assert len(kls) > len(recipe_stages) and all(0 < kl < 10 for kl in kls)
 
 
+def test_smoke_leaves_out_what_belongs_to_the_real_teacher(tmp_path):
+    fields = {"name": "mine", "student.init": str(tmp_path / "other"), "student.convert_further": "true",
+              "student.full_attention_layers": "[18, 22]", "teacher.cache": str(tmp_path / "cache")}  # fmt: skip
+    recipe = smoke(load_recipe("smollm2-135m-demo", [f"--{field}={value}" for field, value in fields.items()]))
+    assert recipe.student.full_attention_layers == [2] and recipe.student.init == "calibrated"
+    recipe = replace(recipe, output=str(tmp_path), data=replace(recipe.data, folder=str(tmp_path / "data")))
+    assert (distill(recipe) / "match" / "config.json").is_file()
+
+
 def test_training_lowers_the_loss_of_each_stage(tmp_path):
     longer = Stage(tokens=40 * 4 * 64, sequence_length=64, batch_size=4, lr_mixers=3e-3, lr_other=1e-3)
     start = StudentSpec(init="library")
@@ -78,7 +87,7 @@ def test_a_stage_trains_on_the_sources_of_its_data_weights(tmp_path):
         (tmp_path / f"{word}.txt").write_text(f"{word} " * 3000)
     one, two = str(tmp_path / "one.txt"), str(tmp_path / "two.txt")
     recipe = tiny_recipe(tmp_path)
-    data = replace(recipe.data, train={one: 0.5, two: 0.5}, heldout=one)
+    data = replace(recipe.data, train={one: 0.5, two: 0.5}, heldout="python-docs")
     recipe = replace(recipe, data=data, align=replace(recipe.align, data_weights={two: 1.0}))
     _, context = runner.open_everything(recipe, torch.device("cpu"), "fp32", STAGES, math.inf, Stopper())
     with context.metrics:
@@ -114,8 +123,10 @@ def test_data_weights_name_sources_of_data_train(tmp_path):
 )
 def test_a_mistyped_first_run_does_not_take_the_name(wrong, tmp_path, monkeypatch):
     right, text = tiny_recipe(tmp_path, match=Stage()), tmp_path / "text.txt"
-    text.write_text("A short text. " * 200)
-    right = replace(right, data=replace(right.data, train={str(text): 1.0}, heldout=str(text), max_tokens=None))
+    dev = tmp_path / "dev.txt"
+    for path in (text, dev):
+        path.write_text("A short text. " * 200)
+    right = replace(right, data=replace(right.data, train={str(text): 1.0}, heldout=str(dev), max_tokens=None))
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, OSError)):
         distill(replace(right, **wrong))

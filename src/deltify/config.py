@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from .recipes import find_recipe
 
 STAGES = ("align", "match", "extend")
+INITS = ("calibrated", "calibrated-constant", "library", "arcee")
 DATA_PARALLEL = ("auto", "replicate", "shard", "hybrid")
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 DIVERGENCES = ("forward", "reverse", "jensen-shannon")
@@ -435,7 +436,7 @@ def value_of(recipe: Recipe, name: str) -> object:
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False))
+    unfinished.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False), encoding="utf-8")
     unfinished.replace(path)
 
 
@@ -449,15 +450,23 @@ def smoke(recipe: Recipe) -> Recipe:
             stage, tokens=2 * 2 * 32, sequence_length=32, batch_size=2, micro_batch_size=0, data_weights=None
         )
 
-    layers = recipe.student.full_attention_layers
+    student = recipe.student
+    layers, init = student.full_attention_layers, student.init  # the random teacher has four layers
     if str(layers).startswith("measured:"):
-        layers = "measured:1"  # the random teacher has four layers
+        layers = "measured:1"
+    elif isinstance(layers, list):
+        layers = sorted({layer % 4 for layer in layers})
     return replace(
         recipe,
         name=f"{recipe.name}-smoke",
-        teacher=replace(recipe.teacher, model=f"random:{recipe.teacher.architecture}"),
+        teacher=replace(recipe.teacher, model=f"random:{recipe.teacher.architecture}", cache=None),
         student=replace(
-            recipe.student, full_attention_layers=layers, calibration_tokens=256, calibration_sequence_length=32
+            student,
+            full_attention_layers=layers,
+            init=init if init in INITS else "calibrated",  # a trained student does not fit a random teacher
+            convert_further=False,
+            calibration_tokens=256,
+            calibration_sequence_length=32,
         ),
         data=replace(recipe.data, train={"python-docs": 1.0}, heldout=None, max_tokens=20_000),
         run=replace(

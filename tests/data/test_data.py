@@ -670,7 +670,19 @@ def test_recall_over_a_text_whose_end_is_held_out_is_refused(kind, tmp_path, tok
     spec = DataSpec(train={str(text): 0.5, f"{kind}:{text}": 0.5}, folder=str(tmp_path / "data"))
     with pytest.raises(ValueError, match=r"would have validation text: .*book\.txt has too few documents"):
         open_data(spec, "teacher", tokenizer, 64)
+    with pytest.raises(ValueError, match=r"would have validation text: .*book\.txt has too few documents"):
+        other_name = f"{kind}:{tmp_path}/./book.txt"
+        open_data(replace(spec, train={str(text): 0.5, other_name: 0.5}), "teacher", tokenizer, 64)
     open_data(replace(spec, heldout=str(dev)), "teacher", tokenizer, 64)
+
+
+@pytest.mark.parametrize("kind", ["", "recall:", "sparse-recall:"])
+def test_text_that_is_held_out_and_trained_on_is_refused(kind, tmp_path, tokenizer):
+    text = tmp_path / "book.txt"
+    text.write_text("A sentence of a book. Another one follows it. " * 1000)
+    spec = DataSpec({f"{kind}{text}": 1.0}, f"{tmp_path}/./book.txt", str(tmp_path / "data"))
+    with pytest.raises(ValueError, match=r"book\.txt: the student would be trained on its validation text"):
+        open_data(spec, "teacher", tokenizer, 64)
 
 
 def test_a_source_too_short_to_hold_some_out_is_named(tmp_path, tokenizer):

@@ -180,6 +180,13 @@ def test_a_measure_that_cannot_run_is_refused_first(run, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(run, EvaluationSpec(needles=needles), output=out)
+    for spec, message in (
+        (EvaluationSpec(decode=DecodeSpec((1024, 1030))), "too close"),
+        (EvaluationSpec(benchmarks=BenchmarkSpec(("hellaswagg",))), "no task 'hellaswagg' .*hellaswag"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(run, spec, output=out)
+    assert not (out / "results.json").exists()
     with pytest.raises(ValueError, match="--books needs a teacher"):
         evaluate(model, EvaluationSpec(positions=PositionSpec("no-such-file")), output=out)
 

@@ -164,6 +164,16 @@ def test_tasks_count_by_their_samples_and_only_at_lengths_that_all_have():
     assert "No longer texts were measured." in headline(results(needles=rows), "tiny").cards[2].sentence
 
 
+def test_a_teacher_that_finds_too_few_at_every_length_was_measured():
+    scores = {"one": (1.0, 0.7), "two": (0.7, 0.95)}  # each task counts at one length
+    rows = [needle("teacher", n, s, task=t) for t, found in scores.items() for n, s in zip((1024, 4096), found)]
+    rows += [needle("tiny", length, 0.95, task=task) for length in (1024, 4096) for task in scores]
+    recall = needles_found(results(needles=rows), "tiny")
+    assert recall.length == 4096 and recall.teacher_length is None and recall.teacher_curve
+    shown = headline(results(**GOOD | {"needles": rows}), "tiny")
+    assert "the teacher finds less than 90 % of the needles at every length" in shown.cards[2].weakness
+
+
 def test_a_student_that_finds_no_needle_is_called_so():
     rows = [needle("teacher", length, 1.0) for length in (1024, 4096)]
     rows += [needle("tiny", length, 0.0) for length in (1024, 4096)]

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, damaged or changed, and resumed."""
 
+import json
 import os
 import shutil
 import signal
@@ -105,6 +106,34 @@ def test_a_run_stopped_by_the_clock_resumes(tmp_path, whole):
     distill(recipe, resume=True)
     assert not (run / "align" / "unfinished.json").exists()
     assert_same_weights(run, whole, "match")
+
+
+def test_no_validation_of_other_text_is_the_best(tmp_path, capsys):
+    recipe = tiny_recipe(tmp_path)
+    die_in_step(recipe, 5)
+    saved = checkpoint.checkpoints(recipe.folder, "align")[-1] / "progress.json"
+    before = json.loads(saved.read_text())
+    assert before["judge"] == "128 tokens in sequences of 32" and before["best_step"] == 4
+    changed = replace(recipe, run=replace(recipe.run, heldout_tokens=64, eval_every=100))
+    distill(changed, resume=True, max_minutes=0)
+    assert "validation text changed from 128 tokens" in " ".join(capsys.readouterr().out.split())
+    after = json.loads((checkpoint.checkpoints(recipe.folder, "align")[-1] / "progress.json").read_text())
+    assert after["judge"] == "64 tokens in sequences of 32" and after["best_step"] == after["step"] > 4
+
+
+def test_stages_can_be_trained_one_by_one(tmp_path, whole):
+    recipe = tiny_recipe(tmp_path)
+    with pytest.raises(ValueError, match=r"stages=\('match',\) leaves out align, which comes before"):
+        distill(recipe, stages=("match",))
+    with pytest.raises(ValueError, match=r"has mtach; the stages are align, match, extend"):
+        distill(recipe, stages=("mtach",))
+    run = distill(recipe, stages=("align",))
+    assert not (run / "match").exists()
+    for partial in ("match-0000001.unfinished", "match-0000001.damaged"):  # what a killed run leaves
+        (run / "checkpoints" / partial).mkdir(parents=True)
+    distill(recipe, stages=("match",), resume=True)
+    assert_same_weights(run, whole, "match")
+    assert not list((run / "checkpoints").glob("match-*.*"))
 
 
 def test_a_stage_stopped_by_the_clock_is_never_taken_for_done(tmp_path, monkeypatch, whole):

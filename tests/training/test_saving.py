@@ -145,7 +145,8 @@ def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(damage, reason, tm
     run = distill(recipe, resume=True, max_minutes=None if damage is truncate else 0)
     said = capsys.readouterr().out
     assert "align-0000004 cannot be read" in said and re.search(reason, said) and "resuming from step 2" in said
-    assert "trying the previous one" in said and (run / "checkpoints" / "align-0000004.damaged").is_dir()
+    assert "trying the previous one" in said
+    assert (run / "checkpoints" / "align-0000004.damaged").is_dir() == (damage is not truncate)  # until the stage ends
     if damage is truncate:
         assert_same_weights(run, whole, "align", "match")
 
@@ -180,6 +181,15 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, whol
     assert left == ["align-0000002", "align-0000004"]
     monkeypatch.undo()
     assert_same_weights(distill(recipe, resume=True), whole, "match")
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_checkpoints_and_the_best_one_are_kept(keep, tmp_path):
+    for step in range(1, 7):
+        (tmp_path / "checkpoints" / f"align-{step:07d}").mkdir(parents=True)
+        checkpoint.prune(tmp_path, "align", keep, best_step=2)
+        left = [int(checkpoint.step_of(path)) for path in checkpoint.checkpoints(tmp_path, "align")]
+        assert left == sorted({*range(max(1, step - keep + 1), step + 1), *({2} if step >= 2 else {})})
 
 
 @pytest.mark.parametrize("error", [None, OSError("the disk is full")])

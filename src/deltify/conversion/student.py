@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import CENTER
+from ..config import CENTER, INITS
 from ..data.batches import Batch
 from ..model import ArceeKDAConfig, DeltifyConfig, DeltifyForCausalLM, DeltifyKDA
 from ..model.generation import supported_settings
@@ -24,7 +24,6 @@ from .attention import HeadStatistics, measure_attention
 from .calibration import calibrate, first_sequences, repeat_heads, widen
 from .teacher import Teacher, freeze, head_width
 
-INITS = ("calibrated", "calibrated-constant", "library", "arcee")
 ARCHITECTURES = {"deltify": DeltifyConfig, "arcee_kda": ArceeKDAConfig}
 
 

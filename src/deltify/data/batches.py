@@ -5,6 +5,7 @@ Resuming a run needs nothing but the step number.
 Legend: B batch, T tokens of a sequence.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -70,18 +71,20 @@ class MixedBatches:
     rows: int  # sequences of a whole batch, over all ranks
     seed: int
     context_window: int | None = None  # of the teacher, in tokens; batches of longer sequences have `Batch.within`
+    names: Sequence[str] = ()  # of the files, for errors
+    field: str = "sequence_length"  # of the recipe, which has the length; for errors
 
     def __post_init__(self):
-        for file in self.files:
+        for name, file in zip(self.names or ["a source"] * len(self.files), self.files, strict=True):
             if len(file) < self.length:
                 raise ValueError(
-                    f"a source has {len(file)} tokens, fewer than one sequence of {self.length}. Give more text, or "
-                    "lower sequence_length"
+                    f"{name} has {len(file)} tokens, fewer than one sequence of {self.length}. Give more text, or "
+                    f"lower {self.field}"
                 )
             if file.lengths and not len(self.starts(file)):
                 raise ValueError(
-                    f"no document of sparse recall text fills a sequence of {self.length} tokens. Give more text, or "
-                    f"a sequence_length up to {max(file.lengths)}"
+                    f"{name}: no document of sparse recall text fills a sequence of {self.length} tokens. Give more "
+                    f"text, or a {self.field} up to {max(file.lengths)}"
                 )
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:

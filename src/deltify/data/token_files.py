@@ -390,9 +390,15 @@ def open_data(
         heldout_sequence_length: Number of tokens of a validation sequence. Sources of few documents reserve as many.
 
     Raises:
-        ValueError: If a source has too little text, or changed since it was tokenized; or if a recall source reads text
-            that is held out.
+        ValueError: If a source has too little text, or changed since it was tokenized; or if a source reads text that
+            is held out.
     """
+    judged = None if spec.heldout is None else own_text(spec.heldout)
+    if leaks := [source for source in spec.train if own_text(source) == judged]:
+        raise ValueError(
+            f"data.heldout={spec.heldout} is the text of {', '.join(leaks)}: the student would be trained on its "
+            "validation text. Name another text, or leave data.heldout out to hold back a part of each source"
+        )
     heldout_budget = max(heldout_tokens, HELDOUT_TOKENS)
     teacher = Path(teacher_name).expanduser()
     folder = Path(spec.folder) / short_name(str(teacher.resolve()) if teacher.exists() else teacher_name)
@@ -416,11 +422,11 @@ def open_data(
             train.append(pair[0])
             held.append(pair[1])
             if json.loads((whole / "train" / "meta.json").read_text()).get("cut"):
-                cut.add(source)
+                cut.add(own_text(source))
         else:
             whole = folder / f"{name}-all"
             train.append(tokenize(texts_of(source), tokenizer, whole, max_tokens=spec.max_tokens, origin=origin))
-    if leaks := sorted(source for source in spec.train if recall_over(source) in cut):
+    if leaks := sorted(source for source in spec.train if recall_over(source) and own_text(source) in cut):
         raise ValueError(
             f"{', '.join(leaks)} would have validation text: {recall_over(leaks[0])} has too few documents, so the end "
             "of its text is held out. Set data.heldout to another validation text, or give the text as several files"
@@ -451,6 +457,11 @@ def origin_with_template(
         return origin
     template = json.dumps(tokenizer.chat_template, sort_keys=True)
     return origin | {"chat_template": hashlib.sha256(template.encode()).hexdigest()[:16]}
+
+
+def own_text(source: str) -> str:
+    """Return the name or absolute path of the text that a source reads, whatever it makes of it."""
+    return origin_of(recall_over(source) or chats_of(source) or source)["source"]
 
 
 def origin_of(source: str) -> dict:

@@ -51,7 +51,8 @@ def card_metadata(run: Path, stage: str, results: dict | None, facts: dict[str, 
         facts: Result of `teacher_facts`.
     """
     results = results or {}
-    measured = [row for row in results.get("benchmarks", []) if row["model"] == stage and row.get("main", True)]
+    names = (stage, run.name)  # with --no-stages, the model has the run's name
+    measured = [row for row in results.get("benchmarks", []) if row["model"] in names and row.get("main", True)]
     entries = [
         {
             "task": {"type": "text-generation"},

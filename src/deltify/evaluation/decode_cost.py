@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -15,6 +15,7 @@ from ..model.cache import new_cache
 from ..utils.devices import device_name
 
 WARM_UP_TOKENS = 4  # tokens decoded before each measurement
+STEPS = 16  # tokens decoded at each context
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def decode_cost(
     contexts: Sequence[int],
     *,
     ids: Sequence[int] | Tensor | None = None,
-    steps: int = 16,
+    steps: int = STEPS,
     log: Callable[[str], None] = lambda line: None,
 ) -> list[dict]:
     """Return the bytes of the cache and the milliseconds per token of each model at each context, with batch size 1.
@@ -45,8 +46,7 @@ def decode_cost(
     Raises:
         ValueError: If contexts are too small or too close, or the text is too short.
     """
-    contexts = sorted(set(contexts))
-    check_contexts(contexts, steps)
+    contexts = check_contexts(contexts, steps)
     if ids is not None and len(ids) < contexts[-1] + steps:
         raise ValueError(f"The text has {len(ids)} tokens. {contexts[-1] + steps} are needed.")
     rows: list[dict] = []
@@ -77,14 +77,20 @@ def decode_cost(
     return rows
 
 
-def check_contexts(contexts: list[int], steps: int) -> None:
-    """Raise ValueError if sorted contexts leave no space for warming up and for `steps` tokens between them."""
+def check_contexts(contexts: Iterable[int], steps: int = STEPS) -> list[int]:
+    """Return the contexts in order.
+
+    Raises:
+        ValueError: If they leave no space for warming up and for `steps` tokens between them.
+    """
+    contexts = sorted(set(contexts))
     if not contexts or contexts[0] <= WARM_UP_TOKENS:
         raise ValueError(f"contexts={contexts} must have entries, all of more than {WARM_UP_TOKENS} tokens.")
     if any(after - before <= steps + WARM_UP_TOKENS for before, after in pairwise(contexts)):
         raise ValueError(
             f"contexts={contexts} are too close. They must be more than {steps + WARM_UP_TOKENS} tokens apart."
         )
+    return contexts
 
 
 def time_token(model: PreTrainedModel, token_11: Tensor, cache: Cache) -> float:

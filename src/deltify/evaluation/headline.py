@@ -195,7 +195,11 @@ def recall_words(recall: Recall) -> tuple[str, str]:
     missed = [length for length in recall.curve if length < recall.length and recall.curve[length] < FOUND]
     parts = [f"Only {whole_percent(recall.curve[length])} at {short(length)}." for length in missed]
     parts += ["No longer texts were measured."] if recall.length == max(recall.curve) else []
-    weakness = "needles of the teacher were not measured"
+    weakness = (
+        f"the teacher finds less than {LEAST} of the needles at every length"
+        if recall.teacher_curve
+        else "needles of the teacher were not measured"
+    )
     if recall.teacher_length is not None:
         weakness = (
             f"it finds {LEAST} of the needles at up to {short(recall.length)} tokens, the teacher at up to "

@@ -271,10 +271,8 @@ class ConstantStateLM(WholeLM):
             for row, node in enumerate(nodes)
             for position, tokens, _ in node.targets
         ]
-        flat_positions, rows = (
-            np.empty(0, np.int64),
-            None,
-        )  # distinct positions in [R * T], and each token's index there
+        # distinct positions in [R * T], and each token's index there
+        flat_positions, rows = np.empty(0, np.int64), None
         if predicting:
             flat_positions, rows = np.unique(np.concatenate(predicting), return_inverse=True)
         position_in_row = flat_positions % width

@@ -65,6 +65,22 @@ def task_manager():
     return TaskManager()
 
 
+def check_benchmark(name: str, data: Path | None) -> None:
+    """Check the name of a benchmark and the folder of its data, without loading anything.
+
+    The arguments and errors are those of `load_benchmark`.
+    """
+    base, _, shots = name.partition("@")
+    if "@" in name and not shots.isdigit():
+        raise ValueError(f"{name!r}: the number of examples after @ must be 0 or more, as in mmlu@5.")
+    if data is not None and not data.is_dir():
+        raise FileNotFoundError(f"There is no folder {data} with the data of {name}.")
+    manager = task_manager()
+    if ROTATED.get(base, base) not in manager.task_index:
+        near = difflib.get_close_matches(base, [*manager.all_tasks, *ROTATED], 5)
+        raise ValueError(f"There is no task {base!r} in lm-eval. Similar names: {', '.join(near) or 'none'}.")
+
+
 def load_benchmark(name: str, *, data: Path | None = None, limit: int | None = None) -> Benchmark:
     """Load a benchmark with its data.
 
@@ -81,16 +97,10 @@ def load_benchmark(name: str, *, data: Path | None = None, limit: int | None = N
     """
     from .lm_eval_model import quiet
 
+    check_benchmark(name, data)
     base, _, shots = name.partition("@")
-    if "@" in name and not shots.isdigit():
-        raise ValueError(f"{name!r}: the number of examples after @ must be 0 or more, as in mmlu@5.")
-    if data is not None and not data.is_dir():
-        raise FileNotFoundError(f"There is no folder {data} with the data of {name}.")
     manager = task_manager()
     index, stock = manager.task_index, ROTATED.get(base, base)
-    if stock not in index:
-        near = difflib.get_close_matches(base, [*manager.all_tasks, *ROTATED], 5)
-        raise ValueError(f"There is no task {base!r} in lm-eval. Similar names: {', '.join(near) or 'none'}.")
     entries = {leaf: index[leaf] for leaf in leaves(index, stock)}
     changed = {}
     for leaf, entry in entries.items():

@@ -348,7 +348,7 @@ def ask_needles(
         while unfinished and len(own := [done[key] for key in keys[unfinished[0]] if key in done]) == samples:
             length, task = unfinished.pop(0)
             score = sum(row["correct"] for row in own) / max(1, samples)
-            log(f"{name}: {task} at {length:,} tokens: {score:.2f} of {samples} samples")
+            log(f"{name}: {task} at {length:,} tokens: {score:.0%} found in {samples} samples")
             rows.extend(own)
 
     sizes = from_first(lambda: {length: group_size(model, length) for length in lengths})

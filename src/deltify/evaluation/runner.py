@@ -31,8 +31,9 @@ from ..utils.folders import model_folder, saved_stages
 from ..utils.tokens import token_ids
 from .benchmarks import compare_with_teacher, run_benchmarks
 from .controls import make_controls
-from .decode_cost import decode_cost
+from .decode_cost import check_contexts, decode_cost
 from .heldout import heldout_scores
+from .lm_eval_tasks import check_benchmark
 from .needles import NeedleMaker, ask_needles, summarise, task_of
 from .positions import by_position
 from .recall_curve import measure_recall, recall_probes
@@ -91,8 +92,13 @@ def evaluate(
         raise ValueError("--heldout needs a run among the sources, whose teacher and lengths it takes")
     if not runs and spec.positions and spec.teacher is None:
         raise ValueError("--books needs a teacher, as no source is a run. Name it with --teacher")
-    if spec.needles:  # before other measures take their time
+    if spec.benchmarks:  # before other measures take their time
+        for task in spec.benchmarks.tasks:
+            check_benchmark(task, None if spec.benchmarks.data is None else Path(spec.benchmarks.data))
+    if spec.needles:
         check_needles(spec.needles)
+    if spec.decode:
+        check_contexts(spec.decode.contexts)
     folder = Path(output) if output else Path(names[0])
     refusal = (
         f"Another evaluation writes to {folder}. Wait for it, or name another folder with --output. To use several "

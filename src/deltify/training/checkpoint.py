@@ -36,6 +36,7 @@ class Progress:
     seconds: float
     best_kl: float | None = None  # lowest held-out KL so far, and its step
     best_step: int | None = None
+    judge: str | None = None  # number and length of the validation sequences that best_kl is about
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -147,11 +148,13 @@ def load_last(
 ) -> Progress | None:
     """Load the newest readable checkpoint of a stage. Return its progress, or None if the stage has no checkpoint.
 
-    Newer, damaged checkpoints are logged and renamed, so that `prune` does not count them.
+    Newer, damaged checkpoints are logged and renamed, so that `prune` does not count them. Unfinished ones, which a
+    killed run leaves, are deleted.
 
     Raises:
         ValueError: If the stage has checkpoints, but none can be read.
     """
+    delete_partial(run, stage, ".unfinished")
     damaged: list[Path] = []
     for folder in reversed(checkpoints(run, stage)):
         try:
@@ -188,8 +191,15 @@ def prune(run: Path, stage: str, keep: int, best_step: int | None) -> None:
     if distributed.rank() > 0:
         return
     saved = checkpoints(run, stage)
-    for path in saved[: len(saved) - keep]:
+    for path in saved[: max(0, len(saved) - keep)]:
         if int(step_of(path)) != best_step:
+            shutil.rmtree(path)
+
+
+def delete_partial(run: Path, stage: str, *endings: str) -> None:
+    """Delete the folders of a stage's checkpoints whose names have one of these endings."""
+    for path in (run / "checkpoints").glob(f"{stage}-*") if distributed.rank() == 0 else ():
+        if path.name.endswith(endings):
             shutil.rmtree(path)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..config import STAGES, Recipe, Stage, StudentSpec, check, load_recipe
+from ..config import INITS, STAGES, Recipe, Stage, StudentSpec, check, load_recipe
 from ..conversion.calibration import CHOICE_TOKENS
-from ..conversion.student import INITS, KIND_BY_LETTER, convert, layer_kinds
+from ..conversion.student import KIND_BY_LETTER, convert, layer_kinds
 from ..conversion.teacher import Teacher
 from ..model import DeltifyForCausalLM
 from ..utils.console import console, log
@@ -24,7 +24,7 @@ from .runner import dtype_of, load_student, open_text, stage_mix
 from .signals import Stopper
 from .steps import StageTeacher, evaluate_heldout
 from .teachers import LiveTeacher, open_teacher
-from .trainer import RunContext, StageTrainer
+from .trainer import RunContext, StageTrainer, unshare_weights
 
 # Time of the conversion, in validation tokens: per calibration token, and more per token of the first CHOICE_TOKENS.
 # Measured on a CPU with SmolLM2-135M.
@@ -260,7 +260,9 @@ def time_stage(context: RunContext, name: str, teacher: StageTeacher, student: D
         return StageTrainer(replace(context, recipe=recipe, mixes=mixes), name, teacher, student).train_step
 
     student.train()
-    return per_sequence(trainer, stage.batch_size, context.device) / stage.sequence_length
+    seconds = per_sequence(trainer, stage.batch_size, context.device) / stage.sequence_length
+    unshare_weights(student, dict(teacher.named_parameters()))  # align shares the weights that it freezes
+    return seconds
 
 
 def time_validation(context: RunContext, teacher: StageTeacher, student: DeltifyForCausalLM) -> float:

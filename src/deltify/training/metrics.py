@@ -10,7 +10,7 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 from ..config import STAGES, Recipe
 from ..utils.console import console
-from ..utils.files import write_text
+from ..utils.files import append_jsonl, write_text
 from . import distributed
 from .trackers import Table, open_tracker, picture_of_recall
 
@@ -66,7 +66,7 @@ class Metrics:
         if self.silent:
             return
         place = {"stage": stage, "step": step}
-        append(self.path, place | record | {"time": round(time.time(), 1)})
+        append_jsonl(self.path, [place | record | {"time": round(time.time(), 1)}])
         if samples:
             self.write_samples(stage, step, record["tokens"], samples)
         if self.tracker is None:
@@ -81,7 +81,8 @@ class Metrics:
     def write_samples(self, stage: str, step: int, tokens: int, samples: Sequence[dict[str, str]]) -> None:
         """Write the line of a validation's samples. The stage "teacher" has those of the teacher."""
         if not self.silent:
-            append(self.samples_path, {"stage": stage, "step": step, "tokens": tokens, "samples": samples})
+            line = {"stage": stage, "step": step, "tokens": tokens, "samples": samples}
+            append_jsonl(self.samples_path, [line])
 
     def step_of_run(self, record: dict) -> int:
         """Return the step of a line, counted over all stages."""
@@ -93,12 +94,6 @@ class Metrics:
             kept = [line + "\n" for line, record in lines(path) if record["stage"] != stage or record["step"] <= step]
             if path.is_file():
                 write_text(path, "".join(kept))
-
-
-def append(path: Path, record: dict) -> None:
-    """Append a line to a JSON lines file."""
-    with path.open("a") as out:
-        out.write(json.dumps(record) + "\n")
 
 
 def lines(path: Path) -> Iterator[tuple[str, dict]]:

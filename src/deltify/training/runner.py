@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..config import STAGES, Recipe, check
-from ..conversion.student import INITS, convert, convert_further, layer_kinds, measured_layers, model_class
+from ..config import INITS, STAGES, Recipe, check
+from ..conversion.student import convert, convert_further, layer_kinds, measured_layers, model_class
 from ..conversion.teacher import Teacher, head_width
 from ..data.batches import Batch, MixedBatches, heldout_batches
 from ..data.token_files import TokenFile, open_data
@@ -53,7 +53,7 @@ def distill(
     Args:
         resume: Whether to continue an earlier run of the same recipe. The results equal those of an unbroken run.
         max_minutes: Time after which training stops. The current stage is saved, and a later resume continues it.
-        stages: Stages to run. An empty tuple converts only.
+        stages: Stages to train; the others are left as they are. An empty tuple converts only.
 
     Raises:
         FileExistsError: If the folder holds a run and `resume` is false.
@@ -66,6 +66,8 @@ def distill(
     started = time.monotonic()
     deadline = math.inf if max_minutes is None else started + 60 * max_minutes
     check(recipe)
+    if skipped := skipped_stages(recipe, stages):
+        raise ValueError(f"stages={stages} leaves out {', '.join(skipped)}, which comes before and is not finished")
     begins = not checkpoint.is_finished(recipe.folder / "converted")
     if begins and recipe.student.init not in INITS and not Path(recipe.student.init).expanduser().is_dir():
         raise ValueError(
@@ -87,6 +89,19 @@ def distill(
                 run_stages(recipe, device, precision, stages, deadline, stopper)
         console.print(f"models, metrics and checkpoints are in {recipe.folder}")
     return recipe.folder
+
+
+def skipped_stages(recipe: Recipe, stages: tuple[str, ...]) -> list[str]:
+    """Return the unfinished stages of a recipe that come before one of `stages` and are not among them.
+
+    Raises:
+        ValueError: If a stage is unknown.
+    """
+    if unknown := [name for name in stages if name not in STAGES]:
+        raise ValueError(f"stages={stages} has {', '.join(unknown)}; the stages are {', '.join(STAGES)}")
+    earlier = STAGES[: max(map(STAGES.index, stages), default=0)]
+    left = [name for name in earlier if name not in stages and recipe.stage(name).tokens]
+    return [name for name in left if not checkpoint.is_finished(recipe.folder / name)]
 
 
 def check_shares(recipe: Recipe) -> None:
@@ -233,6 +248,8 @@ def stage_mix(recipe: Recipe, name: str, train: list[TokenFile], context_window:
         stage.batch_size,
         recipe.seed + STAGES.index(name),
         context_window,
+        list(weights),
+        f"{name}.sequence_length",
     )
 
 
@@ -264,7 +281,9 @@ def run_stages(
     with context.metrics:
         student = None if is_done(context, "converted") else convert_stage(context, teacher)
         latest = "converted"  # its model is `student`, or still to be loaded
-        for name in context.mixes:
+        for name in (name for name in STAGES if recipe.stage(name).tokens):
+            if name not in stages and not checkpoint.is_finished(recipe.folder / name):
+                break  # none of `stages` comes after it
             if is_done(context, name):
                 student = None
             else:
@@ -324,6 +343,7 @@ def train_stage(context: RunContext, name: str, teacher: StageTeacher, student: 
     checkpoint.save_model(context.recipe.folder / name, student, teacher.tokenizer, stopped_at=stopped_at)
     if stopped_at is None:
         checkpoint.prune(context.recipe.folder, name, 0, trainer.progress.best_step)
+        checkpoint.delete_partial(context.recipe.folder, name, ".unfinished", ".damaged", ".old")
     else:
         console.print(f"{name}: stopped by --max-minutes after {stopped_at.tokens:,} tokens; --resume continues")
     return stopped_at is None
@@ -379,9 +399,15 @@ def create_student(context: RunContext, teacher: Teacher) -> DeltifyForCausalLM:
 def calibration_text(context: RunContext) -> Batch:
     """Return training text for the calibration."""
     recipe, spec = context.recipe, context.recipe.student
-    sequences = max(1, spec.calibration_tokens // spec.calibration_sequence_length)
+    length = spec.calibration_sequence_length
     mix = MixedBatches(
-        context.train, list(recipe.data.train.values()), spec.calibration_sequence_length, sequences, recipe.seed
+        context.train,
+        list(recipe.data.train.values()),
+        length,
+        max(1, spec.calibration_tokens // length),
+        recipe.seed,
+        names=list(recipe.data.train),
+        field="student.calibration_sequence_length",
     )
     return mix.batch(0)
 

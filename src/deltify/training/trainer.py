@@ -112,7 +112,9 @@ class StageTrainer:
         if name == "align" and not self.sharded:
             share_frozen_weights(student, teacher.named_parameters())
         self.optimizers = make_optimizers(student, self.stage, name, self.sharded)
-        self.progress = Progress(name, 0, 0, 0.0)
+        run = self.recipe.run
+        judge = f"{run.heldout_tokens} tokens in sequences of {run.heldout_sequence_length}"
+        self.progress = Progress(name, 0, 0, 0.0, judge=judge)
         self.graphed: GraphedStep | None = None
         self.signal, self.stopped_early = 0, False
         self.last_save = self.last_clock = time.monotonic()
@@ -170,8 +172,12 @@ class StageTrainer:
         """Load the stage's last checkpoint, if any, and drop the metrics of later steps."""
         saved = checkpoint.load_last(self.recipe.folder, self.name, self.student, self.optimizers, log)
         if saved is not None:
-            self.progress = saved
-            console.print(f"{self.name}: resuming from step {self.progress.step}")
+            console.print(f"{self.name}: resuming from step {saved.step}")
+            judge = self.progress.judge
+            if saved.judge not in (None, judge):
+                console.print(f"{self.name}: validation text changed from {saved.judge} to {judge}; none is best yet")
+                saved = replace(saved, best_kl=None, best_step=None)
+            self.progress = replace(saved, judge=judge)
         self.context.metrics.truncate(self.name, self.progress.step)  # a killed run may have logged more than it saved
 
     def train_step(self, step: int) -> dict[str, float]:
