@@ -23,6 +23,7 @@ from deltify.training.fit import (
 )
 from deltify.training.metrics import read_stages
 from deltify.training.runner import distill
+from deltify.training.teachers import open_teacher
 
 RECIPE = Recipe(
     name="r",
@@ -130,9 +131,23 @@ def test_several_processes_do_not_each_fit_their_own_run(tmp_path, monkeypatch):
         fit_to_time(tiny_recipe(tmp_path), 1.0)
 
 
+def assert_same_weights_as_new(teacher, recipe):
+    """Timing match after align must not train weights that align shared with the teacher."""
+    new = open_teacher(recipe, torch.device("cpu"), torch.float32).model.state_dict()
+    assert all(torch.equal(value, new[name]) for name, value in teacher.model.state_dict().items())
+
+
 @pytest.mark.parametrize("layers", ["1:1", "measured:1"])
-def test_the_speed_of_any_student_is_measured(tmp_path, layers):
+def test_the_speed_of_any_student_is_measured(tmp_path, layers, monkeypatch):
+    teachers = []
+
+    def opened(*arguments):
+        teachers.append(open_teacher(*arguments))
+        return teachers[0]
+
+    monkeypatch.setattr(fitting, "open_teacher", opened)
     recipe = tiny_recipe(tmp_path, student=StudentSpec(full_attention_layers=layers, calibration_tokens=256))
     speed = measure_speed(recipe)
+    assert_same_weights_as_new(teachers[0], recipe)
     assert set(speed.training) == {"align", "match"} and min(speed.validation, *speed.training.values()) > 0
     assert not (tmp_path / "tiny").exists()  # it writes no run
