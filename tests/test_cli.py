@@ -38,6 +38,9 @@ from deltify.config import Stage, write_recipe
         (["chat", "{folder}", "--device", "cuda:x"], "device 'cuda:x' is unknown"),
         (["serve", "{folder}", "--device", "gpu"], "device 'gpu' is unknown"),
         (["report", "absent"], "deltify evaluate absent"),
+        (["evaluate", "{folder}", "--limit", "5"], "--limit does nothing without --tasks"),
+        (["evaluate", "{folder}", "--needle-samples", "5"], "--needle-samples does nothing without --needles"),
+        (["sample", "{folder}", "a", "-o", "b.jsonl", "--keep-number", "x"], "--keep-number does nothing without --ch"),
         (["generate", "{folder}", "Hello"], "holds neither a model"),
     ],
 )

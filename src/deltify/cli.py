@@ -322,6 +322,22 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument(
         "--dtype", default="auto", help="float32, bfloat16, float16 or auto (default: auto, by device)"
     )
+    needs = {"limit": "tasks", "data": "tasks", "lengths": "needles", "needle_samples": "needles"}
+    needs |= {"recall_tokens": "recall", "recall_samples": "recall", "book_tokens": "books", "book_count": "books"}
+    keep_defaults(evaluate, needs)
+
+
+def keep_defaults(command: argparse.ArgumentParser, needs: dict[str, str]) -> None:
+    """Let `refuse_unused` know which options of a command do nothing without which other ones."""
+    command.set_defaults(needs={name: (needed, command.get_default(name)) for name, needed in needs.items()})
+
+
+def refuse_unused(options: argparse.Namespace) -> None:
+    """Raise ValueError if an option was given that does nothing without another one, which was not."""
+    for name, (needed, default) in options.needs.items():
+        if getattr(options, name) != default and not getattr(options, needed):
+            flag, other = (f"--{word.replace('_', '-')}" for word in (name, needed))
+            raise ValueError(f"{flag} does nothing without {other}. Give both, or leave it out")
 
 
 def run_evaluate(options: argparse.Namespace, _: list[str]) -> None:
@@ -331,6 +347,7 @@ def run_evaluate(options: argparse.Namespace, _: list[str]) -> None:
     from .evaluation.settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, PositionSpec, RecallSpec
     from .utils.console import log
 
+    refuse_unused(options)
     o = options
     tasks = TASKS if o.tasks == ("default",) else o.tasks
     needles = tuple(NEEDLES) if o.needles == ("all",) else o.needles
@@ -488,13 +505,15 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sample.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: 1.0)")
     sample.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     sample.add_argument("--device", default="auto", help=DEVICE_HELP)
+    keep_defaults(sample, {"field": "chat", "samples": "chat", "keep_number": "chat"})
 
 
 def run_sample(options: argparse.Namespace, _: list[str]) -> None:
     from .inference.sample import sample, sample_answers
     from .utils.console import log
 
-    o = {key: value for key, value in vars(options).items() if key not in ("command", "chat")}
+    refuse_unused(options)
+    o = {key: value for key, value in vars(options).items() if key not in ("command", "chat", "needs")}
     left_out = ("prompt_tokens",) if options.chat else ("field", "samples", "keep_number")
     write = sample_answers if options.chat else sample
     log(str(write(**{key: value for key, value in o.items() if key not in left_out})))

@@ -52,6 +52,28 @@ def test_the_template_alone_writes_special_tokens(template_begins, end):
         assert ids.count(start) == template_begins == (ids[0] == start) and ids.count(stop) == messages
 
 
+def test_a_failed_answer_leaves_the_conversation_as_it_was():
+    class Broken:
+        def put(self, tokens):
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+
+        def end(self):
+            pass
+
+    teacher = random_teacher("llama")
+    teacher.tokenizer.chat_template = TEMPLATE
+    model, greedy = convert(teacher, init="library").eval(), {"do_sample": False, "max_new_tokens": 5}
+    clean, broken, streamer = Conversation(model, teacher.tokenizer), Conversation(model, teacher.tokenizer), Broken()
+    assert clean.say("Hello", **greedy) == broken.say("Hello", **greedy)
+    streamer.left = 2
+    with pytest.raises(KeyboardInterrupt):
+        broken.say("A message", streamer=streamer, **greedy)
+    assert broken.messages == clean.messages
+    assert clean.say("And then?", **greedy) == broken.say("And then?", **greedy)
+
+
 def test_a_teacher_can_be_talked_to_as_well():
     teacher = random_teacher("llama")
     teacher.tokenizer.chat_template = TEMPLATE

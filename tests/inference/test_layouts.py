@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from deltify import convert
 from deltify.cli import main
@@ -29,6 +29,8 @@ def saved(folder, architecture="llama", gate_bias=False, bounded=False, **option
 @pytest.mark.parametrize("tied", [False, True])
 def test_flash_linear_attentions_names_and_back(tmp_path, tied):
     ours = saved(tmp_path / "ours", tied=tied, gate_bias=True)
+    settings = GenerationConfig(eos_token_id=[256, 10], do_sample=True, top_p=0.8)
+    settings.save_pretrained(tmp_path / "ours")
     export(str(tmp_path / "ours"), "kda", tmp_path / "kda")
     names = load_file(tmp_path / "kda" / "model.safetensors").keys()
     mixer = "q_proj.weight k_proj.weight v_proj.weight o_proj.weight q_conv1d.weight k_conv1d.weight v_conv1d.weight "
@@ -43,6 +45,8 @@ def test_flash_linear_attentions_names_and_back(tmp_path, tied):
     assert names == want
     export(str(tmp_path / "kda"), "deltify", tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    kept = again.generation_config
+    assert (kept.eos_token_id, kept.do_sample, kept.top_p) == ([256, 10], True, 0.8)
     ids = torch.randint(0, 250, (2, 30))
     with torch.no_grad():
         assert torch.equal(again(ids).logits, ours(ids).logits)

@@ -13,7 +13,7 @@ from deltify.conversion.teacher import byte_tokenizer, random_teacher
 from deltify.data.chats import Chats
 from deltify.data.sources import documents, held_out
 from deltify.data.token_files import tokenize
-from deltify.inference.sample import beginnings, continuations, last_number, sample, sample_answers
+from deltify.inference.sample import Question, beginnings, continuations, last_number, sample, sample_answers
 from deltify.training.checkpoint import save_model
 
 TEXTS = [f"Document {number} tells of its number {number}, and goes on for a while." for number in range(60)]
@@ -65,6 +65,19 @@ def test_a_document_ends_with_the_end_of_sequence_token():
 
     rows = list(continuations(Speaker(), prompts, 10, 1.0, {end}))
     assert rows == [([1, 2], True), ([1, 2, 3, 4, 5, 6, 7], False)]
+
+
+def test_a_long_message_takes_no_tokens_from_the_answers_of_its_batch():
+    class Speaker:
+        device = torch.device("cpu")
+
+        def generate(self, ids, **options):
+            assert options["max_new_tokens"] == 8  # the first message may get a chat of 10 tokens
+            return torch.cat([ids, torch.tensor([[1, 2, 3, 4, 5, 6, 9, 9], [1, 2, 3, 4, 5, 6, 7, 8]])], 1)
+
+    prompts, mask = torch.arange(12).view(2, 6), torch.tensor([[0, 0, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1]])
+    rows = list(continuations(Speaker(), prompts, 10, 1.0, {9}, mask))
+    assert rows == [([1, 2, 3, 4, 5, 6], True), ([1, 2, 3, 4], False)]
 
 
 TEMPLATE = (
@@ -121,6 +134,9 @@ def test_chats_hold_message_and_answer_and_keep_right_numbers(model, tmp_path, m
     assert tokenizer.decode(counted) == "".join(f"{answer['content']}</s>" for _, answer in every)
     assert "5 kept; " in capsys.readouterr().out
     assert last_number("1,234.5 or -7,000 m") == "-7000" and last_number("none") is None
+    assert last_number("3-5") == "5" and last_number("-5") == "-5"
+    assert Question("m", "18").accepts("It costs $18.00") and not Question("m", "18").accepts("18.5")
+    assert not Question("m", "18").accepts("none") and Question("m").accepts("none")
     with pytest.raises(ValueError, match=r"questions\.jsonl, line 1: .* with question and right\. Name other fields"):
         chats("wrong.jsonl", keep_number="right")
     with pytest.raises(ValueError, match=r"questions\.jsonl, line 1: question has no number.*'How many\?'"):

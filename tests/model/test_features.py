@@ -11,11 +11,14 @@ from deltify.conversion.student import sliding_control
 from deltify.conversion.teacher import random_teacher
 from deltify.inference.states import State
 
+KINDS = {"pure": ("none", False), "hybrid": ("3:1", False), "rope": ("3:1", True), "sliding": ("KSFS", False)}
 
-@pytest.fixture(scope="module", params=["none", "3:1", "KSFS"], ids=["pure", "hybrid", "sliding"])
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def pair(request):
+    layers, rope = request.param
     teacher = random_teacher("llama")
-    student = convert(teacher, full_attention_layers=request.param, init="library").eval()
+    student = convert(teacher, full_attention_layers=layers, keep_rope=rope, init="library").eval()
     return student, teacher.tokenizer
 
 
@@ -35,8 +38,8 @@ def test_padding_on_either_side_gives_the_same_continuation(pair, ids, side):
     place = slice(8, 17) if side == "left" else slice(0, 9)
     padded[0, place], mask[0, place] = ids[0, :9], 1
     padded[1], mask[1] = ids[1], 1
-    for beams in (1, 2):
-        options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+    for beams, cached in ((1, True), (2, True), (1, False)):
+        options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "use_cache": cached}
         out = model.generate(padded, attention_mask=mask, pad_token_id=256, **options)
         for row, single in enumerate((ids[:1, :9], ids[1:])):
             assert torch.equal(out[row, 17:], alone(model, single, **options)[0, -6:])

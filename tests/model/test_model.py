@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from deltify.conversion.student import convert
 from deltify.conversion.teacher import FAMILIES, random_teacher
-from deltify.model import DeltifyConfig, DeltifyForCausalLM, capture, mixers
+from deltify.model import DeltifyConfig, DeltifyForCausalLM, capture, mixers, modeling
 from deltify.model.mixers import fuse_weights_, fused_weight
 from deltify.model.modeling import DeltifyCache
 
@@ -251,9 +251,9 @@ FORMS = {
 }
 
 
-def tiny(*kinds: str) -> DeltifyForCausalLM:
+def tiny(*kinds: str, **more) -> DeltifyForCausalLM:
     facts = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 90}
-    facts |= {"sliding_window": 6, "sink_tokens": 2, "use_rope": [True] * len(kinds)}
+    facts |= {"sliding_window": 6, "sink_tokens": 2, "use_rope": [True] * len(kinds)} | more
     return DeltifyForCausalLM(DeltifyConfig(**facts, num_hidden_layers=len(kinds), layer_types=list(kinds))).eval()
 
 
@@ -405,16 +405,16 @@ def test_a_cache_that_does_not_count_tokens_is_never_captured():
 def test_a_captured_step_needs_tokens_without_padding_and_writable_buffers(monkeypatch):
     model, replayed = tiny("linear_attention", "linear_attention"), []
 
-    class Step:
-        """A graph's replay without a graph: reads each sequence's token and ignores the mask."""
+    class Step(capture.DecodeStep):
+        """A captured step without a graph."""
 
-        def __init__(self, model, cache, rows):
-            self.ids, self.addresses = torch.zeros(rows, 1, dtype=torch.long), capture.addresses(cache)
+        def capture(self):
+            pass
 
-        def __call__(self, ids, cache):
+        def __call__(self, ids, cache, *arguments):
             assert self.addresses == capture.addresses(cache)
             replayed.append(cache.get_seq_length())
-            return model.lm_head(model.model(ids.as_subclass(torch.Tensor), past_key_values=cache).last_hidden_state)
+            return super().__call__(ids.as_subclass(torch.Tensor), cache, *arguments)
 
     monkeypatch.setattr(capture, "CapturedStep", Step)
     ids, mask = torch.randint(0, 90, (2, 30)), torch.ones(2, 30, dtype=torch.long)
@@ -440,3 +440,92 @@ def test_a_captured_step_needs_tokens_without_padding_and_writable_buffers(monke
     assert not replayed
     model(ids[:, :1].as_subclass(OnGpu), past_key_values=cache, tokenizer=object(), output_hidden_states=False)
     assert len(replayed) == 1
+
+
+class EagerStep(capture.DecodeStep):
+    """A captured step without a graph, which counts its uses."""
+
+    used: list[int] = []
+
+    def capture(self):
+        pass
+
+    def __call__(self, ids, cache, *arguments):
+        self.used.append(cache.get_seq_length())
+        return super().__call__(ids.as_subclass(torch.Tensor), cache, *arguments)
+
+
+@pytest.fixture
+def eager_steps(monkeypatch):
+    """Replace CUDA graphs by eager steps on the same buffers, which have room for few tokens."""
+    monkeypatch.setattr(capture, "CapturedStep", EagerStep)
+    monkeypatch.setattr(capture, "LEAST_ROOM", 1)
+    monkeypatch.setattr(EagerStep, "used", [])
+    return EagerStep.used
+
+
+def decoded(model, ids, mask, prompt, as_gpu, change=lambda at, cache: None, **options):
+    """Return the logits of tokens decoded one by one after a prompt."""
+    cache, found = DeltifyCache(config=model.config), []
+    model(ids[:, :prompt], attention_mask=None if mask is None else mask[:, :prompt], past_key_values=cache)
+    for at in range(prompt, ids.shape[1]):
+        token = ids[:, at : at + 1]
+        seen = None if mask is None else mask[:, : at + 1]
+        given = {name: x[:, at : at + 1] for name, x in options.items()}
+        out = model(token.as_subclass(OnGpu) if as_gpu else token, attention_mask=seen, past_key_values=cache, **given)
+        found.append(out.logits.as_subclass(torch.Tensor))
+        change(at, cache)
+    return torch.cat(found, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_hybrids_captured_step_gives_the_eager_logits(rope, padded, eager_steps):
+    kinds = ("linear_attention", "full_attention", "linear_attention", "full_attention")
+    model = tiny(*kinds, use_rope=[rope] * 4, num_key_value_heads=1)
+    ids, mask = torch.randint(0, 90, (2, 600)), None
+    options = {}
+    if padded:
+        mask = torch.ones(2, 600, dtype=torch.long)
+        mask[0, :7] = 0
+        options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def reorder(at, cache):
+        if at in (40, 300):
+            cache.reorder_cache(torch.tensor([1, 0]))
+            cache.reorder_cache(torch.tensor([1, 0]))
+
+    want = decoded(model, ids, mask, 20, False, **options)
+    got = decoded(model, ids, mask, 20, True, reorder, **options)
+    assert torch.allclose(got, want, atol=1e-4)
+    # two tokens run eagerly at first; each full buffer and each new address of a state costs a comparison
+    assert len(eager_steps) >= 579 and eager_steps[0] == 21 and {256, 512} <= set(eager_steps)
+
+
+@torch.no_grad()
+def test_a_hybrids_step_that_differs_from_the_eager_one_is_not_used(eager_steps, monkeypatch):
+    model, ids = tiny("linear_attention", "full_attention"), torch.randint(0, 90, (2, 40))
+    want = decoded(model, ids, None, 10, False)
+    monkeypatch.setattr(capture.RoomyCache, "take", lambda self, used: self.place.fill_(used))  # forgets the prompt
+    with pytest.warns(UserWarning, match="without a CUDA graph: its logits differ by"):
+        got = decoded(model, ids, None, 10, True)
+    assert torch.allclose(got, want, atol=1e-4) and eager_steps == [11, 11]
+
+
+def as_on_gpu(model, ids, *more):
+    return capture.captured_logits(model, ids.as_subclass(OnGpu), *more)
+
+
+@torch.no_grad()
+def test_generation_of_a_hybrid_is_the_same_with_captured_steps(eager_steps, monkeypatch):
+    model = tiny("linear_attention", "full_attention")
+    ids, mask = torch.randint(1, 90, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    mask[0, :5], mask[1, :1] = 0, 0
+    options = {"attention_mask": mask, "max_new_tokens": 30, "min_new_tokens": 30, "pad_token_id": 0}
+    for beams in (1, 2):
+        want = model.generate(ids, do_sample=False, num_beams=beams, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(modeling, "captured_logits", as_on_gpu)
+            assert torch.equal(model.generate(ids, do_sample=False, num_beams=beams, **options), want)
+    assert len(eager_steps) > 25

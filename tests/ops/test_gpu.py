@@ -169,6 +169,31 @@ def test_a_captured_step_gives_the_eager_logits(monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rope", [False, True])
+def test_a_hybrids_captured_step_gives_the_eager_logits(rope, monkeypatch):
+    facts = {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 64, "vocab_size": 300}
+    kinds = {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "use_rope": [rope] * 3}
+    config = DeltifyConfig(**facts, **kinds, num_key_value_heads=2)
+    model = DeltifyForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    monkeypatch.setattr(capture, "LEAST_ROOM", 1)  # a new graph every 256 tokens
+    ids, mask = torch.randint(0, 300, (2, 600), device="cuda"), torch.ones(2, 600, dtype=torch.long, device="cuda")
+    mask[0, :9] = 0
+
+    def logits():
+        cache, found = modeling.DeltifyCache(config=model.config), []
+        model(ids[:, :50], attention_mask=mask[:, :50], past_key_values=cache)
+        for at in range(50, 600):
+            options = {"attention_mask": mask[:, : at + 1], "past_key_values": cache}
+            found.append(model(ids[:, at : at + 1], **options).logits)
+        assert cache.get_seq_length() == 600
+        return torch.cat(found, 1), capture.is_captured(cache)
+
+    (captured, by_graph), _ = logits(), monkeypatch.setattr(modeling, "captured_logits", lambda *_: None)
+    eager, without = logits()
+    assert by_graph and not without and error(captured, eager.double()) < 1e-2
+
+
+@torch.no_grad()
 def test_a_captured_step_is_not_replayed_over_padding_nor_on_tensors_of_inference_mode():
     facts = {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 64, "vocab_size": 300}
     model = DeltifyForCausalLM(DeltifyConfig(**facts)).to("cuda", torch.bfloat16).eval()

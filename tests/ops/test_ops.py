@@ -168,6 +168,14 @@ def test_a_step_equals_a_sequence_of_one(lower_bound):
     assert torch.allclose(state, final, atol=1e-12)
 
 
+def test_a_step_updates_a_state_that_is_not_contiguous():
+    inputs = [x[:, 0] if x.dim() > 2 else x for x in make_inputs(2, 1, 2, 16, 24, torch.float64)]
+    states = torch.randn(2, 3, 2, 16, 24, dtype=torch.float64)  # of three layers
+    want, before = states[:, 1].clone(), states.clone()
+    assert torch.equal(kda_step(*inputs, states[:, 1]), kda_step(*inputs, want))
+    assert torch.equal(states[:, 1], want) and torch.equal(states[:, ::2], before[:, ::2])
+
+
 def test_half_precision_inputs_compute_in_float32():
     inputs = make_inputs(1, 100, 2, 16, 16, torch.float32)
     half = [x.bfloat16() if x.dim() > 2 else x for x in inputs]

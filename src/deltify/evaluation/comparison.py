@@ -57,12 +57,14 @@ class Cost:
         cache_bytes: Bytes of the cache, of student and teacher.
         ms: Milliseconds per token, of student and teacher.
         device: Device and dtype.
+        cuda_graph: Whether a CUDA graph decoded the student's tokens. None in results of earlier versions.
     """
 
     context: int
     cache_bytes: tuple[int, int]
     ms: tuple[float, float]
     device: str
+    cuda_graph: bool | None = None
 
     @property
     def memory(self) -> float:
@@ -158,6 +160,7 @@ def decoding_cost(results: dict, student: str) -> Cost | Absent:
         (ours["cache_bytes"], theirs["cache_bytes"]),
         (ours["ms_per_token"], theirs["ms_per_token"]),
         f"{ours['device']}, {ours['dtype']}",
+        ours.get("cuda_graph"),
     )
 
 

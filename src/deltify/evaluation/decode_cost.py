@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from ..inference.prefill import cache_bytes, prefill
 from ..model.cache import new_cache
+from ..model.capture import is_captured
 from ..utils.devices import device_name
 
 WARM_UP_TOKENS = 4  # tokens decoded before each measurement
@@ -41,7 +42,7 @@ def decode_cost(
         log: Function that is called with a line for each row.
 
     Returns:
-        Rows with model, context, cache_bytes, ms_per_token, device, dtype.
+        Rows with model, context, cache_bytes, ms_per_token, cuda_graph (whether one decoded), device, dtype.
 
     Raises:
         ValueError: If contexts are too small or too close, or the text is too short.
@@ -67,6 +68,7 @@ def decode_cost(
                     "context": context,
                     "cache_bytes": size,
                     "ms_per_token": 1000 * statistics.median(seconds),
+                    "cuda_graph": is_captured(cache),
                     "device": device_name(model.device),
                     "dtype": str(model.dtype).removeprefix("torch."),
                 }

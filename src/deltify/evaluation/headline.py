@@ -136,7 +136,7 @@ def cost_card(cost: Cost | Absent, captured: bool = False) -> Card:
 
     Args:
         cost: Result of `decoding_cost`.
-        captured: Whether all layers are KDA, so that a CUDA GPU decodes with a CUDA graph.
+        captured: Whether all layers are KDA. In earlier versions, only such models decoded with a CUDA graph.
     """
     if isinstance(cost, Absent):
         label, weakness = "Memory and speed against the teacher", "memory and speed are missing"
@@ -149,7 +149,8 @@ def cost_card(cost: Cost | Absent, captured: bool = False) -> Card:
     ms = [f"{amount(time)} ms" for time in cost.ms]
     sentence = f"Context: {mib[0]}, the teacher's {mib[1]}. Time per token: {ms[0]}, the teacher's {ms[1]}."
     note = f"Memory of the context, without the weights. Batch size 1 on {cost.device}."
-    if captured and cost.device.split(",")[0] not in ("cpu", "mps"):
+    earlier = captured and cost.device.split(",")[0] not in ("cpu", "mps")
+    if earlier if cost.cuda_graph is None else cost.cuda_graph:
         note += " The student decodes with a CUDA graph, the teacher without one. That is a part of the difference."
     weakness = f"it needs {of_memory} and has {of_speed}"
     return Card(f"Memory and speed at {at} of context", f"{of_memory}, {of_speed}", grade, sentence, weakness, note)

@@ -22,7 +22,7 @@ from ..model.causal_lm import CausalLM
 from ..model.modeling import cache_argument
 from ..utils.tokens import token_ids
 from .prefill import cache_bytes, has_growing_cache, teacher_cache_bytes
-from .states import State
+from .states import State, tensors_of
 
 PLACE = "\ufdd0"  # stands for the text in a chat template: a code point that no text may contain
 
@@ -47,7 +47,8 @@ def remember(model: PreTrainedModel, ids_1T: Tensor, cache: DynamicCache) -> Boo
     size = cache_bytes(cache)
     if has_growing_cache(model):
         return Book(size, ids_1T, partial(copy.deepcopy, cache))
-    return Book(size, ids_1T[:, :0], partial(State.from_cache(model, cache, ids_1T.shape[1]).cache, model))
+    state = State([tensors_of(layer) for layer in cache.layers], "", ids_1T.shape[1])  # never saved: no fingerprint
+    return Book(size, ids_1T[:, :0], partial(state.cache, model))
 
 
 def attention_layers(model: PreTrainedModel) -> int:

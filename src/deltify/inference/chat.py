@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from ..model.cache import new_cache
 from ..model.causal_lm import CausalLM
+from ..model.modeling import cache_argument
 from .loading import load_model, load_tokenizer
 
 
@@ -41,6 +42,8 @@ class Conversation:
             max_new_tokens: Largest number of tokens of the answer.
             streamer: Streamer that gets the tokens as they come.
             sampling: Options of `generate`.
+
+        If it fails or is interrupted, the conversation is as before the message.
         """
         self.messages.append({"role": "user", "content": message})
         text = str(self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True))
@@ -50,14 +53,13 @@ class Conversation:
             self.messages = messages
         new = self.tokenizer(text[len(self.text) :], add_special_tokens=False, return_tensors="pt")["input_ids"]
         prompt = torch.cat([self.ids, new], dim=1).to(self.model.device)
-        out = self.model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            past_key_values=self.cache,
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            **sampling,
-        )
+        options = sampling | cache_argument(self.cache) | {"max_new_tokens": max_new_tokens, "streamer": streamer}
+        try:
+            out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        except BaseException:
+            self.messages.pop()
+            self.cache = new_cache(self.model)  # the old one may hold a part of the answer
+            raise
         self.ids = out.cpu()
         self.text = text + str(self.tokenizer.decode(out[0, prompt.shape[1] :]))
         answer = str(self.tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True))

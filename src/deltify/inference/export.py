@@ -15,7 +15,14 @@ from ..model import DeltifyConfig, DeltifyForCausalLM
 from ..model.loading import checkpoint_shapes
 from ..training.checkpoint import save_model
 from .gguf_export import DEFAULT_DTYPE, write_gguf
-from .kimi_linear import o_norm_eps, read_kimi_linear, refuse, write_kimi_linear
+from .kimi_linear import (
+    deviations,
+    o_norm_eps,
+    read_kimi_linear,
+    refuse,
+    with_generation_settings,
+    write_kimi_linear,
+)
 from .loading import load_tokenizer, model_of_tensors, read_tensors, renamed
 
 LAYOUTS = ("deltify", "kda", "kimi_linear", "gguf")
@@ -79,11 +86,13 @@ def write(
         dtype = dtype or DEFAULT_DTYPE
         file = output if output.suffix == ".gguf" else output / f"{output.name}-{dtype}.gguf"
         return write_gguf(model, tokenizer, file, dtype)
+    parts = [f"{len(model.model.layers)} layers in layout {layout}"]
     if layout == "kda":
         write_kda(model, tokenizer, output)
+        parts += deviations(model)
     else:
         save_model(output, model, tokenizer)
-    return f"{output}: {len(model.model.layers)} layers in layout {layout}"
+    return f"{output}: {', '.join(parts)}"
 
 
 # ---- flash-linear-attention ------------------------------------------------------------------------------------------
@@ -134,6 +143,7 @@ def write_kda(model: DeltifyForCausalLM, tokenizer: PreTrainedTokenizerBase, fol
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1))
+    model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -169,7 +179,7 @@ def read_kda(folder: Path, config: dict) -> DeltifyForCausalLM:
         **{name: config[name] for name in SAME_IN_KDA if name in config},
     )
     tensors = renamed(read_tensors(folder), [(new, old) for old, new in RENAMES])
-    return model_of_tensors(ours, tensors, str(folder))
+    return with_generation_settings(model_of_tensors(ours, tensors, str(folder)), folder)
 
 
 # ---- reading any layout ----------------------------------------------------------------------------------------------

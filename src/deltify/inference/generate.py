@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from ..model.modeling import cache_argument
 from ..utils.tokens import token_ids
 from .loading import load_model, load_tokenizer
 from .states import State
@@ -52,7 +53,7 @@ def generate(
         {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_p": top_p}
     )
     if state is not None:
-        sampling["past_key_values"] = State.load(state, model).cache(model)
+        sampling |= cache_argument(State.load(state, model).cache(model))
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     started = time.perf_counter()
     out = model.generate(

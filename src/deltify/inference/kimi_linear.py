@@ -250,7 +250,11 @@ def read_kimi_linear(folder: Path) -> DeltifyForCausalLM:
         restore_attention_(tensors, ours, sizes, folder)
     tensors = {name: x.flatten() if name.endswith(".A_log") else x for name, x in tensors.items()}
     tensors = renamed(tensors, [(new, old) for old, new in RENAMES + TRANSFORMERS_RENAMES])
-    model = model_of_tensors(ours, tensors, str(folder))
+    return with_generation_settings(model_of_tensors(ours, tensors, str(folder)), folder)
+
+
+def with_generation_settings(model: DeltifyForCausalLM, folder: Path) -> DeltifyForCausalLM:
+    """Return the model with the generation settings in its folder, if there are any."""
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

@@ -18,6 +18,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TypeVar
 
@@ -167,7 +168,8 @@ def sample_answers(
         def reply(group: list[Question]) -> tuple[int, int, int, list[dict]]:
             """Return how many messages fit, how many do not, how many tokens were written, and the chats to keep."""
             rendered = [(question, render(tokenizer, question.message)) for question in group]
-            fitting = [(question, prompt) for question, prompt in rendered if len(tokenizer.encode(prompt)) < length]
+            encoded = tokenizer([prompt for _, prompt in rendered], add_special_tokens=False)["input_ids"]
+            fitting = [pair for pair, ids in zip(rendered, encoded) if len(ids) < length]
             if not fitting:
                 return 0, len(group), 0, []
             prompts = [prompt for _, prompt in fitting]
@@ -208,7 +210,8 @@ class Question:
     number: str | None = None
 
     def accepts(self, answer: str) -> bool:
-        return self.number is None or last_number(answer) == self.number
+        found = last_number(answer)
+        return self.number is None or (found is not None and Decimal(found) == Decimal(self.number))
 
 
 def read_questions(source: str | Path, field: str, keep_number: str | None) -> Iterator[Question]:
@@ -234,7 +237,7 @@ def read_questions(source: str | Path, field: str, keep_number: str | None) -> I
 
 def last_number(text: str) -> str | None:
     """Return the last number of a text without thousands separators, or None."""
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    numbers = re.findall(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?", text)  # the 5 of 3-5 is not negative
     return numbers[-1].replace(",", "") if numbers else None
 
 
@@ -325,15 +328,16 @@ def continuations(
     """Yield the new tokens of each sequence up to an end-of-sequence token, and whether there was one.
 
     Args:
-        length: Largest number of tokens of a sequence with its prompt.
+        length: Largest number of tokens of a sequence with its prompt, without padding.
         attention_mask_BP: 0 for padding on the left, 1 for tokens of prompts. Defaults to no padding.
     """
     prompts_BP, P = prompts_BP.to(model.device), prompts_BP.shape[1]
     mask_BP = torch.ones_like(prompts_BP) if attention_mask_BP is None else attention_mask_BP.to(model.device)
+    own_B = mask_BP.sum(1)
     drawn = model.generate(
         prompts_BP,
         attention_mask=mask_BP,
-        max_new_tokens=length - P,
+        max_new_tokens=length - int(own_B.min()),
         do_sample=True,
         temperature=temperature,
         top_k=0,
@@ -341,6 +345,7 @@ def continuations(
         eos_token_id=sorted(eos_token_ids) or None,
         pad_token_id=min(eos_token_ids, default=0),
     )
-    for new in drawn[:, P:].tolist():
+    for row, own in zip(drawn[:, P:].tolist(), own_B.tolist()):
+        new = row[: length - own]
         kept = list(itertools.takewhile(lambda token: token not in eos_token_ids, new))
         yield kept, len(kept) < len(new)

@@ -30,6 +30,15 @@ class DeltifyGenerationMixin(GenerationMixin):
             "with a batch of sequences"
         )
 
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if mask is not None and mask.dim() == 2 and tokens is not None:
+            # transformers counts new tokens after padding on the right from 1
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            inputs["position_ids"] = positions[:, -tokens.shape[1] :]
+        return inputs
+
     def _validate_generation_mode(self, generation_mode: GenerationMode, *args, **kwargs):
         if generation_mode in ("assisted_generation", "contrastive_search"):
             raise ValueError(

@@ -118,14 +118,16 @@ def find_packing(
 
 
 def padded_packing(mask_BT: Tensor, position_ids: Tensor | None) -> Packing:
-    """Packing of rows with padding: each a document, or several, where positions start again. A row of padding alone is
-    an empty document."""
+    """Return the packing of rows with padding: each a document, or several, where positions do not rise.
+
+    A row of padding alone is an empty document.
+    """
     index = mask_BT.flatten().nonzero().squeeze(1)
     rows = F.pad(mask_BT.sum(1).cumsum(0), (1, 0))
     if position_ids is None or not len(index):
         return Packing(index, rows.int())
     places, row = position_ids.expand(len(mask_BT), -1).flatten()[index], index // mask_BT.shape[1]
-    starts = F.pad((places.diff() != 1) | (row.diff() != 0), (1, 0), value=True).nonzero().squeeze(1)
+    starts = F.pad((places.diff() <= 0) | (row.diff() != 0), (1, 0), value=True).nonzero().squeeze(1)
     empty = rows[:-1][rows.diff() == 0]  # so that there are more documents than rows only where a row holds several
     return Packing(index, torch.cat([starts, empty, rows[-1:]]).sort().values.int())
 

@@ -373,7 +373,8 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, DeltifyGenerationMixin):
             )
         asked = [name for name, value in kwargs.items() if value is not None and value is not False]
         plain = labels is None and HARMLESS.issuperset(asked)
-        if plain and (logits := captured_logits(self, input_ids, past_key_values, attention_mask)) is not None:
+        step = (input_ids, past_key_values, attention_mask, position_ids)
+        if plain and (logits := captured_logits(self, *step)) is not None:
             return CausalLMOutputWithPast(logits=logits, **cache_argument(past_key_values))
         outputs = self.model(
             input_ids=input_ids,

@@ -43,7 +43,7 @@ def kda_step(
     if state.shape != (*q.shape, v.shape[-1]):
         raise ValueError(f"state has shape {tuple(state.shape)}; with q {tuple(q.shape)} it must be [B, H, K, V]")
     work = state.dtype
-    S = state.flatten(0, 1)
+    S = state.flatten(0, 1)  # a copy, if the state is not contiguous
     kq = torch.stack((k, q), dim=2).flatten(0, 1).to(work)  # [B * H, 2, K]
     kq = kq * torch.linalg.vector_norm(kq, dim=-1, keepdim=True).square_().add_(L2NORM_EPS).rsqrt_()
     rate, bias = A_log.to(work).exp().unsqueeze(-1), dt_bias.to(work).view(f.shape[1:])
@@ -52,6 +52,8 @@ def kda_step(
     u = torch.sigmoid(b.to(work)).reshape(-1, 1) * (v.to(work).reshape(read_k.shape) - read_k)
     k_unit, q_unit = kq.unbind(1)
     S.addcmul_(k_unit.unsqueeze(2), u.unsqueeze(1))
+    if not state.is_contiguous():
+        state.copy_(S.view_as(state))
     o = torch.addcmul(read_q, (q_unit * k_unit).sum(-1, keepdim=True), u)
     return o.mul_(q.shape[-1] ** -0.5 if scale is None else scale).view(v.shape).to(v.dtype)
 
