@@ -3,10 +3,13 @@
 import pytest
 import torch
 from conftest import with_special_tokens
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 import deltify
 from deltify import convert
 from deltify.cli import main
+from deltify.conversion.gguf_files import mark_spaces
 from deltify.conversion.student import sliding_control
 from deltify.conversion.teacher import random_teacher
 from deltify.inference.generate import generate, read_file
@@ -69,6 +72,19 @@ def test_special_tokens_begin_a_document_and_stand_nowhere_else(special):
     end = tokenizer("Hi")["input_ids"][-1] == tokenizer.eos_token_id
     whole = open_ended(tokenizer)
     assert (whole is tokenizer) == (not end) and whole(["Hi", ""])["input_ids"] == [[start, *plain], [start]]
+
+
+def test_a_text_that_goes_on_gets_no_space_before_it():
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "\u2581", "\n", *"going"[:4], "\u2581g"])}
+    backend = Tokenizer(models.BPE(vocabulary, [("\u2581", "g")], unk_token="<unk>"))
+    mark_spaces(backend, prefix=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+
+    def tokens(text, **options):
+        return tokenizer.convert_ids_to_tokens(token_ids(tokenizer, text, **options))
+
+    assert tokens("going") == ["\u2581g", "o", "i", "n", "g"] and tokens("go", begins=False) == ["g", "o"]
+    assert tokens(" go", begins=False) == ["\u2581g", "o"] and tokens("\n\ngo", begins=False) == ["\n", "\n", "g", "o"]
 
 
 def test_a_text_read_in_parts_equals_the_whole(special):

@@ -88,7 +88,7 @@ def question_ids(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, 
         _, after = around_text(tokenizer, turns, question)
     else:
         after = "".join(f"\n\n{part}" for part in (*map("".join, turns), question))
-    return torch.tensor([tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"]])
+    return torch.tensor([token_ids(tokenizer, after, begins=False)])
 
 
 def around_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], question: str) -> tuple[str, str]:

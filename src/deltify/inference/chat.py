@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from ..model.cache import new_cache
 from ..model.causal_lm import CausalLM
 from ..model.modeling import cache_argument
+from ..utils.tokens import token_ids
 from .loading import load_model, load_tokenizer
 
 
@@ -51,8 +52,11 @@ class Conversation:
             messages = self.messages
             self.clear()
             self.messages = messages
-        new = self.tokenizer(text[len(self.text) :], add_special_tokens=False, return_tensors="pt")["input_ids"]
-        prompt = torch.cat([self.ids, new], dim=1).to(self.model.device)
+        if self.text:
+            new = token_ids(self.tokenizer, text[len(self.text) :], begins=False)
+        else:
+            new = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        prompt = torch.cat([self.ids, torch.tensor([new])], dim=1).to(self.model.device)
         options = sampling | cache_argument(self.cache) | {"max_new_tokens": max_new_tokens, "streamer": streamer}
         try:
             out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)

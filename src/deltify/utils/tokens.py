@@ -20,13 +20,22 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, begins: bool = T
         tokenizer: Tokenizer of the model.
         text: Text to encode.
         begins: Whether the text begins a document. Tokens that begin one are then added, unless the text has their
-            names already. Otherwise they are removed if the text has them.
+            names already. Otherwise they are removed if the text has them, and the text gets no space before it, which
+            sentencepiece tokenizers put before every text.
     """
     start, ids = beginning(tokenizer), tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     written = ids[: len(start)] == start
     if begins:
         return ids if written or not ids else [*start, *ids]
-    return ids[len(start) :] if written else ids
+    return ids[len(start) :] if start and written else without_space(tokenizer, text, ids)
+
+
+def without_space(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
+    """Return the token ids of a text that follows another one, without a space that the tokenizer puts before `ids`."""
+    if not ids or not str(tokenizer.convert_ids_to_tokens(ids[0])).startswith("\u2581"):
+        return ids
+    line, both = (tokenizer(x, add_special_tokens=False, verbose=False)["input_ids"] for x in ("\n", "\n" + text))
+    return both[len(line) :] if both[: len(line)] == line else ids
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
