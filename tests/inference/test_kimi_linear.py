@@ -141,7 +141,7 @@ def set_bias(name):
         ({"mlp_gated": False, "hidden_act": "relu2"}, None, "an MLP without a gate, the activation relu2"),
         ({"gate_lower_bound": -5.0}, None, "a bounded gate .*only vLLM"),
         ({}, set_bias("layers.0.self_attn.g_proj.1"), r"a bias of the output gate \(see --fold-gate-bias\)"),
-        ({}, set_bias("layers.0.self_attn.k_proj"), "biases of q, k, v or o"),
+        ({}, set_bias("layers.0.self_attn.k_proj"), r"biases of q, k or v in KDA layers \(see --fold-gate-bias\)"),
         ({}, set_bias("layers.2.self_attn.o_proj"), "biases of q, k, v or o"),
         ({}, set_bias("layers.1.mlp.up_proj"), "biases of the MLP"),
     ],

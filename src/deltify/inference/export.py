@@ -19,6 +19,7 @@ from .kimi_linear import (
     deviations,
     o_norm_eps,
     read_kimi_linear,
+    refusals,
     refuse,
     with_generation_settings,
     write_kimi_linear,
@@ -66,6 +67,8 @@ def export(
     model, tokenizer = read_layout(source), load_tokenizer(source)
     if fold_gate_bias is None:
         return write(model, tokenizer, layout, output, identity_layer, dtype)
+    if layout in ("kimi_linear", "gguf"):  # before folding, which takes a while
+        refuse(layout, [problem for problem in refusals(model) if "bias" not in problem])
     model, cost = fold_with_cost(model, tokenizer, fold_gate_bias)
     line = write(model, tokenizer, layout, output, identity_layer, dtype)
     return f"{line}, biases of KDA layers folded: KL {cost:.2g} nats per token from the model with biases"

@@ -96,12 +96,20 @@ def refuse(layout: str, found: list[str]) -> None:
         raise ValueError(f"Layout {layout} does not support {', '.join(found)}. Export with --layout deltify.")
 
 
+PROJECTIONS = tuple(f".{x}_proj.bias" for x in "qkvo")
+
+
 def refusals(model: DeltifyForCausalLM) -> list[str]:
     """Return the parts of a model that this layout cannot express."""
     c = model.config
     kinds = c.layer_types
     kept = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
     biases = [name for name, x in model.state_dict().items() if name.endswith(".bias") and bool(x.any())]
+    in_kda = tuple(f"model.layers.{i}." for i, kind in enumerate(kinds) if kind == "linear_attention")
+
+    def folds(name: str) -> bool:
+        return name.startswith(in_kda) and name.endswith(PROJECTIONS[:3])
+
     problems = {
         "a model without KDA layers": "linear_attention" not in kinds,
         "sliding attention layers": "sliding_attention" in kinds,
@@ -112,7 +120,8 @@ def refusals(model: DeltifyForCausalLM) -> list[str]:
         "a bounded gate (gate_lower_bound, which only vLLM has)": c.gate_lower_bound is not None,
         "a bias of the output gate (see --fold-gate-bias)": any(name.endswith(".g_proj.1.bias") for name in biases),
         # llama.cpp loads such biases and ignores them
-        "biases of q, k, v or o": any(name.endswith(tuple(f".{x}_proj.bias" for x in "qkvo")) for name in biases),
+        "biases of q, k or v in KDA layers (see --fold-gate-bias)": any(map(folds, biases)),
+        "biases of q, k, v or o": any(name.endswith(PROJECTIONS) and not folds(name) for name in biases),
         "biases of the MLP": any(".mlp." in name for name in biases),
     }
     return [name for name, present in problems.items() if present]
