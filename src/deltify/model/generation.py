@@ -1,6 +1,7 @@
 """Generation for models whose states cannot be rolled back; unsupported settings are refused."""
 
 import copy
+import functools
 
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.generation import GenerationMode
@@ -30,9 +31,11 @@ class DeltifyGenerationMixin(GenerationMixin):
             "with a batch of sequences"
         )
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers looks at the signature
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids", inputs.get("inputs_embeds"))
+        mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
+        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
         if mask is not None and mask.dim() == 2 and tokens is not None:
             # transformers counts new tokens after padding on the right from 1
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
