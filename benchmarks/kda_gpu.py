@@ -70,10 +70,8 @@ def make_inputs(B: int, T: int, H: int, gates: str) -> list[Tensor]:
         A_log, dt_bias = torch.zeros_like(A_log), torch.full_like(dt_bias, -5)
     if gates == "fast":
         dt_bias = torch.zeros_like(dt_bias)
-    if gates == "bounded":
-        A_log, dt_bias = torch.zeros_like(A_log), torch.zeros_like(dt_bias)
-    if gates == "bounded-slow":
-        A_log, dt_bias = torch.zeros_like(A_log), torch.full_like(dt_bias, -6)
+    if gates in ("bounded", "bounded-slow"):
+        A_log, dt_bias = torch.zeros_like(A_log), torch.full_like(dt_bias, 0 if gates == "bounded" else -6)
     if gates == "zero":
         f = torch.full_like(f, -60)
     return [x.bfloat16() for x in (q, k, v, f, b)] + [A_log, dt_bias]

@@ -492,9 +492,12 @@ def on_gpus_of_their_own(work, options: argparse.Namespace) -> None:
         raise RuntimeError("\n\n".join(map(str, failed)))
 
 
+WORK = {"align": align, "rates": rates, "train": train, "measure": measure}  # what is done for each model
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("answers", "align", "rates", "train", "measure", "report"))
+    parser.add_argument("what", choices=("answers", *WORK, "report"))
     parser.add_argument("models", nargs="*", help=f"of all but answers: {', '.join(MODELS)} (default: all)")
     parser.add_argument("--teacher", required=True, help="folder, GGUF file or hub id")
     parser.add_argument("--text", type=Path, required=True)
@@ -529,7 +532,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="try the script in small on the CPU")
     options = parser.parse_args(arguments)
     known = [model for model in MODELS if options.what not in ("align", "rates") or "align" in MODELS[model][1]]
-    if options.what in ("align", "rates", "train", "measure"):
+    if options.what in WORK:
         options.models = options.models or known
     if unknown := [model for model in options.models if model not in known]:
         parser.error(f"unknown models {unknown}; choose from {', '.join(known)}")
@@ -543,9 +546,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif options.what == "report":
         report_all(options)
     else:
-        on_gpus_of_their_own(
-            {"align": align, "rates": rates, "train": train, "measure": measure}[options.what], options
-        )
+        on_gpus_of_their_own(WORK[options.what], options)
 
 
 if __name__ == "__main__":

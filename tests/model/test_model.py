@@ -401,22 +401,32 @@ def test_a_cache_that_does_not_count_tokens_is_never_captured():
     assert torch.allclose(torch.cat(steps, 1).as_subclass(torch.Tensor), model(ids).logits, atol=1e-5)
 
 
+class EagerStep(capture.DecodeStep):
+    """A captured step without a graph, which counts its uses."""
+
+    used: list[int] = []
+
+    def capture(self):
+        pass
+
+    def __call__(self, ids, cache, *arguments):
+        assert self.addresses == capture.addresses(cache)
+        self.used.append(cache.get_seq_length())
+        return super().__call__(ids.as_subclass(torch.Tensor), cache, *arguments)
+
+
+@pytest.fixture
+def eager_steps(monkeypatch):
+    """Replace CUDA graphs by eager steps on the same buffers, which have room for few tokens."""
+    monkeypatch.setattr(capture, "CapturedStep", EagerStep)
+    monkeypatch.setattr(capture, "LEAST_ROOM", 1)
+    monkeypatch.setattr(EagerStep, "used", [])
+    return EagerStep.used
+
+
 @torch.no_grad()
-def test_a_captured_step_needs_tokens_without_padding_and_writable_buffers(monkeypatch):
-    model, replayed = tiny("linear_attention", "linear_attention"), []
-
-    class Step(capture.DecodeStep):
-        """A captured step without a graph."""
-
-        def capture(self):
-            pass
-
-        def __call__(self, ids, cache, *arguments):
-            assert self.addresses == capture.addresses(cache)
-            replayed.append(cache.get_seq_length())
-            return super().__call__(ids.as_subclass(torch.Tensor), cache, *arguments)
-
-    monkeypatch.setattr(capture, "CapturedStep", Step)
+def test_a_captured_step_needs_tokens_without_padding_and_writable_buffers(eager_steps):
+    model, replayed = tiny("linear_attention", "linear_attention"), eager_steps
     ids, mask = torch.randint(0, 90, (2, 30)), torch.ones(2, 30, dtype=torch.long)
     mask[0, :12], mask[1, 17], mask[:, 20] = 0, 0, 0
     cache, found = DeltifyCache(config=model.config), []
@@ -440,28 +450,6 @@ def test_a_captured_step_needs_tokens_without_padding_and_writable_buffers(monke
     assert not replayed
     model(ids[:, :1].as_subclass(OnGpu), past_key_values=cache, tokenizer=object(), output_hidden_states=False)
     assert len(replayed) == 1
-
-
-class EagerStep(capture.DecodeStep):
-    """A captured step without a graph, which counts its uses."""
-
-    used: list[int] = []
-
-    def capture(self):
-        pass
-
-    def __call__(self, ids, cache, *arguments):
-        self.used.append(cache.get_seq_length())
-        return super().__call__(ids.as_subclass(torch.Tensor), cache, *arguments)
-
-
-@pytest.fixture
-def eager_steps(monkeypatch):
-    """Replace CUDA graphs by eager steps on the same buffers, which have room for few tokens."""
-    monkeypatch.setattr(capture, "CapturedStep", EagerStep)
-    monkeypatch.setattr(capture, "LEAST_ROOM", 1)
-    monkeypatch.setattr(EagerStep, "used", [])
-    return EagerStep.used
 
 
 def decoded(model, ids, mask, prompt, as_gpu, change=lambda at, cache: None, **options):

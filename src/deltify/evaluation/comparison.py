@@ -57,14 +57,14 @@ class Cost:
         cache_bytes: Bytes of the cache, of student and teacher.
         ms: Milliseconds per token, of student and teacher.
         device: Device and dtype.
-        cuda_graph: Whether a CUDA graph decoded the student's tokens. None in results of earlier versions.
+        cuda_graph: Whether a CUDA graph decoded the student's tokens.
     """
 
     context: int
     cache_bytes: tuple[int, int]
     ms: tuple[float, float]
     device: str
-    cuda_graph: bool | None = None
+    cuda_graph: bool
 
     @property
     def memory(self) -> float:
@@ -160,8 +160,14 @@ def decoding_cost(results: dict, student: str) -> Cost | Absent:
         (ours["cache_bytes"], theirs["cache_bytes"]),
         (ours["ms_per_token"], theirs["ms_per_token"]),
         f"{ours['device']}, {ours['dtype']}",
-        ours.get("cuda_graph"),
+        ours.get("cuda_graph", only_kda(results, student) and ours["device"] not in ("cpu", "mps")),
     )
+
+
+def only_kda(results: dict, student: str) -> bool:
+    """Return whether all layers of a student are KDA. In results without `cuda_graph`, such students had graphs."""
+    layers = next((row["layers"] for row in results.get("students", []) if row["name"] == student), "")
+    return bool(layers) and all(part.endswith(" of KDA") for part in layers.split(", "))
 
 
 def needles_found(results: dict, student: str) -> Recall | Absent:

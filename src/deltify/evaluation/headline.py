@@ -91,18 +91,12 @@ def headline(results: dict, student: str) -> Headline:
     The worst grade decides. Without a poor grade, all three are needed.
     """
     kept, cost, recall = share_kept(results, student), decoding_cost(results, student), needles_found(results, student)
-    cards = [kept_card(kept), cost_card(cost, only_kda(results, student)), recall_card(recall)]
+    cards = [kept_card(kept), cost_card(cost), recall_card(recall)]
     grades = {card.grade for card in cards}
     worst = next(grade for grade in ("poor", "", "fair", "good") if grade in grades)
     reasons = [card.weakness for card in cards if card.grade == worst and worst != "good"]
     verdict = f"{VERDICTS[worst]}{': ' if reasons else ''}{'; '.join(reasons)}."
     return Headline(student, worst, verdict, cards, heldout_sentence(results, student), kept, cost, recall)
-
-
-def only_kda(results: dict, student: str) -> bool:
-    """Return whether all layers of a student are KDA."""
-    layers = next((row["layers"] for row in results.get("students", []) if row["name"] == student), "")
-    return bool(layers) and all(part.endswith(" of KDA") for part in layers.split(", "))
 
 
 # ---- the words -------------------------------------------------------------------------------------------------------
@@ -131,13 +125,8 @@ def kept_card(kept: Kept | Absent) -> Card:
     return Card(label, f"{100 * share:.0f} %", grade, sentence, weakness, note)
 
 
-def cost_card(cost: Cost | Absent, captured: bool = False) -> Card:
-    """Return the card of memory and speed.
-
-    Args:
-        cost: Result of `decoding_cost`.
-        captured: Whether all layers are KDA. In earlier versions, only such models decoded with a CUDA graph.
-    """
+def cost_card(cost: Cost | Absent) -> Card:
+    """Return the card of memory and speed."""
     if isinstance(cost, Absent):
         label, weakness = "Memory and speed against the teacher", "memory and speed are missing"
         return Card(label, "", "", cost.why, weakness, command=cost.command)
@@ -149,8 +138,7 @@ def cost_card(cost: Cost | Absent, captured: bool = False) -> Card:
     ms = [f"{amount(time)} ms" for time in cost.ms]
     sentence = f"Context: {mib[0]}, the teacher's {mib[1]}. Time per token: {ms[0]}, the teacher's {ms[1]}."
     note = f"Memory of the context, without the weights. Batch size 1 on {cost.device}."
-    earlier = captured and cost.device.split(",")[0] not in ("cpu", "mps")
-    if earlier if cost.cuda_graph is None else cost.cuda_graph:
+    if cost.cuda_graph:
         note += " The student decodes with a CUDA graph, the teacher without one. That is a part of the difference."
     weakness = f"it needs {of_memory} and has {of_speed}"
     return Card(f"Memory and speed at {at} of context", f"{of_memory}, {of_speed}", grade, sentence, weakness, note)

@@ -94,7 +94,7 @@ def evaluate(
         raise ValueError("--books needs a teacher, as no source is a run. Name it with --teacher")
     if spec.benchmarks:  # before other measures take their time
         for task in spec.benchmarks.tasks:
-            check_benchmark(task, None if spec.benchmarks.data is None else Path(spec.benchmarks.data))
+            check_benchmark(task, spec.benchmarks.folder)
     if spec.needles:
         check_needles(spec.needles)
     if spec.decode:
@@ -172,14 +172,13 @@ class Evaluation:
         """Run benchmarks, and compare each model with the teacher item by item."""
         rows: list[dict] = []
         items = self.folder / "items"
-        data = None if spec.data is None else Path(spec.data)
         for name, model in self.models.items():
             new = run_benchmarks(
                 model,
                 self.tokenizer,
                 spec.tasks,
                 items_folder=items / file_name(name),
-                data=data,
+                data=spec.folder,
                 limit=spec.limit,
                 log=lambda line, name=name: log(f"{name}: {line}"),
             )

@@ -20,6 +20,10 @@ class BenchmarkSpec:
     limit: int | None = None
     data: str | Path | None = None
 
+    @property
+    def folder(self) -> Path | None:
+        return None if self.data is None else Path(self.data)
+
 
 @dataclass(frozen=True)
 class NeedleSpec:

@@ -16,6 +16,7 @@ from ..model.loading import checkpoint_shapes
 from ..training.checkpoint import save_model
 from .gguf_export import DEFAULT_DTYPE, write_gguf
 from .kimi_linear import (
+    FOLDABLE,
     deviations,
     o_norm_eps,
     read_kimi_linear,
@@ -68,7 +69,7 @@ def export(
     if fold_gate_bias is None:
         return write(model, tokenizer, layout, output, identity_layer, dtype)
     if layout in ("kimi_linear", "gguf"):  # before folding, which takes a while
-        refuse(layout, [problem for problem in refusals(model) if "bias" not in problem])
+        refuse(layout, [problem for problem in refusals(model) if FOLDABLE not in problem])
     model, cost = fold_with_cost(model, tokenizer, fold_gate_bias)
     line = write(model, tokenizer, layout, output, identity_layer, dtype)
     return f"{line}, biases of KDA layers folded: KL {cost:.2g} nats per token from the model with biases"

@@ -96,7 +96,8 @@ def refuse(layout: str, found: list[str]) -> None:
         raise ValueError(f"Layout {layout} does not support {', '.join(found)}. Export with --layout deltify.")
 
 
-PROJECTIONS = tuple(f".{x}_proj.bias" for x in "qkvo")
+FOLDABLE = "(see --fold-gate-bias)"  # ends the name of a part that this option removes
+QKV_BIASES = (".q_proj.bias", ".k_proj.bias", ".v_proj.bias")
 
 
 def refusals(model: DeltifyForCausalLM) -> list[str]:
@@ -108,7 +109,7 @@ def refusals(model: DeltifyForCausalLM) -> list[str]:
     in_kda = tuple(f"model.layers.{i}." for i, kind in enumerate(kinds) if kind == "linear_attention")
 
     def folds(name: str) -> bool:
-        return name.startswith(in_kda) and name.endswith(PROJECTIONS[:3])
+        return name.startswith(in_kda) and name.endswith(QKV_BIASES)
 
     problems = {
         "a model without KDA layers": "linear_attention" not in kinds,
@@ -118,10 +119,12 @@ def refusals(model: DeltifyForCausalLM) -> list[str]:
         "an MLP without a gate": not c.mlp_gated,
         f"the activation {c.hidden_act}": c.hidden_act not in ("silu", "swish"),
         "a bounded gate (gate_lower_bound, which only vLLM has)": c.gate_lower_bound is not None,
-        "a bias of the output gate (see --fold-gate-bias)": any(name.endswith(".g_proj.1.bias") for name in biases),
+        f"a bias of the output gate {FOLDABLE}": any(name.endswith(".g_proj.1.bias") for name in biases),
         # llama.cpp loads such biases and ignores them
-        "biases of q, k or v in KDA layers (see --fold-gate-bias)": any(map(folds, biases)),
-        "biases of q, k, v or o": any(name.endswith(PROJECTIONS) and not folds(name) for name in biases),
+        f"biases of q, k or v in KDA layers {FOLDABLE}": any(map(folds, biases)),
+        "biases of q, k, v or o": any(
+            name.endswith((*QKV_BIASES, ".o_proj.bias")) and not folds(name) for name in biases
+        ),
         "biases of the MLP": any(".mlp." in name for name in biases),
     }
     return [name for name, present in problems.items() if present]

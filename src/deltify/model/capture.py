@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from .cache import DeltifyCache, states_of, writable
+from .configuration import has_fixed_rope
 from .mixers import DeltifyKDA, fuse_weights_
 
-FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # kinds of RoPE whose tables do not depend on the text's length
 LEAST_ROOM = 1024  # tokens for which new buffers have room
 CLOSE = 0.02  # relative difference of a captured step's logits from the eager ones that is rounding
 
@@ -221,10 +221,8 @@ def first_logits(
 
 def can_be_captured(model: PreTrainedModel, cache: DeltifyCache, attention_mask: Tensor | None) -> bool:
     """Return whether a step of a model with attention layers can be captured."""
-    config = model.config
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     whole = attention_mask is None or attention_mask.shape[1] == cache.get_seq_length() + 1
-    return config._attn_implementation == "sdpa" and rope in FIXED_ROPE and whole
+    return model.config._attn_implementation == "sdpa" and has_fixed_rope(model.config) and whole
 
 
 def begun(layer: object) -> bool:

@@ -8,9 +8,15 @@ from transformers import PreTrainedConfig
 from .remote import auto_map, write_code
 
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
+FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # kinds of RoPE that do not depend on the length of the text
 # Default of fields that __post_init__ sets. config.json may lack them, or have null for them. The type is Any, so that
 # the fields can have the types of their later values. transformers does not check the fields of subclasses.
 UNSET: Any = None
+
+
+def has_fixed_rope(config: PreTrainedConfig) -> bool:
+    """Return whether the angles of a model's RoPE, if it has any, do not depend on the length of the text."""
+    return (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") in FIXED_ROPE
 
 
 class DeltifyConfig(PreTrainedConfig):

@@ -210,13 +210,12 @@ def kl_weights(batch: Batch, context_window: int) -> Tensor | None:
     mask = None if batch.loss_mask is None else batch.loss_mask.float()
     if batch.input_ids.shape[1] <= context_window:
         return mask
-    inside = (batch.position_ids < context_window).float()
-    if mask is None:
-        return inside / inside.mean()
-    inside = inside * mask
-    if batch.within is None or batch.counted is None:
-        return inside * (mask.sum() / inside.sum().clamp(min=1))
-    return inside * (batch.counted / batch.within.clamp(min=1e-6))
+    mask = torch.ones_like(batch.position_ids, dtype=torch.float32) if mask is None else mask
+    inside = mask * (batch.position_ids < context_window)
+    counted, within = batch.counted, batch.within
+    if counted is None or within is None:
+        counted, within = mask.mean(), inside.mean()
+    return inside * (counted / within.clamp(min=1e-6))
 
 
 def segment(x_BT: Tensor, row_group: dist.ProcessGroup | None) -> Tensor:

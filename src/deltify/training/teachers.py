@@ -12,13 +12,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ..config import STAGES, Recipe
 from ..conversion.teacher import Teacher, load_teacher, random_teacher
 from ..data.batches import Batch
+from ..model.configuration import has_fixed_rope
 from ..model.context_parallel import cut_mask
 from ..ops import earlier_keys
 from ..utils.fingerprint import fingerprint
 from .steps import layer_states, segment, segment_of
 
 CUT_ATTENTION = "deltify_cut_rows"
-FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # kinds of RoPE that do not depend on the length of the row
 
 
 def cut_attention(module, q, k, v, attention_mask, *, row_group: dist.ProcessGroup, **kwargs) -> tuple[Tensor, None]:
@@ -78,8 +78,7 @@ class LiveTeacher:
         It does without sliding windows, and if RoPE does not depend on the length of the row.
         """
         slides = any(self.pretrained.family.slides(self.config))
-        rope = (getattr(self.config, "rope_parameters", None) or {}).get("rope_type", "default")
-        return not slides and rope in FIXED_ROPE and self.config._attn_implementation == "sdpa"
+        return not slides and has_fixed_rope(self.config) and self.config._attn_implementation == "sdpa"
 
     def head(self) -> Tensor:
         return self.model.lm_head.weight

@@ -175,7 +175,8 @@ class StageTrainer:
             console.print(f"{self.name}: resuming from step {saved.step}")
             judge = self.progress.judge
             if saved.judge not in (None, judge):
-                console.print(f"{self.name}: validation text changed from {saved.judge} to {judge}; none is best yet")
+                changed = f"{self.name}: validation text changed from {saved.judge} to {judge}"
+                console.print(f"{changed}; the best checkpoint is chosen anew")
                 saved = replace(saved, best_kl=None, best_step=None)
             self.progress = replace(saved, judge=judge)
         self.context.metrics.truncate(self.name, self.progress.step)  # a killed run may have logged more than it saved
