@@ -174,6 +174,8 @@ def main() -> None:
         done = [folder for folder in folders if (folder / "results.json").is_file()]
         if missing := [m for m in options.models if not any(folder.name.startswith(f"{m}-") for folder in done)]:
             parser.error(f"{missing} are not measured. Run: measure {' '.join(missing)}")
+        if not done:
+            parser.error(f"nothing of {', '.join(models)} is measured in {options.out / 'parts'}; name other models")
         report(combine(done, options.out / "smollm2-135m"))
         return
     for model in options.models:

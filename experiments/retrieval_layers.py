@@ -41,6 +41,7 @@ class Run:
         student: Fields of the student.
         in_match: Fields of match, or of extend.
         sparse: Fraction of sparse recall text.
+        dense: Fraction of recall text that is not sparse.
         every: Steps between validations.
         stage: match, or extend, which may train beyond the teacher's context window.
     """
@@ -53,6 +54,7 @@ class Run:
     sparse: float = 0.5
     every: int = 244
     stage: str = "match"
+    dense: float = 0.0
 
 
 M = 1_000_000
@@ -61,6 +63,7 @@ IN_4K = {"sequence_length": 4096, "batch_size": 2}
 IN_16K = {"sequence_length": 16_384, "batch_size": 1, "lr_mixers": 2e-4, "lr_other": 6e-5, "ce_weight": 0.2}
 WIDE = LONG_MEMORY | {"head_dim": 128}
 NOPE = {"keep_rope": False}
+LOWER = {"lr_mixers": 3e-4, "lr_other": 1e-4}
 MUON = {"optimizer": "muon", "lr_mixers": 2e-3, "lr_other": 6e-4}
 RUNS = {
     "align": Run("none", 4 * M, 0),
@@ -80,6 +83,12 @@ RUNS = {
     # 10M tokens each: all layers at once, or two halves that are trained apart, joined and trained together
     "direct": Run("none", 2 * M, 8 * M, LONG_MEMORY),
     "direct-wide": Run("none", 2 * M, 8 * M, WIDE),
+    "direct-wide-both": Run("none", 2 * M, 8 * M, WIDE, sparse=0.25, dense=0.25),
+    "direct-wide-lower": Run("none", 2 * M, 8 * M, WIDE, LOWER),
+    "direct-wide-lower-4k": Run(
+        "none", 0, 24 * M, {"init": "direct-wide-lower", "head_dim": 128}, IN_4K | LOWER, 0.25, 1000, dense=0.25
+    ),
+    "dense-lower": Run("none", 4 * M, 32 * M, {}, LOWER | {"batch_size": 4}, 0.0, 980, dense=0.25),
     "half-others": Run(RETRIEVING, 1 * M, 1 * M, LONG_MEMORY),
     "half-retrieving": Run(OTHERS, 1 * M, 3 * M, LONG_MEMORY),
     "halves": Run("none", 0, 4 * M, {"init": "halves"}),
@@ -114,8 +123,9 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
     if (start := run.student.get("init")) is not None:
         folder = joined_folder(options, start) if start in JOINED else run_folder(options, start) / "match"
         spec = dataclasses.replace(spec, init=str(folder))
-    weights = {text: (1 - run.sparse) * weight for text, weight in zip(options.train, TEXT)}
-    sparse = {f"sparse-recall:{text}": run.sparse / 2 for text in (options.train[0], options.train[2])}
+    weights = {text: (1 - run.sparse - run.dense) * weight for text, weight in zip(options.train, TEXT)}
+    for kind, weight in (("sparse-recall", run.sparse), ("recall", run.dense)):
+        weights |= {f"{kind}:{text}": weight / 2 for text in (options.train[0], options.train[2]) if weight}
     stage = Stage(sequence_length=2048, batch_size=2, lr_mixers=1e-3, lr_other=3e-4)
     trained = dataclasses.replace(stage, tokens=run.match, **run.in_match)
     return dataclasses.replace(
@@ -125,7 +135,7 @@ def make_recipe(name: str, options: argparse.Namespace) -> Recipe:
         seed=options.seed,
         student=spec,
         data=dataclasses.replace(
-            recipe.data, train=weights | sparse, heldout=options.heldout, folder=options.data, max_tokens=48_000_000
+            recipe.data, train=weights, heldout=options.heldout, folder=options.data, max_tokens=48_000_000
         ),
         align=dataclasses.replace(stage, tokens=run.align),
         **({"match": Stage(), "extend": Stage()} | {run.stage: trained}),
