@@ -41,6 +41,7 @@ from deltify.config import Stage, write_recipe
         (["evaluate", "{folder}", "--limit", "5"], "--limit does nothing without --tasks"),
         (["evaluate", "{folder}", "--needle-samples", "5"], "--needle-samples does nothing without --needles"),
         (["sample", "{folder}", "a", "-o", "b.jsonl", "--keep-number", "x"], "--keep-number does nothing without --ch"),
+        (["sample", "{folder}", "a", "-o", "b.jsonl", "--chat", "--prompt-tokens", "9"], "nothing with --chat"),
         (["generate", "{folder}", "Hello"], "holds neither a model"),
     ],
 )

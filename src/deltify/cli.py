@@ -484,7 +484,7 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sample.add_argument("source", help="text to take prompts from: file, folder, python-docs or hf:NAME")
     sample.add_argument("-o", "--output", type=Path, required=True, help="JSON lines file to write, for data.train")
     sample.add_argument("--count", type=int, default=1024, help="number of documents (default: 1024)")
-    sample.add_argument("--prompt-tokens", type=int, default=32, help="number of tokens of each prompt (default: 32)")
+    sample.add_argument("--prompt-tokens", type=int, help="number of tokens of each prompt (default: 32)")
     chats = sample.add_argument_group("chats, instead of continued documents")
     chats.add_argument(
         "--chat",
@@ -513,10 +513,11 @@ def run_sample(options: argparse.Namespace, _: list[str]) -> None:
     from .utils.console import log
 
     refuse_unused(options)
-    o = {key: value for key, value in vars(options).items() if key not in ("command", "chat", "needs")}
-    left_out = ("prompt_tokens",) if options.chat else ("field", "samples", "keep_number")
-    write = sample_answers if options.chat else sample
-    log(str(write(**{key: value for key, value in o.items() if key not in left_out})))
+    if options.chat and options.prompt_tokens is not None:
+        raise ValueError("--prompt-tokens does nothing with --chat, which gives whole messages to the model. Leave it out")
+    write, left_out = (sample_answers, ()) if options.chat else (sample, ("field", "samples", "keep_number"))
+    left_out += ("command", "chat", "needs") + (("prompt_tokens",) if options.prompt_tokens is None else ())
+    log(str(write(**{key: value for key, value in vars(options).items() if key not in left_out})))
 
 
 def add_export(commands: argparse._SubParsersAction) -> None:
