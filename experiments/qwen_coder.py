@@ -19,7 +19,7 @@ splits of the benchmarks. WinoGrande is measured if eval/ has winogrande_validat
 - `rates`: Short match runs that begin with the model of `align`, one after the other, with its text. Each has another
   pair of learning rates (`RATES`). Prints KL and recall of each.
 - `train`: The other stages begin with the model of `align`, which is trained first if it is not there. Their text is
-  that of align and these answers. Of the answers, only the teacher's tokens count.
+  that of align and these answers, or those kinds that --answers names. Of the answers, only the teacher's tokens count.
 - `measure`: Each model is measured in parts. The teacher's answers of a part are copied, not repeated.
 - `report`: One report of all parts, and OUT/report/card.md, a table beside the figures of AFM-4.5B-Base-KDA-Only.
 
@@ -73,7 +73,7 @@ MODELS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
 }
 # learning rates of mixers and of other parameters that `rates` compares
 RATES = ((6e-4, 2e-5), (2e-4, 2e-5), (6e-4, 1e-4), (2e-4, 1e-4))
-SHARD = 1000  # questions of a file of answers
+SHARD = 250  # questions of a file of answers; what is answered when time ends can be used, but for the last file
 REQUESTS = (
     "Explain this passage to a student who reads about its subject for the first time.\n\n{}",
     "Summarize this passage in three sentences.\n\n{}",
@@ -107,12 +107,15 @@ AFM = {"mmlu@5": "88.4, 80.8", "arc_challenge": "89.7", "hellaswag": "95.3", "gs
 
 
 def answers(options: argparse.Namespace) -> None:
-    """Write the questions, and the teacher's answers to each file of them."""
-    for name, questions in (("gsm8k", gsm8k_questions(options)), ("textbooks", textbook_questions(options))):
-        chosen = islice(questions, options.questions)
-        for number, shard in enumerate(iter(lambda: list(islice(chosen, SHARD)), [])):  # noqa: B023
-            lines = "".join(json.dumps(line) + "\n" for line in shard)
-            answer_file(name, options.out / "questions" / f"{name}-{number:02}.jsonl", lines, options)
+    """Write the questions, and the teacher's answers to each file of them. The kinds of questions take turns."""
+    shards: list[tuple[int, str, list[dict]]] = []
+    kinds = {"gsm8k": gsm8k_questions, "textbooks": textbook_questions}
+    for name in options.answers:
+        chosen = list(islice(kinds[name](options), options.questions))
+        shards += [(first // SHARD, name, chosen[first : first + SHARD]) for first in range(0, len(chosen), SHARD)]
+    for number, name, shard in sorted(shards, key=lambda shard: shard[:2]):
+        lines = "".join(json.dumps(line) + "\n" for line in shard)
+        answer_file(name, options.out / "questions" / f"{name}-{number:02}.jsonl", lines, options)
 
 
 def answer_file(name: str, asked: Path, lines: str, options: argparse.Namespace) -> None:
@@ -267,14 +270,15 @@ def smoke_fields(shares: dict[str, float]) -> dict[str, object]:
 
 
 def named(weights: dict[str, float], options: argparse.Namespace) -> dict[str, float]:
-    """Return weights of sources by the sources' full names."""
+    """Return weights of sources by the sources' full names, without answers that --answers does not name."""
 
     def full(source: str) -> str:
         kind, _, name = source.rpartition(":")
         path = options.out / "answers" / name if kind == "chat" else options.text / "train" / f"{name}.jsonl.zst"
         return f"{kind}:{path}" if kind else str(path)
 
-    return {full(source): weight for source, weight in weights.items()}
+    left_out = {f"chat:{kind}" for kind in ANSWERS if kind not in options.answers}
+    return {full(source): weight for source, weight in weights.items() if source not in left_out}
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------
@@ -521,6 +525,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--rate-tokens", type=float, default=3, help="millions of tokens of each run of rates (default: 3)"
     )
     parser.add_argument("--max-minutes", type=float, help="minutes after which train saves and stops")
+    parser.add_argument(
+        "--answers",
+        nargs="*",
+        choices=list(ANSWERS),
+        default=list(ANSWERS),
+        help="kinds of answers of the teacher that are made and trained on (default: all)",
+    )
     parser.add_argument("--questions", type=int, default=7500, help="questions of each kind (default: 7500)")
     parser.add_argument("--batch", type=int, default=256, help="answers generated at a time (default: 256)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="parts of measure (default: all)")

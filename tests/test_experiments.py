@@ -68,6 +68,9 @@ def test_all_models_train_on_equally_many_tokens_of_the_same_text(qwen_coder, te
     assert layers == {"kda-only": "none", "hybrid": "measured:7", "hybrid-rope": "measured:7", "arcee": "none"}
     assert [model for model, recipe in recipes.items() if recipe.student.keep_rope] == ["hybrid-rope"]
     assert recipes["hybrid"].student.init == str(tmp_path / "hybrid-align" / "align")
+    one_kind = qwen_coder.make_recipe("hybrid", options(qwen_coder, text, tmp_path, "train", "--answers", "gsm8k"))
+    assert recipes["hybrid"].data.train.keys() - one_kind.data.train.keys() == {f"chat:{tmp_path}/answers/textbooks"}
+    assert one_kind.extend.data_weights.keys() == one_kind.data.train.keys()
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4])

@@ -514,7 +514,7 @@ def run_sample(options: argparse.Namespace, _: list[str]) -> None:
 
     refuse_unused(options)
     if options.chat and options.prompt_tokens is not None:
-        raise ValueError("--prompt-tokens does nothing with --chat, which gives whole messages to the model. Leave it out")
+        raise ValueError("--prompt-tokens does nothing with --chat, whose prompts are whole messages. Leave it out")
     write, left_out = (sample_answers, ()) if options.chat else (sample, ("field", "samples", "keep_number"))
     left_out += ("command", "chat", "needs") + (("prompt_tokens",) if options.prompt_tokens is None else ())
     log(str(write(**{key: value for key, value in vars(options).items() if key not in left_out})))

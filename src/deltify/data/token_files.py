@@ -393,10 +393,9 @@ def open_data(
         ValueError: If a source has too little text, or changed since it was tokenized; or if a source reads text that
             is held out.
     """
-    judged = None if spec.heldout is None else own_text(spec.heldout)
-    if leaks := [source for source in spec.train if own_text(source) == judged]:
+    if spec.heldout is not None and (leaks := sharing(spec.heldout, spec.train)):
         raise ValueError(
-            f"data.heldout={spec.heldout} is the text of {', '.join(leaks)}: the student would be trained on its "
+            f"data.heldout={spec.heldout} is text of {', '.join(leaks)}: the student would be trained on its "
             "validation text. Name another text, or leave data.heldout out to hold back a part of each source"
         )
     heldout_budget = max(heldout_tokens, HELDOUT_TOKENS)
@@ -404,7 +403,7 @@ def open_data(
     folder = Path(spec.folder) / short_name(str(teacher.resolve()) if teacher.exists() else teacher_name)
     if spec.max_tokens:
         folder = folder.with_name(f"{folder.name}-{spec.max_tokens}")
-    train, held, cut = [], [], set()
+    train, held, cut = [], [], []
     for source in spec.train:
         origin = origin_of(source)
         name = short_name(origin["source"])
@@ -422,15 +421,16 @@ def open_data(
             train.append(pair[0])
             held.append(pair[1])
             if json.loads((whole / "train" / "meta.json").read_text()).get("cut"):
-                cut.add(own_text(source))
+                cut.append(source)
         else:
             whole = folder / f"{name}-all"
             train.append(tokenize(texts_of(source), tokenizer, whole, max_tokens=spec.max_tokens, origin=origin))
-    if leaks := sorted(source for source in spec.train if recall_over(source) and own_text(source) in cut):
-        raise ValueError(
-            f"{', '.join(leaks)} would have validation text: {recall_over(leaks[0])} has too few documents, so the end "
-            "of its text is held out. Set data.heldout to another validation text, or give the text as several files"
-        )
+    for source in cut:
+        if leaks := sharing(source, [other for other in spec.train if other != source]):
+            raise ValueError(
+                f"{', '.join(leaks)} would have validation text: {source} has too few documents, so the end of its "
+                "text is held out. Set data.heldout to another validation text, or give the text as several files"
+            )
     if spec.heldout is None and not held:
         raise ValueError(
             f"none of the sources {', '.join(spec.train)} can provide validation text. Set data.heldout to a "
@@ -459,9 +459,21 @@ def origin_with_template(
     return origin | {"chat_template": hashlib.sha256(template.encode()).hexdigest()[:16]}
 
 
-def own_text(source: str) -> str:
-    """Return the name or absolute path of the text that a source reads, whatever it makes of it."""
-    return origin_of(recall_over(source) or chats_of(source) or source)["source"]
+def sharing(source: str, others: Iterable[str]) -> list[str]:
+    """Return those of other sources that read text of this one, whatever they make of it."""
+    return [other for other in others if texts_read(source) & texts_read(other)]
+
+
+def texts_read(source: str) -> set[str]:
+    """Return the absolute paths of the files that a source reads, or its name if it reads none."""
+    inner = recall_over(source) or chats_of(source) or source
+    if inner.startswith("hf:"):
+        name, config, split = [*inner.split(":")[1:], "", ""][:3]
+        return {f"hf:{name}:{config}:{split or 'train'}"}
+    if inner in BUILT_IN:
+        return {inner}
+    path = Path(inner).expanduser().resolve()
+    return {str(file.resolve()) for file in text_files(str(path))} if path.exists() else {str(path)}
 
 
 def origin_of(source: str) -> dict:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from ..config import Recipe
 from ..conversion.teacher import Teacher
 from ..data.batches import Batch, heldout_batches
-from ..data.token_files import TokenFile, open_data
+from ..data.sources import recall_over
+from ..data.token_files import TokenFile, open_data, sharing
 from ..training.distributed import check_same, from_first, share_out
 from ..training.history import Trained
 from ..training.run_folder import read_run
@@ -63,12 +64,14 @@ def heldout_scores(
         heldout: Source of the text. Defaults to that of the first run.
 
     Raises:
-        ValueError: If the first run had other validation text. It may have trained on what is now held out.
+        ValueError: If the first run had other validation text, as it may have trained on what is now held out. Or if a
+            run was trained on the text.
     """
     path, recipe = next(iter(runs.items()))
     tokens, length = recipe.run.heldout_tokens, recipe.run.heldout_sequence_length
     options = recipe.teacher.model, teacher.tokenizer, tokens, length
     train, held = open_data(recipe.data, *options)
+    check_unseen(runs, heldout)
     if heldout is None:
         check_unchanged(Path(path), held)
     else:
@@ -88,6 +91,26 @@ def heldout_scores(
         "heldout_digest": hashlib.sha256(b"".join(b.input_ids.numpy().tobytes() for b in batches)).hexdigest()[:16],
         "scores": [asdict(score) for score in scores],
     }
+
+
+def check_unseen(runs: Mapping[str, Recipe], heldout: str | Path | None) -> None:
+    """Raise ValueError if a run was trained on the text to score.
+
+    Runs that hold back a part of a source hold back the same documents. So only a run with validation text of its own
+    was trained on what another one held back.
+    """
+    first = next(iter(runs.values())).data
+    for path, recipe in runs.items():
+        data = recipe.data
+        if heldout is not None or first.heldout is not None:
+            scored = [str(heldout or first.heldout)]
+        else:
+            scored = [] if data.heldout is None else [source for source in first.train if not recall_over(source)]
+        if leaks := [source for source in scored if sharing(source, data.train)]:
+            raise ValueError(
+                f"{path} was trained on text of {', '.join(leaks)}, which would be scored as held out. Name another "
+                "text with --heldout"
+            )
 
 
 def check_unchanged(run: Path, heldout: list[TokenFile]) -> None:

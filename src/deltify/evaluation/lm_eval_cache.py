@@ -23,6 +23,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import handle_non_serializable, hash_string
 from tqdm import tqdm
 
+from ..model import DeltifyForCausalLM
+from ..model.capture import has_known_mixers
 from ..training.distributed import check_same, from_first, rank, share_out
 from ..utils.files import atomic_write, read_jsonl
 from ..utils.fingerprint import fingerprint
@@ -37,6 +39,8 @@ def answer_key(lm: HFLM) -> str:
     """Return a hash of all that answers depend on: weights, dtype, tokenizer and longest input."""
     probe = lm.tok_encode("Ünïcode, 1234567890 = 3.14;\n\tdef f(x): return 'x'  # 漢字")
     facts = [fingerprint(lm.model), str(lm.model.dtype), probe, lm.max_length]
+    if isinstance(lm.model, DeltifyForCausalLM) and not has_known_mixers(lm.model):
+        facts.append("read as a whole")  # earlier versions read controls with zeroed states in parts
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import LinearAttentionLayer
 
-from ..model import DeltifyConfig
+from ..model import DeltifyConfig, DeltifyKDA
 from ..model.cache import states_of, write_states
 from ..model.modeling import DeltifyCache, DeltifyForCausalLM
 from ..utils.tokens import open_ended
@@ -66,15 +66,23 @@ def lm_for(
             the configuration.
     """
     device = model.device.type
-    constant = isinstance(model, DeltifyForCausalLM) and set(model.config.layer_types) == {"linear_attention"}
     tokenizer = open_ended(tokenizer)
     with quiet():
-        if fast and constant:
+        if fast and has_constant_state(model):
             fitting = max(1, min(512, STATE_BYTES.get(device, 2**31) // recurrent_state_bytes(model)))
             return ConstantStateLM(model, tokenizer=tokenizer, batch_size=batch_size or fitting, max_length=max_length)
         batch_size = batch_size or WHOLE_BATCH_SIZE.get(device, 64)
         # pyrefly: ignore[bad-argument-type]  # lm-eval lists two classes of tokenizers instead of their base class
         return WholeLM(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+
+
+def has_constant_state(model: PreTrainedModel) -> bool:
+    """Return whether a model's state says all about the tokens before: if every mixer is a KDA layer.
+
+    The control whose states are zeroed also depends on how many tokens there were.
+    """
+    is_ours = isinstance(model, DeltifyForCausalLM)
+    return is_ours and all(isinstance(layer.self_attn, DeltifyKDA) for layer in model.model.layers)
 
 
 def recurrent_state_bytes(model: PreTrainedModel) -> int:

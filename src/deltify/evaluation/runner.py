@@ -8,7 +8,7 @@ next to it, and a second evaluation reuses them. `deltify.report` makes pages of
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -42,6 +42,7 @@ from .settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, Pos
 
 PROMPTS = ("The capital of France is", "To open a file in Python, you", "Once upon a time, there was a")
 PROMPT_TOKENS = 32  # tokens of a greedy continuation
+TOKENIZER_PROBE = "Ünïcode, 1234567890 = 3.14;\n\tdef f(x): return 'x'  # 漢字"  # text that tokenizers cut differently
 LAYER_NAMES = {
     "linear_attention": "KDA",
     "full_attention": "full attention",
@@ -143,6 +144,7 @@ class Evaluation:
         all_models = [*([self.teacher.model] if self.teacher else []), *self.scored.values()]
         check_same("models", lambda: [fingerprint(model) for model in all_models])
         self.tokenizer = self.teacher.tokenizer if self.teacher else load_tokenizer(sources[0])
+        check_tokenizers(self.tokenizer, "the teacher" if self.teacher else sources[0], folders)
         self.models: dict[str, PreTrainedModel] = {}  # teacher, controls and students, in this order
         self.teacher_and_students: dict[str, CausalLM] = {}
 
@@ -161,7 +163,7 @@ class Evaluation:
             controls = {name.replace("student", last): model for name, model in made.items()}
         self.models = teacher | controls | self.students
         self.teacher_and_students = teacher | self.students
-        self.results.add(students=[describe(name, m, self.results.content) for name, m in self.students.items()])
+        self.results.add(students=[describe(name, m, self.trained[name].tokens) for name, m in self.students.items()])
 
     def samples(self) -> None:
         """Keep greedy continuations of fixed prompts."""
@@ -224,18 +226,28 @@ class Evaluation:
         self.results.add(decode=from_first(lambda: decode_cost(self.teacher_and_students, spec.contexts, log=log)))
 
 
-def describe(name: str, model: PreTrainedModel, measured: dict) -> dict:
+def describe(name: str, model: PreTrainedModel, tokens: int) -> dict:
     """Return a student's layers, parameters and training tokens, for the head of its report."""
     counts = Counter(getattr(model.config, "layer_types", None) or ())
-    tokens = {score["name"]: score["tokens"] for score in measured.get("scores", [])}
     return {
         "name": name,
         "layers": ", ".join(
             f"{count} layer{'s' * (count > 1)} of {LAYER_NAMES.get(kind, kind)}" for kind, count in counts.items()
         ),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": tokens.get(name, 0),
+        "tokens": tokens,
     }
+
+
+def check_tokenizers(
+    tokenizer: PreTrainedTokenizerBase, owner: str, folders: Mapping[str, tuple[str, bool]]
+) -> None:
+    """Raise ValueError if a model has another tokenizer than the one that all of them are read with."""
+    vocabulary, ids = tokenizer.get_vocab(), token_ids(tokenizer, TOKENIZER_PROBE)
+    for name, (folder, _) in folders.items():
+        other = load_tokenizer(folder)
+        if other.get_vocab() != vocabulary or token_ids(other, TOKENIZER_PROBE) != ids:
+            raise ValueError(f"{name} ({folder}) has another tokenizer than {owner}. Evaluate them separately.")
 
 
 def check_needles(spec: NeedleSpec) -> None:

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from .cache import DeltifyCache, states_of, writable
 from .configuration import has_fixed_rope
-from .mixers import DeltifyKDA, fuse_weights_
+from .mixers import DeltifyAttention, DeltifyKDA, DeltifySlidingAttention, fuse_weights_
 
 LEAST_ROOM = 1024  # tokens for which new buffers have room
 CLOSE = 0.02  # relative difference of a captured step's logits from the eager ones that is rounding
@@ -161,7 +161,7 @@ def captured_logits(
     if hybrid and not can_be_captured(model, cache, attention_mask):
         return None
     if cache not in STEPS:
-        STEPS[cache] = None
+        STEPS[cache] = None if has_known_mixers(model) else False
         return None
     step = STEPS[cache]
     if step is False:
@@ -217,6 +217,12 @@ def first_logits(
     STEPS[cache] = False
     take_back()
     return eagerly()
+
+
+def has_known_mixers(model: PreTrainedModel) -> bool:
+    """Return whether all mixers are deltify's own. Others, such as those of controls, may count tokens themselves."""
+    own = DeltifyKDA, DeltifyAttention, DeltifySlidingAttention
+    return all(isinstance(layer.self_attn, own) for layer in model.model.layers)
 
 
 def can_be_captured(model: PreTrainedModel, cache: DeltifyCache, attention_mask: Tensor | None) -> bool:

@@ -31,7 +31,7 @@ def check_run(recipe: Recipe, resume: bool, device: torch.device, precision: str
             f"{folder} already holds a run. Add --resume to continue it, or --name to start another one"
         )
     old, new = flatten(asdict(load_recipe(folder / "recipe.yaml"))), flatten(asdict(recipe))
-    changed = [key for key in new if old.get(key) != new[key] and not key.startswith(("run.", "output"))]
+    changed = [key for key in new if not same(old.get(key), new[key]) and not key.startswith(("run.", "output"))]
     if refused := [key for key in changed if not may_change(key, old.get(key), new[key])]:
         changes = ", ".join(f"{key}: {old.get(key)!r} then, {new[key]!r} now" for key in refused)
         raise ValueError(
@@ -49,6 +49,11 @@ def check_run(recipe: Recipe, resume: bool, device: torch.device, precision: str
             "of an unbroken run"
         )
     return lines
+
+
+def same(old: object, new: object) -> bool:
+    """Return whether two values of a field are the same. Sources are drawn by their number, so their order counts."""
+    return old == new and (not isinstance(new, dict) or list(old) == list(new))  # pyrefly: ignore[no-matching-overload]
 
 
 def may_change(key: str, old: object, new: object) -> bool:
