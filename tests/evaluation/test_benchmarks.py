@@ -23,17 +23,22 @@ from deltify.conversion.teacher import byte_tokenizer, random_teacher
 from deltify.evaluation import lm_eval_model
 from deltify.evaluation.benchmarks import (
     TASKS,
+    compare_with_teacher,
     items_of,
     letter_bias,
     paired,
     read_items,
     run_benchmark,
     run_benchmarks,
+    score_rows,
 )
+from deltify.evaluation.controls import zero_state_every
 from deltify.evaluation.lm_eval_cache import CachedLM, answer_key
 from deltify.evaluation.lm_eval_model import ConstantStateLM, WholeLM, lm_for
-from deltify.evaluation.lm_eval_tasks import load_benchmark, parse_letter, spread, task_manager
+from deltify.evaluation.lm_eval_tasks import Benchmark, load_benchmark, parse_letter, spread, task_manager
 from deltify.evaluation.prefix_tree import prefix_tree, walk
+from deltify.evaluation.tables import score_text
+from deltify.model.capture import has_known_mixers
 
 SUBJECTS = [
     path.stem.removeprefix("mmlu_")
@@ -653,6 +658,47 @@ def test_ratios_of_rotated_tasks_are_over_questions():
     assert ratio == pytest.approx(0.5 / 0.75)
     assert low < ratio < high < low + 0.1
     assert paired(mine, theirs, "acc_rotated", above_chance=True)[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_student_with_zeroed_states_is_read_as_a_whole(student, teacher):
+    control, tokenizer = zero_state_every(student, 64), teacher.tokenizer
+    assert type(lm_for(student, tokenizer)) is ConstantStateLM and type(lm_for(control, tokenizer)) is WholeLM
+    assert not has_known_mixers(control) and has_known_mixers(student)  # so no graph captures its steps
+
+
+def test_ratios_of_groups_that_average_tasks_do_the_same():
+    def of(a: float, b: float) -> list[dict]:
+        tasks = [("large", a)] * 90 + [("small", b)] * 10
+        return [{"task": t, "doc": i, "hash": "", "scores": {"acc": x}} for i, (t, x) in enumerate(tasks)]
+
+    mine, theirs = of(1.0, 0.5), of(1.0, 1.0)
+    assert paired(mine, theirs)[0] == pytest.approx(0.95)
+    assert paired(mine, theirs, by_task=True)[0] == pytest.approx(0.75)
+
+
+def test_scores_that_are_no_fractions_have_no_ratio(tmp_path):
+    results = {
+        "results": {
+            "ai2_arc": {}, "a": {"acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 2},
+            "b": {"perplexity,none": 9.0, "perplexity_stderr,none": "N/A", "sample_len": 2},
+        },
+        "higher_is_better": {"a": {"acc": True}, "b": {"perplexity": False}},
+    }  # fmt: skip
+    items = [{"task": "a", "doc": i, "hash": "", "scores": {"acc": float(i)}, "lengths": [1, 1]} for i in range(2)]
+    items += [{"task": "b", "doc": i, "hash": "", "scores": {"perplexity": [3.0, 1]}} for i in range(2)]
+    rows = score_rows(Benchmark("ai2_arc@3", {"a": None, "b": None}, {}, None), results, items)
+    assert [(row["task"], row["fraction"], row["by_task"]) for row in rows] == [
+        ("a@3", True, False),
+        ("b@3", False, False),
+    ]
+    rows = [{"model": model, **row, "file": "ai2_arc@3"} for model in ("teacher", "kda") for row in rows]
+    for model in ("teacher", "kda"):
+        (tmp_path / model).mkdir()
+        (tmp_path / model / "ai2_arc@3.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    compared = {row["task"]: row for row in compare_with_teacher(rows, tmp_path) if row["model"] == "kda"}
+    assert compared["a@3"]["ratio"] is None or compared["a@3"]["ratio"][0] == 1
+    assert "ratio" in compared["a@3"] and "ratio" not in compared["b@3"]
+    assert score_text(compared["b@3"]) == "9" and score_text(compared["a@3"]) == "50.0 ± 10.0"
 
 
 def test_no_ratio_where_the_teacher_is_at_chance_and_none_across_items():

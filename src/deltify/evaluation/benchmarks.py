@@ -9,7 +9,7 @@ import contextlib
 import io
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -60,8 +60,10 @@ def run_benchmarks(
 
     Returns:
         Rows with task, metric, value, stderr (None where lm-eval has none), items, chance (None where there is no
-        choice, or where answers are not just right or wrong), file (name of the file of items), tokens_read (for new
-        answers) and tokens_whole (what HFLM would have read). The last two are None if HFLM runs the model.
+        choice, or where answers are not just right or wrong), fraction (whether the scores of items are from 0 to 1,
+        and higher is better), by_task (whether a group's value is the mean over its tasks, not over its items), file
+        (name of the file of items), tokens_read (for new answers) and tokens_whole (what HFLM would have read). The
+        last two are None if HFLM runs the model.
 
     Raises:
         ValueError: If a task or limit is unknown or wrong. Nothing has run then.
@@ -82,7 +84,8 @@ def run_benchmarks(
     for benchmark in benchmarks:
         started = time.perf_counter()
         new = run_benchmark(lm, benchmark, items_folder, seed)
-        rows += new
+        known = {(row["task"], row["metric"]) for row in rows}  # a task can be named, and be in a tag, too
+        rows += [row for row in new if (row["task"], row["metric"]) not in known]
         if rank() == 0:
             (items_folder / "rows.json").write_text(json.dumps(rows, indent=1))
         scores = ", ".join(f"{row['metric']} {row['value']:.4f}" for row in new)
@@ -109,7 +112,7 @@ def run_benchmark(lm, benchmark: Benchmark, items_folder: Path, seed: int = SEED
         loaded = {"tasks": benchmark.tasks, "groups": benchmark.groups}
         results = evaluate(cached, loaded, samples=benchmark.samples, bootstrap_iters=1000, log_samples=False)
     items = cached.finish()
-    rows = letter_bias(items) if benchmark.base in ROTATED else score_rows(benchmark, results["results"], items)
+    rows = letter_bias(items) if benchmark.base in ROTATED else score_rows(benchmark, results, items)
     counts = all_gather((lm.tokens_read, lm.tokens_whole) if counted else (0, 0))
     tokens = tuple(map(sum, zip(*counts))) if counted else (None, None)
     return [
@@ -118,28 +121,44 @@ def run_benchmark(lm, benchmark: Benchmark, items_folder: Path, seed: int = SEED
     ]
 
 
-def score_rows(benchmark: Benchmark, results: Mapping[str, Mapping], items: list[dict]) -> list[dict]:
+def score_rows(benchmark: Benchmark, evaluated: Mapping[str, Mapping], items: list[dict]) -> list[dict]:
     """Return lm-eval's results as rows: those of the group if it has its own, else those of each task."""
     from .lm_eval_cache import metric_name
 
+    results, better_high = evaluated["results"], evaluated.get("higher_is_better", {})
     is_group = any("," in key for key in results.get(benchmark.base, ()))
+    suffix = benchmark.name.removeprefix(benchmark.base)  # @SHOTS
     rows = []
     for name in [benchmark.base] if is_group else benchmark.tasks:
         own = items if is_group else [item for item in items if item["task"] == name]
         for key, value in results[name].items():
-            metric, _, filter_name = key.partition(",")
-            if not filter_name or metric.endswith("_stderr"):
+            kind, _, filter_name = key.partition(",")
+            if not filter_name or kind.endswith("_stderr"):
                 continue
-            error = results[name][f"{metric}_stderr,{filter_name}"]
-            metric = metric_name(metric, filter_name)
-            scores = [item["scores"][metric] for item in own]
+            error = results[name][f"{kind}_stderr,{filter_name}"]
+            metric = metric_name(kind, filter_name)
+            scores = [item["scores"][metric] for item in own if metric in item["scores"]]  # subtasks may have others
             if name in benchmark.groups and np.ndim(scores) == 1:  # lm-eval has none where a task has a single item
                 error = standard_error(scores)
-            row = {"task": benchmark.name if is_group else name, "metric": metric, "value": float(value)}
+            row = {"task": name + suffix, "metric": metric, "value": float(value)}
             row |= {"stderr": float(error) if isinstance(error, float) else None, "items": results[name]["sample_len"]}
             graded = np.isin(scores, (0, 1)).all()  # right or wrong, unlike truthfulqa_mc2, which shares out one point
-            rows.append(row | {"chance": mean_chance(own) if metric.startswith("acc") and graded else None})
+            row["chance"] = mean_chance(own) if metric.startswith("acc") and graded else None
+            row["fraction"] = are_fractions(scores) and better_high.get(name, {}).get(kind) is not False
+            rows.append(row | {"by_task": is_group and averages_tasks(benchmark, kind)})
     return rows
+
+
+def are_fractions(scores: Sequence) -> bool:
+    """Return whether scores of items are numbers from 0 to 1, unlike perplexities."""
+    return bool(scores) and all(isinstance(x, int | float) and 0 <= x <= 1 for x in scores)
+
+
+def averages_tasks(benchmark: Benchmark, metric: str) -> bool:
+    """Return whether a group's score is the mean of its tasks' scores, and not of its items'."""
+    group = benchmark.groups.get(benchmark.base)
+    means = () if group is None else group.aggregate_metric_list or ()
+    return any(mean.metric == metric and not mean.weight_by_size for mean in means)
 
 
 def read_items(path: Path) -> list[dict]:
@@ -226,6 +245,7 @@ def paired(
     metric: str = "acc",
     *,
     above_chance: bool = False,
+    by_task: bool = False,
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float] | None:
@@ -239,6 +259,7 @@ def paired(
         teacher: Items of the teacher on the same documents.
         metric: Metric that the items have scores of. Rotated tasks have acc_generated and acc_rotated.
         above_chance: Whether the ratio is (score - chance) / (teacher - chance).
+        by_task: Whether each score is the mean over tasks. Otherwise it is the mean over items.
         draws: Number of bootstrap samples.
         seed: Random seed of the bootstrap.
 
@@ -262,6 +283,9 @@ def paired(
         scores = (item["scores"][metric] - subtracted, theirs[key]["scores"][metric] - subtracted)
         questions[item["task"], item.get("item", item["doc"])].append(scores)
     pairs = np.array([np.mean(scores, axis=0) for scores in questions.values()])
+    if by_task:
+        sizes = Counter(task for task, _ in questions)
+        pairs *= np.array([[len(pairs) / sizes[task] / len(sizes)] for task, _ in questions])
     generator, means = np.random.default_rng(seed), []
     for start in range(0, draws, 100):
         counts = generator.multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), min(100, draws - start))
@@ -290,10 +314,12 @@ def compare_with_teacher(rows: list[dict], items: Path) -> list[dict]:
     compared = []
     for row in rows:
         row = dict(row, main=row["metric"] == main[row["task"]])
-        if row["model"] != "teacher" and row["main"]:
+        if row["model"] != "teacher" and row["main"] and row.get("fraction", True):
             ours, theirs = (items_of(items / file_name(name), row) for name in (row["model"], "teacher"))
-            row["ratio"] = paired(ours, theirs, row["metric"])
-            row["ratio_above_chance"] = paired(ours, theirs, row["metric"], above_chance=True)
+            options = {"metric": row["metric"], "by_task": row.get("by_task", False)}
+            row["ratio"] = paired(ours, theirs, **options)
+            above = row["chance"] is not None
+            row["ratio_above_chance"] = paired(ours, theirs, above_chance=True, **options) if above else row["ratio"]
         compared.append(row)
     return compared
 
@@ -301,7 +327,8 @@ def compare_with_teacher(rows: list[dict], items: Path) -> list[dict]:
 def items_of(folder: Path, row: dict) -> list[dict]:
     """Return the items of a row's task. Their file may have those of other tasks, too."""
     items = read_items(folder / f"{row['file']}.jsonl")
-    return items if row["task"] == row["file"] else [item for item in items if item["task"] == row["task"]]
+    own = items if row["task"] == row["file"] else [i for i in items if i["task"] == row["task"].partition("@")[0]]
+    return [item for item in own if row["metric"] in item["scores"] or "rotation" in item]
 
 
 def main_metric(rows: list[dict], task: str) -> str:

@@ -119,7 +119,9 @@ def share_kept(results: dict, student: str) -> Kept | Absent:
         return Absent("The benchmarks did not run to their end. Run:", run_again(results, student))
     ratios, left_out = {}, {}
     for task, row in mine.items():
-        if not (ratio := row.get("ratio_above_chance")):
+        if not row.get("fraction", True):
+            left_out[task] = "its score is no fraction of right answers"
+        elif not (ratio := row.get("ratio_above_chance")):
             left_out[task] = "the teacher is not clearly above chance"
         elif task not in teacher or teacher[task]["items"] != row["items"]:
             left_out[task] = "the teacher was measured with other items"

@@ -87,6 +87,14 @@ def interval(ratio: Sequence[float] | None) -> str:
     return "-" if ratio is None else f"{percent(ratio[0], 0)}% [{percent(ratio[1], 0)}, {percent(ratio[2], 0)}]"
 
 
+def score_text(row: dict | None) -> str:
+    """Return a score and its standard error, in percent unless it is no fraction."""
+    if row is None:
+        return "-"
+    show = percent if row.get("fraction", True) else lambda value: f"{value:.3g}"
+    return show(row["value"]) + ("" if row["stderr"] is None else f" ± {show(row['stderr'])}")
+
+
 def benchmark_table(rows: list[dict]) -> Table:
     """Return the table of each task's main metric, with a row for each model and a column for each task."""
     main = [row for row in rows if row.get("main", True) and not row["metric"].startswith(("share_", "same_"))]
@@ -98,8 +106,7 @@ def benchmark_table(rows: list[dict]) -> Table:
         cells, ratios, above = [model], ["  ratio to teacher"], ["  ratio above chance"]
         for task in tasks:
             row = by_cell.get((model, *task))
-            error = "" if row is None or row["stderr"] is None else f" ± {percent(row['stderr'])}"
-            cells.append("-" if row is None else f"{percent(row['value'])}{error}")
+            cells.append(score_text(row))
             ratios.append(interval(row.get("ratio") if row else None))
             above.append(interval(row.get("ratio_above_chance") if row else None))
         lines.append(tuple(cells))
