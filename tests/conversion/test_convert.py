@@ -11,6 +11,7 @@ from deltify.conversion.attention import HeadStatistics, far_copies, measure_att
 from deltify.conversion.calibration import (
     MEMORIES,
     add_constant,
+    center_projections,
     choose_memory,
     fit_output_gate,
     repeat_heads,
@@ -261,6 +262,16 @@ def test_centred_queries_and_keys_have_no_mean(rows):
             x = teacher.model.model.layers[0].input_layernorm(teacher.model.model.embed_tokens(rows.input_ids))
             means[center] = max(float(p(x).flatten(0, 1).mean(0).norm()) for p in (mixer.q_proj, mixer.k_proj))
     assert means["all"] < 0.05 * means["none"]
+
+
+def test_queries_and_keys_with_biases_are_centred_too():
+    mixer = convert(random_teacher("qwen2", num_hidden_layers=2), init="library").model.layers[0].self_attn
+    mixer.requires_grad_(False)
+    x = torch.randn(50, mixer.q_proj.in_features) + 1
+    assert mixer.q_proj.bias is not None
+    center_projections(mixer, x, [0, 1], torch.zeros(mixer.q_proj.in_features))
+    for projection in (mixer.q_proj, mixer.k_proj):
+        assert float(projection(x).mean(0)[: 2 * mixer.head_dim].abs().max()) < 1e-4
 
 
 def test_measured_layers_are_those_that_retrieve_most(teacher, rows):

@@ -153,6 +153,9 @@ def test_wrong_states_are_refused(pair, tmp_path):
     other = convert(random_teacher("llama", num_hidden_layers=2), init="library", sliding_window=16, seed=1, **options)
     with pytest.raises(ValueError, match="read by another model"):
         State.load(tmp_path / "state", other)
+    for go_on in (State.cache, lambda state, model: State.from_text(model, [1, 2], state=state)):
+        with pytest.raises(ValueError, match="read by another model"):
+            go_on(State.from_text(model, [1, 2, 3]), other)
     (tmp_path / "cut").write_bytes((tmp_path / "state").read_bytes()[:-10])
     with pytest.raises(ValueError, match="damaged"):
         State.load(tmp_path / "cut", model)

@@ -379,8 +379,11 @@ def test_generation_over_pieces_that_are_padding_for_some_sequences(model, ids):
     assert torch.equal(want[0, 21:], alone[0, 8:])
     for size in (1, 2, 3, 6):
         assert torch.equal(model.generate(ids, prefill_chunk_size=size, **options), want)
+    right = options | {"attention_mask": mask.flip(1)}
     with pytest.raises(ValueError, match="prefill_chunk_size with padding on the right"):
-        model.generate(ids, prefill_chunk_size=6, **(options | {"attention_mask": mask.flip(1)}))
+        model.generate(ids, prefill_chunk_size=6, **right)
+    with pytest.raises(ValueError, match="guidance_scale with padding on the right"):
+        model.generate(ids, guidance_scale=1.5, **right)
 
 
 def test_masks_positions_and_caches_of_another_batch_size_are_named(model, ids):

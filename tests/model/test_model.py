@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from deltify.conversion.student import convert
 from deltify.conversion.teacher import FAMILIES, random_teacher
+from deltify.inference.states import State
 from deltify.model import DeltifyConfig, DeltifyForCausalLM, capture, mixers, modeling
 from deltify.model.mixers import fuse_weights_, fused_weight
 from deltify.model.modeling import DeltifyCache
@@ -385,6 +387,41 @@ def test_fused_projections_change_no_result_and_no_file(tmp_path):
     model.save_pretrained(tmp_path)
     again = DeltifyForCausalLM.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(x, again[name]) for name, x in before.items())
+
+
+@torch.no_grad()
+def test_modules_with_a_hook_or_another_forward_are_called():
+    model, ids = DeltifyForCausalLM(DeltifyConfig(**TINY, layer_types=PURE)).eval(), torch.randint(0, 97, (2, 20))
+    projection = model.model.layers[0].self_attn.v_proj
+    plain = projection.forward
+    projection.forward = lambda x: 0 * plain(x)
+    got = model(ids).logits
+    del projection.forward
+    projection.weight.zero_()
+    torch.testing.assert_close(got, model(ids).logits)
+
+
+@torch.no_grad()
+def test_a_mask_of_a_whole_text_serves_its_pieces(small):
+    ids, mask = torch.randint(0, 90, (2, 16)), torch.ones(2, 16, dtype=torch.long)
+    mask[1, :5] = 0
+    want, cache = small(ids, attention_mask=mask).logits, DeltifyCache(config=small.config)
+    pieces = [small(part, attention_mask=mask, past_key_values=cache).logits for part in ids.split(8, 1)]
+    longer = F.pad(mask, (0, 4))
+    last = small(ids, attention_mask=longer, logits_to_keep=1).logits
+    whole = small(ids, attention_mask=longer).logits
+    for got, wanted in ((torch.cat(pieces, 1), want), (whole, want), (last, want[:, -1:])):
+        for row in range(2):
+            kept = mask[row].bool()[-got.shape[1] :]
+            torch.testing.assert_close(got[row, kept], wanted[row, kept], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_mask_longer_than_a_state_that_counts_no_tokens_is_refused():
+    model = tiny("linear_attention", "linear_attention")
+    state = State.from_text(model, [1, 2, 3, 4])
+    with pytest.raises(ValueError, match="Give the mask of the 2 new tokens"):
+        model(torch.tensor([[5, 6]]), attention_mask=torch.ones(1, 6), past_key_values=state.cache(model))
 
 
 class OnGpu(torch.Tensor):

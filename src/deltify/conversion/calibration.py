@@ -470,7 +470,10 @@ def center_projections(mixer: DeltifyKDA, x_ND: Tensor, heads: list[int], consta
         for head in heads:
             channels = slice(head * mixer.head_dim, (head + 1) * mixer.head_dim)
             mean = x_ND.mean(0) @ projection.weight[channels].t()
-            projection.weight[channels] -= torch.outer(mean, constant_direction_D)
+            if projection.bias is None:
+                projection.weight[channels] -= torch.outer(mean, constant_direction_D)
+            else:
+                projection.bias[channels] = -mean
 
 
 def set_retrieval(

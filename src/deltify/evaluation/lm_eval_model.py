@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Generator, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ def lm_for(
         return WholeLM(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
 
 
-def has_constant_state(model: PreTrainedModel) -> bool:
+def has_constant_state(model: PreTrainedModel) -> TypeGuard[DeltifyForCausalLM]:
     """Return whether a model's state says all about the tokens before: if every mixer is a KDA layer.
 
     The control whose states are zeroed also depends on how many tokens there were.

@@ -239,9 +239,7 @@ def describe(name: str, model: PreTrainedModel, tokens: int) -> dict:
     }
 
 
-def check_tokenizers(
-    tokenizer: PreTrainedTokenizerBase, owner: str, folders: Mapping[str, tuple[str, bool]]
-) -> None:
+def check_tokenizers(tokenizer: PreTrainedTokenizerBase, owner: str, folders: Mapping[str, tuple[str, bool]]) -> None:
     """Raise ValueError if a model has another tokenizer than the one that all of them are read with."""
     vocabulary, ids = tokenizer.get_vocab(), token_ids(tokenizer, TOKENIZER_PROBE)
     for name, (folder, _) in folders.items():

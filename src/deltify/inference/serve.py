@@ -44,6 +44,7 @@ def serve(path: str | Path, *, host: str = "localhost", port: int = 8000, device
         def start_server(self) -> None:
             """Add the page and run. transformers calls this instead of running if `non_blocking` is true."""
             [loaded] = self._model_manager.loaded_models.values()
+            loaded.model.generation_config.do_sample = True  # otherwise temperature and seed of requests do nothing
             app = cast(FastAPI, self.server.config.app)
             app.include_router(page_routes(cast(CausalLM, loaded.model), load_tokenizer(folder), name))
             print(f"model for requests: {folder}\npage: http://{host}:{port}/", flush=True)

@@ -13,6 +13,7 @@ Legend: T tokens, H heads, K key width, V value width.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +31,7 @@ from ..utils.tokens import token_ids
 from .prefill import read_pieces
 
 FORMAT = "deltify-state-4"
+READ_BY: "WeakKeyDictionary[PreTrainedModel, str]" = WeakKeyDictionary()  # fingerprints, which take seconds
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class State:
             ValueError: If the model has attention layers.
         """
         constant_state_config(model)
-        return cls([tensors_of(layer) for layer in cache.layers], fingerprint(model), tokens)
+        READ_BY[model] = fingerprint(model)
+        return cls([tensors_of(layer) for layer in cache.layers], READ_BY[model], tokens)
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> "State":
@@ -140,8 +143,15 @@ class State:
 
         The cache counts no tokens, so that `generate` reads the whole prompt. Neither KDA nor sliding layers need
         positions.
+
+        Raises:
+            ValueError: If another model read the text.
         """
         cache = DeltifyCache(config=constant_state_config(model))
+        if self.fingerprint and model not in READ_BY:
+            READ_BY[model] = fingerprint(model)
+        if len(self.layers) != len(cache.layers) or (self.fingerprint and READ_BY[model] != self.fingerprint):
+            raise ValueError("The state was read by another model. Read the text again with this model.")
         for layer, tensors in zip(cache.layers, self.layers):
             x = {name: tensor.to(model.device) for name, tensor in tensors.items()}
             if isinstance(layer, SinkLayer):

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from .cache import DeltifyCache, states_of, writable
 from .configuration import has_fixed_rope
-from .mixers import DeltifyAttention, DeltifyKDA, DeltifySlidingAttention, fuse_weights_
+from .mixers import DeltifyAttention, DeltifyKDA, DeltifySlidingAttention, fuse_weights_, is_observed
 
 LEAST_ROOM = 1024  # tokens for which new buffers have room
 CLOSE = 0.02  # relative difference of a captured step's logits from the eager ones that is rounding
@@ -145,7 +145,8 @@ def captured_logits(
     """Return logits [B, 1, vocabulary] of one more token by replaying a graph, or None if the model must run eagerly.
 
     The first token decoded with a cache runs eagerly, which initialises all libraries. The second one is captured. A
-    captured step of a model with attention layers is compared with the eager one first.
+    captured step of a model with attention layers is compared with the eager one first. A model that has hooks at the
+    first token decodes eagerly. Hooks that are added later are not called.
     """
     if not isinstance(cache, DeltifyCache):  # others do not count the tokens that a replay adds
         return None
@@ -161,7 +162,7 @@ def captured_logits(
     if hybrid and not can_be_captured(model, cache, attention_mask):
         return None
     if cache not in STEPS:
-        STEPS[cache] = None if has_known_mixers(model) else False
+        STEPS[cache] = None if has_known_mixers(model) and not any(map(is_observed, model.modules())) else False
         return None
     step = STEPS[cache]
     if step is False:

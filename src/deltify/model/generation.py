@@ -3,6 +3,7 @@
 import copy
 import functools
 
+from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.generation import GenerationMode
 
@@ -53,6 +54,16 @@ class DeltifyGenerationMixin(GenerationMixin):
         # pyrefly: ignore[bad-argument-type]
         super()._validate_generation_mode(generation_mode, *args, **kwargs)
 
+    def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs):
+        masks = (kwargs.get("model_kwargs") or {}).get("attention_mask"), kwargs.get("negative_prompt_attention_mask")
+        if generation_config.guidance_scale not in (None, 1) and any(map(padded_on_the_right, masks)):
+            raise ValueError(
+                "guidance_scale with padding on the right: the branch without the prompt would begin with padding. Pad "
+                "on the left, or leave guidance_scale out"
+            )
+        # pyrefly: ignore[bad-argument-type]
+        return super()._get_logits_processor(generation_config, *args, **kwargs)
+
     def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs):
         if generation_config.is_assistant:
             raise ValueError(
@@ -61,8 +72,7 @@ class DeltifyGenerationMixin(GenerationMixin):
             )
         if (kind := generation_config.cache_implementation) not in (None, "dynamic"):
             raise ValueError(f"cache_implementation={kind!r} cannot hold KDA and sliding layers. Leave it out")
-        mask = model_kwargs.get("attention_mask")
-        right = mask is not None and mask.dim() == 2 and not mask[:, -1].all()
+        right = padded_on_the_right(model_kwargs.get("attention_mask"))
         if generation_config.prefill_chunk_size is not None and right:
             raise ValueError(
                 "prefill_chunk_size with padding on the right: the last chunk of a prompt must contain its last token. "
@@ -82,6 +92,11 @@ class DeltifyGenerationMixin(GenerationMixin):
             if type(model_kwargs.get(name)) is DynamicCache:
                 model_kwargs[name] = DeltifyCache(config=self.config)
         return result
+
+
+def padded_on_the_right(mask: Tensor | None) -> bool:
+    """Return whether a mask [B, T] marks padding after a sequence's tokens."""
+    return mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all())
 
 
 def supported_settings(settings: GenerationConfig) -> tuple[GenerationConfig, list[str]]:

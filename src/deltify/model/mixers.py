@@ -219,10 +219,16 @@ def all_plain(linears: Sequence[nn.Module]) -> list[nn.Linear] | None:
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether a module computes x W^T + b with a weight in memory.
 
-    False for adapters, quantized or offloaded weights, and modules with hooks.
+    False for adapters, quantized or offloaded weights, and modules with hooks or with a forward of their own.
     """
     plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not linear.weight.is_meta
-    return plain and not linear._forward_hooks and not linear._forward_pre_hooks
+    return plain and not is_observed(linear)
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Return whether calls of a module do more than its class says: if it has hooks, or another forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 def factors(low_rank: nn.Sequential) -> tuple[nn.Linear, nn.Linear]:

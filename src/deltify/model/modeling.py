@@ -125,9 +125,11 @@ class DeltifyPreTrainedModel(PreTrainedModel):
             facts = {n: v for n, v in kwargs.items() if hasattr(cls.config_class, n) and n not in ("dtype", *hub)}
             config = cls.config_class.from_pretrained(source if config is None else config, **hub, **facts)
             kwargs = {name: value for name, value in kwargs.items() if name not in facts}
-        kwargs |= renamings(shapes)
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False asks for pickled weights, which are not loaded. Leave it out")
+        kwargs |= renamings(shapes) | {"use_safetensors": True}
         cls.skeleton(config, shapes)
-        return super().from_pretrained(source, *args, config=config, use_safetensors=True, **kwargs)
+        return super().from_pretrained(source, *args, config=config, **kwargs)
 
     @classmethod
     def skeleton(cls, config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]]):
@@ -217,6 +219,7 @@ class DeltifyModel(DeltifyPreTrainedModel):
         if not tokens:
             raise ValueError(f"the input has shape {list(x.shape)}, without a token. Give each sequence at least one")
         seen = self.check_cache(past_key_values, rows)
+        attention_mask = self.mask_so_far(attention_mask, past_key_values, tokens)
         self.check_mask(attention_mask, rows, seen + tokens if self.has_attention else tokens)
         position_ids = check_positions(position_ids, rows, tokens)
         if bounds:
@@ -292,6 +295,25 @@ class DeltifyModel(DeltifyPreTrainedModel):
                 "batch_repeat_interleave, select some by batch_select_indices, or empty it by reset"
             )
         return cache.get_seq_length() if self.has_attention or isinstance(cache, DeltifyCache) else 0
+
+    def mask_so_far(self, attention_mask: Tensor | None, cache: Cache | None, tokens: int) -> Tensor | None:
+        """Return a mask without columns for tokens that come later, which a text read in pieces may have.
+
+        Raises:
+            ValueError: If the mask is longer than the input, and the cache does not count its tokens.
+        """
+        ours = isinstance(cache, DeltifyCache)
+        if attention_mask is None or attention_mask.dim() != 2 or not (cache is None or ours or self.has_attention):
+            return attention_mask
+        seen = 0 if cache is None else cache.get_seq_length()
+        if attention_mask.shape[1] <= seen + tokens:
+            return attention_mask
+        if ours and not seen and cache.rows() is not None:
+            raise ValueError(
+                f"attention_mask has shape {list(attention_mask.shape)}, but the cache of a state counts no tokens. "
+                f"Give the mask of the {tokens} new tokens"
+            )
+        return attention_mask[:, : seen + tokens]
 
     def check_mask(self, attention_mask: Tensor | None, rows: int, tokens: int) -> None:
         """Check that a mask covers the last `tokens` tokens of each sequence.
@@ -371,8 +393,12 @@ class DeltifyForCausalLM(DeltifyPreTrainedModel, DeltifyGenerationMixin):
                 "labels with row_group: the label of a segment's last token is in the next rank's segment. Compute the "
                 "loss from the logits"
             )
+        new = input_ids if inputs_embeds is None else inputs_embeds
+        if new is not None:
+            attention_mask = self.model.mask_so_far(attention_mask, past_key_values, new.shape[1])
         asked = [name for name, value in kwargs.items() if value is not None and value is not False]
         plain = labels is None and HARMLESS.issuperset(asked)
+        plain = plain and not (self.config.output_hidden_states or self.config.output_attentions)
         step = (input_ids, past_key_values, attention_mask, position_ids)
         if plain and (logits := captured_logits(self, *step)) is not None:
             return CausalLMOutputWithPast(logits=logits, **cache_argument(past_key_values))

@@ -53,7 +53,7 @@ def check_run(recipe: Recipe, resume: bool, device: torch.device, precision: str
 
 def same(old: object, new: object) -> bool:
     """Return whether two values of a field are the same. Sources are drawn by their number, so their order counts."""
-    return old == new and (not isinstance(new, dict) or list(old) == list(new))  # pyrefly: ignore[no-matching-overload]
+    return old == new and (not isinstance(old, dict) or not isinstance(new, dict) or list(old) == list(new))
 
 
 def may_change(key: str, old: object, new: object) -> bool:
