@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -327,7 +328,7 @@ def reject_unknown(content: dict, where: str, cls: type = Recipe, prefix: str = 
 
 
 def are_weights(weights: Any) -> bool:
-    return bool(weights) and all(weight > 0 for weight in weights.values())
+    return bool(weights) and all(0 < weight < math.inf for weight in weights.values())
 
 
 CENTER = ("none", "retrieval", "all")
@@ -344,7 +345,10 @@ def one_of(choices: tuple[str, ...]) -> tuple[Callable[[object], bool], str]:
 
 # Rules of single fields, by dotted name; those of stages by the field's name.
 RULES = {
+    "seed": AT_LEAST_0,
     "student.retrieval_heads": AT_LEAST_0,
+    "student.calibration_tokens": AT_LEAST_1,
+    "student.calibration_sequence_length": AT_LEAST_2,
     "student.center": one_of(CENTER),
     "student.head_dim": (lambda x: x is None or x >= 1, "must be at least 1, or null"),
     "data.train": (are_weights, "must name sources with positive weights"),
@@ -482,3 +486,24 @@ def smoke(recipe: Recipe) -> Recipe:
         match=tiny(recipe.match),
         extend=tiny(recipe.extend),
     )
+
+
+def check_shares(recipe: Recipe, ranks: int) -> None:
+    """Raise ValueError if the ranks cannot share rows, or a stage's batch in equal micro-batches."""
+    per_row = recipe.run.context_parallel
+    if ranks % per_row:
+        raise ValueError(
+            f"run.context_parallel={per_row} needs a number of processes that is a multiple of it, not {ranks}. Start "
+            f"as many on this machine, such as torchrun --standalone --nproc-per-node={per_row} -m deltify.cli distill "
+            "..., or set it to 1"
+        )
+    for name in STAGES:
+        stage = recipe.stage(name)
+        shares = ranks // recipe.ranks_per_row(name)
+        share, rest = divmod(stage.batch_size, shares)
+        if stage.tokens and (rest or (stage.micro_batch_size and share % stage.micro_batch_size)):
+            who = f"{ranks} processes" if shares == ranks else f"{shares} groups of {per_row} processes"
+            raise ValueError(
+                f"{who} cannot share {name}.batch_size={stage.batch_size} in micro-batches of "
+                f"{stage.micro_batch_size or 'any size'}. Make it a multiple of their product"
+            )

@@ -84,7 +84,7 @@ class MixedBatches:
             if file.lengths and not len(self.starts(file)):
                 raise ValueError(
                     f"{name}: no document of sparse recall text fills a sequence of {self.length} tokens. Give more "
-                    f"text, or a {self.field} up to {max(file.lengths)}"
+                    f"text, raise data.max_tokens if it is set, or give a {self.field} up to {max(file.lengths)}"
                 )
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:

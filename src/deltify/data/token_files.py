@@ -194,7 +194,7 @@ def tokenize_split(
                     f"{name!r} has {total} tokens, too few to hold out {share} of them. Set data.heldout to a "
                     "validation text, or give more text"
                 )
-            counts["cut"] = True
+            counts |= {"cut": True, "heldout_sequence_length": heldout_sequence_length}
             if len(train):
                 train.move(len(train) - share, held)
             else:
@@ -205,6 +205,12 @@ def tokenize_split(
     train, heldout = create_once(folder, make, lambda whole: [open_tokens(whole / part) for part in parts])
     for part in parts:
         check_made_from(folder / part, folder, tokenizer, origin)
+    then = json.loads((folder / "train" / "meta.json").read_text()).get("heldout_sequence_length")
+    if (then or heldout_sequence_length) != heldout_sequence_length or len(heldout) < heldout_sequence_length:
+        raise ValueError(
+            f"{folder} holds out {len(heldout):,} tokens, for validation sequences of {then or 'fewer'} tokens, not of "
+            f"{heldout_sequence_length}. Name another data.folder, or delete {folder}"
+        )
     return train, heldout
 
 

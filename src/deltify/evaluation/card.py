@@ -51,7 +51,8 @@ def card_metadata(run: Path, stage: str, results: dict | None, facts: dict[str, 
         facts: Result of `teacher_facts`.
     """
     results = results or {}
-    names = (stage, run.name)  # with --no-stages, the model has the run's name
+    is_last = (last := last_stage(run)) is None or last.name == stage
+    names = {stage, *([run.name] if is_last else [])} - {"teacher"}  # with --no-stages, it has the run's name
     measured = [row for row in results.get("benchmarks", []) if row["model"] in names and row.get("main", True)]
     entries = [
         {
@@ -66,7 +67,7 @@ def card_metadata(run: Path, stage: str, results: dict | None, facts: dict[str, 
     head.setdefault("license", "other")
     if "base_model" in facts:
         head |= {"base_model": facts["base_model"], "base_model_relation": "finetune"}
-    if datasets := hub_datasets(recipes_of(results.get("runs") or [run])):
+    if datasets := hub_datasets(recipes_of(runs_of(run, results))):
         head["datasets"] = datasets
     if entries:
         head["model-index"] = [{"name": run.name, "results": entries}]
@@ -132,6 +133,11 @@ def gguf_facts(path: Path) -> dict[str, Any]:
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def runs_of(run: Path, results: dict) -> Sequence[str | Path]:
+    """Return the folders of the runs of an evaluation: the run itself, or those that a common report names."""
+    return [run] if (run / "recipe.yaml").is_file() else results.get("runs") or [run]
 
 
 def recipes_of(runs: Sequence[str | Path]) -> dict[Path, str]:

@@ -226,7 +226,7 @@ def heldout_sentence(results: dict, student: str) -> str:
 
 def significant(value: float) -> str:
     """Return two significant digits, without an exponent."""
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 0.95 else f"{value:.2g}"
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.95 else f"{value:.2g}"
 
 
 def whole_percent(fraction: float) -> str:

@@ -92,6 +92,8 @@ class CachedLM(LM):
         with self.opened(append=True) as self.file, tqdm(total=len(missing), desc=kind, disable=hidden) as bar:
             for indices, new in share_out(self.pieces(missing), ask):
                 for i, answer in zip(indices, new):
+                    if not isinstance(answer, str) and np.isnan(np.ravel(answer)[0]):
+                        raise FloatingPointError(f"the model's answer to {requests[i].args[0][:60]!r} is not a number")
                     self.keep(self.key(kind, requests[i].args), answer)
                     answers[i] = answer
                 bar.update(len(indices))

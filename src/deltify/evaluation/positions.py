@@ -109,6 +109,8 @@ def by_position(
     check_same("documents", lambda: [document.tolist() for document in ids])
     read = share_out(ids, lambda document: token_scores(models, teacher, document, piece=piece))
     for number, (document, of_document) in enumerate(read, 1):
+        if broken := [name for name in models if not np.isfinite(of_document[name][0]).all()]:
+            raise FloatingPointError(f"{', '.join(broken)} put out numbers that are not finite in document {number}")
         scores.append(of_document)
         log(f"document {number} of {len(ids)}: {len(document):,} tokens read")
     rows = [

@@ -21,7 +21,7 @@ from ..inference.loading import load_tokenizer
 from ..training.checkpoint import is_finished
 from ..utils.console import log
 from .card import Layouts, last_stage, teacher_facts
-from .report import make_sections, read_results, render_card
+from .report import check_current, make_sections, read_results, render_card
 
 STAGING = "push"  # folder in the run
 VLLM_O_NORM_EPS = 1e-5
@@ -49,7 +49,7 @@ def push(
         license: Licence to write in the card. Defaults to the teacher's.
 
     Raises:
-        ValueError: If `repo` is not OWNER/NAME.
+        ValueError: If `repo` is not OWNER/NAME, or models were trained further after they were measured.
         FileNotFoundError: If the folder is not a run, or has no model of the stage.
         OSError: If the upload fails. The message has the reason.
     """
@@ -65,6 +65,8 @@ def push(
     shutil.rmtree(staging, ignore_errors=True)
     layouts, notes = gather(model, staging, repo)
     results = read_results(run) if (run / "results.json").is_file() else None
+    if results is not None:
+        check_current(run, results)
     sections = [] if results is None else make_sections(run, results)
     card = render_card(run, model.name, results, sections, facts, layouts)
     (staging / "README.md").write_text(card, encoding="utf-8")

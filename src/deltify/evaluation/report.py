@@ -8,10 +8,12 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ..training.history import trained_model
 from ..utils.console import console
 from ..utils.files import write_text
+from ..utils.folders import saved_stages
 from ..utils.formats import flat
-from .card import Layouts, card_metadata, last_stage, recipes_of, teacher_facts
+from .card import Layouts, card_metadata, last_stage, recipes_of, runs_of, teacher_facts
 from .charts import (
     Charts,
     cost_chart,
@@ -83,9 +85,11 @@ def report(run: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: If the folder has no results.json.
+        ValueError: If models of the run were trained further after they were measured.
     """
     run = Path(run)
     results = read_results(run)
+    check_current(run, results)
     measured = make_sections(run, results)
     sections = measured + make_export_sections(run)
     screens = make_screens(results)
@@ -123,9 +127,14 @@ def combine(folders: Sequence[str | Path], output: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: If a folder has no results.json.
-        ValueError: If evaluations differ in teacher, device, dtype or held-out text, or call two models by one name.
+        ValueError: If evaluations differ in teacher, device, dtype, held-out text or the settings of a measure, if they
+            call two models by one name, or if `output` is one of them.
     """
     output = Path(output)
+    if output.resolve() in [Path(folder).resolve() for folder in folders]:
+        raise ValueError(
+            f"{output} is one of the evaluations, whose results would be overwritten. Name another folder."
+        )
     parts = [read_results(folder) for folder in folders]
     for key in ("teacher", "device", "dtype", "heldout_tokens", "heldout_sequence_length"):
         if len(values := {str(part.get(key)) for part in parts}) > 1:
@@ -135,13 +144,14 @@ def combine(folders: Sequence[str | Path], output: str | Path) -> Path:
     if len(texts := {part.get("heldout_digest") for part in parts} - {None}) > 1:
         raise ValueError(f"The evaluations have {len(texts)} different held-out texts. Repeat them with one text.")
     check_names(parts)
+    check_settings(parts)
     whole: dict = {}
     for part in parts:
         for key, value in part.items():
             if isinstance(value, list) and value and isinstance(value[0], dict):
                 known = set(map(row_identity, whole.get(key, [])))
                 whole[key] = whole.get(key, []) + [row for row in value if row_identity(row) not in known]
-            elif key == "samples":
+            elif key in ("samples", "settings"):
                 whole[key] = value | whole.get(key, {})
             elif key not in whole:
                 whole[key] = value
@@ -152,6 +162,40 @@ def combine(folders: Sequence[str | Path], output: str | Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "results.json", json.dumps(whole, indent=1))
     return output
+
+
+def check_current(run: Path, results: dict) -> None:
+    """Raise ValueError if a model of a run was trained further after it was measured."""
+    if not (run / "recipe.yaml").is_file():
+        return
+    stages = saved_stages(run)
+    folders = {name: run / name for name in stages} | {run.name: run / stages[-1]}
+    for row in (*results.get("scores", []), *results.get("students", [])):
+        name, then = row["name"], row["tokens"]
+        if name in folders and name not in BASELINES and then != (now := trained_model(folders[name]).tokens) and then:
+            raise ValueError(
+                f"{run / 'results.json'} was measured when {name} had been trained on {then:,} tokens. Now it has "
+                f"{now:,}. Run: deltify evaluate {run}"
+            )
+
+
+def check_settings(parts: list[dict]) -> None:
+    """Raise ValueError if evaluations took different texts or numbers of items for the same measure."""
+    then: dict[str, dict] = {}
+    for settings in (part.get("settings", {}) for part in parts):
+        for measure, values in settings.items():
+            if then.setdefault(measure, values) != values:
+                raise ValueError(
+                    f"The evaluations differ in the settings of {measure}: {then[measure]} and {values}. Repeat them "
+                    "with equal settings."
+                )
+    items: dict[str, int] = {}
+    for row in (row for part in parts for row in part.get("benchmarks", [])):
+        if items.setdefault(row["task"], row["items"]) != row["items"]:
+            raise ValueError(
+                f"{row['task']} was measured on {items[row['task']]:,} and on {row['items']:,} items. Repeat the "
+                "evaluations with one --limit."
+            )
 
 
 def check_names(parts: list[dict]) -> None:
@@ -320,4 +364,4 @@ def render_card(
 
 def recipe_text(run: Path, results: dict | None) -> str:
     """Return the recipes of all runs, each after those of the runs that it started from."""
-    return "\n---\n".join(recipes_of((results or {}).get("runs") or [run]).values())
+    return "\n---\n".join(recipes_of(runs_of(run, results or {})).values())

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import Recipe, load_recipe
 from ..conversion.teacher import Teacher, load_teacher
 from ..data.sources import documents
-from ..data.token_files import file_name
+from ..data.token_files import file_name, origin_of
 from ..inference.loading import load_model, load_tokenizer
 from ..model.causal_lm import CausalLM
 from ..training.distributed import LONG_WAIT, check_same, from_first, process_group, rank, share_out, sole_writer
@@ -135,6 +135,8 @@ class Evaluation:
         dtype = pick_dtype(spec.dtype, device)
         self.teacher = open_reference(spec.teacher, list(runs.values()), device, dtype)
         folders = model_folders(sources, runs, all_stages=spec.stages and len(sources) == 1)
+        if len({file_name(name) for name in folders}) < len(folders):
+            raise ValueError(f"The models {', '.join(folders)} would share a folder of answers. Rename a folder.")
         self.trained = {name: trained_model(path) for name, (path, _) in folders.items()}
         teacher = spec.teacher or next((recipe.teacher.model for recipe in runs.values()), None)
         length = max(trained.length for trained in self.trained.values())
@@ -165,6 +167,11 @@ class Evaluation:
         self.teacher_and_students = teacher | self.students
         self.results.add(students=[describe(name, m, self.trained[name].tokens) for name, m in self.students.items()])
 
+    def keep_settings(self, measure: str, source: str | Path, **numbers: int) -> None:
+        """Write what a measure takes, so that common reports refuse measures of different texts."""
+        values = {"source": origin_of(str(source))["source"], **numbers}
+        self.results.add(settings=self.results.content.get("settings", {}) | {measure: values})
+
     def samples(self) -> None:
         """Keep greedy continuations of fixed prompts."""
         texts = {name: greedy_samples(self.tokenizer, model) for name, model in self.teacher_and_students.items()}
@@ -191,6 +198,7 @@ class Evaluation:
 
     def needles(self, spec: NeedleSpec) -> None:
         """Run needle tasks on every model."""
+        self.keep_settings("needles", spec.haystack)
         maker, rows = NeedleMaker(self.tokenizer, str(spec.haystack)), []
         for name, model in self.models.items():
             rows += ask_needles(
@@ -207,6 +215,7 @@ class Evaluation:
 
     def recall(self, spec: RecallSpec) -> None:
         """Measure the recall curve of every model."""
+        self.keep_settings("recall", spec.haystack, tokens=spec.max_tokens, samples=spec.samples)
         probes, rows = recall_probes(self.tokenizer, spec), []
         for name, model in self.models.items():
             rows += measure_recall(model, probes, self.folder / "recall.jsonl", name=name, log=log)
@@ -216,6 +225,7 @@ class Evaluation:
         """Measure perplexity and KL by position. Without a teacher this does nothing."""
         if self.teacher is None:
             return
+        self.keep_settings("positions", spec.source, tokens=spec.max_tokens, books=spec.documents)
         others = {name: model for name, model in self.models.items() if name != "teacher"}
         texts = longest_documents(str(spec.source), spec.documents, self.tokenizer)
         rows = by_position(others, self.teacher.model, texts, max_tokens=spec.max_tokens, log=log)
@@ -306,7 +316,7 @@ def model_folders(sources: list[str], runs: dict[str, Recipe], *, all_stages: bo
     """
     found: dict[str, tuple[str, bool]] = {}
     for source in sources:
-        folders = {Path(source).name: model_folder(source)}
+        folders = {Path(source).name or Path(source).resolve().name: model_folder(source)}
         if source in runs and all_stages:
             folders = {name: str(Path(source) / name) for name in saved_stages(Path(source))}
         for name, folder in folders.items():

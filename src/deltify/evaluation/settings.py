@@ -20,6 +20,10 @@ class BenchmarkSpec:
     limit: int | None = None
     data: str | Path | None = None
 
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit} must be 1 or more items. Without a limit, all items are used.")
+
     @property
     def folder(self) -> Path | None:
         return None if self.data is None else Path(self.data)
@@ -55,6 +59,13 @@ class PositionSpec:
     source: str | Path
     max_tokens: int = 8192
     documents: int = 4
+
+    def __post_init__(self):
+        if self.max_tokens < 2 or self.documents < 1:
+            raise ValueError(
+                f"Books: {self.max_tokens} tokens of {self.documents} documents. At least 2 tokens of 1 document are "
+                "needed."
+            )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..config import STAGES, Recipe, Stage, check
+from ..config import STAGES, Recipe, Stage, check, check_shares
 from ..conversion.student import layer_kinds, model_class, student_config
 from ..conversion.teacher import (
     EMBEDDED,
@@ -78,8 +78,8 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
         gpus: Number of GPUs, which share the work as run.data_parallel says.
 
     Raises:
-        ValueError: If the GPU is unknown, the recipe has a wrong value, cuts rows over processes, or is for several
-            nodes (hybrid).
+        ValueError: If the GPU is unknown, the recipe has a wrong value, cuts rows over processes, is for several nodes
+            (hybrid), or has batches that so many GPUs cannot share.
     """
     if gpu not in GPUS:
         raise ValueError(f"gpu={gpu!r} is unknown; choose one of {', '.join(GPUS)}")
@@ -94,6 +94,7 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
             "run.data_parallel=hybrid: there is no estimate for several nodes. For the memory, give "
             "--run.data_parallel shard and the number of GPUs of a node"
         )
+    check_shares(recipe, gpus)
     teacher, student = skeletons(recipe)
     size = training_bytes(student) + 2 * count(teacher.model)
     sharded = gpus > 1 and distributed.should_shard(recipe.run.data_parallel, size, MEMORY[gpu])
@@ -328,7 +329,7 @@ def files(recipe: Recipe, student: DeltifyForCausalLM, plans: list[StagePlan]) -
     for name in ("converted", *(p.name for p in plans)):
         table[f"{recipe.folder / name}/"] = f"{gib(model)}, a Hugging Face folder"
     largest = max(p.bytes["moments"] for p in plans)
-    kept = recipe.run.keep_checkpoints + 1
+    kept = recipe.run.keep_checkpoints + 2  # the best one, and a new one before an old one is deleted
     table[f"{recipe.folder}/checkpoints/"] = f"up to {gib(kept * (model + largest))}: {kept} during a stage"
     table[f"{recipe.folder}/"] = (
         "recipe.yaml, run.json, metrics.jsonl, samples.jsonl; results.json and report.html later"

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..config import INITS, STAGES, Recipe, check
+from ..config import INITS, STAGES, Recipe, check, check_shares
 from ..conversion.student import convert, convert_further, layer_kinds, measured_layers, model_class
 from ..conversion.teacher import Teacher, head_width
 from ..data.batches import Batch, MixedBatches, heldout_batches
@@ -76,7 +76,7 @@ def distill(
     tracker_module(recipe.run.report_to)
     refusal = f"Another process trains in {recipe.folder}. Wait for it, or use another --name"
     with distributed.process_group(pick_device(recipe.run.device)) as device:
-        check_shares(recipe)
+        check_shares(recipe, distributed.world_size())
         precision = pick_precision(recipe.run.precision, device)
         with distributed.sole_writer(recipe.folder / ".run.lock", refusal):
             changes = check_run(recipe, resume, device, precision)
@@ -102,27 +102,6 @@ def skipped_stages(recipe: Recipe, stages: tuple[str, ...]) -> list[str]:
     earlier = STAGES[: max(map(STAGES.index, stages), default=0)]
     left = [name for name in earlier if name not in stages and recipe.stage(name).tokens]
     return [name for name in left if not checkpoint.is_finished(recipe.folder / name)]
-
-
-def check_shares(recipe: Recipe) -> None:
-    """Raise ValueError if the ranks cannot share rows, or a stage's batch in equal micro-batches."""
-    ranks, per_row = distributed.world_size(), recipe.run.context_parallel
-    if ranks % per_row:
-        raise ValueError(
-            f"run.context_parallel={per_row} needs a number of processes that is a multiple of it, not {ranks}. Start "
-            f"as many on this machine, such as torchrun --standalone --nproc-per-node={per_row} -m deltify.cli distill "
-            "..., or set it to 1"
-        )
-    for name in STAGES:
-        stage = recipe.stage(name)
-        shares = ranks // recipe.ranks_per_row(name)
-        share, rest = divmod(stage.batch_size, shares)
-        if stage.tokens and (rest or (stage.micro_batch_size and share % stage.micro_batch_size)):
-            who = f"{ranks} processes" if shares == ranks else f"{shares} groups of {per_row} processes"
-            raise ValueError(
-                f"{who} cannot share {name}.batch_size={stage.batch_size} in micro-batches of "
-                f"{stage.micro_batch_size or 'any size'}. Make it a multiple of their product"
-            )
 
 
 # ---- teacher and text ------------------------------------------------------------------------------------------------

@@ -315,8 +315,9 @@ class StageTrainer:
         self.student.eval()
         scores, samples = self.context.validate(self.teacher, self.student)
         self.student.train()
-        if self.progress.best_kl is None or scores["heldout_kl"] < self.progress.best_kl:
-            self.progress = replace(self.progress, best_kl=scores["heldout_kl"], best_step=self.progress.step)
+        kl, best = scores["heldout_kl"], self.progress.best_kl
+        if math.isfinite(kl) and (best is None or kl < best):
+            self.progress = replace(self.progress, best_kl=kl, best_step=self.progress.step)
         console.print(
             f"{self.name}: {self.progress.tokens:>12,} tokens, held-out KL {scores['heldout_kl']:.3f}, "
             f"perplexity {scores['heldout_perplexity']:.1f}{recall_text(scores)}",

@@ -10,14 +10,14 @@ def short(tokens: float) -> str:
     """Return a length in tokens in units of 1,024, such as 512, 1.5k, 4k or 1M."""
     for unit, letter in ((2**20, "M"), (2**10, "k")):
         if tokens >= unit:
-            return f"{tokens / unit:.3g}{letter}"
+            return f"{tokens / unit:.{'3g' if tokens < 999.5 * unit else '0f'}}{letter}"
     return f"{tokens:g}"
 
 
 def rounded(number: float) -> str:
     """Return a number with three digits, such as 0.194, 16.4k, 250M or 1.2B."""
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= unit:
+        if abs(number) >= 0.9995 * unit:  # what is rounded to 1,000 of the next smaller unit
             return f"{number / unit:.3g}{letter}"
     return f"{number:.3g}"
 
