@@ -33,6 +33,7 @@ from deltify.data.token_files import (
     open_data,
     open_tokens,
     origin_of,
+    sharing,
     tokenize,
     tokenize_split,
     tokenizer_fingerprint,
@@ -683,6 +684,32 @@ def test_text_that_is_held_out_and_trained_on_is_refused(kind, tmp_path, tokeniz
     spec = DataSpec({f"{kind}{text}": 1.0}, f"{tmp_path}/./book.txt", str(tmp_path / "data"))
     with pytest.raises(ValueError, match=r"book\.txt: the student would be trained on its validation text"):
         open_data(spec, "teacher", tokenizer, 64)
+
+
+def test_a_file_of_a_folder_is_text_of_the_folder(tmp_path, tokenizer):
+    (tmp_path / "books").mkdir()
+    book = tmp_path / "books" / "a.txt"
+    book.write_text("A sentence of a book. Another one follows it. " * 1000)
+    (tmp_path / "books" / "b.txt").write_text("Another book. " * 1000)
+    for train, heldout in ((tmp_path / "books", book), (book, tmp_path / "books")):
+        spec = DataSpec({str(train): 1.0}, str(heldout), str(tmp_path / "data"))
+        with pytest.raises(ValueError, match="would be trained on its validation text"):
+            open_data(spec, "teacher", tokenizer, 64)
+    spec = DataSpec({str(book): 0.5, str(tmp_path / "books"): 0.5}, None, str(tmp_path / "data"))
+    with pytest.raises(ValueError, match=r"books would have validation text: .*a\.txt has too few documents"):
+        open_data(spec, "teacher", tokenizer, 64)
+    assert sharing("hf:n:c", ["hf:n:c:train", "hf:n:c:test", "recall:hf:n:c", "python-docs"]) == [
+        "hf:n:c:train", "recall:hf:n:c",
+    ]  # fmt: skip
+
+
+def test_text_that_was_cut_for_other_validation_sequences_is_refused(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("A sentence of a book. Another one follows it. " * 1000)
+    spec = DataSpec({str(tmp_path / "a.txt"): 1.0}, None, str(tmp_path / "data"))
+    open_data(spec, "teacher", tokenizer, 64, 4096)
+    open_data(spec, "teacher", tokenizer, 64, 4096)
+    with pytest.raises(ValueError, match="for validation sequences of 4096 tokens, not of 512"):
+        open_data(spec, "teacher", tokenizer, 64, 512)
 
 
 def test_a_source_too_short_to_hold_some_out_is_named(tmp_path, tokenizer):

@@ -16,6 +16,13 @@ from deltify.conversion.student import layer_kinds, model_class, student_config
 from deltify.recipes import find_recipe
 from deltify.training.estimate import count, loading_bytes, plan, plan_stage, skeleton, skeletons
 
+
+def test_gpus_that_cannot_share_a_batch_have_no_plan():
+    recipe = load_recipe("smollm2-135m-kda", ["--match.batch_size", "4", "--match.micro_batch_size", "2"])
+    with pytest.raises(ValueError, match=r"3 processes cannot share (align|match)\.batch_size"):
+        plan(recipe, gpus=3)
+
+
 SMOLLM2 = {
     "vocab_size": 49152,
     "hidden_size": 576,

@@ -16,6 +16,7 @@ from deltify.cli import main
 from deltify.config import Stage, write_recipe
 from deltify.training import checkpoint, runner, trainer
 from deltify.training.distributed import sole_writer
+from deltify.training.run_folder import same
 from deltify.training.signals import Stopped
 from deltify.training.steps import align_step
 
@@ -238,3 +239,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch
     monkeypatch.undo()
     run = distill(replace(recipe, align=replace(recipe.align, lr_mixers=5e-4)), resume=True)
     assert (run / "match" / "config.json").is_file()
+
+
+def test_a_resumed_run_keeps_the_order_of_its_sources():
+    assert same({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 2.0}) and same(None, None)
+    assert not same({"a": 1.0, "b": 2.0}, {"b": 2.0, "a": 1.0}) and not same(None, {"a": 1.0})
