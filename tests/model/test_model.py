@@ -11,7 +11,7 @@ from deltify.conversion.student import convert
 from deltify.conversion.teacher import FAMILIES, random_teacher
 from deltify.inference.states import State
 from deltify.model import DeltifyConfig, DeltifyForCausalLM, capture, mixers, modeling
-from deltify.model.mixers import fuse_weights_, fused_weight
+from deltify.model.mixers import fuse_weights_, fused_weight, is_observed
 from deltify.model.modeling import DeltifyCache
 
 TINY = {
@@ -399,6 +399,11 @@ def test_modules_with_a_hook_or_another_forward_are_called():
     del projection.forward
     projection.weight.zero_()
     torch.testing.assert_close(got, model(ids).logits)
+    assert not any(map(is_observed, model.modules()))
+    model(ids, output_hidden_states=True)  # leaves hooks that do nothing
+    assert not any(map(is_observed, model.modules()))
+    model.model.layers[1].register_forward_hook(lambda *_: None)
+    assert any(map(is_observed, model.modules()))
 
 
 @torch.no_grad()

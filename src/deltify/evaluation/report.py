@@ -166,9 +166,9 @@ def combine(folders: Sequence[str | Path], output: str | Path) -> Path:
 
 def check_current(run: Path, results: dict) -> None:
     """Raise ValueError if a model of a run was trained further after it was measured."""
-    if not (run / "recipe.yaml").is_file():
-        return
     stages = saved_stages(run)
+    if not stages or not (run / "recipe.yaml").is_file():
+        return
     folders = {name: run / name for name in stages} | {run.name: run / stages[-1]}
     for row in (*results.get("scores", []), *results.get("students", [])):
         name, then = row["name"], row["tokens"]

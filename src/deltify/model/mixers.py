@@ -226,9 +226,15 @@ def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Return whether calls of a module do more than its class says: if it has hooks, or another forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+    """Return whether calls of a module do more than its class says: if it has hooks, or another forward.
+
+    The hooks that transformers leaves behind after `output_hidden_states` do nothing in other calls.
+    """
+    hooks = [
+        hook for hook in module._forward_hooks.values() if getattr(hook, "__name__", "") != "output_capturing_hook"
+    ]
+    others = module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any((hooks, *others)) or "forward" in vars(module)
 
 
 def factors(low_rank: nn.Sequential) -> tuple[nn.Linear, nn.Linear]:
