@@ -1,6 +1,7 @@
 """Checkpoints of a run: which are kept, and what happens to damaged ones."""
 
 import gc
+import math
 import re
 import shutil
 import weakref
@@ -8,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,3 +212,16 @@ def test_a_checkpoint_of_a_thread_is_finished_before_others_are_deleted(error, m
             stage.finish_saving()
         assert pruned == []
     assert stage.saving is None
+
+
+def test_a_divergence_that_is_not_a_number_is_never_the_best():
+    found = iter([math.nan, 0.3, math.nan, 0.2])
+    model = SimpleNamespace(eval=lambda: None, train=lambda: None)
+    context = SimpleNamespace(validate=lambda *_: ({"heldout_kl": next(found), "heldout_perplexity": 9.0}, []))
+    stage = SimpleNamespace(student=model, teacher=None, name="match", context=context)
+    stage.progress = Progress("match", 0, 0, 0.0)
+    best = []
+    for _ in range(4):
+        trainer.StageTrainer.evaluate(stage)
+        best.append(stage.progress.best_kl)
+    assert best == [None, 0.3, 0.3, 0.2]
