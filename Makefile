@@ -51,4 +51,4 @@ soak: .venv/developing
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
 clean:
-	rm -rf .venv runs site
+	rm -rf .venv site

@@ -166,6 +166,9 @@ def test_nothing_is_loaded_for_a_recipe_that_cannot_run(tmp_path, monkeypatch):
         ({"run": replace(recipe.run, device="cuda:99")}, "device 'cuda:99' is not there.*choose auto or cpu"),
         ({"student": StudentSpec(init="cold")}, "init='cold'; choose one of calibrated"),
         ({"run": replace(recipe.run, eval_every=0)}, "run.eval_every=0 must be at least 1"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"student": replace(recipe.student, full_attention_layers=None)}, "full_attention_layers=None must be none"),
+        ({"student": replace(recipe.student, calibration_sequence_length=0)}, "calibration_sequence_length=0 must be"),
     ):
         with pytest.raises(ValueError, match=message):
             distill(replace(recipe, **changes))

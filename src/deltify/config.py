@@ -243,7 +243,7 @@ class Recipe:
 
     @property
     def folder(self) -> Path:
-        return Path(self.output) / self.name
+        return Path(self.output).expanduser() / self.name
 
     def stage(self, name: str) -> Stage:
         return getattr(self, name)
@@ -346,6 +346,7 @@ def one_of(choices: tuple[str, ...]) -> tuple[Callable[[object], bool], str]:
 # Rules of single fields, by dotted name; those of stages by the field's name.
 RULES = {
     "seed": AT_LEAST_0,
+    "student.full_attention_layers": (lambda x: x is not None, "must be none, all, a ratio, measured:N, or a list"),
     "student.retrieval_heads": AT_LEAST_0,
     "student.calibration_tokens": AT_LEAST_1,
     "student.calibration_sequence_length": AT_LEAST_2,

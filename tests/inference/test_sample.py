@@ -13,7 +13,15 @@ from deltify.conversion.teacher import byte_tokenizer, random_teacher
 from deltify.data.chats import Chats
 from deltify.data.sources import documents, held_out
 from deltify.data.token_files import tokenize
-from deltify.inference.sample import Question, beginnings, continuations, last_number, sample, sample_answers
+from deltify.inference.sample import (
+    Question,
+    beginnings,
+    continuations,
+    last_number,
+    read_questions,
+    sample,
+    sample_answers,
+)
 from deltify.training.checkpoint import save_model
 
 TEXTS = [f"Document {number} tells of its number {number}, and goes on for a while." for number in range(60)]
@@ -170,3 +178,10 @@ def test_what_does_not_fit_is_named(model, tmp_path, capsys):
     assert "has no more documents of 12 tokens" in capsys.readouterr().out
     assert main(command) == 1
     assert f"{out} exists. Delete it, or name another file" in capsys.readouterr().err
+
+
+def test_a_message_that_is_no_text_is_refused(tmp_path):
+    source = tmp_path / "chats.jsonl"
+    source.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}) + "\n")
+    with pytest.raises(ValueError, match=r"messages is not a text, but .*Name another --field"):
+        list(read_questions(source, "messages", None))

@@ -21,6 +21,8 @@ def test_gpus_that_cannot_share_a_batch_have_no_plan():
     recipe = load_recipe("smollm2-135m-kda", ["--match.batch_size", "4", "--match.micro_batch_size", "2"])
     with pytest.raises(ValueError, match=r"3 processes cannot share (align|match)\.batch_size"):
         plan(recipe, gpus=3)
+    with pytest.raises(ValueError, match="gpus=0 must be at least 1"):
+        plan(recipe, gpus=0)
 
 
 SMOLLM2 = {

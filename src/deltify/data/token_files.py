@@ -406,7 +406,7 @@ def open_data(
         )
     heldout_budget = max(heldout_tokens, HELDOUT_TOKENS)
     teacher = Path(teacher_name).expanduser()
-    folder = Path(spec.folder) / short_name(str(teacher.resolve()) if teacher.exists() else teacher_name)
+    folder = Path(spec.folder).expanduser() / short_name(str(teacher.resolve()) if teacher.exists() else teacher_name)
     if spec.max_tokens:
         folder = folder.with_name(f"{folder.name}-{spec.max_tokens}")
     train, held, cut = [], [], []

@@ -218,7 +218,8 @@ def read_questions(source: str | Path, field: str, keep_number: str | None) -> I
     """Yield the question of each line of a source, see `data.sources.records`.
 
     Raises:
-        ValueError: If a line is not a JSON object, lacks a field, or has no number in the field `keep_number`.
+        ValueError: If a line is not a JSON object, lacks a field, has no text in it, or has no number in the field
+            `keep_number`.
     """
     for place, record in records(str(source)):
         if not {field, keep_number or field} <= record.keys():
@@ -232,7 +233,9 @@ def read_questions(source: str | Path, field: str, keep_number: str | None) -> I
             raise ValueError(
                 f"{place}: {keep_number} has no number, as answers need: {str(record[keep_number])[:60]!r}"
             )
-        yield Question(str(record[field]), number)
+        if not isinstance(record[field], str):
+            raise ValueError(f"{place}: {field} is not a text, but {str(record[field])[:60]!r}. Name another --field")
+        yield Question(record[field], number)
 
 
 def last_number(text: str) -> str | None:

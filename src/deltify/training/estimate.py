@@ -83,6 +83,8 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
     """
     if gpu not in GPUS:
         raise ValueError(f"gpu={gpu!r} is unknown; choose one of {', '.join(GPUS)}")
+    if gpus < 1:
+        raise ValueError(f"gpus={gpus} must be at least 1")
     check(recipe)
     if recipe.run.context_parallel > 1:
         raise ValueError(
