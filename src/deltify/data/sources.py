@@ -396,8 +396,14 @@ def hub_rows(source: str) -> Iterable[dict]:
     except ImportError:
         raise ValueError(f"{source!r} needs the package datasets. Run: pip install datasets") from None
 
+    name, config, split = hub_parts(source)
+    return load_dataset(name, config or None, split=split, streaming=True)
+
+
+def hub_parts(source: str) -> tuple[str, str, str]:
+    """Return name, configuration (empty for the default one) and split of `hf:NAME[:CONFIG][:SPLIT]`."""
     name, config, split = [*source.split(":")[1:], "", ""][:3]
-    return load_dataset(name, config or None, split=split or "train", streaming=True)
+    return name, config, split or "train"
 
 
 def held_out(text: str, every: int = 20) -> bool:

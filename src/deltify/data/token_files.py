@@ -27,7 +27,7 @@ from ..utils.files import create_once, digest
 from . import recall, sparse_recall
 from .chats import Chats, encode_chats
 from .encoding import encode_all
-from .sources import BUILT_IN, CHAT, REPAIRED, Piece, chats_of, pieces, recall_over, text_files
+from .sources import BUILT_IN, CHAT, REPAIRED, Piece, chats_of, hub_parts, pieces, recall_over, text_files
 
 HELDOUT_TOKENS = 2**16  # smallest number reserved per source, so that most recipes can share its token files
 # One document in 20 is held out. After this many without one (probability 5e-23) the source repeats itself.
@@ -474,8 +474,7 @@ def texts_read(source: str) -> set[str]:
     """Return the absolute paths of the files that a source reads, or its name if it reads none."""
     inner = recall_over(source) or chats_of(source) or source
     if inner.startswith("hf:"):
-        name, config, split = [*inner.split(":")[1:], "", ""][:3]
-        return {f"hf:{name}:{config}:{split or 'train'}"}
+        return {":".join(("hf", *hub_parts(inner)))}
     if inner in BUILT_IN:
         return {inner}
     path = Path(inner).expanduser().resolve()

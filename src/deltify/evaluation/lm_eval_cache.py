@@ -28,6 +28,7 @@ from ..model.capture import has_known_mixers
 from ..training.distributed import check_same, from_first, rank, share_out
 from ..utils.files import atomic_write, read_jsonl
 from ..utils.fingerprint import fingerprint
+from ..utils.tokens import TOKENIZER_PROBE
 from .lm_eval_model import ConstantStateLM
 
 Answer = tuple[float, bool] | float | str  # log-likelihood and whether greedy, rolling log-likelihood, text
@@ -37,8 +38,7 @@ PIECE_DOCUMENTS = 256  # largest number of documents that a process answers befo
 
 def answer_key(lm: HFLM) -> str:
     """Return a hash of all that answers depend on: weights, dtype, tokenizer and longest input."""
-    probe = lm.tok_encode("Ünïcode, 1234567890 = 3.14;\n\tdef f(x): return 'x'  # 漢字")
-    facts = [fingerprint(lm.model), str(lm.model.dtype), probe, lm.max_length]
+    facts = [fingerprint(lm.model), str(lm.model.dtype), lm.tok_encode(TOKENIZER_PROBE), lm.max_length]
     if isinstance(lm.model, DeltifyForCausalLM) and not has_known_mixers(lm.model):
         facts.append("read as a whole")  # earlier versions read controls with zeroed states in parts
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

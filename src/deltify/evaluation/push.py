@@ -57,6 +57,9 @@ def push(
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise ValueError(f"{repo!r} is not the name of a repository. Name it as OWNER/NAME.")
     model = stage_folder(run, stage)
+    results = read_results(run) if (run / "results.json").is_file() else None
+    if results is not None:
+        check_current(run, results)
     teacher = yaml.safe_load((run / "recipe.yaml").read_text())["teacher"]
     facts = teacher_facts(teacher["model"], teacher["revision"], online=yes)
     if license is not None:
@@ -64,9 +67,6 @@ def push(
     staging = run / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     layouts, notes = gather(model, staging, repo)
-    results = read_results(run) if (run / "results.json").is_file() else None
-    if results is not None:
-        check_current(run, results)
     sections = [] if results is None else make_sections(run, results)
     card = render_card(run, model.name, results, sections, facts, layouts)
     (staging / "README.md").write_text(card, encoding="utf-8")

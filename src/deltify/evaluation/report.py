@@ -170,9 +170,10 @@ def check_current(run: Path, results: dict) -> None:
     if not stages or not (run / "recipe.yaml").is_file():
         return
     folders = {name: run / name for name in stages} | {run.name: run / stages[-1]}
-    for row in (*results.get("scores", []), *results.get("students", [])):
-        name, then = row["name"], row["tokens"]
-        if name in folders and name not in BASELINES and then != (now := trained_model(folders[name]).tokens) and then:
+    measured = {row["name"]: row["tokens"] for key in ("students", "scores") for row in results.get(key, [])}
+    for name in (measured.keys() & folders.keys()) - BASELINES:
+        then, now = measured[name], trained_model(folders[name]).tokens
+        if then not in (0, now):  # 0 may also mean that it was not known
             raise ValueError(
                 f"{run / 'results.json'} was measured when {name} had been trained on {then:,} tokens. Now it has "
                 f"{now:,}. Run: deltify evaluate {run}"

@@ -28,7 +28,7 @@ from ..utils.console import log, with_progress
 from ..utils.devices import pick_device
 from ..utils.fingerprint import fingerprint
 from ..utils.folders import model_folder, saved_stages
-from ..utils.tokens import token_ids
+from ..utils.tokens import TOKENIZER_PROBE, token_ids
 from .benchmarks import compare_with_teacher, run_benchmarks
 from .controls import make_controls
 from .decode_cost import check_contexts, decode_cost
@@ -42,7 +42,6 @@ from .settings import BenchmarkSpec, DecodeSpec, EvaluationSpec, NeedleSpec, Pos
 
 PROMPTS = ("The capital of France is", "To open a file in Python, you", "Once upon a time, there was a")
 PROMPT_TOKENS = 32  # tokens of a greedy continuation
-TOKENIZER_PROBE = "Ünïcode, 1234567890 = 3.14;\n\tdef f(x): return 'x'  # 漢字"  # text that tokenizers cut differently
 LAYER_NAMES = {
     "linear_attention": "KDA",
     "full_attention": "full attention",

@@ -31,7 +31,7 @@ from ..utils.tokens import token_ids
 from .prefill import read_pieces
 
 FORMAT = "deltify-state-4"
-READ_BY: "WeakKeyDictionary[PreTrainedModel, str]" = WeakKeyDictionary()  # fingerprints, which take seconds
+FINGERPRINTS: "WeakKeyDictionary[PreTrainedModel, str]" = WeakKeyDictionary()  # each takes seconds
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class State:
             ValueError: If the model has attention layers.
         """
         constant_state_config(model)
-        READ_BY[model] = fingerprint(model)
-        return cls([tensors_of(layer) for layer in cache.layers], READ_BY[model], tokens)
+        FINGERPRINTS[model] = fingerprint(model)
+        return cls([tensors_of(layer) for layer in cache.layers], FINGERPRINTS[model], tokens)
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> "State":
@@ -148,9 +148,9 @@ class State:
             ValueError: If another model read the text.
         """
         cache = DeltifyCache(config=constant_state_config(model))
-        if self.fingerprint and model not in READ_BY:
-            READ_BY[model] = fingerprint(model)
-        if len(self.layers) != len(cache.layers) or (self.fingerprint and READ_BY[model] != self.fingerprint):
+        if self.fingerprint and model not in FINGERPRINTS:
+            FINGERPRINTS[model] = fingerprint(model)
+        if len(self.layers) != len(cache.layers) or (self.fingerprint and FINGERPRINTS[model] != self.fingerprint):
             raise ValueError("The state was read by another model. Read the text again with this model.")
         for layer, tensors in zip(cache.layers, self.layers):
             x = {name: tensor.to(model.device) for name, tensor in tensors.items()}

@@ -10,6 +10,7 @@ from itertools import takewhile
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
+TOKENIZER_PROBE = "Ünïcode, 1234567890 = 3.14;\n\tdef f(x): return 'x'  # 漢字"  # text that tokenizers cut differently
 CUT_CHARACTER = "\ufffd"  # what decoding makes of a character whose last bytes are missing
 
 
