@@ -34,6 +34,7 @@ except ImportError:
 
 PEER = "fla chunk_kda" if chunk_kda else "fla chunk_kda: not installed"
 NVIDIA = "nvidia kda_hopper_cuda"
+TRITON = "deltify, all kernels in Triton"
 K = 128
 # (B, T, H) and the gates it is timed with
 FORWARD = [
@@ -50,7 +51,7 @@ FORWARD = [
 ]
 # forward and backward: gates, shape
 TRAINING = [
-    ((1, 32768, 20), ("library", "slow", "fast", "bounded")),
+    ((1, 32768, 20), ("library", "slow", "fast", "bounded", "zero")),
     ((1, 2048, 20), ("library",)),
     ((1, 8192, 20), ("library",)),
     ((8, 1024, 20), ("library",)),
@@ -110,12 +111,12 @@ def peer_forward(inputs: list[Tensor], lower_bound: float | None, cu_seqlens: Te
 
 
 @contextlib.contextmanager
-def prepare_in_triton() -> Iterator[None]:
-    """Choose the Triton kernel for prepare where the one in CUDA C++ would run."""
-    before = os.environ.get("DELTIFY_PREPARE", "auto")
-    os.environ["DELTIFY_PREPARE"] = "triton"
+def in_triton() -> Iterator[None]:
+    """Choose the Triton kernels where those in CUDA C++ would run."""
+    before = os.environ.get("DELTIFY_KERNELS", "auto")
+    os.environ["DELTIFY_KERNELS"] = "triton"
     yield
-    os.environ["DELTIFY_PREPARE"] = before
+    os.environ["DELTIFY_KERNELS"] = before
 
 
 @torch.no_grad()
@@ -137,8 +138,8 @@ def forward_rows(wanted: list[str]) -> Iterator[list[dict]]:
             if chunk_kda and seconds is eager_seconds:  # its autotuner cannot be captured
                 peer = seconds(theirs)
             rows.append(row(case, metric, seconds(ours), peer, PEER))
-        with prepare_in_triton():
-            rows.append(row(case, "graph seconds", rows[-1]["ours"], graph_seconds(ours), "prepare in Triton"))
+        with in_triton():
+            rows.append(row(case, "graph seconds", rows[-1]["ours"], graph_seconds(ours), TRITON))
         error_of = lambda forward: error(forward, gates, H, lower_bound)
         peer_error = error_of(peer_forward) if chunk_kda else None
         rows.append(row(case, "relative error", our_error := error_of(our_forward), peer_error, PEER))
@@ -162,8 +163,11 @@ def training_rows(wanted: list[str]) -> Iterator[list[dict]]:
             theirs = lambda: peer_forward(leaves, lower_bound)[0]
             found = [training_figures(ours, leaves, do)]
             found.append(training_figures(theirs, leaves, do) if chunk_kda else (None, None, None))
+            with in_triton():
+                triton = training_figures(ours, leaves, do)
             metrics = ("eager seconds", "peak MiB", "backward seconds")
-            yield [row(case, metric, *pair, PEER) for metric, pair in zip(metrics, zip(*found))]
+            rows = [row(case, metric, *pair, PEER) for metric, pair in zip(metrics, zip(*found))]
+            yield rows + [row(case, metric, *pair, TRITON) for metric, pair in zip(metrics, zip(found[0], triton))]
 
 
 def training_figures(forward, leaves: list[Tensor], do: Tensor) -> tuple[float, float, float]:

@@ -1,4 +1,5 @@
-"""AFM-4.5B's shape with random weights in bfloat16: prefill and decoding, the KDA-only student beside its teacher.
+"""AFM-4.5B's shape with random weights in bfloat16: prefill and decoding, the KDA-only student and a hybrid (one
+attention layer of four, without RoPE) beside their teacher.
 
 Run: python benchmarks/model_gpu.py [--quick] (needs a CUDA GPU with 80 GB; --quick leaves out the longest contexts)
 """
@@ -27,6 +28,7 @@ DECODE = [(1, 1024), (1, 32768), (8, 1024)]
 if not QUICK:
     DECODE += [(1, 131072), (1, 1048576), (8, 32768), (64, 1024)]
 TEACHER_DECODE = [(1, 1024), (1, 32768), (8, 1024), (8, 32768)]
+CASES = {"student": "afm-4.5b", "hybrid": "afm-4.5b-hybrid"}
 PEER = "ArceeForCausalLM, SDPA"
 
 
@@ -35,8 +37,9 @@ def make(kind: str):
     torch.set_default_dtype(torch.bfloat16)
     torch.manual_seed(0)
     with torch.device("cuda"):
-        if kind == "student":
-            model = ArceeKDAForCausalLM(ArceeKDAConfig(**shared))
+        if kind != "teacher":
+            layers = (["linear_attention"] * 3 + ["full_attention" if kind == "hybrid" else "linear_attention"]) * 9
+            model = ArceeKDAForCausalLM(ArceeKDAConfig(**shared, layer_types=layers))
         else:
             config = ArceeConfig(**shared, max_position_embeddings=2**20)
             config._attn_implementation = "sdpa"
@@ -75,14 +78,18 @@ def decode_ms(model, batch: int, context: int, tokens: int = 64) -> tuple[float,
         torch.cuda.synchronize()
         times.append((time.perf_counter() - started) / tokens * 1e3)
         mask = torch.ones_like(ids)
-    return times[-1], cache_bytes(cache), None if (step := STEPS.get(cache)) is None else replay_ms(step)
+    return (
+        times[-1],
+        cache_bytes(cache),
+        replay_ms(step) if isinstance(step := STEPS.get(cache), CapturedStep) else None,
+    )
 
 
 def replay_ms(step: CapturedStep) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(50):
-        step.graph.replay()
+        step.replay()
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 50
@@ -106,19 +113,19 @@ def greedy_ids_are_equal(model) -> bool:
 
 
 def rows_of(speeds: dict[tuple, float | None], sizes: dict[tuple, float]) -> list[dict]:
-    """The student's figures, each beside the teacher's where there is one."""
+    """The students' figures, each beside the teacher's where there is one."""
     rows = []
-    for key in [k for k in speeds if k[-1] == "student"]:
-        peer = (*key[:-1], "teacher")
+    for key in [k for k in speeds if k[-1] in CASES]:
+        peer, name = (*key[:-1], "teacher"), CASES[key[-1]]
         if key[0] == "step":
-            rows.append(row(f"decode/afm-4.5b/B{key[1]}-T{key[2]}", "ms, captured step", speeds[key], None, ""))
+            rows.append(row(f"decode/{name}/B{key[1]}-T{key[2]}", "ms, captured step", speeds[key], None, ""))
             continue
         if key[0] == "prefill":
-            case = f"prefill/afm-4.5b/B1-T{key[1]}"
+            case = f"prefill/{name}/B1-T{key[1]}"
             rows.append(row(case, "tokens/s", speeds[key], speeds.get(peer), PEER, rate=True))
             rows.append(row(case, "peak GiB", sizes[key], sizes.get(peer), PEER))
         else:
-            case = f"decode/afm-4.5b/B{key[1]}-T{key[2]}"
+            case = f"decode/{name}/B{key[1]}-T{key[2]}"
             rows.append(row(case, "ms per token", speeds[key], speeds.get(peer), PEER))
             rows.append(row(case, "cache bytes", sizes[key], sizes.get(peer), PEER))
     return rows
@@ -129,10 +136,11 @@ def main() -> None:
     speeds: dict[tuple, float | None] = {}
     sizes: dict[tuple, float] = {}
     decode_rows = []
-    for kind in ("student", "teacher"):
+    for kind in (*CASES, "teacher"):
         model = make(kind)
-        if kind == "student":
-            print("captured and eager greedy ids equal over 256 tokens:", greedy_ids_are_equal(model), flush=True)
+        if kind in CASES:
+            equal = greedy_ids_are_equal(model)
+            print(f"{kind}: captured and eager greedy ids equal over 256 tokens: {equal}", flush=True)
         for tokens in PREFILL if kind == "student" else TEACHER_PREFILL:
             rate, peak = prefill_rate(model, tokens)
             speeds["prefill", tokens, kind], sizes["prefill", tokens, kind] = rate, peak

@@ -64,12 +64,12 @@ LONG_MIX = {
     "chat:textbooks": 0.05,
 }  # fmt: skip
 # recipe of each model, the fraction of the tokens in each stage, and fields that differ from the recipe's
-OURS = {"align": 0.25, "match": 0.65, "extend": 0.1}
+OURS = {"align": 5 / 16, "match": 10 / 16, "extend": 1 / 16}
 MODELS: dict[str, tuple[str, dict[str, float], dict[str, object]]] = {
     "kda-only": ("qwen2.5-1.5b-kda", OURS, {}),
     "hybrid": ("qwen2.5-1.5b-hybrid", OURS, {}),
     "hybrid-rope": ("qwen2.5-1.5b-hybrid", OURS, {"student.keep_rope": "true"}),
-    "arcee": ("baselines/arcee", {"match": 0.875, "extend": 0.125}, {}),
+    "arcee": ("baselines/arcee", {"match": 7 / 8, "extend": 1 / 8}, {}),
 }
 # learning rates of mixers and of other parameters that `rates` compares
 RATES = ((6e-4, 2e-5), (2e-4, 2e-5), (6e-4, 1e-4), (2e-4, 1e-4))
@@ -89,14 +89,14 @@ ANSWERS = {
 }
 # lm-eval tasks of each part, and the largest number of items of a task
 CHOICES = {
-    "choices": (("hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande"), None),
+    "choices": (("arc_challenge", "arc_easy", "piqa", "winogrande", "hellaswag"), None),
     "mmlu": (("mmlu@5",), 2850),
     "gsm8k": (("gsm8k@5",), 500),
 }
 # tasks, lengths, and samples of each task and length
 HAYSTACKS = {
     "needles": (tuple(NEEDLES)[:6], (1024, 2048, 4096, 8192), 32),
-    "needles-long": (tuple(NEEDLES)[:6], (16384, 32768, 65536), 8),
+    "needles-long": (("niah_single_1", "niah_single_2", "niah_multikey_1"), (16384, 32768, 65536), 8),
 }
 PARTS = (*CHOICES, "gsm8k-chat", *HAYSTACKS, "positions")
 # what the model card of AFM-4.5B-Base-KDA-Only reports of its teacher's score, in percent: raw, and above chance

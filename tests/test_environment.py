@@ -35,7 +35,7 @@ def test_a_gpu_has_a_line_for_itself_and_each_part_of_the_kernels(monkeypatch):
         CHECKS=("forward", "step"),
         WIDTHS=(64, 128),
         failure=lambda index, part, width: "wrong results" if (part, width) == ("step", 128) else None,
-        cuda_refusal=lambda index, width: "it needs compute capability 9.0",
+        cuda_refusal=lambda index, width, gradients: "they need compute capability 9.0" if gradients else None,
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -48,10 +48,10 @@ def test_a_gpu_has_a_line_for_itself_and_each_part_of_the_kernels(monkeypatch):
     assert lines[-3:] == [
         "kernels on cuda:0, forward: Triton",
         "kernels on cuda:0, step: plain PyTorch: wrong results",
-        "kernels on cuda:0, prepare: Triton: it needs compute capability 9.0",
+        "kernels on cuda:0, KDA operator: Triton: they need compute capability 9.0",
     ]
-    kernels.cuda_refusal = lambda index, width: None
-    assert environment.environment()[-1] == "kernels on cuda:0, prepare: CUDA C++"
+    kernels.cuda_refusal = lambda index, width, gradients: None
+    assert environment.environment()[-1] == "kernels on cuda:0, KDA operator: CUDA C++"
     monkeypatch.setattr(dispatch, "triton_kernels", lambda: None)
     assert environment.environment()[-1] == "kernels on cuda:0, all: plain PyTorch: Triton is not installed"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .ops.dispatch import kernel_refusals, prepare_refusal
+from .ops.dispatch import cuda_refusal, kernel_refusals
 from .utils.devices import machine_memory, pick_device, pick_precision
 from .utils.formats import gib
 
@@ -50,8 +50,8 @@ def environment() -> list[str]:
         for part, reason in refusals.items():
             lines.append(f"kernels on cuda:{index}, {part}: " + (f"plain PyTorch: {reason}" if reason else "Triton"))
         if refusals.get("forward", "") is None:
-            reason = prepare_refusal(index)
-            lines.append(f"kernels on cuda:{index}, prepare: " + (f"Triton: {reason}" if reason else "CUDA C++"))
+            reason = cuda_refusal(index)
+            lines.append(f"kernels on cuda:{index}, KDA operator: " + (f"Triton: {reason}" if reason else "CUDA C++"))
     return lines
 
 

@@ -1,4 +1,4 @@
-// Runs prepare.cu on a CPU, one block at a time, with the names of machine.h. Every thread is a fiber. What the lanes of
+// Runs the kernels on a CPU, one block at a time, with the names of machine.h and pipeline.h. Every thread is a fiber. What the lanes of
 // a warp do together is done for all of them by the lane that arrives last.
 #include <math.h>
 #include <setjmp.h>
@@ -12,17 +12,21 @@ using std::max;
 using std::min;
 typedef unsigned int u32;
 typedef unsigned short u16;
+typedef unsigned long long u64;
 #define DEVICE static inline
 #define KERNEL(threads, blocks) static void
 #define BY_VALUE const
 #define UNROLL
+#define LOOP
 struct f2 { float x, y; };
 struct alignas(16) f4 { float x, y, z, w; };
 struct alignas(16) u4 { u32 x, y, z, w; };
 
-constexpr int THREADS = 256;
+#ifndef THREADS
+#define THREADS 256
+#endif
 static int THREAD, BLOCK;
-alignas(1024) static char shared[1 << 17];
+alignas(1024) static char shared[232448];
 struct Fiber { jmp_buf here; std::vector<char> stack; bool begun, done; };
 static Fiber fibers[THREADS];
 static jmp_buf scheduler;
@@ -160,6 +164,115 @@ DEVICE int from_lane_before(int x, int distance) {
   return from_lane(x, lane < distance ? lane : lane - distance);
 }
 
+DEVICE void sync_warp() { meet(of_warps[THREAD / 32], 32, [] {}); }
+struct Barrier { unsigned char count, pending; u16 phase; int bytes; };  // bytes that are announced and not yet there
+static void advance(Barrier& b) {
+  if (b.pending || b.bytes) return;
+  b.phase ^= 1;
+  b.pending = b.count;
+  meetings++;
+}
+DEVICE void barrier_init(char* b, int count) { *(Barrier*)b = {(unsigned char)count, (unsigned char)count, 0, 0}; }
+DEVICE void barriers_are_ready() {}
+DEVICE void barrier_expect(char* b, int bytes) {
+  ((Barrier*)b)->bytes += bytes;
+  ((Barrier*)b)->pending--;
+  advance(*(Barrier*)b);
+}
+DEVICE void store_if(void* to, u4 x, bool there) { if (there) memcpy(to, &x, 16); }
+DEVICE void barrier_arrive_if(char* b, bool x) {
+  if (!x) return;
+  ((Barrier*)b)->pending--;
+  advance(*(Barrier*)b);
+}
+DEVICE void barrier_wait(char* b, int phase) { while (((Barrier*)b)->phase == phase) yield(); }
+struct alignas(64) TensorMap { const u16* base; long long columns, rows, padding[13]; };
+DEVICE void load_tile(char* to, const TensorMap* map, int column, int row, char* b) {
+  if ((size_t)to & 1023) abort();
+  for (int i = 0; i < 64; i++) for (int j = 0; j < 64; j++) {
+    const bool there = row + i < map->rows && column + j < map->columns;
+    ((u16*)to)[(64 * i + j) ^ (i & 7) << 3] = there ? map->base[(row + i) * map->columns + column + j] : 0;
+  }
+  ((Barrier*)b)->bytes -= 8192;
+  advance(*(Barrier*)b);
+}
+DEVICE void load_bytes(char* to, const void* from, int bytes, char* b) {
+  memcpy(to, from, bytes);
+  ((Barrier*)b)->bytes -= bytes;
+  advance(*(Barrier*)b);
+}
+struct Stored { u32 d[4]; char* row; };
+static void store_matrices(char* p, const u32* d, bool transposed) {
+  warp_meets(Stored{{d[0], d[1], d[2], d[3]}, p}, [&](auto of) {
+    for (int m = 0; m < 4; m++) for (int lane = 0; lane < 32; lane++) for (int e = 0; e < 2; e++) {
+      const int i = lane / 4, j = 2 * (lane & 3) + e;
+      char* row = of(8 * m + (transposed ? j : i)).row;
+      if ((size_t)row & 15) abort();
+      const u16 y = of(lane).d[m] >> 16 * e;
+      memcpy(row + 2 * (transposed ? i : j), &y, 2);
+    }
+  });
+}
+DEVICE void store_matrices4(char* p, const u32* d) { store_matrices(p, d, false); }
+DEVICE void store_matrices4_transposed(char* p, const u32* d) { store_matrices(p, d, true); }
+
+DEVICE void products_begin() {}
+DEVICE void products_commit() {}
+template <int N> DEVICE void settle(float (&)[N]) {}
+template <int N> DEVICE void products_wait() {}
+DEVICE u64 operand(const char* p) { return (u64)p; }
+DEVICE u64 operand_of_columns(const char* p) { return (u64)p; }
+struct Left { float* d; u32 a[4]; };
+template <int SIGN, int N, bool COLUMNS> static void multiply_wide(float* d, const u32* a, u64 b, int add) {
+  warp_meets(Left{d, {a[0], a[1], a[2], a[3]}}, [&](auto of) {
+    static float A[16][16], B[16][N];
+    for (int lane = 0; lane < 32; lane++) for (int n = 0; n < 4; n++) for (int e = 0; e < 2; e++) {
+      const u32 x = of(lane).a[n];
+      A[lane / 4 + 8 * (n & 1)][2 * (lane & 3) + 8 * (n >> 1) + e] = float_of(e ? x & 0xffff0000u : x << 16);
+    }
+    for (int k = 0; k < 16; k++) for (int n = 0; n < N; n++) {
+      u64 at = b + (COLUMNS ? n / 64 * 8192 + k * 128 + n % 64 * 2 : n * 128 + k * 2);
+      at ^= (at >> 7 & 7) << 4;
+      B[k][n] = float_of((u32) * (const u16*)at << 16);
+    }
+    for (int lane = 0; lane < 32; lane++) for (int i = 0; i < N / 2; i++) {
+      const int row = lane / 4 + 8 * (i >> 1 & 1), column = i / 4 * 8 + 2 * (lane & 3) + (i & 1);
+      float sum = 0;
+      for (int k = 0; k < 16; k++) sum += A[row][k] * B[k][column];
+      float& to = of(lane).d[i];
+      to = (add ? to : 0.f) + SIGN * sum;
+    }
+  });
+}
+template <int SIGN> DEVICE void multiply64(float* d, const u32* a, u64 b, int add) { multiply_wide<SIGN, 64, false>(d, a, b, add); }
+template <int SIGN> DEVICE void multiply64_columns(float* d, const u32* a, u64 b, int add) { multiply_wide<SIGN, 64, true>(d, a, b, add); }
+template <int SIGN> DEVICE void multiply128_columns(float* d, const u32* a, u64 b, int add) { multiply_wide<SIGN, 128, true>(d, a, b, add); }
+
+struct Moved { float mine; int lane; float* result; };
+DEVICE float float_from_lane(float x, int lane) {
+  float result = 0;
+  warp_meets(Moved{x, lane, &result}, [&](auto of) {
+    for (int n = 0; n < 32; n++) *of(n).result = of(of(n).lane & 31).mine;
+  });
+  return result;
+}
+struct Word { u32 mine; u32* result; };
+DEVICE u32 transposed(u32 x) {
+  u32 result = 0;
+  warp_meets(Word{x, &result}, [&](auto of) {
+    const auto number = [&](int i, int j) { return of(4 * i + j / 2).mine >> 16 * (j & 1) & 0xffff; };
+    for (int lane = 0; lane < 32; lane++) {
+      const int i = lane / 4, j = 2 * (lane & 3);
+      *of(lane).result = number(j, i) | number(j + 1, i) << 16;
+    }
+  });
+  return result;
+}
+DEVICE void multiply_bf16_8(float* d, const u32* a, u32 b) {
+  const u32 whole[4] = {a[0], a[1], 0, 0};
+  multiply_bf16(d, whole, b, 0);
+}
+
 static void (*block)();
 static void fiber() {
   block();
@@ -199,12 +312,12 @@ static bool run_block() {
   return true;
 }
 
-// Runs kda_prepare; returns 0, or 1 after a deadlock, or 2 if it wrote beyond its shared memory.
-#define RUN_PREPARE                                                                              \
+// Runs a kernel; returns 0, or 1 after a deadlock, or 2 if it wrote beyond its shared memory.
+#define RUN(kernel)                                                                              \
   extern "C" int run(const void* arguments, int blocks) {                                        \
     static Call call;                                                                            \
     memcpy(&call, arguments, sizeof call);                                                       \
-    block = [] { kda_prepare(call); };                                                           \
+    block = [] { kernel(call)    ; };                                                           \
     for (BLOCK = 0; BLOCK < blocks; BLOCK++) {                                                   \
       if (!run_block()) return 1;                                                                \
       for (const char* p = shared + SHARED_BYTES; p < shared + sizeof shared; p++)               \

@@ -1,4 +1,4 @@
-"""The CUDA kernel on a CPU: prepare.cu as it is, compiled by g++ over emulator.h, against float64."""
+"""The CUDA kernels on a CPU: their sources as they are, compiled by g++ over emulator.h, against float64."""
 
 import ctypes
 import functools
@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from deltify.ops import kda
-from deltify.ops.cuda import compiler, prepare
+from deltify.ops.cuda import compiler, finish, prepare, scan
+from deltify.ops.cuda.inputs import WIDTHS, fits
 
 C, HEADS = 64, 2
 GATES = ("slow", "library", "middle", "fast", "bounded", "zero", "mixed", "strong", "turns", "collinear")
@@ -22,22 +24,47 @@ GATES = ("slow", "library", "middle", "fast", "bounded", "zero", "mixed", "stron
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
 
+def cpp_of(source, kernel):
+    """Return a kernel's source for a CPU."""
+    for name in ("machine.h", "pipeline.h"):
+        source = source.replace(Path(compiler.__file__).with_name(name).read_text(), "")
+    sizes = 'extern "C" int size_of(int shared) { return shared ? SHARED_BYTES : sizeof(Call); }'
+    return f'#include "emulator.h"\n{source}\nRUN({kernel})\n{sizes}\n'
+
+
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """Return a function that gives `run` of emulator.h for a width and a kind of gate."""
+    """Return a function that gives the kernels for a width and a kind of gate."""
     folder = tmp_path_factory.mktemp("emulator")
 
     @functools.cache
-    def build(K, bounded):
-        path = folder / f"{K}-{bounded}.cpp"
-        source = prepare.source_of(K, bounded)
-        source = source.replace(Path(prepare.__file__).with_name("machine.h").read_text(), "")
-        path.write_text('#include "emulator.h"\n' + source + "RUN_PREPARE\n")
-        command = ["g++", "-O1", "-std=c++17", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", f"-I{Path(__file__).parent}"]
-        subprocess.run([*command, "-o", str(path.with_suffix(".so")), str(path)], check=True)
-        return ctypes.CDLL(str(path.with_suffix(".so"))).run
+    def build(source, kernel, threads):
+        path = folder / f"{len(list(folder.iterdir()))}.cpp"
+        path.write_text(cpp_of(source, kernel))
+        command = ["g++", "-O1", "-w", "-Wno-psabi", "-std=c++17", "-fPIC", "-shared", "-U_FORTIFY_SOURCE"]
+        command += [f"-DTHREADS={threads}", f"-I{Path(__file__).parent}", "-o", path.with_suffix(".so"), path]
+        subprocess.run(list(map(str, command)), check=True)
+        return ctypes.CDLL(str(path.with_suffix(".so")))
 
-    return build
+    def kernels(K, bounded):
+        scans = [functools.partial(build, scan.source_of(K, mode), "kda_scan", scan.THREADS) for mode in range(3)]
+        return SimpleNamespace(
+            prepare=build(prepare.source_of(K, bounded), "kda_prepare", prepare.THREADS),
+            scan=lambda mode: scans[mode](),
+            finish=lambda: build(finish.source_of(K, bounded), "kda_finish", 4 * K),
+        )
+
+    return kernels
+
+
+def map_of(pointer, columns, rows):
+    """Return emulator.h's TensorMap of a matrix."""
+    return struct.pack("@Pqq", pointer, columns, rows).ljust(128, b"\0")
+
+
+def run(kernel, arguments, blocks):
+    assert len(arguments) == kernel.size_of(0)
+    assert kernel.run(ctypes.create_string_buffer(arguments, len(arguments)), blocks) == 0
 
 
 def make_inputs(B, T, K, V, gates):
@@ -65,93 +92,142 @@ def make_inputs(B, T, K, V, gates):
     return [x.bfloat16() for x in (q, k, v, f, b)] + [A_log, dt_bias]
 
 
-def run_prepare(run, inputs, lower_bound, bounds, scale):
+def nan(*size, dtype=torch.bfloat16):
+    return torch.full(size, torch.nan, dtype=dtype)
+
+
+def run_prepare(kernels, inputs, lower_bound, bounds, scale):
     """Return what the kernel writes: `wide`, `square` and `ends`, NaN where it writes nothing."""
-    q, k, _, f, b, A_log, dt_bias = inputs
+    q, k, v, f, b, A_log, dt_bias = inputs
     batch, tokens, heads, K = q.shape
     documents = batch if bounds is None else len(bounds) - 1
     slots = heads * (batch * math.ceil(tokens / C) if bounds is None else tokens // C + documents)
-    wide, square = (torch.full((n, slots, C, m), torch.nan, dtype=torch.bfloat16) for n, m in ((3, K), (2, C)))
-    ends = torch.full((slots, K), torch.nan)
-    assert prepare.fits(q, k, f, b, A_log, dt_bias, bounds)
+    wide, square, ends = nan(3, slots, C, K), nan(2, slots, C, C), nan(slots, K, dtype=torch.float32)
+    assert fits(q, k, v, f, b, A_log, dt_bias, bounds)
     tensors = (q, k, f, b, A_log, dt_bias, bounds, wide, square, ends)
     for first, end in ((0, slots // 2), (slots // 2, slots)):  # as two launches
         call = prepare.pack_arguments(*tensors, documents, lower_bound or 0.0, scale, first)
-        assert run(call, end - first) == 0
-    return wide.double(), square.double(), ends.double()
+        run(kernels.prepare, call, end - first)
+    return wide, square, ends
 
 
-def scan(wide, square, ends, v, state, documents):
-    """Return o and the final states from what prepare wrote, in float64. `documents` has (row, first, end) of each."""
-    o, states, slot = torch.empty_like(v), [], 0
-    for document, (row, first, end) in enumerate(documents):
-        S = state[document].clone()  # [heads, K, V]
-        for begin in range(first, end, C):
-            here, count = slice(slot, slot + HEADS), min(C, end - begin)
-            values = torch.zeros(HEADS, C, v.shape[-1]).double()
-            values[:, :count] = v[row, begin : begin + count].transpose(0, 1)
-            u = square[0, here] @ (values - wide[0, here] @ S)
-            o[row, begin : begin + count] = (wide[1, here] @ S + square[1, here] @ u).transpose(0, 1)[:count]
-            S = ends[here, :, None] * S + wide[2, here].transpose(1, 2) @ u
-            slot += HEADS
-        states.append(S)
-    return o, torch.stack(states)
+def run_scan(kernels, mode, prepared, values, bounds, before, chunks=scan.ALL):
+    """Return what the kernel writes: o, u or dv, the other states, and the states of all chunks."""
+    out, after = torch.full_like(values, torch.nan), torch.full_like(before, torch.nan)
+    slots, K, V = prepared[2].shape[0], *before.shape[2:]
+    states = None if mode == scan.OUTPUTS else nan(slots, V, K)
+    call = scan.pack_arguments(*prepared, values, bounds, before, after, out, states, chunks, map_of)
+    run(kernels.scan(mode), call, before.shape[0] * before.shape[1] * V // 64)
+    return out, after, states
 
 
 def error(got, want):
     return float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
 
 
-def check(emulated, gates, B, T, K, V, bounds=None):
-    lower_bound, scale = -5.0 if gates == "bounded" else None, K**-0.5
-    inputs = make_inputs(B, T, K, V, gates)
-    documents = [(row, 0, T) for row in range(B)] if bounds is None else [(0, *x) for x in itertools.pairwise(bounds)]
+def make_case(gates, B, T, K, bounds):
+    """Return inputs, states, their bounds as a tensor, and options."""
+    inputs, documents = make_inputs(B, T, K, K, gates), B if bounds is None else len(bounds) - 1
+    state = torch.randn(documents, HEADS, K, K, generator=torch.Generator().manual_seed(1))
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
-    state = torch.randn(len(documents), HEADS, K, V, generator=torch.Generator().manual_seed(1)).double()
-    exact = [x.double() for x in inputs]
-    want = kda(*exact, state=state, lower_bound=lower_bound, cu_seqlens=cu_seqlens, backend="reference")
-    written = run_prepare(emulated(K, lower_bound is not None), inputs, lower_bound, cu_seqlens, scale)
-    got = scan(*written, exact[2], state, documents)
-    assert error(got[0], want[0]) < 5e-3 and error(got[1], want[1]) < 5e-3
+    return inputs, state, cu_seqlens, {"lower_bound": -5.0 if gates == "bounded" else None, "cu_seqlens": cu_seqlens}
+
+
+def check(emulated, gates, B, T, K, bounds=None):
+    """Compare output and states with float64, in one launch of the scan, and of a single row in two."""
+    inputs, state, cu_seqlens, options = make_case(gates, B, T, K, bounds)
+    o, final = kda(*(x.double() for x in inputs), state=state.double(), backend="reference", **options)
+    kernels, v = emulated(K, options["lower_bound"] is not None), inputs[2]
+    prepared = run_prepare(kernels, inputs, options["lower_bound"], cu_seqlens, K**-0.5)
+    cuts = [0, 1, 10**6] if B == 1 and bounds is None else [0, 10**6]
+    parts = []
+    for chunks in itertools.pairwise(cuts):
+        out, state, _ = run_scan(kernels, scan.OUTPUTS, prepared, v, cu_seqlens, state, range(*chunks))
+        parts.append(out)
+    for later in parts[1:]:
+        parts[0][:, C:] = later[:, C:]
+    bound = 3e-2 if gates == "collinear" else 5e-3
+    assert error(parts[0].double(), o) < bound and error(state.double(), final) < bound
+
+
+# the bounds of test_gpu.py; without a single strong decay, the gates' gradients are what the clamp of 2^-25 leaves
+GRADIENT_BOUNDS = {"dq": 8e-3, "dk": 8e-3, "dv": 8e-3, "df": 2e-2, "db": 2e-2, "dA_log": 3e-2, "ddt_bias": 1e-2}
+
+
+def check_gradients(emulated, gates, B, T, K, bounds=None):
+    inputs, state, cu_seqlens, options = make_case(gates, B, T, K, bounds)
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(5))
+    do, dfinal = draw(B, T, HEADS, K).bfloat16(), draw(*state.shape)
+    leaves = [x.double().requires_grad_() for x in (*inputs, state)]
+    o, final = kda(*leaves[:7], state=leaves[7], backend="reference", **options)
+    want = torch.autograd.grad((o * do.double()).sum() + (final * dfinal.double()).sum(), leaves)
+    lower_bound = options["lower_bound"]
+    kernels, (q, k, v, f, b, *gate) = emulated(K, lower_bound is not None), inputs
+    prepared = run_prepare(kernels, inputs, lower_bound, cu_seqlens, K**-0.5)
+    u, _, states = run_scan(kernels, scan.KEEP, prepared, v, cu_seqlens, state)
+    dv, dstate, dstates = run_scan(kernels, scan.REVERSE, prepared, do, cu_seqlens, dfinal)
+    slots = states.shape[0]
+    dq, dk, df, db = (torch.full_like(x, torch.nan) for x in (q, k, f, b))
+    dA_log, ddt_bias = (nan(slots, K, dtype=torch.float32) for _ in range(2))
+    tensors = (o.detach().bfloat16(), u, do, dv, states, dstates, (dq, dk, df, db, dA_log, ddt_bias))
+    call = finish.pack_arguments(q, k, f, v, b, *gate, cu_seqlens, lower_bound or 0.0, K**-0.5, *tensors, map_of)
+    run(kernels.finish(), call, slots)
+    sums = dA_log.view(-1, HEADS, K).sum((0, 2)), ddt_bias.view(-1, HEADS, K).sum(0).flatten()
+    names = (*GRADIENT_BOUNDS, "dstate")
+    errors = {n: error(x.double(), y) for n, x, y in zip(names, (dq, dk, dv, df, db, *sums, dstate), want)}
+    bounds_of = GRADIENT_BOUNDS | {"dstate": 8e-3}
+    if gates in ("strong", "mixed", "turns"):  # nearly 0: what a token forgets is held at 2^-25
+        assert max(float(x.abs().max()) for x in (df, *sums)) < 1e-4
+        bounds_of = {n: bounds_of[n] for n in ("dq", "dk", "dv", "db")}
+    if gates == "collinear":  # u is a small difference of large numbers
+        bounds_of = {n: 0.1 for n in bounds_of}
+    assert not {n: e for n, e in errors.items() if n in bounds_of and not e < bounds_of[n]}
 
 
 @pytest.mark.parametrize("K", [128, 64])
 @pytest.mark.parametrize("gates", GATES)
 def test_all_gates_equal_float64(emulated, gates, K):
-    check(emulated, gates, 1, 130, K, 64)
+    check(emulated, gates, 1, 130, K)
+
+
+@pytest.mark.parametrize("K, gates", [*((64, gates) for gates in GATES), (128, "library"), (128, "turns")])
+def test_gradients_equal_float64(emulated, gates, K):
+    check_gradients(emulated, gates, 1, 130, K)
 
 
 @pytest.mark.parametrize("B, T", [(1, 1), (2, 63), (2, 65)])
 def test_short_rows(emulated, B, T):
-    check(emulated, "library", B, T, 64, 64)
+    check(emulated, "library", B, T, 64)
+    check_gradients(emulated, "library", B, T, 64)
 
 
 def test_packed_documents_empty_ones_included(emulated):
-    check(emulated, "fast", 1, 290, 64, 64, [0, 70, 70, 150, 151, 290])
-    check(emulated, "slow", 1, 130, 64, 64, [0, *range(1, 66), 130])  # more than a warp finds at once
+    check(emulated, "fast", 1, 290, 64, [0, 70, 70, 150, 151, 290])
+    check(emulated, "slow", 1, 130, 64, [0, *range(1, 66), 130])  # more than a warp finds at once
+    check_gradients(emulated, "fast", 1, 290, 64, [0, 70, 70, 150, 151, 290])
+    check_gradients(emulated, "slow", 1, 130, 64, [0, *range(1, 66), 130])
 
 
-def test_the_struct_of_arguments_and_the_shared_memory_are_those_of_the_source(tmp_path):
-    source = '#include "emulator.h"\n' + Path(prepare.__file__).with_name("prepare.cu").read_text()
-    source += '\nint main() { printf("%d %d", (int)sizeof(Call), SHARED_BYTES); }\n'
-    (tmp_path / "sizes.cpp").write_text(source)
-    for K in prepare.WIDTHS:
-        program = str(tmp_path / f"sizes{K}")
-        command = ["g++", "-w", "-std=c++17", f"-I{Path(__file__).parent}", f"-DK={K}", "-DBOUNDED=0", "-o", program]
-        subprocess.run([*command, str(tmp_path / "sizes.cpp")], check=True)
-        printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
-        assert printed == f"{prepare.CALL.size} {prepare.shared_bytes(K)}"
+@pytest.mark.parametrize("K", WIDTHS)
+def test_the_structs_of_arguments_and_the_shared_memory_are_those_of_the_sources(emulated, K):
+    kernels = emulated(K, False)
+    sizes = [(kernels.prepare, prepare.CALL.size, prepare.shared_bytes(K))]
+    sizes += [(kernels.scan(mode), scan.CALL.size, scan.shared_bytes(K, mode)) for mode in range(3)]
+    sizes += [(kernels.finish(), finish.CALL.size, finish.shared_bytes(K))]
+    for kernel, arguments, shared in sizes:
+        assert (kernel.size_of(0), kernel.size_of(1)) == (arguments, shared)
 
 
-def test_inputs_that_the_kernel_does_not_take():
-    q, k, _, f, b, *gates = make_inputs(1, 8, 64, 64, "slow")
-    assert prepare.fits(q, k, f, b, *gates, None)
-    assert not prepare.fits(q.half(), k.half(), f.half(), b.half(), *gates, None)
-    assert not prepare.fits(q, k, f, b.float(), *gates, None)
-    assert not prepare.fits(q, k, f, b, *gates, torch.tensor([0, 8]))
+def test_inputs_that_the_kernels_do_not_take():
+    q, k, v, f, b, *gates = make_inputs(1, 8, 64, 64, "slow")
+    assert fits(q, k, v, f, b, *gates, None)
+    assert not fits(q.half(), k.half(), v.half(), f.half(), b.half(), *gates, None)
+    assert not fits(q, k, v, f, b.float(), *gates, None)
+    assert not fits(q, k, v, f, b, *gates, torch.tensor([0, 8]))
     odd = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view_as(q)
-    assert not prepare.fits(odd, k, f, b, *gates, None)
-    assert not prepare.fits(*(x[..., :32].contiguous() for x in (q, k, f)), b, *gates, None)
+    assert not fits(odd, k, v, f, b, *gates, None) and not fits(q, k, odd, f, b, *gates, None)
+    assert not fits(*(x[..., :32].contiguous() for x in (q, k, v, f)), b, *gates, None)
+    assert not fits(q, k, torch.cat([v, v], -1), f, b, *gates, None)
 
 
 def test_machine_code_is_compiled_once_and_kept(tmp_path, monkeypatch):
@@ -168,10 +244,10 @@ def test_machine_code_is_compiled_once_and_kept(tmp_path, monkeypatch):
     assert compiler.cubin_of("one") == b"one"
 
 
-def test_the_kernel_is_chosen_by_hand_or_by_the_gpu_and_the_check(monkeypatch, caplog):
+def test_the_kernels_are_chosen_by_hand_or_by_the_gpu_and_the_check(monkeypatch, caplog):
     selfcheck = pytest.importorskip("deltify.ops.triton.selfcheck", reason="Triton is not installed")
     caplog.set_level(logging.INFO)
-    q, k, _, f, b, *gates = make_inputs(1, 8, 64, 64, "slow")
+    q, k, v, f, b, *gates = make_inputs(1, 8, 64, 64, "slow")
     facts = {"dtype": q.dtype, "shape": q.shape, "data_ptr": q.data_ptr, "device": SimpleNamespace(index=0)}
     on_gpu = SimpleNamespace(is_cuda=True, **facts)
     state = {"capability": (9, 0), "failure": None}
@@ -181,20 +257,20 @@ def test_the_kernel_is_chosen_by_hand_or_by_the_gpu_and_the_check(monkeypatch, c
     def chosen(choice, q=on_gpu, **changes):
         state.update(changes)
         selfcheck.cuda_refusal.cache_clear()
-        monkeypatch.setenv("DELTIFY_PREPARE", choice)
-        return selfcheck.prepares_in_cuda(q, k, f, b, *gates, None)
+        monkeypatch.setenv("DELTIFY_KERNELS", choice)
+        return selfcheck.runs_in_cuda(q, k, v, f, b, *gates, None, False)
 
     assert chosen("auto") and chosen("cuda") and not chosen("triton")
-    assert caplog.messages[-1] == "deltify: KDA prepares chunks in CUDA C++"
+    assert caplog.messages[-1] == "deltify: KDA's forward pass runs in CUDA C++"
     assert not chosen("cuda", q)  # on a CPU
     with pytest.raises(ValueError, match="choose from auto, triton, cuda"):
         chosen("nonsense")
     assert not chosen("auto", failure="wrong results") and caplog.records[-1].levelname == "WARNING"
     assert not chosen("auto", capability=(8, 0)) and caplog.records[-1].levelname == "INFO"
-    with pytest.raises(RuntimeError, match=r"it needs compute capability 9\.0. Choose auto or triton"):
+    with pytest.raises(RuntimeError, match=r"they need compute capability 9\.0. Choose auto or triton"):
         chosen("cuda")
     on_gpu.dtype = torch.float16
     assert not chosen("auto", capability=(9, 0), failure=None)
-    with pytest.raises(RuntimeError, match="it needs bfloat16"):
+    with pytest.raises(RuntimeError, match="they need bfloat16"):
         chosen("cuda")
     selfcheck.cuda_refusal.cache_clear()

@@ -1,32 +1,32 @@
-"""The kernel in CUDA C++ on a GPU of compute capability 9.0; skipped elsewhere."""
+"""The kernels in CUDA C++ on a GPU of compute capability 9.0; skipped elsewhere."""
 
 import pytest
 import torch
 from gpu_cases import BOUNDS, check_gradients, error, make_inputs, too_large
 
 from deltify.ops import kda
-from deltify.ops.cuda import prepare
-from deltify.ops.triton import selfcheck
+from deltify.ops.cuda import finish, inputs, prepare
+from deltify.ops.triton import operator, selfcheck
 from deltify.ops.triton.launch import Plan, Prepared
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() != prepare.CAPABILITY,
-        reason="the kernel needs compute capability 9.0",
+        torch.cuda.is_available() and torch.cuda.get_device_capability() != inputs.CAPABILITY,
+        reason="the kernels need compute capability 9.0",
     ),
 ]
 
 
 @pytest.fixture(autouse=True)
 def cuda_alone(monkeypatch):
-    """Inputs that the kernel refuses are an error."""
-    monkeypatch.setenv("DELTIFY_PREPARE", "cuda")
+    """Inputs that the kernels refuse are an error."""
+    monkeypatch.setenv("DELTIFY_KERNELS", "cuda")
 
 
 @pytest.mark.parametrize("gates", ["library", "slow", "fast", "zero", "strong", "mixed", "collinear", "bounded"])
 @pytest.mark.parametrize("B, T, H, K, V", [(2, 1000, 3, 128, 128), (1, 333, 2, 64, 64)])
-def test_the_kernel_equals_float64(gates, B, T, H, K, V):
+def test_the_kernels_equal_float64(gates, B, T, H, K, V):
     options = {"lower_bound": -5.0 if gates == "bounded" else None}
     inputs, state = make_inputs(B, T, H, K, V, gates), torch.randn(B, H, K, V, device="cuda")
     want = kda(*(x.double() for x in inputs), state=state.double(), backend="chunked", **options)
@@ -83,9 +83,38 @@ def test_offsets_beyond_32_bits():
         assert torch.equal(x, y.view(x.shape))
 
 
-@pytest.mark.parametrize("gates", ["library", "fast", "bounded"])
-def test_gradients_equal_float64(gates):
-    assert not too_large(check_gradients(1, 333, 4, 64, 64, gates))
+@pytest.mark.parametrize("gates", ["library", "slow", "fast", "bounded"])
+@pytest.mark.parametrize("B, T, H, K", [(1, 333, 4, 128), (2, 300, 3, 64)])
+def test_gradients_equal_float64(gates, B, T, H, K):
+    assert not too_large(check_gradients(B, T, H, K, K, gates))
+
+
+@pytest.mark.parametrize("K", [128, 64])
+def test_gradients_of_packed_documents(K):
+    assert not too_large(check_gradients(1, 700, 3, K, K, "library", [0, 100, 100, *range(101, 150), 333, 700]))
+
+
+def test_a_long_row_is_prepared_in_parts(monkeypatch):
+    inputs = make_inputs(1, 8300, 32, 128, 128)
+    assert operator.plan_for(*inputs, None, False).parts == 2
+    got = kda(*inputs, backend="triton")
+    monkeypatch.setenv("DELTIFY_KERNELS", "triton")
+    want = kda(*inputs, backend="triton")
+    assert all(error(x, y.double()) < 5e-3 for x, y in zip(got, want))
+
+
+def test_gradients_are_written_everywhere_and_twice_the_same(monkeypatch):
+    inputs = [x.requires_grad_() for x in make_inputs(2, 500, 3, 128, 128)]
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda x: empty_like(x).fill_(float("nan")))
+
+    def results():
+        o, state = kda(*inputs, backend="triton")
+        return [o, state, *torch.autograd.grad(o.square().sum() + state.sum(), inputs)]
+
+    for first, second in zip(results(), results()):
+        assert torch.isfinite(first).all() and torch.equal(first, second)
 
 
 def test_a_captured_call_gives_the_eager_result():
@@ -99,18 +128,23 @@ def test_a_captured_call_gives_the_eager_result():
     assert torch.equal(got, want)
 
 
-def test_a_wrong_kernel_is_not_used(monkeypatch, caplog):
-    monkeypatch.setenv("DELTIFY_PREPARE", "auto")
-    inputs = make_inputs(1, 100, 2, 64, 64)
-    want = kda(*inputs, backend="triton")[0]
-    selfcheck.cuda_refusal.cache_clear()
-    selfcheck.failure.cache_clear()
-    wrong = prepare.source_of(64, False).replace("on = diagonal[row]", "on = 0.f")
-    assert wrong != prepare.source_of(64, False)
-    monkeypatch.setattr(prepare, "source_of", lambda *_: wrong)
-    prepare.kernel.cache_clear()
-    assert error(kda(*inputs, backend="triton")[0], want.double()) < 5e-3
-    assert "KDA prepares chunks in Triton, not in CUDA C++" in caplog.text and "wrong results" in caplog.text
+@pytest.mark.parametrize(
+    "module, right, wrong", [(prepare, "on = diagonal[row]", "on = 0.f"), (finish, "2.f * sums[4]", "sums[4]")]
+)
+def test_a_wrong_kernel_is_not_used(monkeypatch, caplog, module, right, wrong):
+    monkeypatch.setenv("DELTIFY_KERNELS", "auto")
+    caches = selfcheck.cuda_refusal, selfcheck.failure, module.kernel
+    inputs = [x.requires_grad_() for x in make_inputs(1, 100, 2, 64, 64)]
+    results = lambda: torch.autograd.grad(kda(*inputs, backend="triton")[0].sum(), inputs)  # noqa: E731
+    want = results()
+    source = module.source_of(64, False)
+    monkeypatch.setattr(module, "source_of", lambda *_: source.replace(right, wrong))
+    assert module.source_of() != source
+    for x in caches:
+        x.cache_clear()
+    assert all(error(x, y.double()) < 2e-2 for x, y in zip(results(), want))
+    which = "forward" if module is prepare else "backward"
+    assert f"KDA's {which} pass runs in Triton, not in CUDA C++" in caplog.text and "wrong results" in caplog.text
     monkeypatch.undo()
-    for x in (selfcheck.cuda_refusal, selfcheck.failure, prepare.kernel):
+    for x in caches:
         x.cache_clear()

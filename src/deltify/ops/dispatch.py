@@ -5,6 +5,7 @@ Legend: B batch, T tokens, H heads, K key width, V value width, N states.
 
 import functools
 import importlib
+import itertools
 import logging
 from itertools import pairwise
 from types import ModuleType
@@ -138,11 +139,12 @@ def kernel_refusals(index: int) -> dict[str, str | None]:
     }
 
 
-def prepare_refusal(index: int) -> str | None:
-    """Return why this GPU prepares chunks in Triton and not in CUDA C++, or None. The kernel is compiled and run."""
+def cuda_refusal(index: int) -> str | None:
+    """Return why this GPU runs KDA's kernels in Triton and not in CUDA C++, or None. They are compiled and run."""
     kernels = triton_kernels()
     assert kernels is not None  # else there is nothing to refuse
-    return next(filter(None, (kernels.cuda_refusal(index, width) for width in kernels.WIDTHS)), None)
+    parts = itertools.product(kernels.WIDTHS, (False, True))
+    return next(filter(None, (kernels.cuda_refusal(index, width, gradients) for width, gradients in parts)), None)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-ARCHITECTURE = "sm_90"
+ARCHITECTURE = "sm_90a"
 OPTIONS = [f"--gpu-architecture={ARCHITECTURE}", "-std=c++17", "-default-device"]
 MAX_SHARED, CARVEOUT = 8, 9  # attributes of a function: CU_FUNC_ATTRIBUTE_...
 

@@ -5,6 +5,7 @@ typedef unsigned short u16;
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define BY_VALUE const __grid_constant__
 #define UNROLL _Pragma("unroll")
+#define LOOP _Pragma("unroll 1")
 #define THREAD ((int)threadIdx.x)
 #define BLOCK ((int)blockIdx.x)
 extern __shared__ __align__(1024) char shared[];

@@ -1,6 +1,6 @@
-"""The kernel `prepare` in CUDA C++: when it can run, and its launch.
+"""The kernel `prepare` in CUDA C++: its launch.
 
-It computes what `prepare_kernel` of ../triton/prepare.py does, for bfloat16 on GPUs of compute capability 9.0.
+It computes what `prepare_kernel` of ../triton/prepare.py does.
 """
 
 import functools
@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .compiler import Kernel, load
 
-CAPABILITY = (9, 0)
-WIDTHS = (64, 128)
 THREADS = 256
 # struct Call of prepare.cu
 CALL = struct.Struct("@10P3i2f2i4x")
@@ -35,20 +33,6 @@ def kernel(device: int, K: int, bounded: bool) -> Kernel:
     return load(device, source_of(K, bounded), "kda_prepare", THREADS, shared_bytes(K))
 
 
-def refusal(device: int) -> str | None:
-    """Return why a GPU does not run the kernel, or None if it may."""
-    if torch.version.hip or torch.cuda.get_device_capability(device) != CAPABILITY:
-        return "it needs compute capability 9.0"
-    return None
-
-
-def fits(q: Tensor, k: Tensor, f: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, bounds: Tensor | None) -> bool:
-    """Return whether the kernel takes such tensors, all contiguous."""
-    types = all(x.dtype == torch.bfloat16 for x in (q, k, f, b)) and A_log.dtype == dt_bias.dtype == torch.float32
-    aligned = all(x.data_ptr() % 16 == 0 for x in (q, k, f)) and dt_bias.data_ptr() % 8 == 0
-    return types and aligned and q.shape[-1] in WIDTHS and (bounds is None or bounds.dtype == torch.int32)
-
-
 def pack_arguments(
     q: Tensor, k: Tensor, f: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, bounds: Tensor | None, wide: Tensor,
     square: Tensor, ends: Tensor, documents: int, lower_bound: float, scale: float, first: int,
@@ -68,7 +52,7 @@ def prepare(
     """Write `wide` [3, all slots, C, K], `square` [2, all slots, C, C] and `ends` [all slots, K] at some of the slots.
 
     They are what `prepare_kernel` of ../triton/prepare.py writes. A slot is a head of a chunk. All tensors are
-    contiguous, and `fits` them.
+    contiguous, and `fits` of inputs.py holds.
     """
     tensors = (q, k, f, b, A_log, dt_bias, bounds, wide, square, ends)
     arguments = pack_arguments(*tensors, documents, lower_bound or 0.0, scale, slots.start)

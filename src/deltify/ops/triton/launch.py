@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +12,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..cuda.finish import finish
 from ..cuda.prepare import prepare
+from ..cuda.scan import ALL, KEEP, OUTPUTS, REVERSE
+from ..cuda.scan import scan as cuda_scan
 from .finish import ROWS, finish_kernel, pairs_kernel
 from .prepare import prepare_kernel
 from .scan import combine_kernel, reverse_kernel, scan_kernel
@@ -28,9 +32,11 @@ class Plan:
     segment: int  # number of chunks of a segment
     split: bool  # whether a document has several segments
     stages: int = 3  # number of loads in flight in the scan
-    cuda: bool = False  # whether prepare is the kernel in CUDA C++
+    cuda: bool = False  # whether the kernels are those in CUDA C++, but for a scan that is split
+    parts: int = (
+        1  # with these kernels: a part is prepared while the scan is at those before it; not in a backward pass
+    )
     beside: bool = False  # whether the two scans of the backward pass run at the same time
-    overlap: bool = False  # whether the last segment is prepared while the scan maps the others; for one row
     channels: int = 64  # of a slice in prepare and finish; with 32 or 16, Triton 3.6 gives wrong results on Hopper
 
 
@@ -93,15 +99,11 @@ class Prepared:
         self.wide = TensorDescriptor.from_tensor(wide, [C, K])
         self.square = TensorDescriptor.from_tensor(square, [C, C])
         self.tables = make_tables(q.device, gate_dtype(q.dtype)), make_tables(q.device, q.dtype)
-        self.prepare_rest: Callable[[], None] | None = None
         if plan.cuda:
             out, numbers = (wide, square, self.ends), (self.documents, lower_bound, scale)
-            run = functools.partial(prepare, q, k, f, b, A_log, dt_bias, cu_seqlens, *out, *numbers)
-            cut = self.slots
-            if plan.overlap:
-                cut = (triton.cdiv(self.chunks, plan.segment) - 1) * plan.segment * heads
-                self.prepare_rest = functools.partial(run, slots=range(cut, self.slots))
-            run(slots=range(cut))
+            self.run = functools.partial(prepare, q, k, f, b, A_log, dt_bias, cu_seqlens, *out, *numbers)
+            if plan.parts == 1 or plan.split:
+                self.run(range(self.slots))
             return
         slices = TensorDescriptor.from_tensor(wide, [C, plan.channels])
         prepare_kernel[(self.chunks, heads)](
@@ -113,6 +115,8 @@ class Prepared:
     def scan(self, v: Tensor, state: Tensor | None, plan: Plan, out: Tensor, keep: bool = False):
         """Write o (with `keep`: u) to `out`. Return the final states and, with `keep`, the states before each chunk."""
         K, V = self.widths.values()
+        if plan.cuda and not plan.split:
+            return self.scan_in_cuda(v, state, plan, out, keep)
         units = self.tokens // (plan.segment * C) + self.documents
         if not self.packed:
             units = self.documents * triton.cdiv(self.tokens, plan.segment * C)
@@ -125,23 +129,36 @@ class Prepared:
             local = torch.empty(units, self.heads, V, K, **numbers)
         for is_first in (True, False) if plan.split else (False,):
             tiles = (K + V if is_first else V) // BV
-            with on_side_stream(plan.overlap and is_first, v.device):
-                scan_kernel[(self.heads * tiles, units)](
-                    self.wide, self.square, self.ends, v, self.bounds, state, maps, local, out, final, states,
-                    *self.sizes, self.slots, plan.segment,
-                    **self.widths, BV=BV, MAPS=is_first, KEEP=keep and not is_first, SPLIT=plan.split,
-                    HAS_STATE=state is not None, **self.documents_are, STAGES=plan.stages, num_warps=4,
-                )  # fmt: skip
-            if self.prepare_rest:
-                self.prepare_rest()
-                self.prepare_rest = None
-                torch.cuda.current_stream(v.device).wait_stream(side_stream(v.device))
+            scan_kernel[(self.heads * tiles, units)](
+                self.wide, self.square, self.ends, v, self.bounds, state, maps, local, out, final, states,
+                *self.sizes, self.slots, plan.segment,
+                **self.widths, BV=BV, MAPS=is_first, KEEP=keep and not is_first, SPLIT=plan.split,
+                HAS_STATE=state is not None, **self.documents_are, STAGES=plan.stages, num_warps=4,
+            )  # fmt: skip
             if is_first:
                 combine_kernel[(self.heads * V // COMBINE_BV, self.documents)](
                     maps, local, self.bounds, *self.sizes, plan.segment,
                     **self.widths, BV=COMBINE_BV, **self.documents_are, num_warps=4,
                 )  # fmt: skip
         return final, states
+
+    def scan_in_cuda(self, v: Tensor, state: Tensor | None, plan: Plan, out: Tensor, keep: bool):
+        """Do what `scan` does. With several parts, each is prepared while the scan is at those before it."""
+        K, V = self.widths.values()
+        prepared = self.wide.base, self.square.base, self.ends, v, self.bounds
+        states = torch.empty(self.slots, V, K, dtype=v.dtype, device=v.device) if keep else None
+        cuts = [n * self.chunks // plan.parts for n in range(plan.parts + 1)]
+        finals = torch.empty(min(2, plan.parts), self.documents, self.heads, K, V, device=v.device)
+        for n, (first, last) in enumerate(itertools.pairwise(cuts)):
+            chunks = range(first, last) if plan.parts > 1 else ALL
+            if plan.parts > 1:
+                self.run(range(first * self.heads, last * self.heads))
+            with on_side_stream(plan.parts > 1, v.device):
+                cuda_scan(KEEP if keep else OUTPUTS, *prepared, state, finals[n % 2], out, states, chunks)
+            state = finals[n % 2]
+        if plan.parts > 1:
+            torch.cuda.current_stream(v.device).wait_stream(side_stream(v.device))
+        return state, states
 
 
 def forward(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale, plan: Plan, out: Tensor) -> Tensor:
@@ -158,18 +175,24 @@ def backward(
     All intermediate results of the forward pass but its output `o` are computed again. `do` and `dfinal` are the
     gradients of the output and of the final states; `dfinal` may be None.
     """
-    plan = replace(plan, overlap=False)
+    plan = replace(plan, parts=1, split=plan.split and not plan.cuda)
     p = Prepared(q, k, v, f, b, A_log, dt_bias, cu_seqlens, lower_bound, scale, plan)
     dq, dk, dv, df, db = out
+    if plan.cuda and do.data_ptr() % 16:  # as a tensor map needs
+        do = do.clone()
     u = torch.empty_like(v)
     K, V = p.widths.values()
     dstates = torch.empty(p.slots, V, K, dtype=v.dtype, device=v.device)
     dstate = torch.empty(p.documents, p.heads, K, V, dtype=torch.float32, device=v.device)
     with on_side_stream(plan.beside, v.device):
-        reverse_kernel[(p.heads * (V // BV), p.documents)](
-            p.wide, p.square, p.ends, do, cu_seqlens, dfinal, dv, dstate, dstates, *p.sizes, p.slots,
-            **p.widths, BV=BV, HAS_DFINAL=dfinal is not None, **p.documents_are, STAGES=plan.stages, num_warps=4,
-        )  # fmt: skip
+        if plan.cuda:
+            prepared = p.wide.base, p.square.base, p.ends, do, cu_seqlens
+            cuda_scan(REVERSE, *prepared, dfinal, dstate, dv, dstates)
+        else:
+            reverse_kernel[(p.heads * (V // BV), p.documents)](
+                p.wide, p.square, p.ends, do, cu_seqlens, dfinal, dv, dstate, dstates, *p.sizes, p.slots,
+                **p.widths, BV=BV, HAS_DFINAL=dfinal is not None, **p.documents_are, STAGES=plan.stages, num_warps=4,
+            )  # fmt: skip
     if plan.beside:  # reverse takes as long as a scan that is not split
         plan = replace(plan, segment=triton.cdiv(p.tokens, C), split=False)
     _, states = p.scan(v, state, plan, u, keep=True)
@@ -177,13 +200,17 @@ def backward(
         torch.cuda.current_stream(v.device).wait_stream(side_stream(v.device))
     del p.wide, p.square, p.ends
     numbers = {"dtype": torch.float32, "device": v.device}
+    dA_log, ddt_bias = (torch.empty(p.chunks, p.heads, K, **numbers) for _ in range(2))
+    if plan.cuda:
+        gates, found = (A_log, dt_bias, cu_seqlens, lower_bound, scale), (dq, dk, df, db, dA_log, ddt_bias)
+        finish(q, k, f, v, b, *gates, o, u, do, dv, states, dstates, found)
+        return dA_log.sum((0, 2)), ddt_bias.sum(0).flatten(), dstate
     pairs = torch.empty(4, p.slots, C, C, dtype=v.dtype, device=v.device)
     rows = torch.empty(p.slots, ROWS.value, C, **numbers)
     pairs_kernel[(p.chunks, p.heads)](
         q, k, v, b, cu_seqlens, u, o, do, dv, db, pairs, rows, *p.sizes, p.slots, scale,
         **p.widths, **p.documents_are, num_warps=4,
     )  # fmt: skip
-    dA_log, ddt_bias = (torch.empty(p.chunks, p.heads, K, **numbers) for _ in range(2))
     partial = torch.empty(q.shape, **numbers)
     for queries in (True, False):
         finish_kernel[(p.chunks, p.heads * (K // plan.channels))](

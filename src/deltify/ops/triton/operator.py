@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from .launch import BV, C, Plan, backward, forward
-from .selfcheck import prepares_in_cuda
+from .selfcheck import runs_in_cuda
 from .tiles import wants_gradients
 
 # token-heads of a part: what a part's intermediate results take, 1 KB and 2.5 KB a token-head, bounds the memory
 PART, PART_BACKWARD = 2**20, 2**18
-# token-heads from which the last segment is prepared while the scan maps the others: less is not worth the launches
-OVERLAP = 2**18
+# token-heads of a part that is prepared while the scan is at another: less is not worth the launches
+OVERLAP = 2**17
+# segments from which the scan in Triton, which has them, is faster than the one in CUDA C++, which has not
+SEGMENTS = 8
 
 
 @functools.cache
@@ -36,17 +38,21 @@ def make_plan(documents: int, tokens: int, heads: int, V: int, count: int) -> Pl
     return Plan(max(1, -(-chunks // parts)), parts > 1, beside=few)
 
 
-def plan_for(q, k, v, f, b, A_log, dt_bias, cu_seqlens: Tensor | None) -> Plan:
+def plan_for(q, k, v, f, b, A_log, dt_bias, cu_seqlens: Tensor | None, gradients: bool) -> Plan:
+    """Return the plan of a forward pass, or with `gradients` of a backward pass."""
     batch, tokens, heads, V = v.shape
     count = processors(v.device.index or 0)
     documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
     plan = make_plan(documents, tokens if cu_seqlens is None else tokens // documents, heads, V, count)
+    if runs_in_cuda(q, k, v, f, b, A_log, dt_bias, cu_seqlens, gradients):
+        one_row = batch == 1 and cu_seqlens is None and plan.beside
+        parts = max(1, min(8, tokens * heads // OVERLAP)) if one_row and not gradients else 1
+        split = not gradients and plan.segment * SEGMENTS <= -(-tokens // C)
+        plan = replace(plan, cuda=True, split=split, parts=parts)
     if cu_seqlens is not None and not plan.split:
         # reading the lengths of documents would wait for the GPU, so one document may have all tokens
         plan = replace(plan, segment=-(-tokens // C))
-    cuda = prepares_in_cuda(q, k, f, b, A_log, dt_bias, cu_seqlens)
-    overlap = cuda and plan.split and batch == 1 and cu_seqlens is None and tokens * heads >= OVERLAP
-    return replace(plan, beside=plan.beside and v.is_cuda, cuda=cuda, overlap=overlap)
+    return replace(plan, beside=plan.beside and v.is_cuda)
 
 
 def parts(v: Tensor, cu_seqlens: Tensor | None, limit: int) -> list[slice]:
@@ -69,7 +75,7 @@ def run_forward(
     state = None if state is None else state.contiguous()
     for part in parts(v, cu_seqlens, PART_BACKWARD if keep else PART):
         now = [x[:, part] for x in rows]
-        plan = plan_for(*now, *gates, cu_seqlens)
+        plan = plan_for(*now, *gates, cu_seqlens, False)
         state = forward(*now, *gates, state, cu_seqlens, lower_bound, scale, plan, o[:, part])
         states.append(state)
     return o, states
@@ -89,7 +95,7 @@ def run_backward(
     shares = []
     for part, begin in reversed(list(zip(parts(v, cu_seqlens, PART_BACKWARD), states))):
         now, here = [x[:, part] for x in rows], [x[:, part] for x in out]
-        plan, gradients = plan_for(*now, *gates, cu_seqlens), (o[:, part], do[:, part], dstate, here)
+        plan, gradients = plan_for(*now, *gates, cu_seqlens, True), (o[:, part], do[:, part], dstate, here)
         *share, dstate = backward(*now, *gates, begin, cu_seqlens, lower_bound, scale, plan, *gradients)
         shares.append(share)
     dA_log, ddt_bias = (functools.reduce(torch.add, x) for x in zip(*shares))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..chunked import kda_chunked
 from ..conv import short_conv_split_torch
-from ..cuda import prepare as cuda_prepare
+from ..cuda.inputs import fits
+from ..cuda.inputs import refusal as unfit_for_cuda
 from ..reference import gated_rms_norm
 from ..step import layer_step_torch
 from .conv import short_conv_split
@@ -23,7 +24,7 @@ WIDTHS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 WHOLE, SPLIT = Plan(8, False), Plan(2, True)
 TOLERANCE = 0.02  # RMS of the difference over RMS of the reference
-PREPARE = "DELTIFY_PREPARE"  # environment variable that chooses the kernel for prepare
+KERNELS = "DELTIFY_KERNELS"  # environment variable that chooses between kernels in Triton and in CUDA C++
 logger = logging.getLogger(__name__)
 
 
@@ -50,7 +51,7 @@ def failure(device: int, part: str, width: int = WIDTHS[0]) -> str | None:
 
     Args:
         device: Index of the GPU.
-        part: One of `CHECKS`.
+        part: One of `CHECKS` or `CUDA_CHECKS`.
         width: Width of the heads.
     """
     name = f"this GPU ({torch.cuda.get_device_name(device)}, Triton {triton.__version__})"
@@ -61,36 +62,37 @@ def failure(device: int, part: str, width: int = WIDTHS[0]) -> str | None:
     return None if error < TOLERANCE else f"{name}: wrong results, error {error:.2g}"
 
 
-def prepares_in_cuda(q, k, f, b, A_log, dt_bias, bounds: Tensor | None) -> bool:
-    """Return whether the kernel in CUDA C++ prepares the chunks of these inputs.
+def runs_in_cuda(q, k, v, f, b, A_log, dt_bias, bounds: Tensor | None, gradients: bool) -> bool:
+    """Return whether the kernels in CUDA C++ run such inputs, or with `gradients` those of the backward pass.
 
-    The environment variable DELTIFY_PREPARE chooses: "auto", "triton" or "cuda".
+    The environment variable DELTIFY_KERNELS chooses: "auto", "triton" or "cuda".
 
     Raises:
         ValueError: If the variable has another value.
-        RuntimeError: If it is "cuda" and the kernel cannot run.
+        RuntimeError: If it is "cuda" and the kernels cannot run.
     """
-    choice = os.environ.get(PREPARE, "auto")
+    choice = os.environ.get(KERNELS, "auto")
     if choice not in ("auto", "triton", "cuda"):
-        raise ValueError(f"{PREPARE}={choice} is unknown; choose from auto, triton, cuda")
+        raise ValueError(f"{KERNELS}={choice} is unknown; choose from auto, triton, cuda")
     if choice == "triton" or not q.is_cuda:
         return False
-    if not cuda_prepare.fits(q, k, f, b, A_log, dt_bias, bounds):
-        reason = "it needs bfloat16, float32 gate parameters and rows at multiples of 16 bytes"
+    if not fits(q, k, v, f, b, A_log, dt_bias, bounds):
+        reason = "they need bfloat16, float32 gate parameters, heads of K = V and rows at multiples of 16 bytes"
     else:
-        reason = cuda_refusal(q.device.index, q.shape[-1])
+        reason = cuda_refusal(q.device.index, q.shape[-1], gradients)
     if reason and choice == "cuda":
-        raise RuntimeError(f"{PREPARE}=cuda, but the CUDA kernel cannot run: {reason}. Choose auto or triton")
+        raise RuntimeError(f"{KERNELS}=cuda, but the CUDA kernels cannot run: {reason}. Choose auto or triton")
     return not reason
 
 
 @functools.cache
-def cuda_refusal(device: int, width: int) -> str | None:
-    """Return why the kernel in CUDA C++ does not run on this device, or None. Logs one line about it."""
-    unfit = cuda_prepare.refusal(device)
-    reason = unfit or failure(device, "cuda", width)
+def cuda_refusal(device: int, width: int, gradients: bool) -> str | None:
+    """Return why the kernels in CUDA C++ do not run on this device, or None. Logs one line about it."""
+    unfit = unfit_for_cuda(device)
+    reason = unfit or failure(device, "cuda backward" if gradients else "cuda", width)
     kind = f"in Triton, not in CUDA C++: {reason}" if reason else "in CUDA C++"
-    logger.log(logging.WARNING if reason and not unfit else logging.INFO, f"deltify: KDA prepares chunks {kind}")
+    level = logging.WARNING if reason and not unfit else logging.INFO
+    logger.log(level, f"deltify: KDA's {'backward' if gradients else 'forward'} pass runs {kind}")
     return reason
 
 
@@ -103,7 +105,7 @@ def largest_error(part: str, width: int, place: str, dtype: torch.dtype, tokens:
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     # Hide the saved tensors from activation checkpointing, which would not find them when it recomputes a layer.
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-        pairs = list((CHECKS | {"cuda": cuda_pairs})[part](draw, width, place, dtype, tokens))
+        pairs = list((CHECKS | CUDA_CHECKS)[part](draw, width, place, dtype, tokens))
     errors = [(x.cpu().double() - y.detach()).square().mean() / y.detach().double().square().mean() for x, y in pairs]
     return float(torch.stack(errors).max().sqrt())  # NaN, if any is
 
@@ -132,11 +134,11 @@ def operator_pairs(
     return pairs
 
 
-def cuda_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int):
-    """Yield results and references of the operator with the CUDA kernel, for fast, slow and bounded gates."""
+def cuda_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int, gradients: bool):
+    """Yield results and references of the kernels in CUDA C++, for fast, slow and bounded gates."""
+    plans = replace(WHOLE, cuda=True), replace(WHOLE, cuda=True, parts=2)
     for shift, lower_bound in ((0.0, None), (-6.0, None), (0.0, -5.0)):
-        plans = (replace(WHOLE, cuda=True),)
-        yield from operator_pairs(draw, width, place, dtype, tokens, False, plans, shift, lower_bound)
+        yield from operator_pairs(draw, width, place, dtype, tokens, gradients, plans, shift, lower_bound)
 
 
 def step_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int):
@@ -166,6 +168,10 @@ CHECKS = {
     "backward": functools.partial(operator_pairs, gradients=True),
     "step": step_pairs,
     "layer": layer_pairs,
+}
+CUDA_CHECKS = {
+    "cuda": functools.partial(cuda_pairs, gradients=False),
+    "cuda backward": functools.partial(cuda_pairs, gradients=True),
 }
 
 
