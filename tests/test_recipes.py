@@ -16,9 +16,12 @@ from deltify import distill, load_recipe
 from deltify.cli import main
 from deltify.config import RENAMED, STAGES, DataSpec, Recipe, Stage, StudentSpec, TeacherSpec, smoke, value_of
 from deltify.conversion.teacher import random_teacher
+from deltify.model import DeltifyConfig
 from deltify.recipes import recipe_names, summary
 from deltify.training import runner
+from deltify.training.runner import reject_other_settings
 from deltify.training.signals import Stopper
+from deltify.utils.folders import model_folder
 
 
 def test_recipes_are_found_by_name_unless_there_is_such_a_file(tmp_path, monkeypatch):
@@ -195,6 +198,11 @@ def test_a_run_converts_further_layers_of_a_students_folder(tmp_path, capsys):
         (replace(further, convert_further=False), "or set student.convert_further: true"),
         (replace(further, head_dim=32), "has heads of 16 channels, but the recipe means 32. Set student.head_dim: 16"),
         (replace(further, full_attention_layers="measured:2"), "Make both the same$"),
+        (replace(further, full_attention_layers=[1], keep_rope=True), "with keep_rope: False, but the recipe has True"),
+        (
+            replace(further, gate_bias=True),
+            "with gate_bias: False, but the recipe has True. Set student.gate_bias: False",
+        ),
         (replace(further, init=str(tmp_path)), "config.json"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
@@ -204,6 +212,30 @@ def test_a_run_converts_further_layers_of_a_students_folder(tmp_path, capsys):
     first, last = load_file(run / "converted" / "model.safetensors"), load_file(hybrid / "match" / "model.safetensors")
     assert all(torch.equal(first[name], last[name]) for name in first if ".layers.1.self_attn." not in name)
     assert "model.layers.1.self_attn.A_log" in first and "model.layers.1.self_attn.A_log" not in last
+
+
+def test_a_student_of_another_vocabulary_or_window_is_not_trained_further():
+    config = DeltifyConfig(vocab_size=100, num_hidden_layers=1, layer_types=["sliding_attention"], sliding_window=8)
+    spec = StudentSpec(full_attention_layers="S", sliding_window=8)
+    reject_other_settings("there", config, ["sliding_attention"], spec, 100)
+    with pytest.raises(ValueError, match="a vocabulary of 100 tokens, but the teacher has 120"):
+        reject_other_settings("there", config, ["sliding_attention"], spec, 120)
+    with pytest.raises(ValueError, match="with sliding_window: 8, but the recipe has 64"):
+        reject_other_settings("there", config, ["sliding_attention"], replace(spec, sliding_window=64), 100)
+    reject_other_settings("there", config, ["linear_attention"], replace(spec, sliding_window=64), 100)
+
+
+def test_the_model_of_an_unfinished_run_is_taken_with_a_warning(tmp_path, caplog):
+    for stage in ("converted", "align"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "config.json").touch()
+    stages = "align: {tokens: 4096}\nmatch: {tokens: 4096}\nextend: {tokens: 0}\n"
+    (tmp_path / "recipe.yaml").write_text(stages)
+    assert model_folder(str(tmp_path)) == model_folder(str(tmp_path)) == str(tmp_path / "align")
+    assert caplog.messages == [f"{tmp_path}: match is not finished. The model is that of align"]
+    (tmp_path / "match").mkdir()
+    (tmp_path / "match" / "config.json").touch()
+    assert model_folder(str(tmp_path)) == str(tmp_path / "match") and len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize("old, new", RENAMED.items())
@@ -233,6 +265,8 @@ def test_unknown_fields_in_a_file_name_the_nearest(tmp_path):
         ("# no more than a remark", r"bad\.yaml holds nothing"),
         ("name: x\nalign: 5", r"align=5 is not a section; give it fields, which are: tokens, sequence_length"),
         ("name: x\nmatch:", r"match=None is not a section"),
+        ("name: x\nmatch: {tokens: 64}\nmatch: {tokens: 128}", r"line 3 has match a second time. Remove one of them"),
+        ("name: x\nalign:\n  tokens: 64\n  tokens: 128", r"line 4 has tokens a second time"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(text, message, tmp_path):

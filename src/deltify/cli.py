@@ -583,7 +583,7 @@ def add_completion(commands: argparse._SubParsersAction) -> None:
     completion = commands.add_parser(
         "completion",
         help="print a script that completes commands, options and recipes in a shell",
-        description="Print a completion script. It needs: pip install 'deltify[completion]'",
+        description="Print a completion script. It needs, in a clone of deltify: pip install -e '.[completion]'",
         epilog='For bash, add to ~/.bashrc: eval "$(deltify completion bash)". For zsh, write the output to a file '
         "_deltify in a folder of $fpath.",
     )

@@ -298,7 +298,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 def read_mapping(path: Path) -> dict:
     """Return the fields of a YAML file. Raise ValueError if it is no YAML, or no mapping of fields."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"{path} is not YAML: {problem}; `deltify recipes` lists examples") from None
@@ -308,7 +309,24 @@ def read_mapping(path: Path) -> dict:
             f"{path} holds {found}; a recipe is fields and their values, such as name: my-run; `deltify recipes` lists "
             "examples"
         )
+    if again := doubled_key(tree):
+        raise ValueError(
+            f"{path}: line {again.start_mark.line + 1} has {again.value} a second time. Remove one of them"
+        )
     return content
+
+
+def doubled_key(node: yaml.Node) -> yaml.Node | None:
+    """Return the second one of two equal keys of a mapping, or None. YAML would take its value without a word."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.value in seen:
+                return key
+            seen.add(key.value)
+            if again := doubled_key(value):
+                return again
+    return None
 
 
 def reject_unknown(content: dict, where: str, cls: type = Recipe, prefix: str = "") -> None:

@@ -49,7 +49,7 @@ def test_a_recipe_for_a_gpu_fits_its_memory_and_the_time(smollm2, tmp_path, caps
     assert 1.45 < hours <= 1.5 and all(plan.total < FULL * MEMORY["h200"] for plan in plans)
     assert recipe.data.max_tokens == recipe.align.tokens + recipe.match.tokens
     assert summary(path) == f"{smollm2} to KDA in all layers, in 2 hours on one h200."
-    assert "not measured" not in said and "pip install 'deltify[hub]'" in said
+    assert "not measured" not in said and "pip install -e '.[hub]'" in said
 
 
 def test_every_written_field_is_read_back(smollm2, tmp_path):

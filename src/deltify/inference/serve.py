@@ -27,7 +27,9 @@ def serve(path: str | Path, *, host: str = "localhost", port: int = 8000, device
         ValueError: If the server's packages are not installed.
     """
     if not is_serve_available():
-        raise ValueError("Serving needs packages that are not installed. Run: pip install 'deltify[serve]'")
+        raise ValueError(
+            "Serving needs packages that are not installed. Run, in a clone of deltify: pip install -e '.[serve]'"
+        )
     from fastapi import FastAPI
     from transformers.cli.serve import Serve
 

@@ -309,7 +309,7 @@ COMMENTS = {
     "extend.tokens": "extend does the same on longer sequences",
     "micro_batch_size": "sequences in memory at a time; saves memory",
     "activation_checkpointing": "recomputes activations; saves memory",
-    "optimizer": "saves memory; needs: pip install 'deltify[adam8bit]'",
+    "optimizer": "saves memory; needs, in a clone of deltify: pip install -e '.[adam8bit]'",
     "run.eval_every": "steps between validations",
 }
 STAGE_FIELDS = ("tokens", "sequence_length", "batch_size", "lr_mixers")  # written even where they are the default
@@ -379,7 +379,7 @@ def notes(recipe: Recipe, config: PreTrainedConfig, machine: Machine) -> list[st
     if machine.name != "cpu" and (width := head_width(config)) not in FAST_WIDTHS:
         found.append(f"The GPU kernels need heads of width 64 or 128, not {width}: expect several times these hours.")
     if any("hf:" in source for source in recipe.data.train):
-        found.append("Text from the hub needs: pip install 'deltify[hub]'")
+        found.append("Text from the hub needs, in a clone of deltify: pip install -e '.[hub]'")
     return found
 
 

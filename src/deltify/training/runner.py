@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..config import INITS, STAGES, Recipe, check, check_shares
+from ..config import INITS, STAGES, Recipe, StudentSpec, check, check_shares
 from ..conversion.student import convert, convert_further, layer_kinds, measured_layers, model_class
 from ..conversion.teacher import Teacher, head_width
 from ..data.batches import Batch, MixedBatches, heldout_batches
@@ -412,6 +412,7 @@ def load_starting_student(context: RunContext, folder: str, teacher: Teacher) ->
     kinds = layer_kinds(layers, len(own))
     if own.count("full_attention") == measured_layers(layers):
         kinds = own  # the student's own choice
+    reject_other_settings(folder, student.config, kinds, spec, teacher.config.vocab_size)
     differing = {new for new, old in zip(kinds, own) if new != old}
     if not differing:
         return student
@@ -422,6 +423,38 @@ def load_starting_student(context: RunContext, folder: str, teacher: Teacher) ->
         raise ValueError(f"{described}. Make both the same, or set student.convert_further: true")
     options = {"retrieval_heads": spec.retrieval_heads, "center": spec.center, "seed": recipe.seed, "log": log}
     return convert_further(student.eval(), kinds, teacher, calibration_text(context), **options)
+
+
+def reject_other_settings(
+    folder: str, config: DeltifyConfig, kinds: list[str], spec: StudentSpec, vocabulary: int
+) -> None:
+    """Raise ValueError if a student to train further differs from what the recipe says of students.
+
+    Args:
+        folder: Folder of the student.
+        config: Its config.
+        kinds: Kinds of layers that the recipe means.
+        spec: The recipe's fields of the student.
+        vocabulary: Size of the teacher's vocabulary.
+    """
+    stay = [kind if kind == own_kind else "" for kind, own_kind in zip(kinds, config.layer_types)]
+    ropes = {rope for rope, kind in zip(config.use_rope, stay) if kind == "full_attention"}
+    own: dict[str, object] = {"gate_bias": config.gate_bias}
+    if len(ropes) == 1:
+        own["keep_rope"] = ropes.pop()
+    if "sliding_attention" in stay:
+        own |= {"sliding_window": config.sliding_window, "sink_tokens": config.sink_tokens}
+    for name, value in own.items():
+        if value != getattr(spec, name):
+            raise ValueError(
+                f"student.init={folder} was converted with {name}: {value}, but the recipe has {getattr(spec, name)}. "
+                f"Set student.{name}: {value}"
+            )
+    if config.vocab_size != vocabulary:
+        raise ValueError(
+            f"student.init={folder} has a vocabulary of {config.vocab_size:,} tokens, but the teacher has "
+            f"{vocabulary:,}. Name a student of this teacher"
+        )
 
 
 def load_student(folder: Path, device: torch.device) -> DeltifyForCausalLM:

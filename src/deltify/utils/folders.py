@@ -1,8 +1,14 @@
 """Find a model in its own folder, in a run, or on the hub."""
 
+import functools
+import logging
 from pathlib import Path
 
+import yaml
+
 from ..config import STAGES
+
+logger = logging.getLogger(__name__)
 
 
 def model_folder(path: str) -> str:
@@ -19,10 +25,23 @@ def model_folder(path: str) -> str:
     if (folder / "config.json").is_file():
         return str(folder)
     if stages := saved_stages(folder):
+        warn_of_unfinished_stages(folder, stages[-1])
         return str(folder / stages[-1])
     raise FileNotFoundError(
         f"{path} holds neither a model (config.json) nor a run (converted/, align/, match/, extend/)"
     )
+
+
+@functools.cache
+def warn_of_unfinished_stages(run: Path, last: str) -> None:
+    """Log once that a run's recipe has stages after the one whose model is taken."""
+    if not (run / "recipe.yaml").is_file():
+        return
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    planned = [name for name in STAGES if (recipe.get(name) or {}).get("tokens")]
+    later = planned[planned.index(last) + 1 :] if last in planned else planned
+    if later:
+        logger.warning(f"{run}: {' and '.join(later)} is not finished. The model is that of {last}")
 
 
 def saved_stages(run: Path) -> list[str]:
