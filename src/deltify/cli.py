@@ -184,6 +184,12 @@ def run_distill(options: argparse.Namespace, overrides: list[str]) -> None:
     from .training.runner import distill
 
     recipe = load_recipe(options.recipe, overrides)
+    there, elsewhere = Path(options.recipe).resolve().parent, any(part.startswith("--name") for part in overrides)
+    if options.resume and (there / "metrics.jsonl").is_file() and not elsewhere and there != recipe.folder.resolve():
+        raise ValueError(
+            f"{options.recipe} is the recipe of the run in {there}, but with output: {recipe.output} that run would be "
+            f"{recipe.folder.resolve()}. To continue it, give --output {there.parent}"
+        )
     if options.smoke:
         recipe = smoke(recipe)
     elif recipe.run.device in ("auto", "cuda") and options.fit_minutes is None:

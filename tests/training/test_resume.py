@@ -99,6 +99,18 @@ def test_tokens_that_changed_since_the_start_are_refused(tmp_path, whole):
     distill(recipe, resume=True)
 
 
+def test_a_runs_recipe_is_not_resumed_in_another_place(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text("name: mine\noutput: runs\nmatch: {tokens: 65536}\n")
+    (run / "metrics.jsonl").touch()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert main(["distill", "../runs/mine/recipe.yaml", "--resume"]) == 1
+    assert f"To continue it, give --output {tmp_path / 'runs'}" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "runs").exists()
+
+
 def test_a_run_stopped_by_the_clock_resumes(tmp_path, whole):
     recipe = tiny_recipe(tmp_path)
     run = distill(recipe, max_minutes=0)
