@@ -115,8 +115,10 @@ def in_triton() -> Iterator[None]:
     """Choose the Triton kernels where those in CUDA C++ would run."""
     before = os.environ.get("DELTIFY_KERNELS", "auto")
     os.environ["DELTIFY_KERNELS"] = "triton"
-    yield
-    os.environ["DELTIFY_KERNELS"] = before
+    try:
+        yield
+    finally:
+        os.environ["DELTIFY_KERNELS"] = before
 
 
 @torch.no_grad()

@@ -32,7 +32,8 @@ def test_versions_devices_and_kernels_are_printed(capsys, monkeypatch):
 def test_a_gpu_has_a_line_for_itself_and_each_part_of_the_kernels(monkeypatch):
     gpu = SimpleNamespace(name="Some GPU", total_memory=80 * 2**30, major=9, minor=0)
     kernels = SimpleNamespace(
-        CHECKS=("forward", "step"),
+        CHECKS=("forward", "backward", "step"),
+        KERNELS="DELTIFY_KERNELS",
         WIDTHS=(64, 128),
         failure=lambda index, part, width: "wrong results" if (part, width) == ("step", 128) else None,
         cuda_refusal=lambda index, width, gradients: "they need compute capability 9.0" if gradients else None,
@@ -45,13 +46,16 @@ def test_a_gpu_has_a_line_for_itself_and_each_part_of_the_kernels(monkeypatch):
     lines = environment.environment()
     assert "device cuda:0: Some GPU, 80.0 GiB, compute capability 9.0" in lines
     assert "auto means device cuda, precision bf16" in lines
-    assert lines[-3:] == [
+    assert lines[-5:] == [
         "kernels on cuda:0, forward: Triton",
+        "kernels on cuda:0, backward: Triton",
         "kernels on cuda:0, step: plain PyTorch: wrong results",
-        "kernels on cuda:0, KDA operator: Triton: they need compute capability 9.0",
+        "kernels on cuda:0, forward pass of the KDA operator: CUDA C++",
+        "kernels on cuda:0, backward pass of the KDA operator: Triton: they need compute capability 9.0",
     ]
-    kernels.cuda_refusal = lambda index, width, gradients: None
-    assert environment.environment()[-1] == "kernels on cuda:0, KDA operator: CUDA C++"
+    monkeypatch.setenv("DELTIFY_KERNELS", "triton")
+    line = "kernels on cuda:0, backward pass of the KDA operator: Triton: DELTIFY_KERNELS=triton"
+    assert environment.environment()[-1] == line
     monkeypatch.setattr(dispatch, "triton_kernels", lambda: None)
     assert environment.environment()[-1] == "kernels on cuda:0, all: plain PyTorch: Triton is not installed"
 

@@ -49,9 +49,11 @@ def environment() -> list[str]:
         refusals = kernel_refusals(index)
         for part, reason in refusals.items():
             lines.append(f"kernels on cuda:{index}, {part}: " + (f"plain PyTorch: {reason}" if reason else "Triton"))
-        if refusals.get("forward", "") is None:
-            reason = cuda_refusal(index)
-            lines.append(f"kernels on cuda:{index}, KDA operator: " + (f"Triton: {reason}" if reason else "CUDA C++"))
+        for part in ("forward", "backward"):
+            if refusals.get(part, "") is None:
+                reason = cuda_refusal(index, part == "backward")
+                kind = f"Triton: {reason}" if reason else "CUDA C++"
+                lines.append(f"kernels on cuda:{index}, {part} pass of the KDA operator: {kind}")
     return lines
 
 

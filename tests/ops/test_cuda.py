@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
 def cpp_of(source, kernel):
     """Return a kernel's source for a CPU."""
-    for name in ("machine.h", "pipeline.h"):
+    for name in ("machine.h", "pipeline.h"):  # emulator.h has their names
         source = source.replace(Path(compiler.__file__).with_name(name).read_text(), "")
     sizes = 'extern "C" int size_of(int shared) { return shared ? SHARED_BYTES : sizeof(Call); }'
     return f'#include "emulator.h"\n{source}\nRUN({kernel})\n{sizes}\n'
@@ -154,30 +154,36 @@ def check(emulated, gates, B, T, K, bounds=None):
 GRADIENT_BOUNDS = {"dq": 8e-3, "dk": 8e-3, "dv": 8e-3, "df": 2e-2, "db": 2e-2, "dA_log": 3e-2, "ddt_bias": 1e-2}
 
 
-def check_gradients(emulated, gates, B, T, K, bounds=None):
-    inputs, state, cu_seqlens, options = make_case(gates, B, T, K, bounds)
-    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(5))
-    do, dfinal = draw(B, T, HEADS, K).bfloat16(), draw(*state.shape)
-    leaves = [x.double().requires_grad_() for x in (*inputs, state)]
-    o, final = kda(*leaves[:7], state=leaves[7], backend="reference", **options)
-    want = torch.autograd.grad((o * do.double()).sum() + (final * dfinal.double()).sum(), leaves)
-    lower_bound = options["lower_bound"]
-    kernels, (q, k, v, f, b, *gate) = emulated(K, lower_bound is not None), inputs
+def run_backward(emulated, inputs, state, cu_seqlens, lower_bound, o, do, dfinal):
+    """Return the gradients of the inputs and of the states."""
+    kernels, (q, k, v, f, b, *gate), K = emulated(inputs[0].shape[-1], lower_bound is not None), inputs, state.shape[2]
     prepared = run_prepare(kernels, inputs, lower_bound, cu_seqlens, K**-0.5)
     u, _, states = run_scan(kernels, scan.KEEP, prepared, v, cu_seqlens, state)
     dv, dstate, dstates = run_scan(kernels, scan.REVERSE, prepared, do, cu_seqlens, dfinal)
     slots = states.shape[0]
     dq, dk, df, db = (torch.full_like(x, torch.nan) for x in (q, k, f, b))
     dA_log, ddt_bias = (nan(slots, K, dtype=torch.float32) for _ in range(2))
-    tensors = (o.detach().bfloat16(), u, do, dv, states, dstates, (dq, dk, df, db, dA_log, ddt_bias))
+    tensors = (o, u, do, dv, states, dstates, (dq, dk, df, db, dA_log, ddt_bias))
     call = finish.pack_arguments(q, k, f, v, b, *gate, cu_seqlens, lower_bound or 0.0, K**-0.5, *tensors, map_of)
     run(kernels.finish(), call, slots)
     sums = dA_log.view(-1, HEADS, K).sum((0, 2)), ddt_bias.view(-1, HEADS, K).sum(0).flatten()
+    return dq, dk, dv, df, db, *sums, dstate
+
+
+def check_gradients(emulated, gates, B, T, K, bounds=None):
+    """Compare gradients with float64."""
+    inputs, state, cu_seqlens, options = make_case(gates, B, T, K, bounds)
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(5))
+    do, dfinal = draw(B, T, HEADS, K).bfloat16(), draw(*state.shape)
+    leaves = [x.double().requires_grad_() for x in (*inputs, state)]
+    o, final = kda(*leaves[:7], state=leaves[7], backend="reference", **options)
+    want = torch.autograd.grad((o * do.double()).sum() + (final * dfinal.double()).sum(), leaves)
+    got = run_backward(emulated, inputs, state, cu_seqlens, options["lower_bound"], o.detach().bfloat16(), do, dfinal)
     names = (*GRADIENT_BOUNDS, "dstate")
-    errors = {n: error(x.double(), y) for n, x, y in zip(names, (dq, dk, dv, df, db, *sums, dstate), want)}
+    errors = {n: error(x.double(), y) for n, x, y in zip(names, got, want)}
     bounds_of = GRADIENT_BOUNDS | {"dstate": 8e-3}
     if gates in ("strong", "mixed", "turns"):  # nearly 0: what a token forgets is held at 2^-25
-        assert max(float(x.abs().max()) for x in (df, *sums)) < 1e-4
+        assert max(float(got[n].abs().max()) for n in (3, 5, 6)) < 1e-4
         bounds_of = {n: bounds_of[n] for n in ("dq", "dk", "dv", "db")}
     if gates == "collinear":  # u is a small difference of large numbers
         bounds_of = {n: 0.1 for n in bounds_of}
@@ -208,6 +214,36 @@ def test_packed_documents_empty_ones_included(emulated):
     check_gradients(emulated, "slow", 1, 130, 64, [0, *range(1, 66), 130])
 
 
+def test_infinite_gradients_of_a_row_do_not_reach_the_row_before(emulated):
+    inputs, state, _, _ = make_case("library", 2, 20, 64, None)
+    do = torch.randn(2, 20, HEADS, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
+    do[1] = torch.inf
+    found = run_backward(emulated, inputs, state, None, None, torch.zeros_like(do), do, torch.zeros_like(state))
+    assert all(torch.isfinite(x[0]).all() for x in found[:5])
+
+
+@pytest.mark.parametrize("bounds", [[-64, 130], [0, 130, 0, 130, 0, 130], [0, 500]])
+def test_nothing_is_written_outside_for_any_bounds(emulated, bounds):
+    inputs, state, cu_seqlens, _ = make_case("library", 1, 130, 64, bounds)
+    kernels, documents, outside = emulated(64, False), len(bounds) - 1, nan(1000, HEADS, 64)
+    prepared = run_prepare(kernels, inputs, None, cu_seqlens, 0.125)
+    out, slots = torch.cat([outside, torch.zeros(130, HEADS, 64).bfloat16(), outside]), prepared[2].shape[0]
+    states = torch.cat([nan(64, 64, 64), torch.zeros(slots, 64, 64).bfloat16(), nan(64, 64, 64)])
+    call = (
+        inputs[2],
+        cu_seqlens,
+        state,
+        torch.empty_like(state),
+        out[1000:1130],
+        states[64 : 64 + slots],
+        scan.ALL,
+        map_of,
+    )
+    run(kernels.scan(scan.KEEP), scan.pack_arguments(*prepared, *call), documents * HEADS)
+    assert out[:1000].isnan().all() and out[1130:].isnan().all()
+    assert states[:64].isnan().all() and states[64 + slots :].isnan().all()
+
+
 @pytest.mark.parametrize("K", WIDTHS)
 def test_the_structs_of_arguments_and_the_shared_memory_are_those_of_the_sources(emulated, K):
     kernels = emulated(K, False)
@@ -230,6 +266,24 @@ def test_inputs_that_the_kernels_do_not_take():
     assert not fits(q, k, torch.cat([v, v], -1), f, b, *gates, None)
 
 
+def test_few_heads_and_documents_choose_the_scan(monkeypatch):
+    operator = pytest.importorskip("deltify.ops.triton.operator", reason="Triton is not installed")
+    monkeypatch.setattr(operator, "runs_in_cuda", lambda *_: True)
+    monkeypatch.setattr(operator, "processors", lambda index: 132)
+
+    def plan_of(T, H, documents=None, gradients=False):
+        v = torch.empty(1, T, H, 128, device="meta")
+        bounds = None if documents is None else torch.arange(documents + 1)
+        return operator.plan_for(v, v, v, v, v, v, v, bounds, gradients)
+
+    for T in (8192, 8256):  # Triton's scan has eight segments or more
+        assert plan_of(T, 4).split and not plan_of(T, 4, gradients=True).split
+    assert not plan_of(8192, 20).split and not plan_of(32768, 20).split
+    assert not any(plan_of(32768, 20, documents).split for documents in (2, 8, 16, 64))
+    pieces = [plan_of(T, 20).pieces for T in (2048, 8192, 32768, 131072)]
+    assert pieces == [1, 1, 5, 8] and plan_of(32768, 20, 2).pieces == plan_of(32768, 64).pieces == 1
+
+
 def test_machine_code_is_compiled_once_and_kept(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setenv("DELTIFY_CACHE", str(tmp_path))
@@ -248,7 +302,8 @@ def test_the_kernels_are_chosen_by_hand_or_by_the_gpu_and_the_check(monkeypatch,
     selfcheck = pytest.importorskip("deltify.ops.triton.selfcheck", reason="Triton is not installed")
     caplog.set_level(logging.INFO)
     q, k, v, f, b, *gates = make_inputs(1, 8, 64, 64, "slow")
-    facts = {"dtype": q.dtype, "shape": q.shape, "data_ptr": q.data_ptr, "device": SimpleNamespace(index=0)}
+    anywhere = type("Anywhere", (), {"index": 0, "__eq__": lambda *_: True})()
+    facts = {"dtype": q.dtype, "shape": q.shape, "data_ptr": q.data_ptr, "device": anywhere}
     on_gpu = SimpleNamespace(is_cuda=True, **facts)
     state = {"capability": (9, 0), "failure": None}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: state["capability"])

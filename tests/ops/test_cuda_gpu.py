@@ -5,7 +5,7 @@ import torch
 from gpu_cases import BOUNDS, check_gradients, error, make_inputs, too_large
 
 from deltify.ops import kda
-from deltify.ops.cuda import finish, inputs, prepare
+from deltify.ops.cuda import finish, inputs, prepare, scan
 from deltify.ops.triton import operator, selfcheck
 from deltify.ops.triton.launch import Plan, Prepared
 
@@ -39,6 +39,7 @@ def test_the_kernels_equal_float64(gates, B, T, H, K, V):
 def test_packed_documents_empty_ones_included(K):
     bounds = torch.tensor([0, 100, 100, *range(101, 150), 333, 700, 5000], dtype=torch.int32, device="cuda")
     inputs, state = make_inputs(1, 5000, 3, K, K), torch.randn(len(bounds) - 1, 3, K, K, device="cuda")
+    assert not operator.plan_for(*inputs, bounds, False).split
     want = kda(*(x.double() for x in inputs), state=state.double(), cu_seqlens=bounds.cpu(), backend="chunked")
     got = kda(*inputs, state=state, cu_seqlens=bounds, backend="triton")
     assert error(got[0], want[0]) < 5e-3 and error(got[1], want[1]) < 5e-3
@@ -83,6 +84,19 @@ def test_offsets_beyond_32_bits():
         assert torch.equal(x, y.view(x.shape))
 
 
+def test_offsets_beyond_32_bits_in_the_scan():
+    if torch.cuda.get_device_properties(0).total_memory < 100e9:
+        pytest.skip("needs a GPU with 100 GB")
+    T, H, K = 140_000, 128, 128
+    inputs = make_inputs(1, T, H, K, K, "slow")
+    p = Prepared(*inputs, None, None, 0.1, Plan(T, False, cuda=True))
+    results = []
+    for plan in (Plan(T, False, cuda=True), Plan(T, False)):
+        o = torch.empty_like(inputs[2])
+        results.append((o[:, -600:, -2:], p.scan(inputs[2], None, plan, o)[0]))
+    assert all(error(x, y.double()) < 5e-3 for x, y in zip(*results))
+
+
 @pytest.mark.parametrize("gates", ["library", "slow", "fast", "bounded"])
 @pytest.mark.parametrize("B, T, H, K", [(1, 333, 4, 128), (2, 300, 3, 64)])
 def test_gradients_equal_float64(gates, B, T, H, K):
@@ -94,9 +108,9 @@ def test_gradients_of_packed_documents(K):
     assert not too_large(check_gradients(1, 700, 3, K, K, "library", [0, 100, 100, *range(101, 150), 333, 700]))
 
 
-def test_a_long_row_is_prepared_in_parts(monkeypatch):
+def test_a_long_row_is_prepared_in_pieces(monkeypatch):
     inputs = make_inputs(1, 8300, 32, 128, 128)
-    assert operator.plan_for(*inputs, None, False).parts == 2
+    assert operator.plan_for(*inputs, None, False).pieces == 2
     got = kda(*inputs, backend="triton")
     monkeypatch.setenv("DELTIFY_KERNELS", "triton")
     want = kda(*inputs, backend="triton")
@@ -129,21 +143,25 @@ def test_a_captured_call_gives_the_eager_result():
 
 
 @pytest.mark.parametrize(
-    "module, right, wrong", [(prepare, "on = diagonal[row]", "on = 0.f"), (finish, "2.f * sums[4]", "sums[4]")]
+    "module, right, wrong, which",
+    [
+        (prepare, "on = diagonal[row]", "on = 0.f", "forward"),
+        (scan, "multiply64<1>(y, c + 4 * i", "multiply64<-1>(y, c + 4 * i", "forward"),
+        (scan, "MULTIPLY_STATE<-1>", "MULTIPLY_STATE<1>", "backward"),
+        (finish, "2.f * sums[4]", "sums[4]", "backward"),
+    ],
 )
-def test_a_wrong_kernel_is_not_used(monkeypatch, caplog, module, right, wrong):
+def test_a_wrong_kernel_is_not_used(monkeypatch, caplog, module, right, wrong, which):
     monkeypatch.setenv("DELTIFY_KERNELS", "auto")
-    caches = selfcheck.cuda_refusal, selfcheck.failure, module.kernel
+    caches, original = (selfcheck.cuda_refusal, selfcheck.failure, module.kernel), module.source_of
     inputs = [x.requires_grad_() for x in make_inputs(1, 100, 2, 64, 64)]
     results = lambda: torch.autograd.grad(kda(*inputs, backend="triton")[0].sum(), inputs)  # noqa: E731
     want = results()
-    source = module.source_of(64, False)
-    monkeypatch.setattr(module, "source_of", lambda *_: source.replace(right, wrong))
-    assert module.source_of() != source
+    assert right in original(64, 0)
+    monkeypatch.setattr(module, "source_of", lambda *kind: original(*kind).replace(right, wrong))
     for x in caches:
         x.cache_clear()
     assert all(error(x, y.double()) < 2e-2 for x, y in zip(results(), want))
-    which = "forward" if module is prepare else "backward"
     assert f"KDA's {which} pass runs in Triton, not in CUDA C++" in caplog.text and "wrong results" in caplog.text
     monkeypatch.undo()
     for x in caches:

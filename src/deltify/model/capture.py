@@ -20,7 +20,7 @@ from .configuration import has_fixed_rope
 from .mixers import DeltifyAttention, DeltifyKDA, DeltifySlidingAttention, fuse_weights_, is_observed
 
 LEAST_ROOM = 1024  # tokens for which new buffers have room
-CLOSE = 0.1  # relative difference of a captured step's logits from the eager ones; .024 is rounding in 36 layers
+CLOSE = 0.05  # relative difference of a captured step's logits from the eager ones; .024 is rounding in 36 layers
 
 
 class RoomyCache:

@@ -5,8 +5,8 @@ Legend: B batch, T tokens, H heads, K key width, V value width, N states.
 
 import functools
 import importlib
-import itertools
 import logging
+import os
 from itertools import pairwise
 from types import ModuleType
 
@@ -139,12 +139,16 @@ def kernel_refusals(index: int) -> dict[str, str | None]:
     }
 
 
-def cuda_refusal(index: int) -> str | None:
-    """Return why this GPU runs KDA's kernels in Triton and not in CUDA C++, or None. They are compiled and run."""
+def cuda_refusal(index: int, gradients: bool) -> str | None:
+    """Return why this GPU runs KDA's forward or (`gradients`) backward pass in Triton and not in CUDA C++, or None.
+
+    The kernels are compiled and run.
+    """
     kernels = triton_kernels()
     assert kernels is not None  # else there is nothing to refuse
-    parts = itertools.product(kernels.WIDTHS, (False, True))
-    return next(filter(None, (kernels.cuda_refusal(index, width, gradients) for width, gradients in parts)), None)
+    if os.environ.get(kernels.KERNELS) == "triton":
+        return f"{kernels.KERNELS}=triton"
+    return next(filter(None, (kernels.cuda_refusal(index, width, gradients) for width in kernels.WIDTHS)), None)
 
 
 @functools.cache
@@ -302,6 +306,9 @@ def check_arguments(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_boun
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with q {tuple(q.shape)} it must be {shape}")
+    wanted = torch.float64 if v.dtype == torch.float64 else torch.float32
+    if state is not None and state.dtype != wanted:
+        raise ValueError(f"state is {state.dtype}; with v in {v.dtype} it must be {wanted}")
     if lower_bound is not None and not -5 <= lower_bound < 0:
         raise ValueError(f"lower_bound={lower_bound} is not in [-5, 0). Leave it out for the softplus gate")
     if cu_seqlens is None:
@@ -309,7 +316,7 @@ def check_arguments(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_boun
     if batch != 1:
         raise ValueError(f"cu_seqlens needs one packed sequence, but q has {batch}. Flatten them first")
     if cu_seqlens.is_cuda:
-        return  # reading them would wait for the GPU; the kernels stay within T for any bounds
+        return  # reading them would wait for the GPU; the kernels in CUDA C++ stay within T for any bounds
     bounds = cu_seqlens.tolist()
     if bounds[:1] != [0] or bounds[-1] != tokens or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"cu_seqlens={bounds} must rise from 0 to T={tokens}")

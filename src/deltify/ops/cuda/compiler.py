@@ -17,6 +17,13 @@ import torch
 ARCHITECTURE = "sm_90a"
 OPTIONS = [f"--gpu-architecture={ARCHITECTURE}", "-std=c++17", "-default-device"]
 MAX_SHARED, CARVEOUT = 8, 9  # attributes of a function: CU_FUNC_ATTRIBUTE_...
+BFLOAT16, SWIZZLE_128B, PROMOTE_256B = 9, 3, 3  # CU_TENSOR_MAP_...
+
+
+def join_sources(constants: dict[str, int], *names: str) -> str:
+    """Return constants, machine.h and other files of this folder as one source."""
+    files = [Path(__file__).with_name(name).read_text() for name in ("machine.h", *names)]
+    return "".join([f"#define {name} {value}\n" for name, value in constants.items()] + files)
 
 
 @functools.cache
@@ -127,3 +134,19 @@ def load(device: int, source: str, name: str, threads: int, shared: int) -> Kern
         check(driver().cuFuncSetAttribute(function, MAX_SHARED, shared))
         check(driver().cuFuncSetAttribute(function, CARVEOUT, 100))
     return Kernel(function, threads, shared)
+
+
+@functools.lru_cache(4096)
+def tensor_map(pointer: int, columns: int, rows: int) -> bytes:
+    """Return a CUtensorMap of a bfloat16 matrix, for loads of 64 x 64 elements."""
+    room = ctypes.create_string_buffer(192)  # a map begins at a multiple of 64 bytes
+    start = -ctypes.addressof(room) % 64
+    sizes, stride = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * columns)
+    box, one = (ctypes.c_uint32 * 2)(64, 64), (ctypes.c_uint32 * 2)(1, 1)
+    map_at = ctypes.c_void_p(ctypes.addressof(room) + start)
+    check(
+        driver().cuTensorMapEncodeTiled(
+            map_at, BFLOAT16, 2, ctypes.c_void_p(pointer), sizes, stride, box, one, 0, SWIZZLE_128B, PROMOTE_256B, 0
+        )
+    )
+    return room.raw[start : start + 128]

@@ -16,12 +16,11 @@
 // Anchors are those of prepare.cu: one of the chunk for eight channels that decay by 2^-200 at most, otherwise one of each
 // eight tokens. Sums over earlier or later blocks of 16 tokens are then related to the boundaries between the blocks.
 //
-// Compiled with K and V (64 or 128) and BOUNDED. Legend: C = 64 tokens of a chunk, G cumulative log2-decay.
+// Compiled with K (64 or 128) and BOUNDED. Legend: C = 64 tokens of a chunk, G cumulative log2-decay.
 
 #define LEAST -25.f    // log2-decay of a token: less than what float32 can add to 1
-#define RANGE 200.f    // of the exponents of the factors from one anchor: gradients may be large, too
-#define LOG2E 1.4426950408889634f
-#define NORM_EPS 1e-6f
+#define RANGE 200.f    // of the exponents of the factors from one anchor. Less than in prepare.cu, as gradients may be large
+#define V K
 #define WARPS (K / 8)
 
 #define ROWS_K (128 * K)          // bytes of [C, K]
@@ -50,61 +49,10 @@ struct Call {
   const float *A_log, *dt_bias;   // [heads], [heads, K]
   u16 *dq, *dk, *df, *db;         // like q, k, f, b
   float *dA_log, *ddt_bias;       // of each chunk [slots, K]
-  const int* bounds;              // of packed documents, [documents + 1], or null
-  int documents, tokens, heads;
+  Documents documents;
+  int heads;
   float lower_bound, scale;
 };
-
-DEVICE int place(int row, int piece) { return (piece >> 3) * 8192 + row * 128 + (((piece & 7) ^ (row & 7)) << 4); }
-DEVICE float low(u32 x) { return float_of(x << 16); }
-DEVICE float high(u32 x) { return float_of(x & 0xffff0000u); }
-
-// Finds the chunk's first token and number of tokens. False if there is no such chunk.
-DEVICE bool locate(const Call& call, int chunk, int& first, int& have) {
-  if (!call.bounds) {
-    const int chunks = (call.tokens + 63) / 64, document = chunk / chunks, before = (chunk - document * chunks) * 64;
-    first = document * call.tokens + before;
-    have = min(64, call.tokens - before);
-    return true;
-  }
-  const int lane = THREAD & 31;
-  for (int before = 0, group = 0; group < call.documents; group += 32) {
-    const bool there = group + lane < call.documents;
-    const int begin = there ? min(call.bounds[group + lane], call.tokens) : 0;
-    const int end = there ? min(call.bounds[group + lane + 1], call.tokens) : 0;
-    const int chunks = (max(end - begin, 0) + 63) / 64;
-    int after = chunks;
-    UNROLL for (int n = 1; n < 32; n *= 2) {
-      const int x = from_lane_before(after, n);
-      if (lane >= n) after += x;
-    }
-    after += before;
-    if (const u32 found = ballot(after > chunk)) {
-      const int document = first_set(found);
-      const int place_in = chunk - (from_lane(after, document) - from_lane(chunks, document));
-      first = from_lane(begin, document) + 64 * place_in;
-      have = min(64, from_lane(end, document) - first);
-      return true;
-    }
-    before = from_lane(after, 31);
-  }
-  return false;
-}
-
-// What a token forgets in powers of 2, but for a factor of its head.
-DEVICE float forget(float x) {
-#if BOUNDED
-  return inverse(1.f + exp2_(-x));
-#else
-  const float e = exp2_(-fabsf(x));
-  float p = e * -0.03443584f + 0.14603271f;
-  p = p * e - 0.30303604f;
-  p = p * e + 0.46917400f;
-  p = p * e - 0.72042615f;
-  p = p * e + 1.44268292f;
-  return e * p + fmaxf(x, 0.f);
-#endif
-}
 
 // N channels of a row, those of a lane
 template <int N> DEVICE void read_row(float* to, const char* tile, int row, int lane) {
@@ -136,7 +84,7 @@ KERNEL(4 * K, K == 64 ? 2 : 1) kda_finish(BY_VALUE Call call) {
   const int warp = THREAD / 32, lane = THREAD & 31, i8 = lane >> 2, j2 = 2 * (lane & 3), matrix = lane >> 3, r = lane & 7;
   const long long channel = (long long)slot * K + 8 * warp + j2;  // of two, in what is kept of each chunk
   int first, have;
-  if (!locate(call, chunk, first, have)) {
+  if (!locate(call.documents, chunk, first, have)) {
     if (i8 == 0) *(f2*)(call.dA_log + channel) = *(f2*)(call.ddt_bias + channel) = {0.f, 0.f};
     return;
   }
@@ -216,7 +164,7 @@ KERNEL(4 * K, K == 64 ? 2 : 1) kda_finish(BY_VALUE Call call) {
     }
     UNROLL for (int n = 0; n < 2; n++) UNROLL for (int e = 0; e < 2; e++) {
       const int row = 16 * B + 8 * e + i8, column = 16 * J + 8 * n + j2, at = place(row, 2 * J + n) + 2 * j2;
-      const bool one = column < row, two = column + 1 < row;
+      const bool one = column < row && row < have, two = column + 1 < row && row < have;  // not of the next document
       *(u32*)(shared + S_P + at) = bf16_pair(one ? p[n][2 * e] * call.scale : 0.f, two ? p[n][2 * e + 1] * call.scale : 0.f);
       *(u32*)(shared + S_M + at) = bf16_pair(one ? -m[n][2 * e] : 0.f, two ? -m[n][2 * e + 1] : 0.f);
     }
@@ -429,7 +377,9 @@ KERNEL(4 * K, K == 64 ? 2 : 1) kda_finish(BY_VALUE Call call) {
   UNROLL for (int b = 0; b < 8; b++) UNROLL for (int e = 0; e < 2; e++) {
     const float of_state = x[b][e] * exp2_(end[e] - G[b][e]);
     dk[b][e] = (dk[b][e] + of_state) * numbers[64 + 8 * b + i8];
-    x[b][e] = unit(S_K, b, e) * of_state;
+    const bool there = 8 * b + i8 < have;  // what is loaded after the last token is of the next document
+    x[b][e] = there ? unit(S_K, b, e) * of_state : 0.f;
+    crossing[b][e] = there ? crossing[b][e] : 0.f;
   }
 
   // ---- gates: x of all earlier tokens, and crossing of this and all later ones

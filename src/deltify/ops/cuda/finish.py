@@ -5,13 +5,11 @@ It computes what `pairs_kernel` and `finish_kernel` of ../triton/finish.py do.
 
 import functools
 import struct
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .compiler import Kernel, load
-from .scan import tensor_map
+from .compiler import Kernel, join_sources, load, tensor_map
 
 # struct Call of finish.cu
 CALL = struct.Struct("@" + 8 * "128s" + "12P3i2f12x")
@@ -19,10 +17,7 @@ CALL = struct.Struct("@" + 8 * "128s" + "12P3i2f12x")
 
 def source_of(K: int, bounded: bool) -> str:
     """Return the source for a width of heads and a kind of gate."""
-    constants = f"#define K {K}\n#define V {K}\n#define BOUNDED {int(bounded)}\n"
-    return constants + "".join(
-        Path(__file__).with_name(name).read_text() for name in ("machine.h", "pipeline.h", "finish.cu")
-    )
+    return join_sources({"K": K, "BOUNDED": int(bounded)}, "pipeline.h", "chunks.h", "finish.cu")
 
 
 def shared_bytes(K: int) -> int:

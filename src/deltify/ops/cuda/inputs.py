@@ -18,7 +18,9 @@ def fits(
     q: Tensor, k: Tensor, v: Tensor, f: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, bounds: Tensor | None
 ) -> bool:
     """Return whether the kernels take such tensors, all contiguous."""
+    given = [x for x in (k, v, f, b, A_log, dt_bias, bounds) if x is not None]
     types = all(x.dtype == torch.bfloat16 for x in (q, k, v, f, b)) and A_log.dtype == dt_bias.dtype == torch.float32
     aligned = all(x.data_ptr() % 16 == 0 for x in (q, k, v, f)) and dt_bias.data_ptr() % 8 == 0
     widths = q.shape[-1] == v.shape[-1] and q.shape[-1] in WIDTHS
-    return types and aligned and widths and (bounds is None or bounds.dtype == torch.int32)
+    here = all(x.device == q.device for x in given)
+    return here and types and aligned and widths and (bounds is None or bounds.dtype == torch.int32)

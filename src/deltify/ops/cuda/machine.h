@@ -1,4 +1,4 @@
-// What prepare.cu uses of a GPU. tests/ops/emulator.h has the same names for a CPU.
+// What the kernels use of a GPU. tests/ops/emulator.h has the same names for a CPU.
 typedef unsigned int u32;
 typedef unsigned short u16;
 #define DEVICE __device__ __forceinline__

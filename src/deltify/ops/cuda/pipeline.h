@@ -1,5 +1,5 @@
-// What scan.cu uses of a GPU beside machine.h: loads of tiles, barriers in shared memory, and products of four warps.
-// tests/ops/emulator.h has the same names for a CPU.
+// What scan.cu and finish.cu use of a GPU beside machine.h: loads of tiles, barriers in shared memory, and products of four
+// warps. tests/ops/emulator.h has the same names for a CPU.
 typedef unsigned long long u64;
 struct alignas(64) TensorMap { char bytes[128]; };
 

@@ -13,8 +13,6 @@
 
 #define LEAST -28.f    // log2-decay of a token
 #define RANGE 224.f    // of the exponents of the factors from one anchor
-#define LOG2E 1.4426950408889634f
-#define NORM_EPS 1e-6f
 
 #define PIECES (K / 8)            // of a row, 16 bytes each
 #define PAIRS (K / 2)             // of channels; a thread computes the gates of one
@@ -22,8 +20,7 @@
 #define TOKENS (64 / PARTS)       // of a part
 #define TILE (64 * K * 2)         // bytes of [C, K]
 
-// Shared memory. Rows of [C, 64] have 128 bytes, with their 16-byte pieces at piece ^ row % 8, so that neither rows nor
-// columns of pieces share banks. Wider rows are several such tiles.
+// Shared memory, in tiles of chunks.h
 #define S_K 0                         // k, then k 2^{G - anchor}
 #define S_Q TILE                      // q, then q 2^{G - anchor}
 #define S_F (2 * TILE)                // decay logits, then k 2^{anchor - G}
@@ -44,63 +41,13 @@
 struct Call {
   const u16 *q, *k, *f, *beta;   // q, k, f [.., heads, K], beta logits [.., heads], bfloat16
   const float *A_log, *dt_bias;  // [heads], [heads, K]
-  const int* bounds;             // of packed documents, [documents + 1], or null
   u16 *wide, *square;            // k 2^G, q 2^G, k 2^{G_C - G} [3, slots, C, K]; A, P [2, slots, C, C]; bfloat16
   float* ends;                   // 2^{G_C} [slots, K]
-  int documents, tokens, heads;
+  Documents documents;
+  int heads;
   float lower_bound, scale;
   int slots, first_slot;         // of the call, and of this launch
 };
-
-DEVICE int place(int row, int piece) { return (piece >> 3) * 8192 + row * 128 + (((piece & 7) ^ (row & 7)) << 4); }
-DEVICE float low(u32 x) { return float_of(x << 16); }
-DEVICE float high(u32 x) { return float_of(x & 0xffff0000u); }
-
-// Finds the chunk's first token and number of tokens. False if there is no such chunk.
-DEVICE bool locate(const Call& call, int chunk, int& first, int& have) {
-  if (!call.bounds) {
-    const int chunks = (call.tokens + 63) / 64, document = chunk / chunks, before = (chunk - document * chunks) * 64;
-    first = document * call.tokens + before;
-    have = min(64, call.tokens - before);
-    return true;
-  }
-  const int lane = THREAD & 31;
-  for (int before = 0, group = 0; group < call.documents; group += 32) {
-    const bool there = group + lane < call.documents;
-    const int begin = there ? min(call.bounds[group + lane], call.tokens) : 0;
-    const int end = there ? min(call.bounds[group + lane + 1], call.tokens) : 0;
-    const int chunks = (max(end - begin, 0) + 63) / 64;
-    int after = chunks;
-    UNROLL for (int n = 1; n < 32; n *= 2) {
-      const int x = from_lane_before(after, n);
-      if (lane >= n) after += x;
-    }
-    after += before;
-    if (const u32 found = ballot(after > chunk)) {
-      const int document = first_set(found);
-      first = from_lane(begin, document) + (chunk - from_lane(after - chunks, document)) * 64;
-      have = min(64, from_lane(end, document) - first);
-      return true;
-    }
-    before = from_lane(after, 31);
-  }
-  return false;
-}
-
-// Times a factor of its head this is minus a token's log2-decay; x is the decay logit times `slope`.
-DEVICE float forget(float x) {
-#if BOUNDED
-  return inverse(1.f + exp2_(-x));
-#else
-  const float e = exp2_(-fabsf(x));  // log2(1 + e) = e p(e), relative error 8e-6
-  float p = e * -0.03443584f + 0.14603271f;
-  p = p * e - 0.30303604f;
-  p = p * e + 0.46917400f;
-  p = p * e - 0.72042615f;
-  p = p * e + 1.44268292f;
-  return e * p + fmaxf(x, 0.f);
-#endif
-}
 
 // Multiplies a left operand by factors of its channels.
 DEVICE void scale_rows(u32* a, const char* factors) {
@@ -120,7 +67,7 @@ KERNEL(256, 3) kda_prepare(BY_VALUE Call call) {
   const int slot = call.first_slot + BLOCK, heads = call.heads, chunk = slot / heads, head = slot - chunk * heads;
   const int warp = THREAD / 32, lane = THREAD & 31;
   int first, have;
-  if (!locate(call, chunk, first, have)) return;
+  if (!locate(call.documents, chunk, first, have)) return;
   float* beta = (float*)(shared + S_BETA);
   float* diagonal = (float*)(shared + S_DIAGONAL);
   f2* norm = (f2*)(shared + S_NORM);

@@ -5,12 +5,11 @@ It computes what `prepare_kernel` of ../triton/prepare.py does.
 
 import functools
 import struct
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .compiler import Kernel, load
+from .compiler import Kernel, join_sources, load
 
 THREADS = 256
 # struct Call of prepare.cu
@@ -19,8 +18,7 @@ CALL = struct.Struct("@10P3i2f2i4x")
 
 def source_of(K: int, bounded: bool) -> str:
     """Return the source for a width of heads and a kind of gate."""
-    constants = f"#define K {K}\n#define BOUNDED {int(bounded)}\n"
-    return constants + "".join(Path(__file__).with_name(name).read_text() for name in ("machine.h", "prepare.cu"))
+    return join_sources({"K": K, "BOUNDED": int(bounded)}, "chunks.h", "prepare.cu")
 
 
 def shared_bytes(K: int) -> int:
@@ -41,7 +39,7 @@ def pack_arguments(
 
     `first` is the slot of the first block.
     """
-    pointers = [0 if x is None else x.data_ptr() for x in (q, k, f, b, A_log, dt_bias, bounds, wide, square, ends)]
+    pointers = [0 if x is None else x.data_ptr() for x in (q, k, f, b, A_log, dt_bias, wide, square, ends, bounds)]
     return CALL.pack(*pointers, documents, *q.shape[1:3], lower_bound, scale, ends.shape[0], first)
 
 

@@ -62,43 +62,29 @@ struct Call {
   const float *ends, *before;      // 2^{G_C} [slots, K]; states before the first chunk [documents, heads, K, V], or null
   float* after;                    // after the last one
   u16 *out, *states;               // o, u or dv [tokens, heads, V]; S or dS' [slots, V, K]
-  const int* bounds;               // of packed documents, [documents + 1], or null
-  int documents, tokens, heads, V, slots;
+  Documents documents;
+  int heads, V, slots;
   int from, to;                    // the chunks of each document to run over
 };
 
-DEVICE float low(u32 x) { return float_of(x << 16); }
-DEVICE float high(u32 x) { return float_of(x & 0xffff0000u); }
-
 // Finds a document: its first token, its number of tokens, and the number of chunks before it.
-DEVICE void locate(const Call& call, int document, int& first, int& have, int& chunk) {
-  first = document * call.tokens;
-  have = call.tokens;
-  chunk = document * ((call.tokens + 63) / 64);
-  if (!call.bounds) return;
-  const int lane = THREAD & 31;
-  first = min(call.bounds[document], call.tokens);
-  have = max(min(call.bounds[document + 1], call.tokens) - first, 0);
+DEVICE void find(const Documents& of, int document, int& first, int& have, int& chunk) {
+  int end;
+  bounds_of(of, document, first, end);
+  have = end - first;
+  chunk = document * ((of.tokens + 63) / 64);
+  if (!of.bounds) return;
   chunk = 0;
-  for (int group = 0; group < document; group += 32) {
-    const bool there = group + lane < document;
-    const int begin = there ? min(call.bounds[group + lane], call.tokens) : 0;
-    const int end = there ? min(call.bounds[group + lane + 1], call.tokens) : 0;
-    int after = (max(end - begin, 0) + 63) / 64;
-    UNROLL for (int n = 1; n < 32; n *= 2) {
-      const int x = from_lane_before(after, n);
-      if (lane >= n) after += x;
-    }
-    chunk += from_lane(after, 31);
-  }
+  for (int group = 0; group < document; group += 32) chunk = from_lane(chunks_until(of, group, chunk), min(document - group, 32) - 1);
 }
 
 KERNEL(160, 1) kda_scan(BY_VALUE Call call) {
   const int warp = THREAD / 32, lane = THREAD & 31, heads = call.heads, V = call.V, tiles = V / 64;
   const int tile = BLOCK % tiles, head = BLOCK / tiles % heads, document = BLOCK / tiles / heads;
   int token, tokens, chunk;
-  locate(call, document, token, tokens, chunk);
-  const int chunks = (tokens + 63) / 64, from = min(call.from, chunks), count = min(call.to, chunks) - from;
+  find(call.documents, document, token, tokens, chunk);
+  const int chunks = min((tokens + 63) / 64, call.slots / heads - chunk);  // as many as there is memory for
+  const int from = min(call.from, chunks), count = min(call.to, chunks) - from;
   const int begin = MODE == 2 ? from + count - 1 : from, step = MODE == 2 ? -1 : 1;  // the order of the chunks
   char* firsts = shared + S_BARRIERS;
   char* lasts = firsts + 16 * FIRSTS;

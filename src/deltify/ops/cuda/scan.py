@@ -3,30 +3,24 @@
 It computes what `scan_kernel` and `reverse_kernel` of ../triton/scan.py do without segments.
 """
 
-import ctypes
 import functools
 import struct
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .compiler import Kernel, check, driver, load
+from .compiler import Kernel, join_sources, load, tensor_map
 
 THREADS = 160
 # struct Call of scan.cu
 CALL = struct.Struct("@128s128s128s6P7i52x")
 OUTPUTS, KEEP, REVERSE = range(3)  # MODE of scan.cu
 ALL = range(2**30)  # chunks
-BFLOAT16, SWIZZLE_128B, PROMOTE_256B = 9, 3, 3  # CU_TENSOR_MAP_...
 
 
 def source_of(K: int, mode: int) -> str:
     """Return the source for a width of keys and a mode."""
-    constants = f"#define K {K}\n#define MODE {mode}\n"
-    return constants + "".join(
-        Path(__file__).with_name(name).read_text() for name in ("machine.h", "pipeline.h", "scan.cu")
-    )
+    return join_sources({"K": K, "MODE": mode}, "pipeline.h", "chunks.h", "scan.cu")
 
 
 def shared_bytes(K: int, mode: int) -> int:
@@ -42,22 +36,6 @@ def shared_bytes(K: int, mode: int) -> int:
 @functools.cache
 def kernel(device: int, K: int, mode: int) -> Kernel:
     return load(device, source_of(K, mode), "kda_scan", THREADS, shared_bytes(K, mode))
-
-
-@functools.lru_cache(4096)
-def tensor_map(pointer: int, columns: int, rows: int) -> bytes:
-    """Return a CUtensorMap of a bfloat16 matrix, for loads of 64 x 64 elements."""
-    room = ctypes.create_string_buffer(192)  # a map begins at a multiple of 64 bytes
-    start = -ctypes.addressof(room) % 64
-    sizes, stride = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * columns)
-    box, one = (ctypes.c_uint32 * 2)(64, 64), (ctypes.c_uint32 * 2)(1, 1)
-    map_at = ctypes.c_void_p(ctypes.addressof(room) + start)
-    check(
-        driver().cuTensorMapEncodeTiled(
-            map_at, BFLOAT16, 2, ctypes.c_void_p(pointer), sizes, stride, box, one, 0, SWIZZLE_128B, PROMOTE_256B, 0
-        )
-    )
-    return room.raw[start : start + 128]
 
 
 def pack_arguments(

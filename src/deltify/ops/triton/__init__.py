@@ -7,10 +7,11 @@ from .conv import MAX_PARTS, TAPS, short_conv_split
 from .decode import layer_step
 from .norms import MAX_WIDTH, norm
 from .operator import kda_triton
-from .selfcheck import CHECKS, WIDTHS, cuda_refusal, failure, refusal
+from .selfcheck import CHECKS, KERNELS, WIDTHS, cuda_refusal, failure, refusal
 
 __all__ = [
     "CHECKS",
+    "KERNELS",
     "MAX_PARTS",
     "MAX_WIDTH",
     "TAPS",

@@ -33,9 +33,7 @@ class Plan:
     split: bool  # whether a document has several segments
     stages: int = 3  # number of loads in flight in the scan
     cuda: bool = False  # whether the kernels are those in CUDA C++, but for a scan that is split
-    parts: int = (
-        1  # with these kernels: a part is prepared while the scan is at those before it; not in a backward pass
-    )
+    pieces: int = 1  # with them, in a forward pass: a piece is prepared while the scan is at those before it
     beside: bool = False  # whether the two scans of the backward pass run at the same time
     channels: int = 64  # of a slice in prepare and finish; with 32 or 16, Triton 3.6 gives wrong results on Hopper
 
@@ -102,7 +100,7 @@ class Prepared:
         if plan.cuda:
             out, numbers = (wide, square, self.ends), (self.documents, lower_bound, scale)
             self.run = functools.partial(prepare, q, k, f, b, A_log, dt_bias, cu_seqlens, *out, *numbers)
-            if plan.parts == 1 or plan.split:
+            if plan.pieces == 1 or plan.split:
                 self.run(range(self.slots))
             return
         slices = TensorDescriptor.from_tensor(wide, [C, plan.channels])
@@ -143,22 +141,23 @@ class Prepared:
         return final, states
 
     def scan_in_cuda(self, v: Tensor, state: Tensor | None, plan: Plan, out: Tensor, keep: bool):
-        """Do what `scan` does. With several parts, each is prepared while the scan is at those before it."""
+        """Do what `scan` does. With several pieces, each is prepared while the scan is at those before it."""
         K, V = self.widths.values()
         prepared = self.wide.base, self.square.base, self.ends, v, self.bounds
         states = torch.empty(self.slots, V, K, dtype=v.dtype, device=v.device) if keep else None
-        cuts = [n * self.chunks // plan.parts for n in range(plan.parts + 1)]
-        finals = torch.empty(min(2, plan.parts), self.documents, self.heads, K, V, device=v.device)
-        for n, (first, last) in enumerate(itertools.pairwise(cuts)):
-            chunks = range(first, last) if plan.parts > 1 else ALL
-            if plan.parts > 1:
+        cuts = [n * self.chunks // plan.pieces for n in range(plan.pieces + 1)]
+        before = [state]  # of each piece, kept until the second stream has read them
+        for first, last in itertools.pairwise(cuts):
+            chunks = range(first, last) if plan.pieces > 1 else ALL
+            if plan.pieces > 1:
                 self.run(range(first * self.heads, last * self.heads))
-            with on_side_stream(plan.parts > 1, v.device):
-                cuda_scan(KEEP if keep else OUTPUTS, *prepared, state, finals[n % 2], out, states, chunks)
-            state = finals[n % 2]
-        if plan.parts > 1:
+            final = torch.empty(self.documents, self.heads, K, V, dtype=torch.float32, device=v.device)
+            with on_side_stream(plan.pieces > 1, v.device):
+                cuda_scan(KEEP if keep else OUTPUTS, *prepared, before[-1], final, out, states, chunks)
+            before.append(final)
+        if plan.pieces > 1:
             torch.cuda.current_stream(v.device).wait_stream(side_stream(v.device))
-        return state, states
+        return before[-1], states
 
 
 def forward(q, k, v, f, b, A_log, dt_bias, state, cu_seqlens, lower_bound, scale, plan: Plan, out: Tensor) -> Tensor:
@@ -175,7 +174,7 @@ def backward(
     All intermediate results of the forward pass but its output `o` are computed again. `do` and `dfinal` are the
     gradients of the output and of the final states; `dfinal` may be None.
     """
-    plan = replace(plan, parts=1, split=plan.split and not plan.cuda)
+    plan = replace(plan, pieces=1, split=plan.split and not plan.cuda)
     p = Prepared(q, k, v, f, b, A_log, dt_bias, cu_seqlens, lower_bound, scale, plan)
     dq, dk, dv, df, db = out
     if plan.cuda and do.data_ptr() % 16:  # as a tensor map needs

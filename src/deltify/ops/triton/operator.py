@@ -15,9 +15,9 @@ from .tiles import wants_gradients
 
 # token-heads of a part: what a part's intermediate results take, 1 KB and 2.5 KB a token-head, bounds the memory
 PART, PART_BACKWARD = 2**20, 2**18
-# token-heads of a part that is prepared while the scan is at another: less is not worth the launches
-OVERLAP = 2**17
-# segments from which the scan in Triton, which has them, is faster than the one in CUDA C++, which has not
+# token-heads of a piece that is prepared while the scan is at another: less is not worth the launches
+PIECE = 2**17
+# Only the scan in Triton splits a sequence into segments. With this many, it is faster than the one in CUDA C++
 SEGMENTS = 8
 
 
@@ -43,12 +43,13 @@ def plan_for(q, k, v, f, b, A_log, dt_bias, cu_seqlens: Tensor | None, gradients
     batch, tokens, heads, V = v.shape
     count = processors(v.device.index or 0)
     documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    plan = make_plan(documents, tokens if cu_seqlens is None else tokens // documents, heads, V, count)
+    length = tokens if cu_seqlens is None else tokens // documents  # on average
+    plan, chunks = make_plan(documents, length, heads, V, count), -(-length // C)
     if runs_in_cuda(q, k, v, f, b, A_log, dt_bias, cu_seqlens, gradients):
         one_row = batch == 1 and cu_seqlens is None and plan.beside
-        parts = max(1, min(8, tokens * heads // OVERLAP)) if one_row and not gradients else 1
-        split = not gradients and plan.segment * SEGMENTS <= -(-tokens // C)
-        plan = replace(plan, cuda=True, split=split, parts=parts)
+        pieces = max(1, min(8, tokens * heads // PIECE)) if one_row and not gradients else 1
+        split = plan.split and not gradients and -(-chunks // plan.segment) >= SEGMENTS
+        plan = replace(plan, cuda=True, split=split, pieces=pieces)
     if cu_seqlens is not None and not plan.split:
         # reading the lengths of documents would wait for the GPU, so one document may have all tokens
         plan = replace(plan, segment=-(-tokens // C))
@@ -72,12 +73,13 @@ def run_forward(
     """
     rows, gates = [x.contiguous() for x in (q, k, v, f, b)], (A_log.contiguous(), dt_bias.contiguous())
     o, states = torch.empty_like(rows[2]), []
-    state = None if state is None else state.contiguous()
-    for part in parts(v, cu_seqlens, PART_BACKWARD if keep else PART):
-        now = [x[:, part] for x in rows]
-        plan = plan_for(*now, *gates, cu_seqlens, False)
-        state = forward(*now, *gates, state, cu_seqlens, lower_bound, scale, plan, o[:, part])
-        states.append(state)
+    state, cu_seqlens = (None if x is None else x.contiguous() for x in (state, cu_seqlens))
+    with torch.cuda.device_of(v):
+        for part in parts(v, cu_seqlens, PART_BACKWARD if keep else PART):
+            now = [x[:, part] for x in rows]
+            plan = plan_for(*now, *gates, cu_seqlens, False)
+            state = forward(*now, *gates, state, cu_seqlens, lower_bound, scale, plan, o[:, part])
+            states.append(state)
     return o, states
 
 
@@ -90,14 +92,14 @@ def run_backward(
     """
     rows, gates = [x.contiguous() for x in (q, k, v, f, b)], (A_log.contiguous(), dt_bias.contiguous())
     out = [torch.empty_like(x) for x in rows]
-    do, dstate = do.contiguous(), None if dstate is None else dstate.contiguous()
-    states = [None if state is None else state.contiguous(), *between]
-    shares = []
-    for part, begin in reversed(list(zip(parts(v, cu_seqlens, PART_BACKWARD), states))):
-        now, here = [x[:, part] for x in rows], [x[:, part] for x in out]
-        plan, gradients = plan_for(*now, *gates, cu_seqlens, True), (o[:, part], do[:, part], dstate, here)
-        *share, dstate = backward(*now, *gates, begin, cu_seqlens, lower_bound, scale, plan, *gradients)
-        shares.append(share)
+    do, shares = do.contiguous(), []
+    state, cu_seqlens, dstate = (None if x is None else x.contiguous() for x in (state, cu_seqlens, dstate))
+    with torch.cuda.device_of(v):
+        for part, begin in reversed(list(zip(parts(v, cu_seqlens, PART_BACKWARD), [state, *between]))):
+            now, here = [x[:, part] for x in rows], [x[:, part] for x in out]
+            plan, gradients = plan_for(*now, *gates, cu_seqlens, True), (o[:, part], do[:, part], dstate, here)
+            *share, dstate = backward(*now, *gates, begin, cu_seqlens, lower_bound, scale, plan, *gradients)
+            shares.append(share)
     dA_log, ddt_bias = (functools.reduce(torch.add, x) for x in zip(*shares))
     return *out, dA_log.to(A_log.dtype), ddt_bias.to(dt_bias.dtype), dstate
 
