@@ -49,7 +49,7 @@ def test_packed_documents_empty_ones_included(K):
 def written(inputs, cuda, bounds=None, lower_bound=None):
     q, k, v, f, b, *gates = inputs
     p = Prepared(q, k, v, f, b, *gates, bounds, lower_bound, 0.1, Plan(8, False, cuda=cuda))
-    return p.wide.base, p.square.base, p.ends
+    return p.wide, p.square, p.ends
 
 
 @pytest.mark.parametrize("gates", ["slow", "fast", "bounded"])

@@ -75,7 +75,7 @@ def on_side_stream(enabled: bool, device: torch.device) -> Iterator[None]:
 
 
 class Prepared:
-    """The inputs of a call, and the results of `prepare_kernel`."""
+    """The inputs of a call, and what prepare writes: k e^G, q e^G and k e^{G_C - G} in `wide`, A and P in `square`."""
 
     def __init__(self, q, k, v, f, b, A_log, dt_bias, cu_seqlens, lower_bound, scale, plan: Plan):
         open_context(q.device)
@@ -91,24 +91,31 @@ class Prepared:
         self.documents_are = {"PACKED": self.packed, "N2": triton.next_power_of_2(self.documents) if self.packed else 1}
         self.gate = (0.0 if lower_bound is None else lower_bound, scale)
         self.bounded = {"BOUNDED": lower_bound is not None}
-        wide = torch.empty(3 * self.slots * C, K, dtype=q.dtype, device=q.device)
-        square = torch.empty(2 * self.slots * C, C, dtype=q.dtype, device=q.device)
+        self.dtype, self.device = q.dtype, q.device
+        self.wide = torch.empty(3 * self.slots * C, K, dtype=q.dtype, device=q.device)
+        self.square = torch.empty(2 * self.slots * C, C, dtype=q.dtype, device=q.device)
         self.ends = torch.empty(self.slots, K, dtype=torch.float32, device=q.device)
-        self.wide = TensorDescriptor.from_tensor(wide, [C, K])
-        self.square = TensorDescriptor.from_tensor(square, [C, C])
-        self.tables = make_tables(q.device, gate_dtype(q.dtype)), make_tables(q.device, q.dtype)
         if plan.cuda:
-            out, numbers = (wide, square, self.ends), (self.documents, lower_bound, scale)
+            out, numbers = (self.wide, self.square, self.ends), (self.documents, lower_bound, scale)
             self.run = functools.partial(prepare, q, k, f, b, A_log, dt_bias, cu_seqlens, *out, *numbers)
             if plan.pieces == 1 or plan.split:
                 self.run(range(self.slots))
             return
-        slices = TensorDescriptor.from_tensor(wide, [C, plan.channels])
+        slices = TensorDescriptor.from_tensor(self.wide, [C, plan.channels])
         prepare_kernel[(self.chunks, heads)](
-            *self.tables, q, k, f, b, A_log, dt_bias, cu_seqlens, slices, self.square, self.ends,
+            *self.tables(), q, k, f, b, A_log, dt_bias, cu_seqlens, slices, self.tiles()[1], self.ends,
             *self.sizes, self.slots, *self.gate,
             K=K, BK=plan.channels, **self.bounded, **self.documents_are, num_warps=4,
         )  # fmt: skip
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Return the tables of the Triton kernels."""
+        return make_tables(self.device, gate_dtype(self.dtype)), make_tables(self.device, self.dtype)
+
+    def tiles(self) -> tuple[TensorDescriptor, TensorDescriptor]:
+        """Return `wide` and `square` as the Triton kernels load them."""
+        K = self.widths["K"]
+        return TensorDescriptor.from_tensor(self.wide, [C, K]), TensorDescriptor.from_tensor(self.square, [C, C])
 
     def scan(self, v: Tensor, state: Tensor | None, plan: Plan, out: Tensor, keep: bool = False):
         """Write o (with `keep`: u) to `out`. Return the final states and, with `keep`, the states before each chunk."""
@@ -128,7 +135,7 @@ class Prepared:
         for is_first in (True, False) if plan.split else (False,):
             tiles = (K + V if is_first else V) // BV
             scan_kernel[(self.heads * tiles, units)](
-                self.wide, self.square, self.ends, v, self.bounds, state, maps, local, out, final, states,
+                *self.tiles(), self.ends, v, self.bounds, state, maps, local, out, final, states,
                 *self.sizes, self.slots, plan.segment,
                 **self.widths, BV=BV, MAPS=is_first, KEEP=keep and not is_first, SPLIT=plan.split,
                 HAS_STATE=state is not None, **self.documents_are, STAGES=plan.stages, num_warps=4,
@@ -143,7 +150,7 @@ class Prepared:
     def scan_in_cuda(self, v: Tensor, state: Tensor | None, plan: Plan, out: Tensor, keep: bool):
         """Do what `scan` does. With several pieces, each is prepared while the scan is at those before it."""
         K, V = self.widths.values()
-        prepared = self.wide.base, self.square.base, self.ends, v, self.bounds
+        prepared = self.wide, self.square, self.ends, v, self.bounds
         states = torch.empty(self.slots, V, K, dtype=v.dtype, device=v.device) if keep else None
         cuts = [n * self.chunks // plan.pieces for n in range(plan.pieces + 1)]
         before = [state]  # of each piece, kept until the second stream has read them
@@ -185,11 +192,11 @@ def backward(
     dstate = torch.empty(p.documents, p.heads, K, V, dtype=torch.float32, device=v.device)
     with on_side_stream(plan.beside, v.device):
         if plan.cuda:
-            prepared = p.wide.base, p.square.base, p.ends, do, cu_seqlens
+            prepared = p.wide, p.square, p.ends, do, cu_seqlens
             cuda_scan(REVERSE, *prepared, dfinal, dstate, dv, dstates)
         else:
             reverse_kernel[(p.heads * (V // BV), p.documents)](
-                p.wide, p.square, p.ends, do, cu_seqlens, dfinal, dv, dstate, dstates, *p.sizes, p.slots,
+                *p.tiles(), p.ends, do, cu_seqlens, dfinal, dv, dstate, dstates, *p.sizes, p.slots,
                 **p.widths, BV=BV, HAS_DFINAL=dfinal is not None, **p.documents_are, STAGES=plan.stages, num_warps=4,
             )  # fmt: skip
     if plan.beside:  # reverse takes as long as a scan that is not split
@@ -213,7 +220,7 @@ def backward(
     partial = torch.empty(q.shape, **numbers)
     for queries in (True, False):
         finish_kernel[(p.chunks, p.heads * (K // plan.channels))](
-            *p.tables, q, k, f, A_log, dt_bias, cu_seqlens, u, do, dv, states, dstates, pairs, rows,
+            *p.tables(), q, k, f, A_log, dt_bias, cu_seqlens, u, do, dv, states, dstates, pairs, rows,
             partial, dq, dk, df, dA_log, ddt_bias, *p.sizes, p.slots, *p.gate,
             **p.widths, BK=plan.channels, **p.bounded, **p.documents_are, QUERIES=queries, num_warps=4,
         )  # fmt: skip
