@@ -361,8 +361,8 @@ def chat_answers(model: str, gpus: list[str], options: argparse.Namespace) -> No
     unfinished.unlink(missing_ok=True)
     source = options.teacher if model == "teacher" else options.out / model
     settings = {
-        "field": "question", "keep-number": "answer", "count": count, "temperature": 1e-4, "length": 640,
-        "batch": options.batch,  # near temperature 0, the most likely token is chosen
+        "field": "question", "keep-number": "answer", "count": count, "temperature": 0, "length": 640,
+        "batch": options.batch,
     }  # fmt: skip
     if options.smoke:
         settings |= {"device": "cpu", "length": 512}

@@ -422,7 +422,9 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
 
 
 def add_sampling(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--temperature", type=float, default=0.7, help="sampling temperature (default: 0.7)")
+    command.add_argument(
+        "--temperature", type=float, default=0.7, help="sampling temperature; 0: likeliest token (default: 0.7)"
+    )
     command.add_argument("--top-p", type=float, default=0.95, help="probability mass to sample from (default: 0.95)")
 
 
@@ -508,7 +510,9 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sample.add_argument(
         "--batch", type=int, default=64, help="documents generated at a time; more keep a GPU busier (default: 64)"
     )
-    sample.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: 1.0)")
+    sample.add_argument(
+        "--temperature", type=float, default=1.0, help="sampling temperature; 0: likeliest token (default: 1.0)"
+    )
     sample.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     sample.add_argument("--device", default="auto", help=DEVICE_HELP)
     keep_defaults(sample, {"field": "chat", "samples": "chat", "keep_number": "chat"})

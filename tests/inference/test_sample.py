@@ -13,6 +13,7 @@ from deltify.conversion.teacher import byte_tokenizer, random_teacher
 from deltify.data.chats import Chats
 from deltify.data.sources import documents, held_out
 from deltify.data.token_files import tokenize
+from deltify.inference.generate import generate
 from deltify.inference.sample import (
     Question,
     beginnings,
@@ -154,12 +155,24 @@ def test_chats_hold_message_and_answer_and_keep_right_numbers(model, tmp_path, m
         chats("none.jsonl")
 
 
+def test_temperature_0_takes_the_likeliest_tokens(model, tmp_path, capsys):
+    here, text = str(model / "model"), str(model / "text.jsonl")
+    written = []
+    for seed in (0, 1):
+        sample(here, text, tmp_path / f"{seed}.jsonl", count=2, length=48, temperature=0, seed=seed, device="cpu")
+        written.append((tmp_path / f"{seed}.jsonl").read_text())
+    assert written[0] == written[1]
+    options = {"max_new_tokens": 8, "device": "cpu"}
+    assert generate(here, "To open", temperature=0, **options) == generate(here, "To open", greedy=True, **options)
+
+
 def test_what_does_not_fit_is_named(model, tmp_path, capsys):
     here, text = str(model / "model"), str(model / "text.jsonl")
     out = tmp_path / "own.jsonl"
     for options, message in (
         ({"prompt_tokens": 9, "length": 9}, "prompt_tokens=9 must be at least 1 and below length=9"),
-        ({"temperature": float("nan")}, "temperature=nan must be a number above 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be a number of at least 0"),
+        ({"temperature": -1}, "temperature=-1 must be a number of at least 0"),
         ({"count": 0}, "count=0 must be a number above 0"),
         ({"prompt_tokens": 500}, "has prompt_tokens=500 tokens\. Give fewer"),
     ):

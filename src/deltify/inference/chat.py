@@ -9,6 +9,7 @@ from ..model.cache import new_cache
 from ..model.causal_lm import CausalLM
 from ..model.modeling import cache_argument
 from ..utils.tokens import token_ids
+from .generate import sampling_options
 from .loading import load_model, load_tokenizer
 
 
@@ -77,10 +78,10 @@ def chat(path: str | Path, *, device: str = "cpu", temperature: float = 0.7, top
     Args:
         path: Folder of a model, folder of a run (its furthest stage), or hub id.
         device: Device of the model.
-        temperature: Softmax temperature of sampling.
+        temperature: Softmax temperature of sampling. With 0, the likeliest token is taken.
         top_p: Fraction of the probability mass to sample from.
     """
-    tokenizer = load_tokenizer(path)
+    tokenizer, options = load_tokenizer(path), sampling_options(temperature, top_p=top_p)
     conversation = Conversation(load_model(path, device=device), tokenizer)
     print("An empty line ends the conversation. /new starts a new one.")
     while True:
@@ -94,4 +95,4 @@ def chat(path: str | Path, *, device: str = "cpu", temperature: float = 0.7, top
             conversation.clear()
             continue
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        conversation.say(message, streamer=streamer, do_sample=True, temperature=temperature, top_p=top_p)
+        conversation.say(message, streamer=streamer, **options)

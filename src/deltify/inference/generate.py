@@ -1,7 +1,9 @@
 """Streamed generation, and reading of a text file into a state."""
 
+import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
@@ -10,6 +12,17 @@ from ..model.modeling import cache_argument
 from ..utils.tokens import token_ids
 from .loading import load_model, load_tokenizer
 from .states import State
+
+
+def sampling_options(temperature: float, **options: float) -> dict[str, Any]:
+    """Return options of transformers' `generate`: those of sampling, or with temperature 0 the likeliest token.
+
+    Raises:
+        ValueError: If the temperature is below 0 or no number.
+    """
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be a number of at least 0")
+    return {"do_sample": True, "temperature": temperature, **options} if temperature else {"do_sample": False}
 
 
 @torch.no_grad()
@@ -32,7 +45,7 @@ def generate(
         path: Folder of a model, folder of a run (its furthest stage), or hub id.
         prompt: Text to continue.
         max_new_tokens: Largest number of new tokens.
-        temperature: Softmax temperature of sampling.
+        temperature: Softmax temperature of sampling. With 0, the likeliest token is taken.
         top_p: Fraction of the probability mass to sample from.
         greedy: Whether to take the likeliest token instead of sampling.
         chat: Whether to apply the tokenizer's chat template to the prompt.
@@ -49,9 +62,7 @@ def generate(
         raise ValueError("The prompt is empty. Give at least one token.")
     ids = torch.tensor([prompt_tokens], device=device)
     torch.manual_seed(seed)
-    sampling: dict[str, object] = (
-        {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    )
+    sampling = sampling_options(0.0 if greedy else temperature, top_p=top_p)
     if state is not None:
         sampling |= cache_argument(State.load(state, model).cache(model))
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)

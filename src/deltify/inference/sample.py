@@ -35,6 +35,7 @@ from ..utils.devices import pick_device
 from ..utils.fingerprint import fingerprint
 from ..utils.folders import model_folder
 from ..utils.tokens import CUT_CHARACTER, token_ids
+from .generate import sampling_options
 from .loading import load_model, load_tokenizer
 from .prefill import stop_tokens
 
@@ -72,7 +73,7 @@ def sample(
         prompt_tokens: Tokens at the beginning of a document that are given to the model. Shorter documents are skipped.
         length: Largest number of tokens of a document, its beginning included.
         batch: Number of documents written at a time.
-        temperature: Softmax temperature. Tokens are drawn from the whole vocabulary.
+        temperature: Softmax temperature. Tokens are drawn from the whole vocabulary. With 0, the likeliest are taken.
         seed: Random seed. The same text also needs the same batch and device.
         device: auto, cpu, cuda or mps. Weights are bfloat16 on cuda, else float32.
 
@@ -82,7 +83,7 @@ def sample(
         ValueError: If settings do not fit, or the source has no document that is long enough.
     """
     output = Path(output)
-    check_settings(output, count=count, batch=batch, temperature=temperature)
+    check_settings(output, temperature, count=count, batch=batch)
     if not 0 < prompt_tokens < length:
         raise ValueError(f"prompt_tokens={prompt_tokens} must be at least 1 and below length={length}.")
     folder = find_writer(model, length)
@@ -140,7 +141,7 @@ def sample_answers(
         samples: Number of answers to each message.
         length: Largest number of tokens of a chat, its message included. Longer messages are skipped.
         batch: Number of answers written at a time.
-        temperature: Softmax temperature. Tokens are drawn from the whole vocabulary.
+        temperature: Softmax temperature. Tokens are drawn from the whole vocabulary. With 0, the likeliest are taken.
         keep_number: Field of each line with the right answer. If given, only those answers are written whose last
             number equals the last number of this field.
         seed: Random seed. The same text also needs the same batch and device.
@@ -153,7 +154,7 @@ def sample_answers(
             short enough.
     """
     output = Path(output)
-    check_settings(output, count=count, samples=samples, length=length, batch=batch, temperature=temperature)
+    check_settings(output, temperature, count=count, samples=samples, length=length, batch=batch)
     folder = find_writer(model, length)
     tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:
@@ -250,8 +251,9 @@ def render(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def check_settings(output: Path, **positive: float) -> None:
-    """Raise an error if the file exists or ends wrongly, or a setting is not a number above 0."""
+def check_settings(output: Path, temperature: float, **positive: float) -> None:
+    """Raise an error if the file exists or ends wrongly, or a number is not above 0; the temperature may be 0."""
+    sampling_options(temperature)
     if output.exists():
         raise FileExistsError(f"{output} exists. Delete it, or name another file.")
     if output.suffix != ".jsonl":
@@ -341,10 +343,7 @@ def continuations(
         prompts_BP,
         attention_mask=mask_BP,
         max_new_tokens=length - int(own_B.min()),
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
+        **sampling_options(temperature, top_k=0, top_p=1.0),
         eos_token_id=sorted(eos_token_ids) or None,
         pad_token_id=min(eos_token_ids, default=0),
     )
