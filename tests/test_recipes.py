@@ -241,7 +241,8 @@ def test_the_model_of_an_unfinished_run_is_taken_with_a_warning(tmp_path, caplog
 @pytest.mark.parametrize("old, new", RENAMED.items())
 def test_old_names_of_fields_are_refused_with_the_new_name(old, new, tmp_path):
     section, field = old.split(".")
-    (tmp_path / "old.yaml").write_text(f"name: x\nmatch: {{tokens: 65536}}\n{section}: {{{field}: 1}}\n")
+    sections = {"match": {"tokens": 65536}} | {section: {field: 1}}
+    (tmp_path / "old.yaml").write_text(json.dumps({"name": "x", **sections}))  # JSON is YAML
     with pytest.raises(ValueError, match=rf"{re.escape(old)} is now called {re.escape(new)}$"):
         load_recipe(tmp_path / "old.yaml")
     value_of(Recipe("x"), new)  # there is such a field
