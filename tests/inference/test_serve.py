@@ -116,7 +116,7 @@ def test_the_page_reads_a_text_and_answers(served):
 def test_absent_packages_and_folders_are_named(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr("deltify.inference.serve.is_serve_available", lambda: False)
-        with pytest.raises(ValueError, match=r"pip install 'deltify\[serve\]'"):
+        with pytest.raises(ValueError, match=r"pip install -e '\.\[serve\]'"):
             serve(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="holds neither a model"):
         serve(str(tmp_path))
