@@ -125,6 +125,15 @@ def replace_teacher(folder, seed):
     return TeacherSpec(model=str(folder))
 
 
+def test_a_cache_of_other_sequences_is_refused_before_anything_is_computed(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    capture_recipe(recipe, tmp_path / "targets", "bf16")
+    other = replace(recipe, seed=recipe.seed + 1, teacher=replace(recipe.teacher, cache=str(tmp_path / "targets")))
+    with pytest.raises(ValueError, match=r"lacks a sequence of 32 tokens .* Run deltify capture again"):
+        distill(other)
+    assert not (recipe.folder / "converted" / "config.json").exists()
+
+
 def test_a_cache_of_other_weights_is_refused_before_anything_is_computed(tmp_path):
     one, two = (replace_teacher(tmp_path / name, seed) for name, seed in (("one", 0), ("two", 1)))
     recipe = tiny_recipe(tmp_path / "runs", teacher=one)

@@ -39,7 +39,7 @@ from .run_folder import check_data, check_run, check_weights, holds_run, read_ru
 from .samples import heldout_prompts
 from .signals import Stopper
 from .steps import StageTeacher
-from .teacher_cache import CachedTeacher, capture, read_about
+from .teacher_cache import CachedTeacher, capture, check_cache, read_about
 from .teachers import LiveTeacher, open_teacher
 from .trackers import tracker_module
 from .trainer import RunContext, StageTrainer, unshare_weights
@@ -122,6 +122,8 @@ def open_everything(
     mixes = {name: stage_mix(recipe, name, train, window) for name in stages if recipe.stage(name).tokens}
     digests = data_digests(recipe, train, heldout)
     check_data(recipe, digests)
+    if cache := cache_folder(recipe):  # now, not after align
+        check_cache(cache, [*(mix.batch(0) for name, mix in mixes.items() if name != "align"), *batches])
     distributed.barrier()
     if distributed.rank() == 0:
         # a failed attempt may have left a run.json that is about another model

@@ -13,7 +13,7 @@ Legend: B sequences, T tokens, N = B * T, D model width, W vocabulary.
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NoReturn, cast
@@ -212,6 +212,23 @@ def read_index(folder: Path) -> dict[str, Path]:
     return index
 
 
+def check_sequence(folder: Path, index: dict[str, Path], key: str) -> None:
+    """Raise ValueError if a cache lacks a sequence."""
+    if key not in index:
+        raise ValueError(
+            f"{folder} lacks a sequence of {tokens_of(key)} tokens that this recipe needs. Run deltify capture again, "
+            "with the same recipe and text"
+        )
+
+
+def check_cache(folder: Path, batches: Iterable[Batch]) -> None:
+    """Raise ValueError if a cache lacks a sequence of some batches."""
+    index = read_index(folder)
+    for batch in batches:
+        for pair in zip(batch.input_ids, batch.position_ids):
+            check_sequence(folder, index, sequence_key(*pair))
+
+
 class CachedTeacher:
     """A `StageTeacher` that reads the hidden states that `capture` wrote, instead of computing them.
 
@@ -246,11 +263,7 @@ class CachedTeacher:
         Raises:
             ValueError: If the cache does not have it.
         """
-        if key not in self.index:
-            raise ValueError(
-                f"{self.folder} lacks a sequence of {tokens_of(key)} tokens that this recipe needs. Run deltify "
-                "capture again, with the same recipe and text"
-            )
+        check_sequence(self.folder, self.index, key)
         with safe_open(self.index[key], "pt") as file:
             names = [name for name in ("hidden", "scale") if f"{key}.{name}" in file.keys()]  # noqa: SIM118
             return dequantize({name: file.get_tensor(f"{key}.{name}") for name in names})
