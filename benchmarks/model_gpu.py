@@ -78,11 +78,8 @@ def decode_ms(model, batch: int, context: int, tokens: int = 64) -> tuple[float,
         torch.cuda.synchronize()
         times.append((time.perf_counter() - started) / tokens * 1e3)
         mask = torch.ones_like(ids)
-    return (
-        times[-1],
-        cache_bytes(cache),
-        replay_ms(step) if isinstance(step := STEPS.get(cache), CapturedStep) else None,
-    )
+    step = STEPS.get(cache)
+    return times[-1], cache_bytes(cache), replay_ms(step) if isinstance(step, CapturedStep) else None
 
 
 def replay_ms(step: CapturedStep) -> float:

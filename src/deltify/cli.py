@@ -184,18 +184,18 @@ def run_distill(options: argparse.Namespace, overrides: list[str]) -> None:
     from .training.runner import distill
 
     recipe = load_recipe(options.recipe, overrides)
-    there, elsewhere = Path(options.recipe).resolve().parent, any(part.startswith("--name") for part in overrides)
-    if options.resume and (there / "metrics.jsonl").is_file() and not elsewhere and there != recipe.folder.resolve():
+    given = [part.removeprefix("--").partition("=")[0] for part in overrides if part.startswith("--")]
+    there, planned = Path(options.recipe).resolve().parent, recipe.folder.resolve()
+    if options.resume and "name" not in given and there != planned and (there / "metrics.jsonl").is_file():
         raise ValueError(
             f"{options.recipe} is the recipe of the run in {there}, but with output: {recipe.output} that run would be "
-            f"{recipe.folder.resolve()}. To continue it, give --output {there.parent}"
+            f"{planned}. To continue it, give --output {there.parent}"
         )
     if options.smoke:
         recipe = smoke(recipe)
     elif recipe.run.device in ("auto", "cuda") and options.fit_minutes is None:
         relaunch_with_torchrun()
     if options.fit_minutes is not None:
-        given = [part.removeprefix("--").partition("=")[0] for part in overrides if part.startswith("--")]
         recipe = fit_to_time(recipe, options.fit_minutes, given)
     with ExitStack() as stack:
         if options.dashboard and os.environ.get("RANK", "0") == "0":  # the first process serves

@@ -1,5 +1,5 @@
-// Runs the kernels on a CPU, one block at a time, with the names of machine.h and pipeline.h. Every thread is a fiber. What the lanes of
-// a warp do together is done for all of them by the lane that arrives last.
+// Runs the kernels on a CPU, one block at a time, with the names of machine.h and pipeline.h. Every thread is a fiber. What
+// the lanes of a warp do together is done for all of them by the lane that arrives last.
 #include <math.h>
 #include <setjmp.h>
 #include <stdio.h>
@@ -151,10 +151,10 @@ DEVICE u32 ballot(bool x) {
 }
 DEVICE bool any(bool x) { return ballot(x); }
 DEVICE int first_set(u32 x) { return __builtin_ffs(x) - 1; }
-struct Shuffle { int mine, lane; int* result; };
-DEVICE int from_lane(int x, int lane) {
-  int result = 0;
-  warp_meets(Shuffle{x, lane, &result}, [&](auto of) {
+template <class Number> struct Shuffle { Number mine; int lane; Number* result; };
+template <class Number> DEVICE Number from_lane(Number x, int lane) {
+  Number result = 0;
+  warp_meets(Shuffle<Number>{x, lane, &result}, [&](auto of) {
     for (int n = 0; n < 32; n++) *of(n).result = of(of(n).lane & 31).mine;
   });
   return result;
@@ -248,14 +248,6 @@ template <int SIGN> DEVICE void multiply64(float* d, const u32* a, u64 b, int ad
 template <int SIGN> DEVICE void multiply64_columns(float* d, const u32* a, u64 b, int add) { multiply_wide<SIGN, 64, true>(d, a, b, add); }
 template <int SIGN> DEVICE void multiply128_columns(float* d, const u32* a, u64 b, int add) { multiply_wide<SIGN, 128, true>(d, a, b, add); }
 
-struct Moved { float mine; int lane; float* result; };
-DEVICE float float_from_lane(float x, int lane) {
-  float result = 0;
-  warp_meets(Moved{x, lane, &result}, [&](auto of) {
-    for (int n = 0; n < 32; n++) *of(n).result = of(of(n).lane & 31).mine;
-  });
-  return result;
-}
 struct Word { u32 mine; u32* result; };
 DEVICE u32 transposed(u32 x) {
   u32 result = 0;
@@ -317,7 +309,7 @@ static bool run_block() {
   extern "C" int run(const void* arguments, int blocks) {                                        \
     static Call call;                                                                            \
     memcpy(&call, arguments, sizeof call);                                                       \
-    block = [] { kernel(call)    ; };                                                           \
+    block = [] { kernel(call); };                                                                \
     for (BLOCK = 0; BLOCK < blocks; BLOCK++) {                                                   \
       if (!run_block()) return 1;                                                                \
       for (const char* p = shared + SHARED_BYTES; p < shared + sizeof shared; p++)               \

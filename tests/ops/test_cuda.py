@@ -47,10 +47,9 @@ def emulated(tmp_path_factory):
         return ctypes.CDLL(str(path.with_suffix(".so")))
 
     def kernels(K, bounded):
-        scans = [functools.partial(build, scan.source_of(K, mode), "kda_scan", scan.THREADS) for mode in range(3)]
         return SimpleNamespace(
             prepare=build(prepare.source_of(K, bounded), "kda_prepare", prepare.THREADS),
-            scan=lambda mode: scans[mode](),
+            scan=lambda mode: build(scan.source_of(K, mode), "kda_scan", scan.THREADS),
             finish=lambda: build(finish.source_of(K, bounded), "kda_finish", 4 * K),
         )
 
@@ -150,7 +149,7 @@ def check(emulated, gates, B, T, K, bounds=None):
     assert error(parts[0].double(), o) < bound and error(state.double(), final) < bound
 
 
-# the bounds of test_gpu.py; without a single strong decay, the gates' gradients are what the clamp of 2^-25 leaves
+# those of gpu_cases.py, but that of A_log: much cancels in this sum
 GRADIENT_BOUNDS = {"dq": 8e-3, "dk": 8e-3, "dv": 8e-3, "df": 2e-2, "db": 2e-2, "dA_log": 3e-2, "ddt_bias": 1e-2}
 
 

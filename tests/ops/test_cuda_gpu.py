@@ -68,9 +68,13 @@ def test_rows_that_do_not_fill_a_chunk_of_documents_are_zero():
     assert (wide[:, 1, :, 6:] == 0).all() and (wide[:, 3, :, 16:] == 0).all()
 
 
-def test_offsets_beyond_32_bits():
+def skip_without_100_gb():
     if torch.cuda.get_device_properties(0).total_memory < 100e9:
         pytest.skip("needs a GPU with 100 GB")
+
+
+def test_offsets_beyond_32_bits():
+    skip_without_100_gb()
     T, H, K = 140_000, 128, 128
     q, k, f = (torch.randn(1, T, H, K, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     b = torch.randn(1, T, H, device="cuda", dtype=torch.bfloat16)
@@ -85,8 +89,7 @@ def test_offsets_beyond_32_bits():
 
 
 def test_offsets_beyond_32_bits_in_the_scan():
-    if torch.cuda.get_device_properties(0).total_memory < 100e9:
-        pytest.skip("needs a GPU with 100 GB")
+    skip_without_100_gb()
     T, H, K = 140_000, 128, 128
     inputs = make_inputs(1, T, H, K, K, "slow")
     p = Prepared(*inputs, None, None, 0.1, Plan(T, False, cuda=True))

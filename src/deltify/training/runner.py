@@ -122,7 +122,7 @@ def open_everything(
     mixes = {name: stage_mix(recipe, name, train, window) for name in stages if recipe.stage(name).tokens}
     digests = data_digests(recipe, train, heldout)
     check_data(recipe, digests)
-    if cache := cache_folder(recipe):  # now, not after align
+    if cache := cache_folder(recipe):  # before anything is computed
         check_cache(cache, [*(mix.batch(0) for name, mix in mixes.items() if name != "align"), *batches])
     distributed.barrier()
     if distributed.rank() == 0:

@@ -41,7 +41,8 @@ def warn_of_unfinished_stages(run: Path, last: str) -> None:
     planned = [name for name in STAGES if (recipe.get(name) or {}).get("tokens")]
     later = planned[planned.index(last) + 1 :] if last in planned else planned
     if later:
-        logger.warning(f"{run}: {' and '.join(later)} is not finished. The model is that of {last}")
+        names, verb = " and ".join(later), "are" if later[1:] else "is"
+        logger.warning(f"{run}: {names} {verb} not finished. The model is that of {last}")
 
 
 def saved_stages(run: Path) -> list[str]:

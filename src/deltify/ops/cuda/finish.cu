@@ -134,7 +134,7 @@ KERNEL(4 * K, K == 64 ? 2 : 1) kda_finish(BY_VALUE Call call) {
     read_row<V / 32>(dv, shared + S_DV, row, lane);
     float sums[6] = {dot<K / 32>(q, q), dot<K / 32>(k, k), dot<V / 32>(d_o, u), dot<V / 32>(d_o, o), dot<V / 32>(dv, u),
                      dot<V / 32>(dv, v)};
-    UNROLL for (int i = 0; i < 6; i++) UNROLL for (int step = 16; step; step /= 2) sums[i] += float_from_lane(sums[i], lane ^ step);
+    UNROLL for (int i = 0; i < 6; i++) UNROLL for (int step = 16; step; step /= 2) sums[i] += from_lane(sums[i], lane ^ step);
     if (lane == 0) {
       const float b = row < have ? low(call.b[token]) : 0.f, other = fminf(exp2_(b * -LOG2E), 1e24f);  // 1 / beta = 1 + e^-b
       numbers[row] = inverse_root(sums[0] + NORM_EPS);
@@ -170,6 +170,14 @@ KERNEL(4 * K, K == 64 ? 2 : 1) kda_finish(BY_VALUE Call call) {
     }
   }
 
+  // adds to x, a number of each token of eight, those of the earlier ones
+  const auto add_earlier = [&](float& x) {
+    UNROLL for (int step = 4; step < 32; step *= 2) {
+      const float y = from_lane(x, lane - step);
+      if (lane >= step) x += y;
+    }
+  };
+
   // ---- gates: a thread has the tokens 8 b + i8 of two channels
   const int here = 4 * (lane & 3);  // bytes, in the warp's piece of a row
   float G[8][2], end[2];
@@ -188,12 +196,9 @@ KERNEL(4 * K, K == 64 ? 2 : 1) kda_finish(BY_VALUE Call call) {
       G[b][0] = -size * fminf(forget(low(f) * slope + bias.x * slope), most);
       G[b][1] = -size * fminf(forget(high(f) * slope + bias.y * slope), most);
       UNROLL for (int e = 0; e < 2; e++) {
-        UNROLL for (int step = 4; step < 32; step *= 2) {
-          const float x = float_from_lane(G[b][e], lane - step);
-          if (lane >= step) G[b][e] += x;
-        }
+        add_earlier(G[b][e]);
         G[b][e] += end[e];
-        end[e] = float_from_lane(G[b][e], 28 + (lane & 3));
+        end[e] = from_lane(G[b][e], 28 + (lane & 3));
       }
     }
     if (i8 == 0) *(f2*)(edges + 8 * K) = {end[0], end[1]};
@@ -366,7 +371,7 @@ KERNEL(4 * K, K == 64 ? 2 : 1) kda_finish(BY_VALUE Call call) {
       sums[4] += low(y.z) * low(z.z), sums[5] += high(y.z) * high(z.z);
       sums[6] += low(y.w) * low(z.w), sums[7] += high(y.w) * high(z.w);
     }
-    UNROLL for (int n = 0; n < 8; n++) UNROLL for (int step = 16; step; step /= 2) sums[n] += float_from_lane(sums[n], lane ^ step);
+    UNROLL for (int n = 0; n < 8; n++) UNROLL for (int step = 16; step; step /= 2) sums[n] += from_lane(sums[n], lane ^ step);
     UNROLL for (int e = 0; e < 2; e++) {
       const float one = j2 & 2 ? sums[2 + e] : sums[e], two = j2 & 2 ? sums[6 + e] : sums[4 + e];
       whole[e] = exp2_(end[e]) * (j2 & 4 ? two : one);
@@ -386,20 +391,17 @@ KERNEL(4 * K, K == 64 ? 2 : 1) kda_finish(BY_VALUE Call call) {
   UNROLL for (int e = 0; e < 2; e++) {
     float before = whole[e], after = 0.f;
     UNROLL for (int b = 0; b < 8; b++) {
-      UNROLL for (int step = 4; step < 32; step *= 2) {
-        const float y = float_from_lane(x[b][e], lane - step);
-        if (lane >= step) x[b][e] += y;
-      }
-      const float total = float_from_lane(x[b][e], 28 + (lane & 3)), y = float_from_lane(x[b][e], lane - 4);
+      add_earlier(x[b][e]);
+      const float total = from_lane(x[b][e], 28 + (lane & 3)), y = from_lane(x[b][e], lane - 4);
       x[b][e] = before + (i8 ? y : 0.f);
       before += total;
     }
     UNROLL for (int b = 7; b >= 0; b--) {
       UNROLL for (int step = 4; step < 32; step *= 2) {
-        const float y = float_from_lane(crossing[b][e], lane + step);
+        const float y = from_lane(crossing[b][e], lane + step);
         if (lane + step < 32) crossing[b][e] += y;
       }
-      const float total = float_from_lane(crossing[b][e], lane & 3);
+      const float total = from_lane(crossing[b][e], lane & 3);
       x[b][e] += after + crossing[b][e];
       after += total;
     }
@@ -432,8 +434,8 @@ KERNEL(4 * K, K == 64 ? 2 : 1) kda_finish(BY_VALUE Call call) {
     *(u32*)(shared + S_F + at) = bf16_pair(df[0], df[1]);
   }
   UNROLL for (int e = 0; e < 2; e++) UNROLL for (int step = 4; step < 32; step *= 2) {
-    dA[e] += float_from_lane(dA[e], lane ^ step);
-    dbias[e] += float_from_lane(dbias[e], lane ^ step);
+    dA[e] += from_lane(dA[e], lane ^ step);
+    dbias[e] += from_lane(dbias[e], lane ^ step);
   }
   if (i8 == 0) {
     *(f2*)(call.dA_log + channel) = {dA[0], dA[1]};

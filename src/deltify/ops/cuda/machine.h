@@ -79,5 +79,5 @@ DEVICE void atomic_or(u32* p, u32 x) { atomicOr(p, x); }
 DEVICE bool any(bool x) { return __any_sync(0xffffffffu, x); }
 DEVICE u32 ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 DEVICE int first_set(u32 x) { return __ffs(x) - 1; }
-DEVICE int from_lane(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+template <class Number> DEVICE Number from_lane(Number x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE int from_lane_before(int x, int distance) { return __shfl_up_sync(0xffffffffu, x, distance); }

@@ -4,7 +4,6 @@ typedef unsigned long long u64;
 struct alignas(64) TensorMap { char bytes[128]; };
 
 DEVICE void sync_warp() { __syncwarp(); }
-DEVICE float float_from_lane(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
 // a matrix of 8 x 8 numbers of 16 bits, of which each lane has two of row lane / 4, and its transpose
 DEVICE u32 transposed(u32 x) {

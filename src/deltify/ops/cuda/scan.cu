@@ -256,14 +256,6 @@ KERNEL(160, 1) kda_scan(BY_VALUE Call call) {
     UNROLL for (int i = 0; i < 4; i++) multiply64<1>(y, c + 4 * i, operand(last + L_P + i * 32), 1);
     products_commit();
     products_wait<1>();
-    settle(S);
-    pack(a, S, K / 4);
-#else
-    write_rows(c, here);
-    products_wait<0>();
-    settle(S);
-    pack(a, S, K / 4);
-    free(lasts + 16 * l);
 #endif
 #else
     UNROLL for (int i = 0; i < K / 16; i++) multiply64<1>(x, a + 4 * i, operand(first + F_KA + (i >> 2) * 8192 + (i & 3) * 32), i);
@@ -291,11 +283,15 @@ KERNEL(160, 1) kda_scan(BY_VALUE Call call) {
     products_begin();
     UNROLL for (int i = 0; i < 4; i++) MULTIPLY_STATE<-1>(S, c + 4 * i, operand_of_columns(last + L_KD + i * 2048), 1);
     products_commit();
+#endif
+#if MODE > 0
     write_rows(c, here);
     products_wait<0>();
+#endif
     settle(S);
     pack(a, S, K / 4);
-    free(lasts + 16 * l);
+#if MODE > 0
+    free(lasts + 16 * l);  // with MODE 0, P is still being read
 #endif
     if (++f == FIRSTS) f = 0, f_phase ^= 1;
     if (++l == LASTS) l = 0, l_phase ^= 1;

@@ -152,17 +152,18 @@ class Prepared:
         K, V = self.widths.values()
         prepared = self.wide, self.square, self.ends, v, self.bounds
         states = torch.empty(self.slots, V, K, dtype=v.dtype, device=v.device) if keep else None
+        in_pieces = plan.pieces > 1
         cuts = [n * self.chunks // plan.pieces for n in range(plan.pieces + 1)]
         before = [state]  # of each piece, kept until the second stream has read them
         for first, last in itertools.pairwise(cuts):
-            chunks = range(first, last) if plan.pieces > 1 else ALL
-            if plan.pieces > 1:
+            chunks = range(first, last) if in_pieces else ALL
+            if in_pieces:
                 self.run(range(first * self.heads, last * self.heads))
             final = torch.empty(self.documents, self.heads, K, V, dtype=torch.float32, device=v.device)
-            with on_side_stream(plan.pieces > 1, v.device):
+            with on_side_stream(in_pieces, v.device):
                 cuda_scan(KEEP if keep else OUTPUTS, *prepared, before[-1], final, out, states, chunks)
             before.append(final)
-        if plan.pieces > 1:
+        if in_pieces:
             torch.cuda.current_stream(v.device).wait_stream(side_stream(v.device))
         return before[-1], states
 

@@ -137,9 +137,8 @@ def operator_pairs(
         total = (want[0] * do.double()).sum() + (want[1] * dfinal.double()).sum()
         exact = torch.autograd.grad(total, leaves)
         found = [x.cpu().double() for x in (*out, *rest)]
-        found[5] = (
-            exact[5] + (found[5] - exact[5]) / 5
-        )  # of A_log: much cancels in this sum, in which errors are larger
+        # of A_log: much cancels in this sum, so that its errors are larger and may be five times the others'
+        found[5] = exact[5] + (found[5] - exact[5]) / 5
         pairs += zip(found, exact)
     return pairs
 
