@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +17,19 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 AFM = {"vocab_size": 128004, "hidden_size": 2560, "intermediate_size": 18432, "num_attention_heads": 20}
 AFM |= {"num_key_value_heads": 4, "head_dim": 128, "tie_word_embeddings": False}  # of AFM-4.5B, whose layers are 36
+
+TRITON = "deltify, all kernels in Triton"  # a peer
+
+
+@contextlib.contextmanager
+def in_triton() -> Iterator[None]:
+    """Choose the Triton kernels where those in CUDA C++ would run."""
+    before = os.environ.get("DELTIFY_KERNELS", "auto")
+    os.environ["DELTIFY_KERNELS"] = "triton"
+    try:
+        yield
+    finally:
+        os.environ["DELTIFY_KERNELS"] = before
 
 
 def torchrun(processes: int, *arguments: object, threads: int = 4) -> None:
@@ -122,7 +135,7 @@ def keep(name: str, rows: list[dict], device: str | None = None) -> None:
 
 
 def merged(rows: list[dict], before: dict, here: dict) -> list[dict]:
-    """New rows, and behind them those of a result that they do not replace."""
+    """New rows, and after them those of a result that they do not replace."""
     where = {key: before[key] for key in ("device", "versions", "commit")}
     old = [where | row for row in before["rows"]]
     key = lambda row: (row["case"], row["metric"], row["peer_name"], row["device"])

@@ -1,9 +1,10 @@
 """Distillation steps on a GPU: the loss alone beside its matrix products, and whole steps of align, match and extend.
 
-Weights are random; bfloat16 products, float32 master weights, the optimizer's step included, loss on all tokens. A peer
-of a step at AFM-4.5B's shape is one as DistillKit has it: layers of fla in the student, weights in bfloat16, float32
-logits of both models for all tokens, everything recomputed in the backward.
-Run: python benchmarks/distill_gpu.py [part of a case's name] (needs a CUDA GPU with 80 GB, for the long rows 140 GB;
+Weights are random; bfloat16 products, float32 master weights, the optimizer's step included, loss on all tokens. Each
+step is timed with KDA's kernels in CUDA C++, where the GPU runs them, and with those in Triton. A peer of a step at
+AFM-4.5B's shape is one as DistillKit has it: layers of fla in the student, weights in bfloat16, float32 logits of both
+models for all tokens, everything recomputed in the backward.
+Run: python benchmarks/distill_gpu.py [parts of cases' names] (needs a CUDA GPU with 80 GB, for the long rows 140 GB;
 flash-linear-attention==0.6.0 and liger-kernel==0.8.5 for the peers, bitsandbytes for extend)
 """
 
@@ -16,10 +17,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import ArceeConfig, ArceeForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import ArceeConfig, ArceeForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import AFM, eager_seconds, keep, row, write
+from common import AFM, TRITON, eager_seconds, in_triton, keep, row, write
 
 from deltify.config import Stage
 from deltify.conversion.student import layer_kinds, model_class, student_config
@@ -47,12 +48,21 @@ SMOLLM2 = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
 )  # fmt: skip
+QWEN = Qwen2Config(
+    vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+    num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True,
+)  # fmt: skip
 AFM_CONFIG = ArceeConfig(**AFM, num_hidden_layers=36, max_position_embeddings=65536)
-SHAPES = {"smollm2-135m": (SMOLLM2, LlamaForCausalLM), "afm-4.5b": (AFM_CONFIG, ArceeForCausalLM)}
+SHAPES = {
+    "smollm2-135m": (SMOLLM2, LlamaForCausalLM), "qwen2.5-1.5b": (QWEN, Qwen2ForCausalLM),
+    "afm-4.5b": (AFM_CONFIG, ArceeForCausalLM),
+}  # fmt: skip
 # shape, stage, rows, tokens of a row, what else the stage says
 STEPS = [
     ("smollm2-135m", "match", 8, 2048, {}),
     ("smollm2-135m", "align", 32, 512, {}),
+    ("qwen2.5-1.5b", "match", 2, 2048, {}),
+    ("qwen2.5-1.5b", "extend", 1, 8192, {}),
     ("afm-4.5b", "align", 4, 2048, {}),
     ("afm-4.5b", "match", 1, 16384, {"activation_checkpointing": True}),
     ("afm-4.5b", "extend", 1, 32768, {"activation_checkpointing": True, "optimizer": "adamw8bit"}),
@@ -233,9 +243,14 @@ def product_rate(size: int = 8192) -> float:
 def step_rows(shape: str, name: str, count: int, length: int, options: dict) -> list[dict]:
     case = f"{name}/{shape}/B{count}-T{length}"
     torch.cuda.empty_cache()
+    with in_triton():
+        triton = step_rates(shape, name, count, length, options)
+    gc.collect()
+    torch.cuda.empty_cache()
     rate, peak, flops = step_rates(shape, name, count, length, options)
     reached, possible = rate * flops / 1e12, product_rate()
     print(f"{case}: {rate:,.0f} tokens/s, {peak:.1f} GiB, {reached:.0f} of {possible:.0f} TFLOP/s", flush=True)
+    print(f"{TRITON}: {triton[0]:,.0f} tokens/s, {triton[1]:.1f} GiB", flush=True)
     peer, theirs = "", (None, None)
     if KimiDeltaAttention and shape == "afm-4.5b":
         gc.collect()
@@ -249,14 +264,16 @@ def step_rows(shape: str, name: str, count: int, length: int, options: dict) -> 
     return [
         row(case, "tokens/s", rate, theirs[0], peer, rate=True),
         row(case, "peak GiB", peak, theirs[1], peer),
+        row(case, "tokens/s", rate, triton[0], TRITON, rate=True),
+        row(case, "peak GiB", peak, triton[1], TRITON),
         row(case, "TFLOP/s", reached, possible, "an 8192^3 product", rate=True),
     ]
 
 
-def main(wanted: str) -> None:
-    rows = loss_rows() if wanted in "loss/forward-kl" else []
+def main(wanted: list[str]) -> None:
+    rows = loss_rows() if any(part in "loss/forward-kl" for part in wanted) else []
     for shape, name, count, length, options in STEPS:
-        if wanted in f"{name}/{shape}/B{count}-T{length}":
+        if any(part in f"{name}/{shape}/B{count}-T{length}" for part in wanted):
             gc.collect()
             rows += step_rows(shape, name, count, length, options)
             keep("distill_gpu", rows)
@@ -264,4 +281,4 @@ def main(wanted: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "")
+    main(sys.argv[1:] or [""])

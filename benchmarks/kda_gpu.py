@@ -7,8 +7,6 @@ Run: python benchmarks/kda_gpu.py [parts of cases' names] (needs a CUDA GPU; fla
 nvidia-cudnn-frontend==1.32.0 for the peers)
 """
 
-import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import eager_seconds, graph_seconds, keep, row, write
+from common import TRITON, eager_seconds, graph_seconds, in_triton, keep, row, write
 
 from deltify.ops import kda, kda_layer_step
 
@@ -34,7 +32,6 @@ except ImportError:
 
 PEER = "fla chunk_kda" if chunk_kda else "fla chunk_kda: not installed"
 NVIDIA = "nvidia kda_hopper_cuda"
-TRITON = "deltify, all kernels in Triton"
 K = 128
 # (B, T, H) and the gates it is timed with
 FORWARD = [
@@ -108,17 +105,6 @@ def peer_forward(inputs: list[Tensor], lower_bound: float | None, cu_seqlens: Te
     return chunk_kda(
         q, k, v, f, b, A_log=A_log, dt_bias=dt_bias, output_final_state=True, **options, **bounded, **packed
     )
-
-
-@contextlib.contextmanager
-def in_triton() -> Iterator[None]:
-    """Choose the Triton kernels where those in CUDA C++ would run."""
-    before = os.environ.get("DELTIFY_KERNELS", "auto")
-    os.environ["DELTIFY_KERNELS"] = "triton"
-    try:
-        yield
-    finally:
-        os.environ["DELTIFY_KERNELS"] = before
 
 
 @torch.no_grad()
