@@ -135,10 +135,11 @@ def keep(name: str, rows: list[dict], device: str | None = None) -> None:
 
 
 def merged(rows: list[dict], before: dict, here: dict) -> list[dict]:
-    """New rows, and after them those of a result that they do not replace."""
+    """New rows, and after them those of a result that they do not replace. A row without a peer gives way to any."""
     where = {key: before[key] for key in ("device", "versions", "commit")}
     old = [where | row for row in before["rows"]]
-    key = lambda row: (row["case"], row["metric"], row["peer_name"], row["device"])
-    new = {key(here | row) for row in rows}
-    kept = [row for row in old if key(row) not in new]
+    figure = lambda row: (row["case"], row["metric"], row["device"])
+    key = lambda row: (*figure(row), row["peer_name"])
+    figures, new = ({of(here | row) for row in rows} for of in (figure, key))
+    kept = [row for row in old if key(row) not in new and not (row["peer"] is None and figure(row) in figures)]
     return rows + [{name: value for name, value in row.items() if here.get(name, ...) != value} for row in kept]
