@@ -144,15 +144,46 @@ def test_a_fixed_number_of_documents_changes_no_gradient(compute):
         torch.testing.assert_close(gradients[1][name], want, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_a_graphed_step_packs_like_batches_alike_and_captures_the_second(monkeypatch):
-    class Graph:
-        def replay(self):
-            calls.append("replay")
+class FakeGraph:
+    def replay(self):
+        pass
 
+
+@pytest.fixture
+def fake_graphs(monkeypatch):
+    """Graphs that do nothing, on a GPU whose first graph takes 100 bytes. The list has the free bytes."""
+    reserved, free = iter((0, 100, *[100] * 20)), [1000]
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nullcontext())
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: next(reserved))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 1000))
+    return free
+
+
+def test_graphs_are_released_if_a_batch_of_another_shape_would_not_fit_beside_them(fake_graphs):
+    calls, complaints = [], []
+
+    def compute(batch, max_documents):
+        calls.append(max_documents)
+        return {"loss": batch.input_ids.sum()}
+
+    step = GraphedStep(compute, [], complaints.append)
+    run = lambda cut: step(Batch(torch.ones(1, 64, dtype=torch.long), torch.arange(64)[None] % cut), torch.device("cpu"))
+    run(64), run(64), run(64)
+    fake_graphs[0] = 111
+    run(2)  # fits
+    assert len(calls) == 3 and step.works and not complaints
+    fake_graphs[0] = 109
+    run(1)
+    assert not step.works and "another number of documents" in complaints[0]
+    run(64), run(64)
+    assert calls == [16, 16, 32, 64, 16, 16] and len(complaints) == 1
+
+
+def test_a_graphed_step_packs_like_batches_alike_and_captures_the_second(fake_graphs, monkeypatch):
     calls, complaints, seen = [], [], []
+    monkeypatch.setattr(FakeGraph, "replay", lambda graph: calls.append("replay"))
 
     def compute(batch, max_documents):
         calls.append(max_documents)

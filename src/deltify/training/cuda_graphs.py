@@ -26,7 +26,8 @@ class GraphedStep:
     """Replay `compute` as a CUDA graph.
 
     The first batch of a shape runs without a graph, which initialises all libraries. The second one is captured.
-    Gradients accumulate in fixed tensors, so clear them with `zero_grad(set_to_none=False)`.
+    Gradients accumulate in fixed tensors, so clear them with `zero_grad(set_to_none=False)`. If no memory is left for the
+    first batch of another shape, the graphs are released and no step is captured from then on.
 
     Args:
         compute: Function that adds the gradients of `parameters` for a batch and returns its losses. It must pack the
@@ -39,7 +40,7 @@ class GraphedStep:
     def __init__(self, compute: Compute, parameters: Iterable[nn.Parameter], log: Callable[[str], None]):
         self.compute, self.log, self.works = compute, log, True
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, dict[str, Tensor]] | None] = {}
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool, self.pool_bytes = torch.cuda.graph_pool_handle(), 0
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
 
@@ -47,6 +48,8 @@ class GraphedStep:
         """Return the losses of a batch on the CPU, after adding its gradients."""
         max_documents = -(-int(document_starts(batch.position_ids).sum()) // ROUND) * ROUND
         key = (batch.input_ids.shape, max_documents, batch.loss_mask is None)
+        if self.works and key not in self.graphs and not self.has_room(device):
+            self.give_up("the GPU's memory does not hold a graph and a batch with another number of documents")
         if not self.works or key not in self.graphs:
             self.graphs[key] = None
             return self.compute(batch.to(device), max_documents)
@@ -55,8 +58,7 @@ class GraphedStep:
             try:
                 captured = self.graphs[key] = self.capture(batch.to(device), max_documents)
             except RuntimeError as error:
-                self.works = False
-                self.log(f"steps run without CUDA graphs: {str(error).splitlines()[0]}")
+                self.give_up(str(error).splitlines()[0])
                 return self.compute(batch.to(device), max_documents)
         graph, static, losses = captured
         for fixed, new in zip(static.tensors, batch.tensors):
@@ -67,7 +69,24 @@ class GraphedStep:
     def capture(self, static: Batch, max_documents: int) -> tuple[torch.cuda.CUDAGraph, Batch, dict[str, Tensor]]:
         """Capture a step on a batch whose tensors later batches are copied to."""
         graph = torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(static.input_ids.device)
         # thread_local lets other threads, such as NCCL's, make CUDA calls during the capture
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             losses = self.compute(static, max_documents)
+        self.pool_bytes += torch.cuda.memory_reserved(static.input_ids.device) - before
         return graph, static, losses
+
+    def has_room(self, device: torch.device) -> bool:
+        """Return whether a batch without a graph fits beside the graphs, whose memory it cannot use."""
+        if not self.pool_bytes:
+            return True
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0] >= 1.1 * self.pool_bytes  # a tenth more, for gaps between tensors
+
+    def give_up(self, reason: str) -> None:
+        """Release all graphs and capture no more."""
+        self.works, self.pool_bytes = False, 0
+        self.graphs.clear()
+        torch.cuda.empty_cache()
+        self.log(f"steps run without CUDA graphs: {reason}")
