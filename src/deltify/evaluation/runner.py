@@ -146,7 +146,7 @@ class Evaluation:
         check_same("models", lambda: [fingerprint(model) for model in all_models])
         self.tokenizer = self.teacher.tokenizer if self.teacher else load_tokenizer(sources[0])
         check_tokenizers(self.tokenizer, "the teacher" if self.teacher else sources[0], folders)
-        self.models: dict[str, PreTrainedModel] = {}  # teacher, controls and students, in this order
+        self.models: dict[str, PreTrainedModel] = {}  # teacher, students and controls: what matters most is measured first
         self.teacher_and_students: dict[str, CausalLM] = {}
 
     def heldout(self) -> None:
@@ -162,7 +162,7 @@ class Evaluation:
             last = list(self.students)[-1]
             made = make_controls(self.teacher, self.students[last])
             controls = {name.replace("student", last): model for name, model in made.items()}
-        self.models = teacher | controls | self.students
+        self.models = teacher | self.students | controls
         self.teacher_and_students = teacher | self.students
         self.results.add(students=[describe(name, m, self.trained[name].tokens) for name, m in self.students.items()])
 
