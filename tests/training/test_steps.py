@@ -169,15 +169,19 @@ def test_graphs_are_released_if_a_batch_of_another_shape_would_not_fit_beside_th
         return {"loss": batch.input_ids.sum()}
 
     step = GraphedStep(compute, [], complaints.append)
-    run = lambda cut: step(Batch(torch.ones(1, 64, dtype=torch.long), torch.arange(64)[None] % cut), torch.device("cpu"))
-    run(64), run(64), run(64)
+
+    def run(*cuts):
+        for cut in cuts:
+            step(Batch(torch.ones(1, 64, dtype=torch.long), torch.arange(64)[None] % cut), torch.device("cpu"))
+
+    run(64, 64, 64)
     fake_graphs[0] = 111
     run(2)  # fits
     assert len(calls) == 3 and step.works and not complaints
     fake_graphs[0] = 109
     run(1)
     assert not step.works and "another number of documents" in complaints[0]
-    run(64), run(64)
+    run(64, 64)
     assert calls == [16, 16, 32, 64, 16, 16] and len(complaints) == 1
 
 

@@ -2,8 +2,9 @@
 
     deltify.evaluate("runs/kda")
 
-All measures go into one results.json, which is written anew after each of them. Answers of models are kept in files
-next to it, and a second evaluation reuses them. `deltify.report` makes pages of results.json.
+All measures go into one results.json, which is written anew after each of them. A second evaluation of the same models
+keeps the measures that it does not repeat. Answers of models are kept in files next to it, and are reused.
+`deltify.report` makes pages of results.json.
 """
 
 import itertools
@@ -139,15 +140,17 @@ class Evaluation:
         self.trained = {name: trained_model(path) for name, (path, _) in folders.items()}
         teacher = spec.teacher or next((recipe.teacher.model for recipe in runs.values()), None)
         length = max(trained.length for trained in self.trained.values())
-        self.results = Results(folder / "results.json", teacher, list(runs), length, device, dtype)
         self.scored = {name: load_model(path, device=device, dtype=dtype) for name, (path, _) in folders.items()}
         self.students = {name: self.scored[name] for name, (_, is_final) in folders.items() if is_final}
         all_models = [*([self.teacher.model] if self.teacher else []), *self.scored.values()]
         check_same("models", lambda: [fingerprint(model) for model in all_models])
         self.tokenizer = self.teacher.tokenizer if self.teacher else load_tokenizer(sources[0])
         check_tokenizers(self.tokenizer, "the teacher" if self.teacher else sources[0], folders)
-        self.models: dict[str, PreTrainedModel] = {}  # teacher, students and controls: what matters most is measured first
-        self.teacher_and_students: dict[str, CausalLM] = {}
+        first: dict[str, CausalLM] = {"teacher": self.teacher.model} if self.teacher else {}
+        self.teacher_and_students = first | self.students
+        weights = {name: fingerprint(model) for name, model in self.teacher_and_students.items()}
+        self.results = Results(folder / "results.json", teacher, list(runs), length, weights, device, dtype)
+        self.models: dict[str, PreTrainedModel] = {}  # teacher, students, controls: if time ends, the last are missing
 
     def heldout(self) -> None:
         """Score every model on the held-out text of the first run. Without a run there is none."""
@@ -155,15 +158,13 @@ class Evaluation:
             self.results.add(**heldout_scores(self.teacher, self.runs, self.scored, self.trained, self.spec.heldout))
 
     def choose_models(self) -> None:
-        """Add teacher and controls to the students, and write what the students are."""
-        teacher = {} if self.teacher is None else {"teacher": self.teacher.model}
+        """Add controls to teacher and students, and write what the students are."""
         controls: dict[str, PreTrainedModel] = {}
         if self.teacher is not None and self.spec.controls:
             last = list(self.students)[-1]
             made = make_controls(self.teacher, self.students[last])
             controls = {name.replace("student", last): model for name, model in made.items()}
-        self.models = teacher | self.students | controls
-        self.teacher_and_students = teacher | self.students
+        self.models = self.teacher_and_students | controls
         self.results.add(students=[describe(name, m, self.trained[name].tokens) for name, m in self.students.items()])
 
     def keep_settings(self, measure: str, source: str | Path, **numbers: int) -> None:

@@ -26,8 +26,8 @@ class GraphedStep:
     """Replay `compute` as a CUDA graph.
 
     The first batch of a shape runs without a graph, which initialises all libraries. The second one is captured.
-    Gradients accumulate in fixed tensors, so clear them with `zero_grad(set_to_none=False)`. If no memory is left for the
-    first batch of another shape, the graphs are released and no step is captured from then on.
+    Gradients accumulate in fixed tensors, so clear them with `zero_grad(set_to_none=False)`. If the first batch of
+    another shape may not fit into memory, the graphs are released and no step is captured from then on.
 
     Args:
         compute: Function that adds the gradients of `parameters` for a batch and returns its losses. It must pack the
