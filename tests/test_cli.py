@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from helpers import tiny_recipe
+from transformers import AutoModelForCausalLM
 
 from deltify import cli, distill
 from deltify.cli import main
@@ -38,6 +39,7 @@ from deltify.config import Stage, write_recipe
         (["chat", "{folder}", "--device", "cuda:x"], "device 'cuda:x' is unknown"),
         (["serve", "{folder}", "--device", "gpu"], "device 'gpu' is unknown"),
         (["report", "absent"], "deltify evaluate absent"),
+        (["generate", "smolm2", "Hello"], "there is no folder smolm2, and it is no hub id (owner/name)"),
         (["evaluate", "{folder}", "--limit", "5"], "--limit does nothing without --tasks"),
         (["evaluate", "{folder}", "--needle-samples", "5"], "--needle-samples does nothing without --needles"),
         (["sample", "{folder}", "a", "-o", "b.jsonl", "--keep-number", "x"], "--keep-number does nothing without --ch"),
@@ -51,6 +53,41 @@ def test_bad_input_is_named_on_the_command_line(arguments, message, tmp_path, ca
     filled = [places.get(argument, argument) for argument in arguments]
     assert main(filled) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_mistyped_folder_is_corrected_and_a_hub_id_that_fails_is_called_no_folder(tmp_path, capsys, monkeypatch):
+    (tmp_path / "smollm2").mkdir()
+    assert main(["generate", f"{tmp_path}/smolm2", "Hello"]) == 1
+    assert f"there is no folder {tmp_path}/smolm2" in (told := capsys.readouterr().err)
+    assert told.endswith(f"Is it {tmp_path}/smollm2?\n")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", unreachable)
+    assert main(["generate", "owner/model", "Hello"]) == 1
+    assert "there is no folder owner/model, and the hub does not give it: no connection\n" in capsys.readouterr().err
+
+
+def unreachable(*_, **__):
+    raise OSError("no connection\nlong explanation")
+
+
+def test_a_trial_replaces_an_earlier_trial_and_nothing_else(tmp_path, capsys):
+    write_recipe(recipe := tiny_recipe(tmp_path), tmp_path / "recipe.yaml")
+    trial = ["convert", str(tmp_path / "recipe.yaml"), "--smoke"]
+    assert main(trial) == 0 and main(trial) == 0
+    folder = tmp_path / f"{recipe.name}-smoke"
+    assert (folder / "converted" / "config.json").is_file()
+    # a run of this name with a real teacher
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(text.replace("random:llama", "owner/teacher"))
+    assert main(trial) == 1 and "already holds a run" in capsys.readouterr().err
+
+
+def test_stopped_sampling_is_not_continued(monkeypatch, capsys):
+    def stop(options, extra):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "sample", (cli.COMMANDS["sample"][0], stop))
+    assert main(["sample", "model", "text", "-o", "out.jsonl"]) == 130
+    assert "Name another file to start anew" in capsys.readouterr().err
 
 
 def test_generate_streams_and_counts(tmp_path, capsys):

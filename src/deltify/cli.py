@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from . import __version__
+from .config import Recipe
 from .training.signals import Stopped
 
 DESCRIPTION = """\
@@ -31,6 +32,11 @@ Fields:
 
 PARALLEL_COMMANDS = ("distill", "convert", "evaluate", "sample")  # those that torchrun may start
 RECIPE_COMMANDS = ("distill", "convert", "plan", "capture")
+# what to do after Ctrl-C, where it is not to repeat the command
+GO_ON = {
+    "distill": "Continue from the last checkpoint with --resume",
+    "sample": "The file has what was written so far, and is not continued. Name another file to start anew",
+}
 MODEL_HELP = "folder of a model or run, or hub id"
 DEVICE_HELP = "auto, cpu, cuda or mps (default: auto)"
 
@@ -64,9 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"deltify: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
-        is_training = options.command == "distill"
-        how = "Continue from the last checkpoint with --resume" if is_training else "Repeat the command"
-        print(f"deltify: stopped. {how}", file=sys.stderr)
+        print(f"deltify: stopped. {GO_ON.get(options.command, 'Repeat the command')}", file=sys.stderr)
         return 130
     return 0
 
@@ -166,7 +170,9 @@ def add_distill(commands: argparse._SubParsersAction) -> None:
     distill = add_recipe_command(commands, "distill", "run a recipe: convert, align, match, extend")
     distill.add_argument("--resume", action="store_true", help="continue the run in the recipe's folder")
     distill.add_argument(
-        "--smoke", action="store_true", help="run two steps per stage with a tiny random model on the CPU"
+        "--smoke",
+        action="store_true",
+        help="run two steps per stage with a tiny random model on the CPU; replaces an earlier trial",
     )
     distill.add_argument("--max-minutes", type=float, help="stop training after this time; --resume continues")
     distill.add_argument("--dashboard", action="store_true", help="serve the page of `deltify watch` during the run")
@@ -178,7 +184,7 @@ def add_distill(commands: argparse._SubParsersAction) -> None:
 
 
 def run_distill(options: argparse.Namespace, overrides: list[str]) -> None:
-    from .config import load_recipe, smoke
+    from .config import load_recipe
     from .training.distributed import relaunch_with_torchrun
     from .training.fit import fit_to_time
     from .training.runner import distill
@@ -192,7 +198,7 @@ def run_distill(options: argparse.Namespace, overrides: list[str]) -> None:
             f"{planned}. To continue it, give --output {there.parent}"
         )
     if options.smoke:
-        recipe = smoke(recipe)
+        recipe = make_trial(recipe, options.resume)
     elif recipe.run.device in ("auto", "cuda") and options.fit_minutes is None:
         relaunch_with_torchrun()
     if options.fit_minutes is not None:
@@ -203,6 +209,17 @@ def run_distill(options: argparse.Namespace, overrides: list[str]) -> None:
 
             print(f"progress: {stack.enter_context(serving(recipe.folder, recipe=recipe))}", flush=True)
         distill(recipe, resume=options.resume, max_minutes=options.max_minutes)
+
+
+def make_trial(recipe: Recipe, resume: bool) -> Recipe:
+    """Return the recipe of --smoke. Its folder is emptied of an earlier trial, unless that is to be resumed."""
+    from .config import smoke
+    from .training.run_folder import remove_trial
+
+    recipe = smoke(recipe)
+    if not resume and os.environ.get("RANK", "0") == "0":  # the other processes wait for the first one later
+        remove_trial(recipe.folder)
+    return recipe
 
 
 def add_watch(commands: argparse._SubParsersAction) -> None:
@@ -227,11 +244,11 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
 
 
 def run_convert(options: argparse.Namespace, overrides: list[str]) -> None:
-    from .config import load_recipe, smoke
+    from .config import load_recipe
     from .training.runner import distill
 
     recipe = load_recipe(options.recipe, overrides)
-    distill(smoke(recipe) if options.smoke else recipe, resume=options.resume, stages=())
+    distill(make_trial(recipe, options.resume) if options.smoke else recipe, resume=options.resume, stages=())
 
 
 def add_capture(commands: argparse._SubParsersAction) -> None:

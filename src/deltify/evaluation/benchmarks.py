@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.token_files import file_name
 from ..training.distributed import all_gather, rank
@@ -96,6 +96,7 @@ def run_benchmarks(
 def run_benchmark(lm, benchmark: Benchmark, items_folder: Path, seed: int = SEED) -> list[dict]:
     """Run one benchmark on a model of `lm_for`, write its items, and return its rows."""
     from lm_eval.evaluator import evaluate
+    from transformers import set_seed  # imports peft and bitsandbytes, which takes a second
 
     from .lm_eval_cache import CachedLM
     from .lm_eval_model import ConstantStateLM

@@ -1,5 +1,7 @@
 """Loading of models and tokenizers, by folder, run or hub id."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,14 +25,31 @@ def load_model(
         device: Device to load to.
         dtype: Data type of the weights. "auto" keeps that of the checkpoint.
     """
-    return AutoModelForCausalLM.from_pretrained(model_folder(str(source)), dtype=dtype).to(device).eval()
+    with named_errors(source):
+        model = AutoModelForCausalLM.from_pretrained(model_folder(str(source)), dtype=dtype)
+    return model.to(device).eval()
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder of a model, folder of a run (its furthest stage), or hub id."""
-    tokenizer = AutoTokenizer.from_pretrained(model_folder(str(source)))
+    with named_errors(source):
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(str(source)))
     assert tokenizer is not None
     return tokenizer
+
+
+@contextlib.contextmanager
+def named_errors(source: str | Path) -> Iterator[None]:
+    """Say of a hub id that cannot be loaded that it is no folder either: it may be a mistyped one."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if Path(source).expanduser().is_dir():
+            raise
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"there is no folder {source}, and the hub does not give it: {reason}") from error
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The folder of a run: whether a recipe may resume the run in it, and what the run was made from and on."""
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -80,6 +81,13 @@ def check_data(recipe: Recipe, data: dict[str, str]) -> None:
             f"the tokens of {', '.join(changed)} are not those that {recipe.folder} began with. Restore the text, "
             f"{recipe.data.folder} and run.heldout_tokens, or use another --name"
         )
+
+
+def remove_trial(folder: Path) -> None:
+    """Remove the folder of an earlier --smoke, whose teacher is random. Leave any other folder as it is."""
+    path = folder / "recipe.yaml"
+    if path.is_file() and load_recipe(path).teacher.model.startswith("random:"):
+        shutil.rmtree(folder)
 
 
 def check_weights(recipe: Recipe, weights: str, whose: str) -> None:

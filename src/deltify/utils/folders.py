@@ -1,5 +1,6 @@
 """Find a model in its own folder, in a run, or on the hub."""
 
+import difflib
 import functools
 import logging
 from pathlib import Path
@@ -15,12 +16,14 @@ def model_folder(path: str) -> str:
     """Return the folder of the model at a path: the path itself, or a run's last stage. A hub id is returned unchanged.
 
     Raises:
-        FileNotFoundError: If there is no model.
+        FileNotFoundError: If there is no model, and `path` is no hub id.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        if path.count("/") > 1 or path.startswith((".", "/", "~", "runs/")):  # recipes write to runs
-            raise FileNotFoundError(f"there is no folder {path}")
+        if path.count("/") != 1 or path.startswith((".", "/", "~", "runs/")):  # recipes write to runs
+            near = difflib.get_close_matches(folder.name, names_in(folder.parent), n=1)
+            hint = f". Is it {folder.parent / near[0]}?" if near else ""
+            raise FileNotFoundError(f"there is no folder {path}, and it is no hub id (owner/name){hint}")
         return path
     if (folder / "config.json").is_file():
         return str(folder)
@@ -30,6 +33,11 @@ def model_folder(path: str) -> str:
     raise FileNotFoundError(
         f"{path} holds neither a model (config.json) nor a run (converted/, align/, match/, extend/)"
     )
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder, if it is one."""
+    return [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
 
 
 @functools.cache
