@@ -46,6 +46,18 @@ def test_a_folder_that_is_replaced_is_complete_at_any_time(tmp_path, monkeypatch
     assert (tmp_path / "model" / "config.json").read_text() == "new"
 
 
+def test_a_stage_does_not_begin_without_space_for_its_model(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, match=Stage())
+    free = iter((10**9, 100_000))  # before the conversion, and before align
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=next(free)))
+    with pytest.raises(OSError, match="align would not be saved: .* has 0 MiB of free space, and the model takes 1 MiB"):
+        distill(recipe)
+    assert checkpoint.is_finished(recipe.folder / "converted")
+    assert '"align"' not in (recipe.folder / "metrics.jsonl").read_text()
+    monkeypatch.undo()
+    assert checkpoint.is_finished(distill(recipe, resume=True) / "align")
+
+
 @pytest.mark.parametrize("last, left", [(8.0, ["align-0000002"]), (4.0, [])])
 def test_after_a_stage_a_better_checkpoint_is_left(last, left, tmp_path, monkeypatch):
     kls = iter([9.0, 5.0, 6.0, 7.0, last])  # after the conversion and steps 2, 4, 6 and 8

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..model.shards import is_sharded, save_shards
 from ..utils.files import check_manifest, replace_folder, write_manifest, write_text
+from ..utils.formats import gib
 from . import distributed
 
 
@@ -242,6 +243,17 @@ def save_model(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"could not save {folder}: {error}. Free some space and continue with --resume") from error
     distributed.barrier()
+
+
+def check_space(folder: Path, model: nn.Module) -> None:
+    """Raise OSError if the first rank's disk cannot hold the model in `folder`, whose parent exists."""
+    needed = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
+    free = distributed.from_first(lambda: shutil.disk_usage(folder.parent).free)
+    if free < needed:
+        raise OSError(
+            f"{folder.name} would not be saved: {folder.parent} has {gib(free)} of free space, and the model takes "
+            f"{gib(needed)}. Free some space and continue with --resume"
+        )
 
 
 def is_finished(folder: Path) -> bool:

@@ -300,6 +300,7 @@ def convert_stage(context: RunContext, teacher: StageTeacher) -> DeltifyForCausa
     assert isinstance(teacher, LiveTeacher)  # the cached one opens after the conversion
     name, folder = "converted", context.recipe.folder / "converted"
     student = create_student(context, teacher.pretrained).eval()
+    checkpoint.check_space(folder, student)
     scores, samples = context.validate(teacher, student)
     context.metrics.truncate("teacher", -1)
     context.metrics.truncate(name, -1)
@@ -314,6 +315,7 @@ def convert_stage(context: RunContext, teacher: StageTeacher) -> DeltifyForCausa
 
 def train_stage(context: RunContext, name: str, teacher: StageTeacher, student: DeltifyForCausalLM) -> bool:
     """Train and save one stage. Return whether it reached its last step."""
+    checkpoint.check_space(context.recipe.folder / name, student)
     trainer = StageTrainer(context, name, teacher, student)
     with context.stopper.held():
         trainer.run()
