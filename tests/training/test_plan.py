@@ -97,6 +97,17 @@ def test_cuda_graphs_save_time_and_cost_memory(smollm2):
     assert eager.seconds > 2 * longer.seconds and eager.total < replayed.total
 
 
+def test_a_teacher_cache_saves_the_teachers_memory_and_time(smollm2):
+    stage, teacher = Stage(2**30, 2048, 32, activation_checkpointing=True), smollm2[0]  # large, and without graphs
+    live, cached = (plan_stage("match", stage, *smollm2, "h200", 1, cached=cached) for cached in (False, True))
+    head = teacher.config.vocab_size * teacher.config.hidden_size
+    assert cached.bytes["teacher"] == 2 * head and cached.total < live.total
+    assert 0.6 < cached.seconds / live.seconds < 1
+    recipe = load_recipe("smollm2-135m-kda", ["--teacher.cache", "cache"])
+    plans = {p.name: p.bytes["teacher"] for p in plan(recipe)}
+    assert plans["align"] > plans["match"] == plans["extend"]
+
+
 def test_wider_heads_take_time_and_memory(smollm2):
     wide = pair(LlamaConfig(**SMOLLM2), head_dim=128)
     narrow = plan_stage("match", Stage(2**30, 2048, 4), *smollm2, "h200", 1)

@@ -101,7 +101,17 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
     size = training_bytes(student) + 2 * count(teacher.model)
     sharded = gpus > 1 and distributed.should_shard(recipe.run.data_parallel, size, MEMORY[gpu])
     plans = [
-        plan_stage(name, recipe.stage(name), teacher, student, gpu, gpus, sharded, recipe.run.cuda_graphs)
+        plan_stage(
+            name,
+            recipe.stage(name),
+            teacher,
+            student,
+            gpu,
+            gpus,
+            sharded,
+            recipe.run.cuda_graphs,
+            cached=recipe.teacher.cache is not None and name != "align",
+        )
         for name in STAGES
         if recipe.stage(name).tokens
     ]
@@ -196,8 +206,12 @@ def plan_stage(
     gpus: int,
     sharded: bool = False,
     graphs: bool = True,
+    cached: bool = False,
 ) -> StagePlan:
-    """Estimate one stage with float32 student weights and bfloat16 products, which is `run.precision: bf16`."""
+    """Estimate one stage with float32 student weights and bfloat16 products, which is `run.precision: bf16`.
+
+    With `cached`, the teacher's hidden states are read from a teacher cache, and only its head is in memory.
+    """
     pieces = gpus if sharded else 1
     parameters = [p for group in choose_trained(student, stage, name).values() for p in group]
     trained = sum(p.numel() for p in parameters)
@@ -209,7 +223,7 @@ def plan_stage(
     cast = trained if name == "align" else weights  # autocast keeps bfloat16 copies of the weights
     own = trained if name == "align" and not sharded else weights  # align shares frozen weights with the teacher
     sizes = {
-        "teacher": 2 * count(teacher.model) // pieces,
+        "teacher": 2 * count(teacher.model.lm_head) if cached else 2 * count(teacher.model) // pieces,
         "student": 4 * own // pieces + (gathered_bytes(name, stage, student) if sharded else 2 * cast),
         "moments": moment_bytes(stage, parameters, adamw_params, sharded) // pieces,
         "activations": tokens * activation_bytes(name, stage, student) + workspace_bytes(student, tokens),
@@ -218,7 +232,9 @@ def plan_stage(
     }
     attention = attention_flops(teacher, student, stage.sequence_length, name)
     flops = product_flops(name, stage, teacher, student) + attention
-    eager = sharded or recomputes(stage, name) or not graphs
+    if cached:
+        flops -= layer_flops(teacher, stage.sequence_length)
+    eager = sharded or recomputes(stage, name) or not graphs or cached
     if eager and rows == share and name != "align":  # only gradients that exceed the freed activations count
         freed = (sizes["activations"] + sizes["loss"]) * (config.num_hidden_layers - 1) // config.num_hidden_layers
         sizes["other gradients"] = max(0, sizes["other gradients"] - freed)
@@ -280,10 +296,18 @@ def attention_flops(teacher: Teacher, student: DeltifyForCausalLM, length: int, 
     The teacher's attention computes masked positions too. The student's full attention skips them and needs three
     passes, so each layer counts 1.5 times as much.
     """
-    config = teacher.config
-    layer = 4 * length * config.num_attention_heads * head_width(config)
     kept = sum(layer.kind == "full_attention" for layer in student.model.layers) if name != "align" else 0
-    return layer * (config.num_hidden_layers + 1.5 * kept)
+    return score_flops(teacher, length) * (teacher.config.num_hidden_layers + 1.5 * kept)
+
+
+def score_flops(teacher: Teacher, length: int) -> int:
+    """Return the FLOPs per token of attention scores and weighted sums in one layer of the teacher."""
+    return 4 * length * teacher.config.num_attention_heads * head_width(teacher.config)
+
+
+def layer_flops(teacher: Teacher, length: int) -> int:
+    """Return the FLOPs per token of all layers of the teacher."""
+    return 2 * count(teacher.model.model.layers) + teacher.config.num_hidden_layers * score_flops(teacher, length)
 
 
 def moment_bytes(stage: Stage, trained: list[nn.Parameter], adamw_params: int, sharded: bool) -> int:
