@@ -134,6 +134,7 @@ def test_evaluations_made_one_by_one_are_reported_together(run, data, tmp_path, 
     assert [(s["name"], s["tokens"]) for s in results["scores"]] == list(zip(names, (0, 0, 0, 768, 832)))
     for part in ("benchmarks", "decode"):
         assert list(dict.fromkeys(row["model"] for row in results[part])) == ["teacher", "tiny", "again"], part
+    assert set(results["weights"]) == {"teacher", "tiny", "again"}
     assert results["runs"] == [str(run), str(again)] and results["command"].count("\n") == 1
     text = (tmp_path / "all" / "report.md").read_text()
     assert "| again |" in text and "| tiny |" in text

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+from deltify.evaluation.comparison import run_again
+from deltify.evaluation.report import combine
 from deltify.evaluation.results_file import Results
 
 WEIGHTS = {"teacher": "a", "match": "b"}
@@ -41,6 +43,7 @@ def test_a_second_evaluation_adds_to_the_first_and_replaces_what_it_repeats(path
     assert content["scores"] == [{"name": "match", "kl": 0.9}] and content["samples"] == {"match": ["Once"]}
     assert len(content["benchmarks"]) == 6 and content["decode"] == [row("match", context=64)]
     assert content["command"] == "deltify evaluate run --all\ndeltify evaluate run --more"
+    assert run_again(content, "match", "--x") == "deltify evaluate run --more --x"
 
     second.add(benchmarks=[row("teacher", "piqa", items=8)])  # piqa is measured again, on more items
     content = json.loads(path.read_text())
@@ -48,20 +51,60 @@ def test_a_second_evaluation_adds_to_the_first_and_replaces_what_it_repeats(path
         ("teacher", "piqa", 8),
         *((model, "arc_easy", 4) for model in ("teacher", "match", "teacher, window 64")),
     ]
-    second.add(settings={"needles": HAYSTACK})
-    second.add(needles=[row("teacher", "niah_single_1", 4096, score=1.0)])
-    assert [r["length"] for r in json.loads(path.read_text())["needles"]] == [4096, 1024, 1024, 1024]
+    second.content["settings"] = {"needles": HAYSTACK}
+    new = [row("teacher", "niah_single_1", length, score=1.0) for length in (4096, 1024)]
+    second.add(needles=new, needle_rows=[])  # stopped before the student: its row stays
+    kept = json.loads(path.read_text())["needles"]
+    assert [(r["model"], r["length"], r["score"]) for r in kept] == [
+        ("teacher", 4096, 1.0),
+        ("teacher", 1024, 1.0),
+        ("match", 1024, 0.5),
+        ("teacher, window 64", 1024, 0.5),
+    ]
+    second.add(decode=[row("match", context=256)])
+    assert [r["context"] for r in json.loads(path.read_text())["decode"]] == [256, 64]
 
 
-def test_measures_of_other_weights_or_of_another_text_are_not_kept(path, monkeypatch, capsys):
+def test_measures_of_another_text_are_not_kept_and_a_measure_that_has_just_begun_changes_nothing(path, monkeypatch):
     second = open_results(path, monkeypatch, "deltify evaluate run")
-    second.add(settings={"needles": {"source": "code"}})
-    second.add(needles=[row("match", "niah_single_1", 4096, score=1.0)])
+    second.content["settings"] = {"needles": {"source": "code"}}
+    second.add(samples={})
+    content = json.loads(path.read_text())
+    assert content["settings"] == {"needles": HAYSTACK} and len(content["needles"]) == 3
+    second.add(needles=[row("match", "niah_single_1", 4096, score=1.0)], needle_rows=[])
     content = json.loads(path.read_text())
     assert [r["length"] for r in content["needles"]] == [4096] and len(content["benchmarks"]) == 6
-    assert content["settings"] == {"needles": {"source": "code"}} and "needle_rows" not in content
+    assert content["settings"] == {"needles": {"source": "code"}}
 
-    third = open_results(path, monkeypatch, "deltify evaluate run", WEIGHTS | {"match": "c"})
-    assert "weights differ" in capsys.readouterr().out
-    third.add(scores=[])
+
+@pytest.mark.parametrize(
+    "weights, why",
+    [
+        ({"teacher": "a", "match": "c"}, "other weights"),
+        ({"teacher": "a", "run": "b"}, "other names of the models (teacher, match; now teacher, run)"),
+    ],
+)
+def test_results_of_other_models_are_renamed(weights, why, path, monkeypatch, capsys):
+    before = path.read_text()
+    second = open_results(path, monkeypatch, "deltify evaluate run", weights)
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"results.json was measured with {why}. It is results.json.old now" in told
+    second.add(scores=[])
+    assert path.with_name("results.json.old").read_text() == before
     assert not {"benchmarks", "needles", "decode", "samples"} & set(json.loads(path.read_text()))
+
+
+def test_a_version_of_lm_eval_is_about_benchmarks_alone(path, monkeypatch):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"versions": content["versions"] | {"lm_eval": "0.0"}}))
+    open_results(path, monkeypatch, "deltify evaluate run").add(samples={})
+    content = json.loads(path.read_text())
+    assert "benchmarks" not in content and content["decode"]
+
+
+def test_a_common_report_refuses_a_model_that_was_trained_between_its_evaluations(path, monkeypatch, tmp_path):
+    for name, weights in (("first", WEIGHTS), ("second", WEIGHTS | {"match": "c"})):
+        (tmp_path / name).mkdir()
+        open_results(tmp_path / name / "results.json", monkeypatch, "x", weights).add(scores=[{"name": "match"}])
+    with pytest.raises(ValueError, match="match has other weights in one evaluation than in another"):
+        combine([tmp_path / "first", tmp_path / "second"], tmp_path / "all")

@@ -121,6 +121,8 @@ def share_kept(results: dict, student: str) -> Kept | Absent:
     for task, row in mine.items():
         if not row.get("fraction", True):
             left_out[task] = "its score is no fraction of right answers"
+        elif "ratio_above_chance" not in row:
+            left_out[task] = "its evaluation was stopped"
         elif not (ratio := row.get("ratio_above_chance")):
             left_out[task] = "the teacher is not clearly above chance"
         elif task not in teacher or teacher[task]["items"] != row["items"]:
@@ -228,12 +230,10 @@ def no_teacher(results: dict, student: str) -> Absent:
 
 
 def run_again(results: dict, student: str, flags: str = "") -> str:
-    """Return the command of the evaluation with more flags.
-
-    An evaluation replaces results.json, so the command keeps the earlier flags. A common report has no such command.
-    """
-    command = str(results.get("command", ""))
-    if not command.startswith("deltify evaluate ") or "\n" in command:
+    """Return the last command of the evaluation with more flags. A common report has no such command."""
+    lines = str(results.get("command", "")).splitlines() or [""]
+    command, several = lines[-1], results.get("combined", len(lines) > 1 and "weights" not in results)
+    if not command.startswith("deltify evaluate ") or several:
         folders = [run for run in results.get("runs", []) if Path(run).name == student]
         command = f"deltify evaluate {folders[0] if folders else 'FOLDER'} ..."
     return f"{command} {flags}".rstrip()

@@ -128,7 +128,7 @@ def combine(folders: Sequence[str | Path], output: str | Path) -> Path:
     Raises:
         FileNotFoundError: If a folder has no results.json.
         ValueError: If evaluations differ in teacher, device, dtype, held-out text or the settings of a measure, if they
-            call two models by one name, or if `output` is one of them.
+            call two models by one name, if a model was trained further between them, or if `output` is one of them.
     """
     output = Path(output)
     if output.resolve() in [Path(folder).resolve() for folder in folders]:
@@ -151,14 +151,14 @@ def combine(folders: Sequence[str | Path], output: str | Path) -> Path:
             if isinstance(value, list) and value and isinstance(value[0], dict):
                 known = set(map(row_identity, whole.get(key, [])))
                 whole[key] = whole.get(key, []) + [row for row in value if row_identity(row) not in known]
-            elif key in ("samples", "settings"):
+            elif key in ("samples", "settings", "weights"):
                 whole[key] = value | whole.get(key, {})
             elif key not in whole:
                 whole[key] = value
     whole["runs"] = list(dict.fromkeys(run for part in parts for run in part["runs"]))
     whole["trained_length"] = max((part["trained_length"] or 0 for part in parts), default=0) or None
     whole["seconds"] = round(sum(part["seconds"] for part in parts), 1)
-    whole["command"] = "\n".join(part["command"] for part in parts)
+    whole["command"], whole["combined"] = "\n".join(part["command"] for part in parts), True
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "results.json", json.dumps(whole, indent=1))
     return output
@@ -171,6 +171,11 @@ def check_current(run: Path, results: dict) -> None:
         return
     folders = {name: run / name for name in stages} | {run.name: run / stages[-1]}
     measured = {row["name"]: row["tokens"] for key in ("students", "scores") for row in results.get(key, [])}
+    if measured and not {run.name, stages[-1]} & measured.keys():
+        raise ValueError(
+            f"{run / 'results.json'} has no measurements of {stages[-1]}, which was trained since. Run: deltify "
+            f"evaluate {run}"
+        )
     for name in (measured.keys() & folders.keys()) - BASELINES:
         then, now = measured[name], trained_model(folders[name]).tokens
         if then not in (0, now):  # 0 may also mean that it was not known
@@ -200,7 +205,14 @@ def check_settings(parts: list[dict]) -> None:
 
 
 def check_names(parts: list[dict]) -> None:
-    """Raise ValueError if two evaluations have models of one name from different runs."""
+    """Raise ValueError if two evaluations have models of one name from different runs, or with different weights."""
+    weights: dict[str, str] = {}
+    for name, value in (pair for part in parts for pair in part.get("weights", {}).items()):
+        if weights.setdefault(name, value) != value:
+            raise ValueError(
+                f"{name} has other weights in one evaluation than in another (fingerprints {weights[name]} and {value})"
+                ". Repeat the evaluations with the same weights"
+            )
     run_of: dict[str, str] = {}
     for part in parts:
         runs = part["runs"] or [""]
@@ -283,7 +295,7 @@ def make_sections(run: Path, results: dict) -> list[Section]:
         drawn = position_charts(results["positions"], looks, trained)
         tables = [position_table(results["positions"])]
         sections.append(Section("Curves by position", POSITIONS, tables, pictures, drawn))
-    if "decode" in results:
+    if results.get("decode"):
         pictures = [draw_decode_cost(results["decode"], run / "decode")[0]]
         drawn = decode_charts(results["decode"], looks)
         sections.append(Section("Decoding", "", [decode_table(results["decode"])], pictures, drawn))

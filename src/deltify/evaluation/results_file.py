@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from ..training.distributed import rank
+from ..training.distributed import from_first, rank
 from ..utils.console import log
 from ..utils.devices import device_name
 from ..utils.files import write_text
 
-# entries of results.json that a later evaluation keeps, if all of SAME are equal; and the settings of each, if any
+# entries that a later evaluation of the same models keeps, and the name of each one's settings, if it has any
 MEASURES = {
     "samples": None,
     "benchmarks": None,
@@ -25,14 +25,14 @@ MEASURES = {
     "positions": "positions",
     "decode": None,
 }
-SAME = ("teacher", "weights", "device", "dtype", "versions")
+HELDOUT = ("scores", "heldout_source", "heldout_digest", "heldout_tokens", "heldout_sequence_length")
 
 
 class Results:
     """results.json, which is written anew after each measure and is complete at any time.
 
     If the file is there already, and is of the same models, machine and versions, it keeps those of its measures that
-    are not repeated.
+    are not repeated. If it is of others, it is renamed.
 
     Args:
         path: File.
@@ -66,16 +66,21 @@ class Results:
             "command": command_line(),
             "date": time.strftime("%Y-%m-%d"),
         }
-        self.earlier = self.read_earlier() if rank() == 0 and path.is_file() else {}
+        self.earlier = from_first(self.read_earlier)
 
     def read_earlier(self) -> dict:
-        """Return the content of the file if its measures can stand beside new ones, else an empty dictionary."""
-        earlier = json.loads(self.path.read_text())
-        measures = [measure for measure in MEASURES if measure in earlier]
-        if other := [key for key in SAME if earlier.get(key) != self.content[key]]:
-            if measures:
-                log(f"{self.path}: earlier {', '.join(measures)} are not kept, as {', '.join(other)} differ")
+        """Return the content of the file if new measures can stand beside its own. Else rename the file."""
+        earlier = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        if not {*MEASURES, "scores"} & set(earlier):
             return {}
+        if why := difference(earlier, self.content):
+            old = self.path.with_name(f"{self.path.name}.old")
+            self.path.replace(old)
+            log(f"{self.path} was measured with other {why}. It is {old.name} now")
+            return {}
+        if "benchmarks" in earlier and not same(earlier, self.content, "versions", "lm_eval"):
+            log(f"{self.path}: its benchmarks are left out, as they are of another version of lm_eval")
+            del earlier["benchmarks"]
         return earlier
 
     def add(self, **measured) -> None:
@@ -86,28 +91,65 @@ class Results:
             write_text(self.path, json.dumps(with_earlier(self.content, self.earlier), indent=1))
 
 
+def difference(earlier: dict, new: dict) -> str | None:
+    """Return in what two evaluations differ, so that their measures must not stand beside each other, or None."""
+    then, now = earlier.get("weights"), new["weights"]
+    if then is None or sorted(then.values()) != sorted(now.values()):
+        return "weights"
+    if then != now:
+        return f"names of the models ({', '.join(then)}; now {', '.join(now)})"
+    packages = [name for name in new["versions"] if name != "lm_eval"]
+    keys = [("teacher",), ("device",), ("dtype",), *(("versions", name) for name in packages)]
+    return next((" of ".join(reversed(key)) for key in keys if not same(earlier, new, *key)), None)
+
+
+def same(earlier: dict, new: dict, *key: str) -> bool:
+    """Return whether two nested dictionaries have the same entry at a path of keys."""
+    for name in key:
+        earlier, new = earlier.get(name, {}), new.get(name, {})
+    return earlier == new
+
+
 def with_earlier(new: dict, earlier: dict) -> dict:
     """Return the content of a results.json, and what an earlier one of the same models has and the new one has not.
 
-    What both have measured is taken from the new one: a task of benchmarks or of the recall curve, a needle task at one
-    length, and any other measure as a whole. Measures with other settings are left out.
+    A row is kept unless it is repeated, or belongs to a task of which the new rows have another number of items. A
+    measure with other settings is left out.
     """
     settings, before = new.get("settings", {}), earlier.get("settings", {})
-    kept: dict = {}
+    kept = {} if "scores" in new else {key: earlier[key] for key in HELDOUT if key in earlier}
     for measure, name in MEASURES.items():
-        same = name not in settings or settings[name] == before.get(name)
-        if measure in earlier and measure not in new and same:
+        if measure in earlier and measure not in new:
             kept[measure] = earlier[measure]
-        elif measure in earlier and measure != "samples" and same:
-            done = {(row.get("task"), row.get("length")) for row in new[measure]}
-            rows = [row for row in earlier[measure] if (row.get("task"), row.get("length")) not in done]
-            if rows:
-                kept[measure] = new[measure] + rows
-    if not kept:
+        elif measure in earlier and measure != "samples" and settings.get(name) == before.get(name):
+            kept[measure] = new[measure] + not_repeated(earlier[measure], new[measure])
+    if {"needles", "needle_rows"} <= set(kept):
+        cells = set(map(identity, kept["needles"]))
+        kept["needle_rows"] = [row for row in kept["needle_rows"] if identity(row) in cells]
+    if not earlier:
         return new
     commands = dict.fromkeys([*earlier["command"].splitlines(), new["command"]])
     kept |= {"command": "\n".join(commands), "seconds": round(earlier["seconds"] + new["seconds"], 1)}
-    return new | kept | {"settings": before | settings}
+    own = {
+        MEASURES[measure] for measure in MEASURES if measure in new
+    }  # settings of an unfinished measure are left out
+    settings = before | {name: values for name, values in settings.items() if name in own}
+    return new | kept | ({"settings": settings} if settings else {})
+
+
+def not_repeated(earlier: list[dict], new: list[dict]) -> list[dict]:
+    """Return the earlier rows that the new ones do not replace."""
+    done, items = set(map(identity, new)), {identity(row)[1:]: row.get("items") for row in new}
+    return [
+        row
+        for row in earlier
+        if identity(row) not in done and items.get(identity(row)[1:], row.get("items")) == row.get("items")
+    ]
+
+
+def identity(row: dict) -> tuple:
+    """Return what a row is about: model, task, length of the text, and context. Equal rows are the same measure."""
+    return tuple(row.get(key) for key in ("model", "task", "length", "context"))
 
 
 def command_line() -> str:

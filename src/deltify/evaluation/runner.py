@@ -7,6 +7,7 @@ keeps the measures that it does not repeat. Answers of models are kept in files 
 `deltify.report` makes pages of results.json.
 """
 
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import Recipe, load_recipe
 from ..conversion.teacher import Teacher, load_teacher
-from ..data.sources import documents
+from ..data.sources import documents, text_files
 from ..data.token_files import file_name, origin_of
 from ..inference.loading import load_model, load_tokenizer
 from ..model.causal_lm import CausalLM
@@ -27,6 +28,7 @@ from ..training.run_folder import check_weights
 from ..training.teachers import open_teacher
 from ..utils.console import log, with_progress
 from ..utils.devices import pick_device
+from ..utils.files import digest
 from ..utils.fingerprint import fingerprint
 from ..utils.folders import model_folder, saved_stages
 from ..utils.tokens import TOKENIZER_PROBE, token_ids
@@ -153,9 +155,16 @@ class Evaluation:
         self.models: dict[str, PreTrainedModel] = {}  # teacher, students, controls: if time ends, the last are missing
 
     def heldout(self) -> None:
-        """Score every model on the held-out text of the first run. Without a run there is none."""
-        if self.teacher is not None and self.runs:
-            self.results.add(**heldout_scores(self.teacher, self.runs, self.scored, self.trained, self.spec.heldout))
+        """Score every model on the held-out text of the first run. Without a run there is none.
+
+        Earlier scores on other text, which --heldout named, are kept.
+        """
+        source, earlier = self.spec.heldout, self.results.earlier.get("heldout_source")
+        if source is None and earlier is not None:
+            log(f"held-out text: the scores on {earlier} are kept. To replace them, give --heldout")
+        elif self.teacher is not None and self.runs:
+            scores = heldout_scores(self.teacher, self.runs, self.scored, self.trained, source)
+            self.results.add(heldout_source=None if source is None else str(source), **scores)
 
     def choose_models(self) -> None:
         """Add controls to teacher and students, and write what the students are."""
@@ -168,9 +177,9 @@ class Evaluation:
         self.results.add(students=[describe(name, m, self.trained[name].tokens) for name, m in self.students.items()])
 
     def keep_settings(self, measure: str, source: str | Path, **numbers: int) -> None:
-        """Write what a measure takes, so that common reports refuse measures of different texts."""
-        values = {"source": origin_of(str(source))["source"], **numbers}
-        self.results.add(settings=self.results.content.get("settings", {}) | {measure: values})
+        """Keep what a measure takes, to be written with its rows, so that measures of different texts are not mixed."""
+        values = {"source": origin_of(str(source))["source"], "text": text_digest(str(source)), **numbers}
+        self.results.content["settings"] = self.results.content.get("settings", {}) | {measure: values}
 
     def samples(self) -> None:
         """Keep greedy continuations of fixed prompts."""
@@ -192,9 +201,8 @@ class Evaluation:
                 log=lambda line, name=name: log(f"{name}: {line}"),
             )
             rows += [{"model": name, **row} for row in new]
-            self.results.add(benchmarks=rows)
-        if rank() == 0:  # the others may not see its files
-            self.results.add(benchmarks=compare_with_teacher(rows, items))
+            # the other processes may not see the first one's files
+            self.results.add(benchmarks=compare_with_teacher(rows, items) if rank() == 0 else rows)
 
     def needles(self, spec: NeedleSpec) -> None:
         """Run needle tasks on every model."""
@@ -324,6 +332,13 @@ def model_folders(sources: list[str], runs: dict[str, Recipe], *, all_stages: bo
                 raise ValueError(f"Two models would be called {name!r}. Rename the folder {source}.")
             found[name] = folder, name == list(folders)[-1]
     return found
+
+
+def text_digest(source: str) -> str | None:
+    """Return a hash of the files of a source, or None if its text is not in files."""
+    if not (path := Path(source).expanduser()).exists():
+        return None
+    return hashlib.sha256("".join(map(digest, text_files(str(path)))).encode()).hexdigest()[:16]
 
 
 def longest_documents(source: str, count: int, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
