@@ -224,6 +224,22 @@ def test_qwens_pattern_is_transformers_own():
     assert SPLITS["qwen2"].pattern == PRETOKENIZE_REGEX
 
 
+def test_a_tokenizer_beside_the_file_is_not_read(tokenizer, tmp_path, monkeypatch):
+    ids = []
+    for name in ("alone", "beside"):
+        (tmp_path / name).mkdir()
+        path = write_gguf(tmp_path / name / "model.gguf", small_model(tokenizer), tokenizer)
+        if name == "beside":  # another model's
+            state = json.loads(tokenizer.backend_tokenizer.to_str())
+            state["added_tokens"] = []
+            words = sorted(state["model"]["vocab"], key=state["model"]["vocab"].get)
+            state["model"]["vocab"] = {word: place for place, word in enumerate(reversed(words))}
+            (tmp_path / name / "tokenizer.json").write_text(json.dumps(state))
+        monkeypatch.setattr(teacher, "CACHE", tmp_path / f"{name}-cache")
+        ids.append(load_teacher(str(path)).tokenizer("the cat 1234 then")["input_ids"])
+    assert ids[0] == ids[1]
+
+
 def test_a_second_end_token_also_ends_answers(tokenizer, tmp_path):
     extra = lambda out: out.add_eot_token_id(5)  # noqa: E731
     read = load_teacher(str(write_gguf(tmp_path / "m.gguf", small_model(tokenizer), tokenizer, extra=extra)))

@@ -61,6 +61,45 @@ def test_json_lines_plain_and_compressed(tmp_path, suffix):
     assert list(documents(str(tmp_path))) == ["a text", "one", "zwei", "три"]
 
 
+def test_compressed_files_of_several_parts_are_read_whole_and_damaged_ones_are_named(tmp_path):
+    lines = [json.dumps({"text": f"number {i} " + "x" * 50}).encode() + b"\n" for i in range(1000)]
+    halves = b"".join(lines[:500]), b"".join(lines[500:])
+    for suffix, pack in ((".gz", gzip.compress), (".zst", zstandard.ZstdCompressor().compress)):
+        path = tmp_path / f"a.jsonl{suffix.upper()}"
+        first, second = map(pack, halves)
+        path.write_bytes(first + second)
+        assert len(list(documents(str(path)))) == 1000
+        for damaged in (first + second[:-9], first + second[:9], first[: len(first) // 2], b"plain text"):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=rf"{path} is damaged or incomplete"):
+                list(documents(str(path)))
+
+
+def test_a_folder_is_read_with_its_linked_folders_and_suffixes_in_capitals(tmp_path):
+    (books := tmp_path / "books").mkdir()
+    (links := tmp_path / "links").mkdir()
+    (books / "a.TXT").write_text("a book")
+    (books / "back").symlink_to(links)  # a circle
+    (links / "more").symlink_to(books)
+    (links / ".hidden.txt").write_text("hidden")
+    (links / "b.md").write_text("a page")
+    assert sorted(documents(str(links))) == ["a book", "a page"]
+
+
+def test_a_long_document_is_not_held_out_with_most_of_the_text(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(token_files, "HELDOUT_TOKENS", 100)
+    long = next(text for i in range(1000) if held_out(text := f"{i} " + "long " * 400))
+    short = [text for i in range(20) if not held_out(text := f"short {i}")]
+    train, held = tokenize_split([*short, long], tokenizer, tmp_path / "a", heldout_tokens=100)
+    assert len(held) == 100 and len(train) > 1500
+
+
+def test_a_tokenizer_that_splits_special_tokens_has_another_fingerprint(tokenizer):
+    other = byte_tokenizer()
+    other.split_special_tokens = True
+    assert token_files.tokenizer_fingerprint(other) != token_files.tokenizer_fingerprint(tokenizer)
+
+
 PACK = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress, ".jsonl": bytes, ".txt": bytes}
 
 

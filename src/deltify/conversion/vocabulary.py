@@ -51,7 +51,8 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, 
             raise ValueError(f"the end-of-sequence token of {source}, {tokenizer.eos_token!r}, has no embedding")
         special["eos_token"] = tokenizer.convert_ids_to_tokens(end)
     fitted = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **special)
-    fitted.chat_template, fitted.model_max_length = tokenizer.chat_template, tokenizer.model_max_length
+    for name in ("chat_template", "model_max_length", "split_special_tokens"):
+        setattr(fitted, name, getattr(tokenizer, name))
     if any(index >= size for index in fitted.encode("a")):
         raise ValueError(f"the tokenizer of {source} begins or ends texts with a token that has no embedding")
     return fitted

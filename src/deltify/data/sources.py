@@ -5,19 +5,22 @@ A source comes in pieces, so that slow work such as parsing lines or generating 
 heavy.
 """
 
+import contextlib
 import gzip
 import hashlib
 import importlib
 import json
+import os
 import pkgutil
 import re
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Protocol
 
 from .recall import COUNT, RECALL, SENTENCE_END, recall_documents, scattered_documents, scattered_outlines
 from .sparse_recall import LENGTHS, SPARSE_RECALL, sparse_documents
@@ -225,43 +228,96 @@ def text_files(source: str) -> list[Path]:
             f"there is no text at {source!r}. Give a file ({known}), a folder, {PYTHON_DOCS!r}, {RECALL!r}, "
             f"{RECALL}:SOURCE, {SPARSE_RECALL}:SOURCE, {CHAT}:SOURCE or hf:NAME"
         )
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in files if file.name.endswith(TEXT_SUFFIXES) and file.is_file()]
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    files = sorted(visible_files(path)) if path.is_dir() else [path]
+    files = [file for file in files if file.name.lower().endswith(TEXT_SUFFIXES) and file.is_file()]
     if not files:
         problem = "has no text file" if path.is_dir() else "is not a text file"
         raise ValueError(f"{source!r} {problem}; text files end in {known}")
     return files
 
 
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder and its subfolders, linked ones included, but hidden ones."""
+    seen: set[Path] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = Path(place)
+        seen.add(here.resolve())
+        folders[:] = [name for name in folders if name[0] != "." and (here / name).resolve() not in seen]
+        yield from (here / name for name in names if name[0] != ".")
+
+
 def file_pieces(files: list[Path]) -> Iterator[Piece]:
-    """Yield the pieces of text files: a whole plain file, or a block of lines of a JSON-lines file."""
+    """Yield the pieces of text files: a whole plain file, or a block of lines of a JSON-lines file.
+
+    Raises:
+        ValueError: If a compressed file is damaged or incomplete.
+    """
     sizes = [path.stat().st_size for path in files]
     total, before = max(1, sum(sizes)), 0
     for path, size in zip(files, sizes):
-        if path.suffix in (".txt", ".md"):
+        suffix = path.suffix.lower()
+        if suffix in (".txt", ".md"):
             yield Piece(whole_text, (str(path),), (before + size) / total)
         else:
             first = 1
-            with path.open("rb") as file:
-                for lines in line_blocks(unpacked(file, path.suffix)):
+            with path.open("rb") as file, named_damage(path):
+                for lines in line_blocks(unpacked(file, suffix)):
                     yield Piece(texts_of_lines, (str(path), first, lines), (before + file.tell()) / total)
                     first += lines.count(b"\n") if b"\r" not in lines else len(lines.splitlines())
         before += size
 
 
-def unpacked(file: IO[bytes], suffix: str) -> IO[bytes] | gzip.GzipFile:
+@contextlib.contextmanager
+def named_damage(path: Path) -> Iterator[None]:
+    """Name the file in errors of decompression."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}). Get it again") from error
+
+
+class Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+def unpacked(file: IO[bytes], suffix: str) -> Readable:
     """Return a file that decompresses what it reads."""
-    if suffix == ".gz":
-        return gzip.open(file)
-    if suffix == ".zst":
+    return gzip.open(file) if suffix == ".gz" else ZstdFile(file) if suffix == ".zst" else file
+
+
+class ZstdFile:
+    """The frames of a .zst file as one file. Zstandard's own reader takes a file that was cut for a whole one."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.left = file, b""
+        self.frame: Any = None
+
+    def read(self, size: int, /) -> bytes:
+        """Return what `size` compressed bytes or fewer contain, or nothing at the end.
+
+        Raises:
+            EOFError: If the file ends within a frame.
+            zlib.error: If it is no .zst file, or damaged.
+        """
         import zstandard
 
-        return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-    return file
+        while block := self.left or self.file.read(size):
+            self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                text = self.frame.decompress(block)
+            except zstandard.ZstdError as error:
+                raise zlib.error(str(error)) from None
+            self.left = self.frame.unused_data
+            if self.frame.eof:
+                self.frame = None
+            if text:
+                return text
+        if self.frame is not None:
+            raise EOFError("the file ends within a zstd frame")
+        return b""
 
 
-def line_blocks(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
+def line_blocks(file: Readable) -> Iterator[bytes]:
     """Yield a file's bytes in blocks of whole lines."""
     parts = []
     while block := file.read(PIECE):

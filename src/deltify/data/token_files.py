@@ -184,18 +184,19 @@ def tokenize_split(
         train, held = (TokenWriter(unfinished / part, tokenizer, isinstance(texts, Chats)) for part in parts)
         name = origin.get("source", folder.name)
         counts = write_documents(texts, train, held, max_tokens, heldout_tokens, name, processes) | {"cut": False}
-        if not len(train) or len(held) < heldout_sequence_length:
-            total = len(train) + len(held)
+        total = len(train) + len(held)
+        too_much = len(held) > max(len(train), 2 * heldout_tokens, 2 * HELDOUT_TOKENS)  # because of a long document
+        if not len(train) or len(held) < heldout_sequence_length or too_much:
             if not total:
                 raise ValueError(f"there is no text in {name!r}: every document is empty, or there is none")
-            share = max(total // 20, heldout_sequence_length)
+            share = max(min(total // 20, heldout_tokens), heldout_sequence_length)
             if 2 * share > max(len(train), len(held)):
                 raise ValueError(
                     f"{name!r} has {total} tokens, too few to hold out {share} of them. Set data.heldout to a "
                     "validation text, or give more text"
                 )
             counts |= {"cut": True, "heldout_sequence_length": heldout_sequence_length}
-            if len(train):
+            if len(train) and not too_much:
                 train.move(len(train) - share, held)
             else:
                 held.move(share, train)
@@ -369,7 +370,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         rules |= {"padding": None, "truncation": None}  # they depend on the last call
     else:
         rules = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map]
-    facts = json.dumps([rules, tokenizer.eos_token_id], default=str)
+    splits = ["split_special_tokens"] if tokenizer.split_special_tokens else []
+    facts = json.dumps([rules, tokenizer.eos_token_id, *splits], default=str)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
