@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from deltify import cli, distill
 from deltify.cli import main
-from deltify.config import Stage, write_recipe
+from deltify.config import Stage, load_recipe, write_recipe
+from deltify.training import distributed
+from deltify.training.distributed import sole_writer
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,22 @@ def test_a_trial_replaces_an_earlier_trial_and_nothing_else(tmp_path, capsys):
     text = (folder / "recipe.yaml").read_text()
     (folder / "recipe.yaml").write_text(text.replace("random:llama", "owner/teacher"))
     assert main(trial) == 1 and "already holds a run" in capsys.readouterr().err
+    (folder / "recipe.yaml").write_text(text)
+    with sole_writer(folder / ".run.lock", ""):
+        assert main(trial) == 1 and "Another process trains in" in capsys.readouterr().err
+    assert (folder / "converted" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("gpus, used", [(8, 2), (3, 2), (2, 2), (1, None)])
+def test_as_many_gpus_are_used_as_can_share_the_batches(gpus, used, monkeypatch, capsys):
+    started = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(distributed.os, "execv", lambda program, arguments: started.append(arguments))
+    distributed.relaunch_with_torchrun(load_recipe("smollm2-135m-kda"))  # extend has batches of 2 sequences
+    assert [part for call in started for part in call if "nproc" in part] == [f"--nproc-per-node={used}"] * bool(used)
+    assert (f"{used} of {gpus} GPUs are used" in capsys.readouterr().out) == (gpus > 2)
 
 
 def test_stopped_sampling_is_not_continued(monkeypatch, capsys):

@@ -75,6 +75,12 @@ def test_smoke_leaves_out_what_belongs_to_the_real_teacher(tmp_path):
     assert (distill(recipe) / "match" / "config.json").is_file()
 
 
+def test_smoke_converts_layers_and_heads_of_a_larger_teacher():
+    fields = ["--student.full_attention_layers=[0,9,18,27]", "--student.retrieval_heads=24"]
+    student = smoke(load_recipe("smollm2-135m-demo", fields)).student
+    assert student.full_attention_layers == [0, 1, 2] and student.retrieval_heads == 16
+
+
 def test_training_lowers_the_loss_of_each_stage(tmp_path):
     longer = Stage(tokens=40 * 4 * 64, sequence_length=64, batch_size=4, lr_mixers=3e-3, lr_other=1e-3)
     start = StudentSpec(init="library")

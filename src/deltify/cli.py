@@ -200,7 +200,7 @@ def run_distill(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.smoke:
         recipe = make_trial(recipe, options.resume)
     elif recipe.run.device in ("auto", "cuda") and options.fit_minutes is None:
-        relaunch_with_torchrun()
+        relaunch_with_torchrun(recipe)
     if options.fit_minutes is not None:
         recipe = fit_to_time(recipe, options.fit_minutes, given)
     with ExitStack() as stack:

@@ -484,7 +484,7 @@ def smoke(recipe: Recipe) -> Recipe:
     if str(layers).startswith("measured:"):
         layers = "measured:1"
     elif isinstance(layers, list):
-        layers = sorted({layer % 4 for layer in layers})
+        layers = sorted({layer % 4 for layer in layers})[:3]  # one becomes KDA
     return replace(
         recipe,
         name=f"{recipe.name}-smoke",
@@ -494,6 +494,7 @@ def smoke(recipe: Recipe) -> Recipe:
             full_attention_layers=layers,
             init=init if init in INITS else "calibrated",  # a trained student does not fit a random teacher
             convert_further=False,
+            retrieval_heads=min(student.retrieval_heads, 16),
             calibration_tokens=256,
             calibration_sequence_length=32,
         ),

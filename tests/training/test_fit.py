@@ -60,6 +60,13 @@ def test_a_slow_machine_gets_less_of_everything_and_smaller_batches():
     assert fitted.match.lr_mixers == pytest.approx(RECIPE.match.lr_mixers * (fitted.match.batch_size / 8) ** 0.5)
 
 
+def test_numbers_that_were_given_stay():
+    fitted = fit(RECIPE, machine(20), 600, {"match.batch_size", "match.lr_mixers", "align.tokens"})
+    assert fitted.match.batch_size == 8 and fitted.match.lr_mixers == RECIPE.match.lr_mixers
+    assert fitted.align.tokens == RECIPE.align.tokens and fitted.match.tokens < RECIPE.match.tokens
+    assert fitted.match.tokens == fitted.match.steps * 8 * 256
+
+
 def test_every_stage_trains_on_a_machine_that_is_too_slow():
     fitted = fit(RECIPE, machine(1), 600)
     assert (fitted.align.steps, fitted.align.batch_size) == (2, 1)

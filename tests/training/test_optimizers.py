@@ -1,5 +1,6 @@
 """Optimizers: 8-bit Adam and Muon."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def test_eight_bit_moments_train_and_resume_to_the_same_bits(tmp_path):
         make_optimizers(model, stage, "match", sharded=True)
     with pytest.raises(ValueError, match=r"match.optimizer='muon' cannot be sharded over processes"):
         make_optimizers(model, replace(stage, optimizer="muon"), "match", sharded=True)
+
+
+def test_an_optimizer_that_is_not_installed_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    recipe = tiny_recipe(tmp_path)
+    recipe = replace(recipe, match=replace(recipe.match, optimizer="adamw8bit"))
+    with pytest.raises(ValueError, match=r"match.optimizer='adamw8bit' needs bitsandbytes"):
+        distill(recipe)
+    assert not (recipe.folder / "converted").exists()
 
 
 def test_muon_trains_and_resumes_to_the_same_bits_and_equals_torchs(tmp_path):

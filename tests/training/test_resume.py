@@ -68,6 +68,30 @@ def test_a_second_ctrl_c_does_not_wait_and_a_second_sigterm_does(tmp_path, monke
     assert checkpoint.checkpoints(recipe.folder, "align")[-1].name == "align-0000004"
 
 
+def test_a_signal_during_the_last_validation_of_a_stage_waits_until_its_model_is_saved(tmp_path, monkeypatch):
+    recipe, validate = tiny_recipe(tmp_path), trainer.StageTrainer.evaluate
+    recipe = replace(recipe, run=replace(recipe.run, save_every=0))
+
+    def signalled_at_the_end(self):
+        if self.is_last_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self)
+
+    monkeypatch.setattr(trainer.StageTrainer, "evaluate", signalled_at_the_end)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        distill(recipe)
+    assert checkpoint.is_finished(recipe.folder / "align")
+
+
+def test_a_checkpoint_of_the_last_step_is_not_left_beside_the_stages_model(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, match=Stage())
+    monkeypatch.setattr(trainer, "align_step", signalled(7, signal.SIGTERM))  # in the last of eight steps
+    with pytest.raises(Stopped, match="align-0000008"):
+        distill(recipe)
+    assert checkpoint.is_finished(distill(recipe, resume=True) / "align")
+    assert "align-0000008" not in [path.name for path in checkpoint.checkpoints(recipe.folder, "align")]
+
+
 def test_a_signal_outside_the_steps_ends_the_run_at_once(tmp_path, monkeypatch):
     def load(*args):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -131,6 +131,12 @@ def test_a_cache_of_other_sequences_is_refused_before_anything_is_computed(tmp_p
     other = replace(recipe, seed=recipe.seed + 1, teacher=replace(recipe.teacher, cache=str(tmp_path / "targets")))
     with pytest.raises(ValueError, match=r"lacks a sequence of 32 tokens .* Run deltify capture again"):
         distill(other)
+    # a cache for fewer tokens, or of a capture that was stopped, has the first sequences
+    short = replace(recipe, match=replace(recipe.match, tokens=recipe.match.tokens // 2))
+    capture_recipe(short, tmp_path / "short", "bf16")
+    longer = replace(recipe, teacher=replace(recipe.teacher, cache=str(tmp_path / "short")))
+    with pytest.raises(ValueError, match=r"lacks a sequence of 32 tokens .* Run deltify capture again"):
+        distill(longer)
     assert not (recipe.folder / "converted" / "config.json").exists()
 
 

@@ -16,7 +16,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -31,8 +31,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.rendezvous import rendezvous
 from transformers import PreTrainedModel
 
+from ..config import Recipe, check_shares
 from ..model import DeltifyForCausalLM
-from ..utils.console import console
+from ..utils.console import console, log
 from .signals import Stopped
 
 T = TypeVar("T")
@@ -41,15 +42,28 @@ LONG_WAIT = timedelta(days=7)  # of a rank for others, where their work may take
 BUCKET = 2**26  # gradient elements that are averaged at a time
 
 
-def relaunch_with_torchrun() -> None:
-    """Replace this process by torchrun with one process per GPU, if several GPUs are visible.
+def relaunch_with_torchrun(recipe: Recipe) -> None:
+    """Replace this process by torchrun with one process per GPU, for as many visible GPUs as can share the batches.
 
     For several nodes, start torchrun on each of them: torchrun --nnodes 2 ... -m deltify.cli distill recipe.yaml.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus > 1 and "RANK" not in os.environ:
-        options = ["--standalone", f"--nproc-per-node={gpus}", "-m", "deltify.cli", *sys.argv[1:]]
+    if gpus < 2 or "RANK" in os.environ:
+        return
+    used = next((n for n in range(gpus, 0, -1) if can_share(recipe, n)), gpus)  # else the processes say why
+    if used < gpus:
+        log(f"{used} of {gpus} GPUs are used: more cannot share the batches of all stages equally")
+    if used > 1:
+        options = ["--standalone", f"--nproc-per-node={used}", "-m", "deltify.cli", *sys.argv[1:]]
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *options])
+
+
+def can_share(recipe: Recipe, processes: int) -> bool:
+    """Return whether `check_shares` accepts a number of processes."""
+    with suppress(ValueError):
+        check_shares(recipe, processes)
+        return True
+    return False
 
 
 def rank() -> int:

@@ -64,8 +64,8 @@ class Speed:
 def fit_to_time(recipe: Recipe, minutes: float, given: Collection[str] = ()) -> Recipe:
     """Return the recipe with numbers of tokens for which its run takes about `minutes`, and say so in a line.
 
-    If the recipe's folder holds a run, the numbers are those of that run, so that it can be resumed. Fields in `given`
-    keep their values then.
+    Fields in `given` keep their values. If the recipe's folder holds a run, the numbers are those of that run, so that
+    it can be resumed.
 
     Raises:
         ValueError: If `minutes` is not above 0, a launcher has started several processes, the recipe cuts rows over
@@ -91,7 +91,7 @@ def fit_to_time(recipe: Recipe, minutes: float, given: Collection[str] = ()) -> 
     log("measuring the speed of this machine")
     speed = measure_speed(recipe)
     seconds = 60 * minutes - (time.monotonic() - started)
-    fitted = fit(recipe, speed, seconds)
+    fitted = fit(recipe, speed, seconds, given)
     estimate = time.monotonic() - started + run_seconds(fitted, speed)
     console.print(describe_fit(recipe, fitted, speed, estimate / 60), highlight=False, soft_wrap=True)
     return fitted
@@ -100,8 +100,8 @@ def fit_to_time(recipe: Recipe, minutes: float, given: Collection[str] = ()) -> 
 # ---- numbers of tokens -----------------------------------------------------------------------------------------------
 
 
-def fit(recipe: Recipe, speed: Speed, seconds: float) -> Recipe:
-    """Return the recipe with numbers of tokens for which a run takes about `seconds`.
+def fit(recipe: Recipe, speed: Speed, seconds: float, given: Collection[str] = ()) -> Recipe:
+    """Return the recipe with numbers of tokens for which a run takes about `seconds`. Fields in `given` stay.
 
     Calibration and validation text never grow. All stages grow or shrink by one factor, up to MOST_GROWTH. A stage with
     too few steps gets smaller batches. Every stage makes two steps at least, so a slow machine may take longer.
@@ -121,9 +121,14 @@ def fit(recipe: Recipe, speed: Speed, seconds: float) -> Recipe:
     )
     fixed = run_seconds(fitted, speed) - training_seconds(fitted, speed)
     factor = min(MOST_GROWTH, max(0.0, seconds - fixed) / training_seconds(fitted, speed))
-    stages = {name: resize(recipe.stage(name), factor) for name in STAGES if recipe.stage(name).tokens}
+    stages = {
+        name: resize(recipe.stage(name), factor, {f"{name}.batch_size", f"{name}.micro_batch_size"}.isdisjoint(given))
+        for name in STAGES
+        if recipe.stage(name).tokens
+    }
     every = math.ceil(run.eval_every * max(1, factor))
-    return check(with_stages(replace(fitted, run=replace(fitted.run, eval_every=every)), stages))
+    fitted = with_stages(replace(fitted, run=replace(fitted.run, eval_every=every)), stages)
+    return check(take_numbers(recipe, fitted, given))
 
 
 def with_stages(recipe: Recipe, stages: dict[str, Stage]) -> Recipe:
@@ -137,13 +142,13 @@ def conversion_cost(tokens: int) -> float:
     return CONVERSION_COST * tokens + CHOICE_COST * min(tokens, CHOICE_TOKENS)
 
 
-def resize(stage: Stage, factor: float) -> Stage:
-    """Return a stage with `factor` times the tokens, and with smaller batches if it would make too few steps.
+def resize(stage: Stage, factor: float, may_shrink: bool = True) -> Stage:
+    """Return a stage with `factor` times the tokens, and with smaller batches if it would make too few steps and may.
 
     Learning rates are scaled by the square root of the batch size, as the noise of gradients is.
     """
     sequences, batch = factor * stage.steps * stage.batch_size, stage.batch_size
-    while batch % 2 == 0 and sequences < FEWEST_STEPS * batch:
+    while may_shrink and batch % 2 == 0 and sequences < FEWEST_STEPS * batch:
         batch //= 2
     steps = max(2, int(sequences // batch))
     micro = math.gcd(stage.micro_batch_size, batch) if stage.micro_batch_size else 0

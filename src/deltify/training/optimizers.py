@@ -76,11 +76,7 @@ def make_optimizers(
         adamw_groups.append({"name": group, "params": matrices, "weight_decay": stage.weight_decay})
         adamw_groups.append({"name": f"{group}_vectors", "params": vectors, "weight_decay": 0.0})
     muon_groups, adamw_groups = ([g for g in each if g["params"]] for each in (muon_groups, adamw_groups))
-    if stage.optimizer == "muon" and sharded:
-        raise ValueError(
-            f"{name}.optimizer={stage.optimizer!r} cannot be sharded over processes. Choose adamw or adamw8bit, or "
-            "run.data_parallel: replicate"
-        )
+    check_optimizer(stage, name, sharded)
     if stage.optimizer == "adamw8bit":
         if sharded and not any(has_eight_bit_shards(p) for group in adamw_groups for p in group["params"]):
             raise ValueError(
@@ -88,21 +84,34 @@ def make_optimizers(
                 f"multiple of {BLOCK}, and no trained matrix has such rows. Choose adamw, or "
                 "run.data_parallel: replicate"
             )
+        if sharded:
+            from .adamw8bit import ShardedAdamW8bit as AdamW8bit
+        else:
+            from bitsandbytes.optim import AdamW8bit
+        return [AdamW8bit(adamw_groups, lr=0.0, betas=(0.9, 0.95))]
+    optimizers: list[torch.optim.Optimizer] = []
+    if adamw_groups:
+        optimizers.append(torch.optim.AdamW(adamw_groups, lr=0.0, betas=(0.9, 0.95), fused=True))
+    if muon_groups:
+        optimizers.append(StackedMuon(muon_groups, lr=0.0, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def check_optimizer(stage: Stage, name: str, sharded: bool) -> None:
+    """Raise ValueError if the optimizer of a stage is not installed, or cannot be sharded over processes."""
+    if stage.optimizer == "muon" and sharded:
+        raise ValueError(
+            f"{name}.optimizer={stage.optimizer!r} cannot be sharded over processes. Choose adamw or adamw8bit, or "
+            "run.data_parallel: replicate"
+        )
+    if stage.optimizer == "adamw8bit":
         try:
-            if sharded:
-                from .adamw8bit import ShardedAdamW8bit as AdamW8bit
-            else:
-                from bitsandbytes.optim import AdamW8bit
+            import bitsandbytes.optim  # noqa: F401
         except ImportError as error:
             raise ValueError(
                 f"{name}.optimizer={stage.optimizer!r} needs bitsandbytes ({error}). Run: pip install bitsandbytes, or "
                 "choose adamw"
             ) from None
-        return [AdamW8bit(adamw_groups, lr=0.0, betas=(0.9, 0.95))]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw_groups, lr=0.0, betas=(0.9, 0.95), fused=True)]
-    if muon_groups:
-        optimizers.append(StackedMuon(muon_groups, lr=0.0, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
 
 
 class StackedMuon(torch.optim.Muon):

@@ -6,10 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import yaml
 
 from ..config import STAGES, Recipe, load_recipe, write_recipe
 from ..utils.files import write_text
+from .distributed import sole_writer
 
+LOCK = ".run.lock"  # of the process that trains in the folder
+IN_USE = "Another process trains in {}. Wait for it, or use another --name"
 LEARNING_RATES = ("lr_mixers", "lr_other", "min_lr_ratio", "warmup_ratio", "max_grad_norm")
 # these change rounding only
 MEMORY = ("micro_batch_size", "activation_checkpointing")
@@ -84,10 +88,21 @@ def check_data(recipe: Recipe, data: dict[str, str]) -> None:
 
 
 def remove_trial(folder: Path) -> None:
-    """Remove the folder of an earlier --smoke, whose teacher is random. Leave any other folder as it is."""
+    """Empty the folder of an earlier --smoke, whose teacher is random. Leave any other folder as it is.
+
+    Raises:
+        ValueError: If a process trains in it.
+    """
     path = folder / "recipe.yaml"
-    if path.is_file() and load_recipe(path).teacher.model.startswith("random:"):
-        shutil.rmtree(folder)
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not str(recipe.get("teacher", {}).get("model", "")).startswith("random:"):
+        return
+    with sole_writer(folder / LOCK, IN_USE.format(folder)):
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
 
 
 def check_weights(recipe: Recipe, weights: str, whose: str) -> None:

@@ -33,9 +33,9 @@ from . import checkpoint, distributed
 from .estimate import count, skeletons
 from .history import trained_model
 from .metrics import Metrics
-from .optimizers import choose_trained, training_bytes
+from .optimizers import check_optimizer, choose_trained, training_bytes
 from .recall import heldout_probes, recall_text
-from .run_folder import check_data, check_run, check_weights, holds_run, read_run, write_run
+from .run_folder import IN_USE, LOCK, check_data, check_run, check_weights, holds_run, read_run, write_run
 from .samples import heldout_prompts
 from .signals import Stopper
 from .steps import StageTeacher
@@ -74,11 +74,10 @@ def distill(
             f"student.init={recipe.student.init!r}; choose one of {', '.join(INITS)}, or the folder of a student"
         )
     tracker_module(recipe.run.report_to)
-    refusal = f"Another process trains in {recipe.folder}. Wait for it, or use another --name"
     with distributed.process_group(pick_device(recipe.run.device)) as device:
         check_shares(recipe, distributed.world_size())
         precision = pick_precision(recipe.run.precision, device)
-        with distributed.sole_writer(recipe.folder / ".run.lock", refusal):
+        with distributed.sole_writer(recipe.folder / LOCK, IN_USE.format(recipe.folder)):
             changes = check_run(recipe, resume, device, precision)
             distributed.barrier()  # no rank writes while another still reads
             ranks = f" of {distributed.world_size()}" if distributed.world_size() > 1 else ""
@@ -116,6 +115,9 @@ def open_everything(
         ValueError: If the teacher's weights or the text differ from those that the run or the teacher cache has.
     """
     sharded = choose_sharding(recipe, device, dtype_of(precision))
+    for name in stages:
+        if recipe.stage(name).tokens:
+            check_optimizer(recipe.stage(name), name, sharded)
     teacher = open_first_teacher(recipe, device, dtype_of(precision), sharded)
     train, heldout, batches = open_text(recipe, teacher)  # one process writes the token files
     window = teacher.config.max_position_embeddings
@@ -123,7 +125,8 @@ def open_everything(
     digests = data_digests(recipe, train, heldout)
     check_data(recipe, digests)
     if cache := cache_folder(recipe):  # before anything is computed
-        check_cache(cache, [*(mix.batch(0) for name, mix in mixes.items() if name != "align"), *batches])
+        read = [(mix, recipe.stage(name).steps) for name, mix in mixes.items() if name != "align"]
+        check_cache(cache, [*(mix.batch(step) for mix, steps in read for step in (0, steps - 1)), *batches])
     distributed.barrier()
     if distributed.rank() == 0:
         # a failed attempt may have left a run.json that is about another model
@@ -317,17 +320,19 @@ def train_stage(context: RunContext, name: str, teacher: StageTeacher, student: 
     """Train and save one stage. Return whether it reached its last step."""
     checkpoint.check_space(context.recipe.folder / name, student)
     trainer = StageTrainer(context, name, teacher, student)
-    with context.stopper.held():
+    with context.stopper.held():  # a signal during the last validation, or while the model is saved, waits for it
         trainer.run()
-    student.eval()
-    if not context.sharded:
-        unshare_weights(student, teacher.named_parameters())
-    stopped_at = trainer.progress if trainer.stopped_early else None
-    checkpoint.save_model(context.recipe.folder / name, student, teacher.tokenizer, stopped_at=stopped_at)
-    if stopped_at is None:
-        checkpoint.prune(context.recipe.folder, name, 0, trainer.progress.best_step)
-        checkpoint.delete_partial(context.recipe.folder, name, ".unfinished", ".damaged", ".old")
-    else:
+        student.eval()
+        if not context.sharded:
+            unshare_weights(student, teacher.named_parameters())
+        progress = trainer.progress
+        stopped_at = progress if trainer.stopped_early else None
+        checkpoint.save_model(context.recipe.folder / name, student, teacher.tokenizer, stopped_at=stopped_at)
+        if stopped_at is None:
+            best = None if progress.best_step == progress.step else progress.best_step
+            checkpoint.prune(context.recipe.folder, name, 0, best)
+            checkpoint.delete_partial(context.recipe.folder, name, ".unfinished", ".damaged", ".old")
+    if stopped_at is not None:
         console.print(f"{name}: stopped by --max-minutes after {stopped_at.tokens:,} tokens; --resume continues")
     return stopped_at is None
 
