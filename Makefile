@@ -30,7 +30,7 @@ demo: .venv/installed
 	@echo
 	@echo "The student is in $(RUN)/match (transformers), $(RUN)/kimi_linear (vLLM) and $(RUN)/gguf (llama.cpp)."
 	@echo "Talk to it: $(BIN)/deltify chat $(RUN). See its curve: $(RUN)/report.html."
-	@echo "A demo trains on few tokens. On 60M tokens, 13 minutes of one H200, the same student reaches its teacher's"
+	@echo "A demo trains on few tokens. On 60M tokens, 13 minutes of one H200, such a student reached its teacher's"
 	@echo "perplexity, 19.9: docs/log/results.md"
 
 lint: .venv/developing

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from helpers import small_model, small_tokenizer, write_gguf
-from transformers import GPT2Config, LlamaConfig, Qwen3Config
+from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from deltify.cli import main
 from deltify.config import load_recipe
@@ -70,6 +70,17 @@ def test_a_large_teacher_gets_stages_that_save_memory(tmp_path):
     assert "activation_checkpointing: true  # recomputes" in text
     with pytest.raises(ValueError, match=r"three does not fit rtx4090: .*Choose --gpu (\w+ or )*h200"):
         first_recipe.first_recipe(str(three), gpu="rtx4090", hours=24)
+
+
+def test_a_teacher_of_one_to_two_billion_parameters_gets_the_rates_that_were_measured_at_its_size(tmp_path):
+    teacher = saved(
+        tmp_path / "qwen",
+        Qwen2Config(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, tie_word_embeddings=True),
+    )
+    recipe, text = first_recipe.first_recipe(str(teacher), gpu="h200", hours=2)
+    measured = load_recipe("qwen2.5-1.5b-kda")
+    assert (recipe.match.lr_mixers, recipe.match.lr_other) == (measured.match.lr_mixers, measured.match.lr_other)
+    assert recipe.data.train == measured.data.train and "qwen2.5-1.5b-kda" in text
 
 
 @pytest.mark.parametrize("rate", [40e9, 100e9, 800e9])

@@ -35,7 +35,8 @@ from .estimate import (
     skeletons,
 )
 
-LARGE = 1_000_000_000  # parameters of a teacher from which on the recipe of AFM-4.5B is the pattern
+# parameters of a teacher from which on a recipe is the pattern
+PATTERNS = ((2_000_000_000, "afm-4.5b-kda"), (1_000_000_000, "qwen2.5-1.5b-kda"), (0, "smollm2-135m-kda"))
 FULL = 0.9  # fraction of the memory that a stage may fill
 TRAINING_SHARE = 0.75  # fraction of the time for conversion on a CPU and for training steps
 VALIDATION_SHARE = 0.1  # largest fraction of the time of training steps that validations take
@@ -150,8 +151,9 @@ def first_recipe(teacher: str, *, gpu: str | None = None, cpu: bool = False, hou
     config = read_config(named)
     machine = pick_machine(gpu, cpu)
     pair = skeletons(named)
-    large = count(pair[0].model) >= LARGE
-    name = "smollm2-135m-demo" if machine.name == "cpu" else "afm-4.5b-kda" if large else "smollm2-135m-kda"
+    size = count(pair[0].model)
+    by_size = next(name for parameters, name in PATTERNS if size >= parameters)
+    name = "smollm2-135m-demo" if machine.name == "cpu" else by_size
     pattern = load_recipe(name)
     context = config.max_position_embeddings
     calibration = min(pattern.student.calibration_sequence_length, context)
