@@ -94,6 +94,13 @@ def test_results_of_other_models_are_renamed(weights, why, path, monkeypatch, ca
     assert not {"benchmarks", "needles", "decode", "samples"} & set(json.loads(path.read_text()))
 
 
+def test_results_of_another_version_are_renamed(path, monkeypatch, capsys):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"versions": content["versions"] | {"torch": "1.0"}}))
+    open_results(path, monkeypatch, "deltify evaluate run")
+    assert "was measured with other versions of torch. It is" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_version_of_lm_eval_is_about_benchmarks_alone(path, monkeypatch):
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"versions": content["versions"] | {"lm_eval": "0.0"}}))

@@ -78,7 +78,7 @@ class Results:
             self.path.replace(old)
             log(f"{self.path} was measured with other {why}. It is {old.name} now")
             return {}
-        if "benchmarks" in earlier and not same(earlier, self.content, "versions", "lm_eval"):
+        if "benchmarks" in earlier and not same_version(earlier, self.content, "lm_eval"):
             log(f"{self.path}: its benchmarks are left out, as they are of another version of lm_eval")
             del earlier["benchmarks"]
         return earlier
@@ -98,16 +98,14 @@ def difference(earlier: dict, new: dict) -> str | None:
         return "weights"
     if then != now:
         return f"names of the models ({', '.join(then)}; now {', '.join(now)})"
-    packages = [name for name in new["versions"] if name != "lm_eval"]
-    keys = [("teacher",), ("device",), ("dtype",), *(("versions", name) for name in packages)]
-    return next((" of ".join(reversed(key)) for key in keys if not same(earlier, new, *key)), None)
+    if other := [key for key in ("teacher", "device", "dtype") if earlier.get(key) != new[key]]:
+        return " and ".join(other)
+    packages = [name for name in new["versions"] if name != "lm_eval" and not same_version(earlier, new, name)]
+    return f"versions of {' and '.join(packages)}" if packages else None
 
 
-def same(earlier: dict, new: dict, *key: str) -> bool:
-    """Return whether two nested dictionaries have the same entry at a path of keys."""
-    for name in key:
-        earlier, new = earlier.get(name, {}), new.get(name, {})
-    return earlier == new
+def same_version(earlier: dict, new: dict, package: str) -> bool:
+    return earlier.get("versions", {}).get(package) == new["versions"].get(package)
 
 
 def with_earlier(new: dict, earlier: dict) -> dict:
@@ -130,9 +128,7 @@ def with_earlier(new: dict, earlier: dict) -> dict:
         return new
     commands = dict.fromkeys([*earlier["command"].splitlines(), new["command"]])
     kept |= {"command": "\n".join(commands), "seconds": round(earlier["seconds"] + new["seconds"], 1)}
-    own = {
-        MEASURES[measure] for measure in MEASURES if measure in new
-    }  # settings of an unfinished measure are left out
+    own = {name for measure, name in MEASURES.items() if measure in new}  # a measure that has just begun has no rows
     settings = before | {name: values for name, values in settings.items() if name in own}
     return new | kept | ({"settings": settings} if settings else {})
 
