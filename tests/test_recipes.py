@@ -116,9 +116,7 @@ def test_data_weights_name_sources_of_data_train(tmp_path):
         ValueError, match=r"names a source that data\.train lacks\. Its sources are python-docs, recall"
     ):
         load_recipe(path, ["--match.data_weights", "{book.txt: 1}"])
-    with pytest.raises(
-        ValueError, match=r"match\.data_weights=.*must name sources with positive weights, none .*, or be null"
-    ):
+    with pytest.raises(ValueError, match=r"match\.data_weights=.*must name sources with positive weights, or be null"):
         load_recipe(path, ["--match.data_weights", "{recall: 0}"])
 
 

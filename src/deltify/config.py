@@ -346,15 +346,9 @@ def reject_unknown(content: dict, where: str, cls: type = Recipe, prefix: str = 
 
 
 def are_weights(weights: Any) -> bool:
-    return (
-        bool(weights)
-        and all(0 < weight < math.inf for weight in weights.values())
-        and min(weights.values()) >= SMALLEST_SHARE * sum(weights.values())
-    )
+    return bool(weights) and all(0 < weight < math.inf for weight in weights.values())
 
 
-SMALLEST_SHARE = 0.0005  # of a source: sequences are drawn in cycles of 1,000
-WEIGHTS = f"positive weights, none of which is below {SMALLEST_SHARE:.2%} of their sum"
 CENTER = ("none", "retrieval", "all")
 AT_LEAST_0 = (lambda x: x >= 0, "must be at least 0")
 AT_LEAST_1 = (lambda x: x >= 1, "must be at least 1")
@@ -376,7 +370,7 @@ RULES = {
     "student.calibration_sequence_length": AT_LEAST_2,
     "student.center": one_of(CENTER),
     "student.head_dim": (lambda x: x is None or x >= 1, "must be at least 1, or null"),
-    "data.train": (are_weights, f"must name sources with {WEIGHTS}"),
+    "data.train": (are_weights, "must name sources with positive weights"),
     "data.max_tokens": (lambda x: x is None or x >= 1, "must be at least 1, or null"),
     "run.precision": one_of(PRECISIONS),
     "run.data_parallel": one_of(DATA_PARALLEL),
@@ -403,7 +397,7 @@ STAGE_RULES = {
     "divergence": one_of(DIVERGENCES),
     "optimizer": one_of(OPTIMIZERS),
     "temperature": ABOVE_0,
-    "data_weights": (lambda x: x is None or are_weights(x), f"must name sources with {WEIGHTS}, or be null"),
+    "data_weights": (lambda x: x is None or are_weights(x), "must name sources with positive weights, or be null"),
 }
 
 

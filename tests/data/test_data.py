@@ -81,6 +81,7 @@ def test_a_folder_is_read_with_its_linked_folders_and_suffixes_in_capitals(tmp_p
     (books / "a.TXT").write_text("a book")
     (books / "back").symlink_to(links)  # a circle
     (links / "more").symlink_to(books)
+    (links / "again").symlink_to(books)
     (links / ".hidden.txt").write_text("hidden")
     (links / "b.md").write_text("a page")
     assert sorted(documents(str(links))) == ["a book", "a page"]
@@ -92,6 +93,8 @@ def test_a_long_document_is_not_held_out_with_most_of_the_text(tmp_path, tokeniz
     short = [text for i in range(20) if not held_out(text := f"short {i}")]
     train, held = tokenize_split([*short, long], tokenizer, tmp_path / "a", heldout_tokens=100)
     assert len(held) == 100 and len(train) > 1500
+    train, held = tokenize_split([*short, long], tokenizer, tmp_path / "b", max_tokens=900, heldout_tokens=100)
+    assert (len(held), len(train)) == (100, 900)
 
 
 def test_a_tokenizer_that_splits_special_tokens_has_another_fingerprint(tokenizer):

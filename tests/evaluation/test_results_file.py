@@ -78,40 +78,63 @@ def test_measures_of_another_text_are_not_kept_and_a_measure_that_has_just_begun
 
 
 @pytest.mark.parametrize(
-    "weights, why",
+    "changes, weights, why",
     [
-        ({"teacher": "a", "match": "c"}, "other weights"),
-        ({"teacher": "a", "run": "b"}, "other names of the models (teacher, match; now teacher, run)"),
+        ({}, {"teacher": "a", "match": "c"}, "was measured with other weights"),
+        ({}, {"teacher": "a", "run": "b"}, "has other names of the models (teacher, match; now teacher, run)"),
+        ({"versions": {}}, WEIGHTS, "was measured with other versions of python and"),
+        ({"dtype": "bfloat16", "device": "H200"}, WEIGHTS, "was measured with another device and dtype"),
+        ({"weights": None}, WEIGHTS, "does not say which weights were measured"),
+        (None, WEIGHTS, "cannot be read ("),
     ],
 )
-def test_results_of_other_models_are_renamed(weights, why, path, monkeypatch, capsys):
+def test_results_that_do_not_fit_are_renamed_with_the_first_new_measure(
+    changes, weights, why, path, monkeypatch, capsys
+):
+    if changes is None:
+        path.write_text("{")
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     before = path.read_text()
+    old = path.with_name("results.json.old")
+    old.write_text("older")
     second = open_results(path, monkeypatch, "deltify evaluate run", weights)
-    told = " ".join(capsys.readouterr().out.split())
-    assert f"results.json was measured with {why}. It is results.json.old now" in told
+    assert path.read_text() == before and not capsys.readouterr().out
     second.add(scores=[])
-    assert path.with_name("results.json.old").read_text() == before
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"results.json {why}" in told and "It is results.json.old1 now" in told
+    assert old.read_text() == "older" and path.with_name("results.json.old1").read_text() == before
     assert not {"benchmarks", "needles", "decode", "samples"} & set(json.loads(path.read_text()))
-
-
-def test_results_of_another_version_are_renamed(path, monkeypatch, capsys):
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"versions": content["versions"] | {"torch": "1.0"}}))
-    open_results(path, monkeypatch, "deltify evaluate run")
-    assert "was measured with other versions of torch. It is" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_version_of_lm_eval_is_about_benchmarks_alone(path, monkeypatch):
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"versions": content["versions"] | {"lm_eval": "0.0"}}))
-    open_results(path, monkeypatch, "deltify evaluate run").add(samples={})
+    second = open_results(path, monkeypatch, "deltify evaluate run")
+    second.add(samples={})
+    assert len(json.loads(path.read_text())["benchmarks"]) == 6
+    second.add(benchmarks=[row("match", "piqa", items=4)])
     content = json.loads(path.read_text())
-    assert "benchmarks" not in content and content["decode"]
+    assert len(content["benchmarks"]) == 1 and content["decode"]
 
 
 def test_a_common_report_refuses_a_model_that_was_trained_between_its_evaluations(path, monkeypatch, tmp_path):
     for name, weights in (("first", WEIGHTS), ("second", WEIGHTS | {"match": "c"})):
         (tmp_path / name).mkdir()
         open_results(tmp_path / name / "results.json", monkeypatch, "x", weights).add(scores=[{"name": "match"}])
+    folders = [tmp_path / "first", tmp_path / "second"]
     with pytest.raises(ValueError, match="match has other weights in one evaluation than in another"):
-        combine([tmp_path / "first", tmp_path / "second"], tmp_path / "all")
+        combine(folders, tmp_path / "all")
+    for folder, run in zip(folders, ("runs/a", "runs/b")):  # stages of two runs
+        content = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps(content | {"runs": [run]}))
+    with pytest.raises(ValueError, match="both have a model called 'match'. Evaluate each with --no-stages"):
+        combine(folders, tmp_path / "all")
+
+
+def test_evaluations_that_do_not_know_the_hash_of_their_text_are_reported_together(path, monkeypatch, tmp_path):
+    for name, settings in (("first", {"source": "books"}), ("second", {"source": "books", "text": "abc"})):
+        (tmp_path / name).mkdir()
+        content = json.loads(path.read_text()) | {"settings": {"needles": settings}}
+        (tmp_path / name / "results.json").write_text(json.dumps(content))
+    assert (combine([tmp_path / "first", tmp_path / "second"], tmp_path / "all") / "results.json").is_file()

@@ -60,11 +60,14 @@ def test_a_slow_machine_gets_less_of_everything_and_smaller_batches():
     assert fitted.match.lr_mixers == pytest.approx(RECIPE.match.lr_mixers * (fitted.match.batch_size / 8) ** 0.5)
 
 
-def test_numbers_that_were_given_stay():
-    fitted = fit(RECIPE, machine(20), 600, {"match.batch_size", "match.lr_mixers", "align.tokens"})
+def test_numbers_that_were_given_stay_and_the_others_fit_the_time(speed=300):
+    fitted = fit(RECIPE, machine(20), 600, {"match.batch_size", "match.lr_mixers"})
     assert fitted.match.batch_size == 8 and fitted.match.lr_mixers == RECIPE.match.lr_mixers
-    assert fitted.align.tokens == RECIPE.align.tokens and fitted.match.tokens < RECIPE.match.tokens
-    assert fitted.match.tokens == fitted.match.steps * 8 * 256
+    assert fitted.match.tokens == fitted.match.steps * 8 * 256 < RECIPE.match.tokens
+    fitted = fit(RECIPE, machine(speed), 600, {"match.tokens", "run.heldout_tokens"})
+    assert fitted.match == RECIPE.match and fitted.run.heldout_tokens == RECIPE.run.heldout_tokens
+    assert run_seconds(fitted, machine(speed)) == pytest.approx(600, rel=0.15)
+    assert fit(RECIPE, machine(20), 600, {"align.tokens", "match.tokens"}).match == RECIPE.match
 
 
 def test_every_stage_trains_on_a_machine_that_is_too_slow():

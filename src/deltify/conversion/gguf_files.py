@@ -8,6 +8,7 @@ Both lists must agree.
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -328,7 +329,10 @@ def read_tokenizer(model: GgufModel):
     # Not AutoTokenizer, which would read the whole file once more for its configuration. In a folder without anything
     # else: transformers would take a tokenizer.json beside the file.
     with tempfile.TemporaryDirectory() as alone:
-        (Path(alone) / first.name).symlink_to(first)
+        try:
+            (Path(alone) / first.name).symlink_to(first)
+        except OSError:  # Windows allows it to some users only
+            shutil.copyfile(first, Path(alone) / first.name)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=first.name)
     tokenizer.clean_up_tokenization_spaces = False  # older releases of transformers default to True, and warn
     begins, backend = True, tokenizer.backend_tokenizer  # sentencepiece vocabularies begin texts

@@ -31,6 +31,7 @@ BUILT_IN = (PYTHON_DOCS, RECALL)
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 CHARACTERS_PER_TOKEN = 4  # approximate, for text that no tokenizer takes part in
 PIECE = 2**19  # approximate size in characters or bytes; a tokenizer takes a tenth of a second for it
+COMPRESSED = 2**14  # bytes that are decompressed at a time
 REPAIRED = "halves of surrogate pairs are not characters and are read as U+FFFD"
 BYTE_ORDER_MARK = "\ufeff"
 SizesOf = Callable[[list[str]], list[int]]
@@ -241,8 +242,11 @@ def visible_files(folder: Path) -> Iterator[Path]:
     seen: set[Path] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         here = Path(place)
+        if here.resolve() in seen:  # by another link, or in a circle
+            folders.clear()
+            continue
         seen.add(here.resolve())
-        folders[:] = [name for name in folders if name[0] != "." and (here / name).resolve() not in seen]
+        folders[:] = sorted(name for name in folders if name[0] != ".")
         yield from (here / name for name in names if name[0] != ".")
 
 
@@ -293,7 +297,7 @@ class ZstdFile:
         self.frame: Any = None
 
     def read(self, size: int, /) -> bytes:
-        """Return what `size` compressed bytes or fewer contain, or nothing at the end.
+        """Return at least `size` bytes of the content, or what is left of it.
 
         Raises:
             EOFError: If the file ends within a frame.
@@ -301,20 +305,21 @@ class ZstdFile:
         """
         import zstandard
 
-        while block := self.left or self.file.read(size):
+        parts: list[bytes] = []
+        while sum(map(len, parts)) < size:
+            if not (block := self.left or self.file.read(COMPRESSED)):
+                if self.frame is not None:
+                    raise EOFError("the file ends within a zstd frame")
+                break
             self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
             try:
-                text = self.frame.decompress(block)
+                parts.append(self.frame.decompress(block))
             except zstandard.ZstdError as error:
                 raise zlib.error(str(error)) from None
             self.left = self.frame.unused_data
             if self.frame.eof:
                 self.frame = None
-            if text:
-                return text
-        if self.frame is not None:
-            raise EOFError("the file ends within a zstd frame")
-        return b""
+        return b"".join(parts)
 
 
 def line_blocks(file: Readable) -> Iterator[bytes]:

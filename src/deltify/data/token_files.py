@@ -91,6 +91,15 @@ class TokenWriter:
         to.bounds.extend(bound + shift for bound in self.bounds[first:] if bound > cut)
         self.bounds = self.bounds[:first] + array("q", [cut])
 
+    def truncate(self, length: int) -> None:
+        """Drop all tokens from index `length` on."""
+        for own, dtype in ((self.out, self.dtype), (self.mask_out, np.dtype(np.uint8))):
+            if own is not None and length < len(self):
+                own.flush()
+                own.truncate(length * dtype.itemsize)
+        if length < len(self):
+            self.bounds = self.bounds[: bisect_left(self.bounds, length)] + array("q", [length])
+
     def finish(self, about: dict) -> None:
         """Close the file and write bounds.npy and meta.json, which also gets the entries `about`."""
         self.out.close()
@@ -195,10 +204,13 @@ def tokenize_split(
                     f"{name!r} has {total} tokens, too few to hold out {share} of them. Set data.heldout to a "
                     "validation text, or give more text"
                 )
-            counts |= {"cut": True, "heldout_sequence_length": heldout_sequence_length}
+            # recall data leaves out documents that are held out, but not the end of one that is trained on
+            counts |= {"cut": not too_much, "heldout_sequence_length": heldout_sequence_length}
             if len(train) and not too_much:
                 train.move(len(train) - share, held)
             else:
+                if max_tokens is not None:
+                    held.truncate(share + max(max_tokens - len(train), share))
                 held.move(share, train)
         for writer in (train, held):
             writer.finish(origin | {"max_tokens": max_tokens, "split": writer.folder.name} | counts)

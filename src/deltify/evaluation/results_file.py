@@ -1,5 +1,6 @@
 """results.json: what an evaluation has measured so far, and on what machine."""
 
+import itertools
 import json
 import platform
 import shlex
@@ -66,42 +67,53 @@ class Results:
             "command": command_line(),
             "date": time.strftime("%Y-%m-%d"),
         }
+        self.reason: str | None = None  # why the file is to be renamed before a new one is written
         self.earlier = from_first(self.read_earlier)
 
     def read_earlier(self) -> dict:
-        """Return the content of the file if new measures can stand beside its own. Else rename the file."""
-        earlier = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        """Return the content of the file if new measures can stand beside its own. Else keep the reason."""
+        try:
+            earlier = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        except ValueError as error:
+            self.reason = f"cannot be read ({error})"
+            return {}
         if not {*MEASURES, "scores"} & set(earlier):
             return {}
-        if why := difference(earlier, self.content):
-            old = self.path.with_name(f"{self.path.name}.old")
-            self.path.replace(old)
-            log(f"{self.path} was measured with other {why}. It is {old.name} now")
-            return {}
-        if "benchmarks" in earlier and not same_version(earlier, self.content, "lm_eval"):
-            log(f"{self.path}: its benchmarks are left out, as they are of another version of lm_eval")
-            del earlier["benchmarks"]
-        return earlier
+        self.reason = difference(earlier, self.content)
+        return {} if self.reason else earlier
+
+    def rename(self) -> None:
+        """Give the earlier file a free name, if new measures cannot stand beside its own."""
+        if self.reason is None:
+            return
+        names = (self.path.with_name(f"{self.path.name}.old{number or ''}") for number in itertools.count())
+        old = next(path for path in names if not path.exists())
+        self.path.replace(old)
+        log(f"{self.path} {self.reason}. It is {old.name} now")
+        self.reason = None
 
     def add(self, **measured) -> None:
         """Add entries and write the file, which only the first process does."""
         self.content |= measured
         self.content["seconds"] = round(time.time() - self.started, 1)
         if rank() == 0:
+            self.rename()
             write_text(self.path, json.dumps(with_earlier(self.content, self.earlier), indent=1))
 
 
 def difference(earlier: dict, new: dict) -> str | None:
-    """Return in what two evaluations differ, so that their measures must not stand beside each other, or None."""
+    """Return why the measures of two evaluations must not stand beside each other, or None."""
     then, now = earlier.get("weights"), new["weights"]
-    if then is None or sorted(then.values()) != sorted(now.values()):
-        return "weights"
+    if then is None:
+        return "does not say which weights were measured"
+    if sorted(then.values()) != sorted(now.values()):
+        return "was measured with other weights"
     if then != now:
-        return f"names of the models ({', '.join(then)}; now {', '.join(now)})"
+        return f"has other names of the models ({', '.join(then)}; now {', '.join(now)})"
     if other := [key for key in ("teacher", "device", "dtype") if earlier.get(key) != new[key]]:
-        return " and ".join(other)
+        return f"was measured with another {' and '.join(other)}"
     packages = [name for name in new["versions"] if name != "lm_eval" and not same_version(earlier, new, name)]
-    return f"versions of {' and '.join(packages)}" if packages else None
+    return f"was measured with other versions of {' and '.join(packages)}" if packages else None
 
 
 def same_version(earlier: dict, new: dict, package: str) -> bool:
@@ -111,8 +123,8 @@ def same_version(earlier: dict, new: dict, package: str) -> bool:
 def with_earlier(new: dict, earlier: dict) -> dict:
     """Return the content of a results.json, and what an earlier one of the same models has and the new one has not.
 
-    A row is kept unless it is repeated, or belongs to a task of which the new rows have another number of items. A
-    measure with other settings is left out.
+    A row is kept unless it is repeated, or belongs to a task of which the new rows have another number of items. Where
+    a measure is repeated with other settings, or benchmarks with another version of lm_eval, all its rows are replaced.
     """
     settings, before = new.get("settings", {}), earlier.get("settings", {})
     kept = {} if "scores" in new else {key: earlier[key] for key in HELDOUT if key in earlier}
@@ -120,6 +132,8 @@ def with_earlier(new: dict, earlier: dict) -> dict:
         if measure in earlier and measure not in new:
             kept[measure] = earlier[measure]
         elif measure in earlier and measure != "samples" and settings.get(name) == before.get(name):
+            if measure == "benchmarks" and not same_version(earlier, new, "lm_eval"):
+                continue
             kept[measure] = new[measure] + not_repeated(earlier[measure], new[measure])
     if {"needles", "needle_rows"} <= set(kept):
         cells = set(map(identity, kept["needles"]))

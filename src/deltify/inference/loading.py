@@ -48,7 +48,7 @@ def named_errors(source: str | Path) -> Iterator[None]:
     except OSError as error:
         if Path(source).expanduser().is_dir():
             raise
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise FileNotFoundError(f"there is no folder {source}, and the hub does not give it: {reason}") from error
 
 

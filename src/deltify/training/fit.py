@@ -109,22 +109,25 @@ def fit(recipe: Recipe, speed: Speed, seconds: float, given: Collection[str] = (
     spec, run = recipe.student, recipe.run
     budget = CONVERSION_SHARE * seconds / speed.validation
     calibration = spec.calibration_tokens
-    while conversion_cost(calibration) > budget and calibration > LEAST_CALIBRATION:
+    may_shrink = "student.calibration_tokens" not in given
+    while may_shrink and conversion_cost(calibration) > budget and calibration > LEAST_CALIBRATION:
         calibration = max(LEAST_CALIBRATION, calibration - spec.calibration_sequence_length)
     sequences = VALIDATION_SHARE * seconds / speed.validation / validations(recipe) // run.heldout_sequence_length
     fewest = math.ceil(LEAST_VALIDATION / run.heldout_sequence_length)
     heldout = min(run.heldout_tokens, int(max(fewest, sequences)) * run.heldout_sequence_length)
+    heldout = run.heldout_tokens if "run.heldout_tokens" in given else heldout
     fitted = replace(
         recipe,
         student=replace(spec, calibration_tokens=calibration),
         run=replace(run, heldout_tokens=heldout),
     )
-    fixed = run_seconds(fitted, speed) - training_seconds(fitted, speed)
-    factor = min(MOST_GROWTH, max(0.0, seconds - fixed) / training_seconds(fitted, speed))
+    free = [name for name in STAGES if recipe.stage(name).tokens and f"{name}.tokens" not in given]
+    trained = sum(speed.training[name] * recipe.stage(name).tokens for name in free)
+    left = max(0.0, seconds - (run_seconds(fitted, speed) - trained))
+    factor = min(MOST_GROWTH, left / trained) if free else 1.0
     stages = {
         name: resize(recipe.stage(name), factor, {f"{name}.batch_size", f"{name}.micro_batch_size"}.isdisjoint(given))
-        for name in STAGES
-        if recipe.stage(name).tokens
+        for name in free
     }
     every = math.ceil(run.eval_every * max(1, factor))
     fitted = with_stages(replace(fitted, run=replace(fitted.run, eval_every=every)), stages)

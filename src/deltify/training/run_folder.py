@@ -98,8 +98,8 @@ def remove_trial(folder: Path) -> None:
     if not str(recipe.get("teacher", {}).get("model", "")).startswith("random:"):
         return
     with sole_writer(folder / LOCK, IN_USE.format(folder)):
-        for entry in folder.iterdir():
-            if entry.is_dir():
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry == path):  # what says that it is a trial, last
+            if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             elif entry.name != LOCK:
                 entry.unlink()

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..config import INITS, STAGES, Recipe, StudentSpec, check, check_shares
 from ..conversion.student import convert, convert_further, layer_kinds, measured_layers, model_class
 from ..conversion.teacher import Teacher, head_width
-from ..data.batches import Batch, MixedBatches, heldout_batches
+from ..data.batches import CYCLE, Batch, MixedBatches, heldout_batches
 from ..data.token_files import TokenFile, open_data
 from ..model import DeltifyConfig, DeltifyForCausalLM
 from ..model.loading import checkpoint_tensors, plain_shapes
@@ -116,7 +116,7 @@ def open_everything(
     """
     sharded = choose_sharding(recipe, device, dtype_of(precision))
     for name in stages:
-        if recipe.stage(name).tokens:
+        if recipe.stage(name).tokens and not checkpoint.is_finished(recipe.folder / name):
             check_optimizer(recipe.stage(name), name, sharded)
     teacher = open_first_teacher(recipe, device, dtype_of(precision), sharded)
     train, heldout, batches = open_text(recipe, teacher)  # one process writes the token files
@@ -225,6 +225,9 @@ def stage_mix(recipe: Recipe, name: str, train: list[TokenFile], context_window:
     """Return the training batches of a stage, for a teacher with this context window in tokens."""
     stage, files = recipe.stage(name), dict(zip(recipe.data.train, train))
     weights = stage.data_weights or recipe.data.train
+    for source, weight in weights.items():
+        if weight * 2 * CYCLE < sum(weights.values()):
+            log(f"{name}: {source} is drawn in one of {CYCLE:,} sequences, more often than its weight says")
     return MixedBatches(
         [files[source] for source in weights],
         list(weights.values()),

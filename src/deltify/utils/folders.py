@@ -20,10 +20,10 @@ def model_folder(path: str) -> str:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        if path.count("/") != 1 or path.startswith((".", "/", "~", "runs/")):  # recipes write to runs
+        if path.count("/") > 1 or path.startswith((".", "/", "~", "runs/")):  # recipes write to runs
             near = difflib.get_close_matches(folder.name, names_in(folder.parent), n=1)
             hint = f". Is it {folder.parent / near[0]}?" if near else ""
-            raise FileNotFoundError(f"there is no folder {path}, and it is no hub id (owner/name){hint}")
+            raise FileNotFoundError(f"there is no folder {path}{hint}")
         return path
     if (folder / "config.json").is_file():
         return str(folder)
