@@ -128,7 +128,7 @@ def test_a_common_report_refuses_a_model_that_was_trained_between_its_evaluation
     for folder, run in zip(folders, ("runs/a", "runs/b")):  # stages of two runs
         content = json.loads((folder / "results.json").read_text())
         (folder / "results.json").write_text(json.dumps(content | {"runs": [run]}))
-    with pytest.raises(ValueError, match="both have a model called 'match'. Evaluate each with --no-stages"):
+    with pytest.raises(ValueError, match=r"both have a model called 'match'\. Evaluate each with --no-stages"):
         combine(folders, tmp_path / "all")
 
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from conftest import with_special_tokens
+from jinja2.exceptions import TemplateError
 
 from deltify import convert
 from deltify.conversion.teacher import random_teacher
 from deltify.inference.chat import Conversation, chat
+from deltify.inference.generate import sampling_options
 from deltify.training.checkpoint import save_model
 
 TEMPLATE = (
@@ -71,7 +73,27 @@ def test_a_failed_answer_leaves_the_conversation_as_it_was():
     with pytest.raises(KeyboardInterrupt):
         broken.say("A message", streamer=streamer, **greedy)
     assert broken.messages == clean.messages
+    teacher.tokenizer.chat_template = "{{ raise_exception('no') if messages[-1]['content'] == 'bad' }}" + TEMPLATE
+    with pytest.raises(TemplateError, match="no"):
+        broken.say("bad", **greedy)
+    assert broken.messages == clean.messages
     assert clean.say("And then?", **greedy) == broken.say("And then?", **greedy)
+
+
+def test_settings_of_a_teacher_that_no_streamer_allows_do_not_matter():
+    answers = []
+    for settings in (
+        {},
+        {"num_beams": 2, "return_dict_in_generate": True, "use_cache": False, "repetition_penalty": 9.0},
+    ):
+        teacher = random_teacher("llama")
+        teacher.tokenizer.chat_template = TEMPLATE
+        model = convert(teacher, init="library").eval()
+        model.generation_config.update(**settings)
+        greedy = sampling_options(0.0) | {"max_new_tokens": 6}
+        conversation = Conversation(model, teacher.tokenizer)
+        answers.append([conversation.say(message, **greedy) for message in ("Hello", "And then?")])
+    assert answers[0] == answers[1]
 
 
 def test_a_teacher_can_be_talked_to_as_well():

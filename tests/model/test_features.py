@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from helpers import random_student
 from transformers import CompileConfig, GenerationConfig, GenerationMixin, TextIteratorStreamer, pipeline
 
 from deltify import convert
@@ -60,6 +61,33 @@ def test_sampling_is_seeded_and_returns_as_many_as_asked(pair, ids):
     first = alone(model, ids, **options)
     torch.manual_seed(1)
     assert first.shape[0] == 6 and torch.equal(first, alone(model, ids, **options))
+
+
+@torch.no_grad()
+def test_a_cache_is_not_read_into_twice(pair, ids):
+    model = pair[0]
+    want = alone(model, ids, max_new_tokens=4, do_sample=False)
+
+    def after(tokens):
+        return {"past_key_values": model(input_ids=ids[:, :tokens], use_cache=True).past_key_values}
+
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(alone(model, ids, **options | after(12)), want)
+    mask = torch.ones_like(ids)  # over the cache's tokens, too
+    got = model.generate(ids[:, 12:], attention_mask=mask, pad_token_id=256, **options | after(12))
+    assert torch.equal(got[:, 5:], want[:, 17:])
+    for given in (ids, ids[:, 12:]):
+        with pytest.raises(ValueError, match=r"the cache holds 17 tokens, and the input has (17|5)\. Give"):
+            alone(model, given, **options | after(17))
+    with pytest.raises(ValueError, match="use_cache=False beside a cache"):
+        alone(model, ids, **options | after(12), use_cache=False)
+
+
+@pytest.mark.parametrize("kinds", ["SKA", "SSKA", "SKSA", "AKS", "SAK"])
+def test_layers_of_any_order_decode_with_a_cache(kinds, ids):
+    model = random_student(kinds, sliding_window=4, sink_tokens=1, vocab_size=257).eval()
+    whole = alone(model, ids, max_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(alone(model, ids, max_new_tokens=4, do_sample=False), whole)
 
 
 def test_settings_that_a_student_cannot_follow_stay_with_the_teacher(ids):

@@ -20,6 +20,7 @@ from ..config import Recipe, load_recipe
 from ..conversion.teacher import Teacher, load_teacher
 from ..data.sources import documents, text_files
 from ..data.token_files import file_name, origin_of
+from ..inference.generate import GREEDY
 from ..inference.loading import load_model, load_tokenizer
 from ..model.causal_lm import CausalLM
 from ..training.distributed import LONG_WAIT, check_same, from_first, process_group, rank, share_out, sole_writer
@@ -353,7 +354,7 @@ def greedy_samples(tokenizer: PreTrainedTokenizerBase, model: CausalLM) -> list[
 
     def go_on(prompt: str) -> str:
         ids = torch.tensor([token_ids(tokenizer, prompt)], device=model.device)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=PROMPT_TOKENS, do_sample=False)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=PROMPT_TOKENS, **GREEDY)
         return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
     return [text for _, text in with_progress(share_out(PROMPTS, go_on), "samples", len(PROMPTS))]

@@ -21,6 +21,7 @@ from ..model import DeltifyConfig
 from ..model.causal_lm import CausalLM
 from ..model.modeling import cache_argument
 from ..utils.tokens import token_ids
+from .generate import GREEDY, STREAMED
 from .prefill import cache_bytes, has_growing_cache, teacher_cache_bytes
 from .states import State, tensors_of
 
@@ -141,7 +142,8 @@ def answer(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        **GREEDY,
+        **STREAMED,
         streamer=streamer,
         stopping_criteria=StoppingCriteriaList([is_stopped]),
         **cache_argument(cache),

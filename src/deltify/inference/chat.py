@@ -9,7 +9,7 @@ from ..model.cache import new_cache
 from ..model.causal_lm import CausalLM
 from ..model.modeling import cache_argument
 from ..utils.tokens import token_ids
-from .generate import sampling_options
+from .generate import STREAMED, sampling_options
 from .loading import load_model, load_tokenizer
 
 
@@ -47,28 +47,27 @@ class Conversation:
 
         If it fails or is interrupted, the conversation is as before the message.
         """
-        self.messages.append({"role": "user", "content": message})
-        text = str(self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True))
+        messages = [*self.messages, {"role": "user", "content": message}]
+        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         if not text.startswith(self.text):  # the template rewrote earlier turns, which are read again
-            messages = self.messages
             self.clear()
-            self.messages = messages
+            self.messages = messages[:-1]
         if self.text:
             new = token_ids(self.tokenizer, text[len(self.text) :], begins=False)
         else:
             new = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         prompt = torch.cat([self.ids, torch.tensor([new])], dim=1).to(self.model.device)
-        options = sampling | cache_argument(self.cache) | {"max_new_tokens": max_new_tokens, "streamer": streamer}
+        options = STREAMED | sampling | cache_argument(self.cache)
+        options |= {"max_new_tokens": max_new_tokens, "streamer": streamer}
         try:
             out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
         except BaseException:
-            self.messages.pop()
             self.cache = new_cache(self.model)  # the old one may hold a part of the answer
             raise
         self.ids = out.cpu()
         self.text = text + str(self.tokenizer.decode(out[0, prompt.shape[1] :]))
         answer = str(self.tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True))
-        self.messages.append({"role": "assistant", "content": answer})
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
 
 

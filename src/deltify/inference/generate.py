@@ -13,6 +13,11 @@ from ..utils.tokens import token_ids
 from .loading import load_model, load_tokenizer
 from .states import State
 
+# settings of the teacher that the student has, too, and that would change the likeliest token
+GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0}
+# and those that a streamer or a cache does not allow
+STREAMED = {"num_beams": 1, "return_dict_in_generate": False, "use_cache": True}
+
 
 def sampling_options(temperature: float, **options: float) -> dict[str, Any]:
     """Return options of transformers' `generate`: those of sampling, or with temperature 0 the likeliest token.
@@ -22,7 +27,7 @@ def sampling_options(temperature: float, **options: float) -> dict[str, Any]:
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be a number of at least 0")
-    return {"do_sample": True, "temperature": temperature, **options} if temperature else {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, **options} if temperature else dict(GREEDY)
 
 
 @torch.no_grad()
@@ -68,7 +73,12 @@ def generate(
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     started = time.perf_counter()
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer, **sampling
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        **STREAMED,
+        **sampling,
     )
     seconds, new = time.perf_counter() - started, out.shape[1] - ids.shape[1]
     print(f"[{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s, prompt of {ids.shape[1]} included]")

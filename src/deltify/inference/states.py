@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from ..model import DeltifyConfig
-from ..model.cache import states_of, write_states
+from ..model.cache import held, states_of, write_states
 from ..model.modeling import DeltifyCache, DeltifyPreTrainedModel
 from ..model.sliding import SinkLayer
 from ..utils.fingerprint import fingerprint
@@ -94,9 +94,11 @@ class State:
         """Return the state in a cache, after `tokens` tokens. It shares the cache's tensors.
 
         Raises:
-            ValueError: If the model has attention layers.
+            ValueError: If the model has attention layers, or the cache holds no tokens.
         """
         constant_state_config(model)
+        if not any(map(held, cache.layers)):
+            raise ValueError("The cache holds no tokens. Let the model read some first.")
         FINGERPRINTS[model] = fingerprint(model)
         return cls([tensors_of(layer) for layer in cache.layers], FINGERPRINTS[model], tokens)
 
@@ -158,7 +160,8 @@ class State:
                 layer.put(x["keys"].to(model.dtype), x["values"].to(model.dtype), x["seen"])
             else:
                 assert isinstance(layer, LinearAttentionLayer)
-                write_states(layer, x["conv"].to(model.dtype), x["recurrent"])
+                own = torch.promote_types(model.dtype, torch.float32)
+                write_states(layer, x["conv"].to(model.dtype), x["recurrent"].to(own))
         return cache
 
 

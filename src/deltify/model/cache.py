@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer
 
 from .configuration import DeltifyConfig
 
@@ -165,6 +165,11 @@ class DeltifyCache(DynamicCache):
     def is_linear(self) -> list[bool]:
         """False for each layer: since 5.24, generate feeds all tokens again if a cache has only linear layers."""
         return [False] * len(self.layers)
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Whether a layer cannot say how many tokens came: the first that can decides the mask of full attention."""
+        return [type(layer) is not DynamicLayer for layer in self.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         if self.layers and all(isinstance(layer, LinearAttentionLayer) for layer in self.layers):

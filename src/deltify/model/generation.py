@@ -86,12 +86,35 @@ class DeltifyGenerationMixin(GenerationMixin):
                     f"{name} is a {type(given).__name__}, which this model cannot continue from. Give a "
                     "DeltifyCache(config=model.config), or leave it out"
                 )
+            if given is not None and not empty:
+                mask = model_kwargs.get("attention_mask")
+                # since 5.24, transformers drops a mask of ones and keeps its length
+                length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[-1]
+                check_continued(given, length, generation_config.use_cache)
         # pyrefly: ignore[bad-argument-type]
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         for name in CACHE_NAMES:
             if type(model_kwargs.get(name)) is DynamicCache:
                 model_kwargs[name] = DeltifyCache(config=self.config)
         return result
+
+
+def check_continued(cache: DynamicCache, length: int | None, use_cache: bool | None) -> None:
+    """Raise ValueError if `generate` would read tokens into a cache once more, or leave some out.
+
+    Args:
+        cache: Cache to continue.
+        length: Length of the attention mask, which is that of the input or also counts the tokens of the cache. None if
+            it is not known.
+        use_cache: The setting of `generate`.
+    """
+    if use_cache is False:
+        raise ValueError("use_cache=False beside a cache, into which each token would read the whole text. Give True")
+    if length is not None and 0 <= length <= (seen := cache.get_seq_length()):
+        raise ValueError(
+            f"the cache holds {seen} tokens, and the input has {length}. Give the whole text so far and one new token "
+            "at least, or the new tokens with an attention_mask over all of them"
+        )
 
 
 def padded_on_the_right(mask: Tensor | None) -> bool:
