@@ -306,7 +306,8 @@ class ZstdFile:
         import zstandard
 
         parts: list[bytes] = []
-        while sum(map(len, parts)) < size:
+        missing = size
+        while missing > 0:
             if not (block := self.left or self.file.read(COMPRESSED)):
                 if self.frame is not None:
                     raise EOFError("the file ends within a zstd frame")
@@ -314,6 +315,7 @@ class ZstdFile:
             self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
             try:
                 parts.append(self.frame.decompress(block))
+                missing -= len(parts[-1])
             except zstandard.ZstdError as error:
                 raise zlib.error(str(error)) from None
             self.left = self.frame.unused_data

@@ -210,7 +210,7 @@ def tokenize_split(
                 train.move(len(train) - share, held)
             else:
                 if max_tokens is not None:
-                    held.truncate(share + max(max_tokens - len(train), share))
+                    held.truncate(share + max(0, max_tokens - len(train)))
                 held.move(share, train)
         for writer in (train, held):
             writer.finish(origin | {"max_tokens": max_tokens, "split": writer.folder.name} | counts)

@@ -206,9 +206,8 @@ def check_settings(parts: list[dict]) -> None:
 
 def same_settings(some: dict, others: dict) -> bool:
     """Return whether settings are equal, as far as both are known: the hash of a text may be missing."""
-    return all(some.get(key) == others.get(key) for key in (some.keys() | others.keys()) - {"text"}) and (
-        "text" not in some or "text" not in others or some["text"] == others["text"]
-    )
+    unknown = set() if "text" in some and "text" in others else {"text"}
+    return all(some.get(key) == others.get(key) for key in (some.keys() | others.keys()) - unknown)
 
 
 def check_names(parts: list[dict]) -> None:
