@@ -118,6 +118,37 @@ def test_several_models_need_a_place_and_one_teacher(run, tmp_path):
         evaluate([str(run), str(other)], output=tmp_path / "both")
 
 
+def test_scores_on_a_text_that_was_named_stay_until_another_is_named(run, tmp_path, capsys):
+    text = tmp_path / "final.txt"
+    text.write_text("A final text, which no model was trained on. " * 40)
+    options = {"controls": False, "stages": False, "samples": False}
+    path = evaluate(run, EvaluationSpec(heldout=text, **options), output=tmp_path / "of")
+    first = json.loads(path.read_text())
+    evaluate(run, EvaluationSpec(decode=DecodeSpec((64,)), **options), output=tmp_path / "of")
+    second = json.loads(path.read_text())
+    assert second["scores"] == first["scores"] and second["heldout_digest"] == first["heldout_digest"]
+    assert second["decode"] and second["heldout_source"] == str(text)
+    assert "are kept. To replace them, give --heldout" in " ".join(capsys.readouterr().out.split())
+
+
+def test_students_are_compared_with_the_teacher_before_controls_are_measured(run, data, tmp_path, monkeypatch):
+    runner, measured = sys.modules["deltify.evaluation.runner"], []
+
+    def stops_at_the_first_control(*arguments, **options):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(1)
+        return run_benchmarks(*arguments, **options)
+
+    run_benchmarks = runner.run_benchmarks
+    monkeypatch.setattr(runner, "run_benchmarks", stops_at_the_first_control)
+    spec = EvaluationSpec(benchmarks=BenchmarkSpec(("arc_easy",), limit=4, data=str(data)), stages=False, samples=False)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, spec, output=tmp_path / "of")
+    rows = json.loads((tmp_path / "of" / "results.json").read_text())["benchmarks"]
+    assert [(row["model"], "ratio" in row) for row in rows if row["main"]] == [("teacher", False), ("tiny", True)]
+
+
 def test_evaluations_made_one_by_one_are_reported_together(run, data, tmp_path, capsys):
     again = tiny_recipe(tmp_path, name="again", align=Stage(), match=Stage(tokens=64, sequence_length=32, batch_size=2))
     again = distill(replace(again, student=replace(again.student, init=str(run))))
