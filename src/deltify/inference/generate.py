@@ -13,9 +13,9 @@ from ..utils.tokens import token_ids
 from .loading import load_model, load_tokenizer
 from .states import State
 
-# settings of the teacher that the student has, too, and that would change the likeliest token
+# the likeliest token, without penalties that a student has from its teacher
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0}
-# and those that a streamer or a cache does not allow
+# what a streamer and a given cache need, whatever the settings from the teacher are
 STREAMED = {"num_beams": 1, "return_dict_in_generate": False, "use_cache": True}
 
 

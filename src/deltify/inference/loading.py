@@ -40,7 +40,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 @contextlib.contextmanager
 def named_errors(source: str | Path) -> Iterator[None]:
-    """Say of a hub id that cannot be loaded that it is no folder either: it may be a mistyped one."""
+    """Add to the error of a hub id that cannot be loaded that there is no folder of this name."""
     try:
         yield
     except FileNotFoundError:

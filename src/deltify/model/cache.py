@@ -168,7 +168,7 @@ class DeltifyCache(DynamicCache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        """Whether a layer cannot say how many tokens came: the first that can decides the mask of full attention."""
+        """True but for full attention: transformers makes its mask from the first layer that is not sliding."""
         return [type(layer) is not DynamicLayer for layer in self.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

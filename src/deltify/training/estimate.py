@@ -32,7 +32,7 @@ from ..utils.console import console
 from ..utils.formats import gib
 from . import distributed
 from .losses import CHUNK_BYTES
-from .optimizers import check_optimizer, choose_trained, has_eight_bit_shards, recomputes, training_bytes
+from .optimizers import check_shardable, choose_trained, has_eight_bit_shards, recomputes, training_bytes
 
 # FLOP/s of an 8192^3 bfloat16 matrix product, measured on random data, and total_memory in torch
 MEASURED = {"h100": 780e12, "h200": 717e12}
@@ -100,9 +100,9 @@ def plan(recipe: Recipe, *, gpu: str = "h100", gpus: int = 1) -> list[StagePlan]
     teacher, student = skeletons(recipe)
     size = training_bytes(student) + 2 * count(teacher.model)
     sharded = gpus > 1 and distributed.should_shard(recipe.run.data_parallel, size, MEMORY[gpu])
-    for name in STAGES if sharded else ():
-        if recipe.stage(name).optimizer == "muon" and recipe.stage(name).tokens:
-            check_optimizer(recipe.stage(name), name, sharded)
+    for name in STAGES:
+        if sharded and recipe.stage(name).tokens:
+            check_shardable(recipe.stage(name), name)
     plans = [
         plan_stage(
             name,

@@ -35,7 +35,7 @@ from .estimate import (
     skeletons,
 )
 
-# parameters of a teacher from which on a recipe is the pattern
+# number of parameters, and the recipe that is the pattern for teachers of so many or more
 PATTERNS = ((2_000_000_000, "afm-4.5b-kda"), (1_000_000_000, "qwen2.5-1.5b-kda"), (0, "smollm2-135m-kda"))
 FULL = 0.9  # fraction of the memory that a stage may fill
 TRAINING_SHARE = 0.75  # fraction of the time for conversion on a CPU and for training steps

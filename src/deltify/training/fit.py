@@ -122,7 +122,7 @@ def fit(recipe: Recipe, speed: Speed, seconds: float, given: Collection[str] = (
         run=replace(run, heldout_tokens=heldout),
     )
     free = [name for name in STAGES if recipe.stage(name).tokens and f"{name}.tokens" not in given]
-    trained = sum(speed.training[name] * recipe.stage(name).tokens for name in free)
+    trained = training_seconds(recipe, speed, free)
     left = max(0.0, seconds - (run_seconds(fitted, speed) - trained))
     factor = min(MOST_GROWTH, left / trained) if free else 1.0
     stages = {
@@ -178,9 +178,9 @@ def run_seconds(recipe: Recipe, speed: Speed) -> float:
     return speed.opening + tokens * speed.validation + training_seconds(recipe, speed)
 
 
-def training_seconds(recipe: Recipe, speed: Speed) -> float:
-    """Return the estimated seconds of a run's training steps."""
-    return sum(seconds * recipe.stage(name).tokens for name, seconds in speed.training.items())
+def training_seconds(recipe: Recipe, speed: Speed, stages: Collection[str] = STAGES) -> float:
+    """Return the estimated seconds of the training steps of some stages."""
+    return sum(seconds * recipe.stage(name).tokens for name, seconds in speed.training.items() if name in stages)
 
 
 def take_numbers(recipe: Recipe, stored: Recipe, given: Collection[str] = ()) -> Recipe:

@@ -99,11 +99,8 @@ def make_optimizers(
 
 def check_optimizer(stage: Stage, name: str, sharded: bool) -> None:
     """Raise ValueError if the optimizer of a stage is not installed, or cannot be sharded over processes."""
-    if stage.optimizer == "muon" and sharded:
-        raise ValueError(
-            f"{name}.optimizer={stage.optimizer!r} cannot be sharded over processes. Choose adamw or adamw8bit, or "
-            "run.data_parallel: replicate"
-        )
+    if sharded:
+        check_shardable(stage, name)
     if stage.optimizer == "adamw8bit":
         try:
             import bitsandbytes.optim  # noqa: F401
@@ -112,6 +109,15 @@ def check_optimizer(stage: Stage, name: str, sharded: bool) -> None:
                 f"{name}.optimizer={stage.optimizer!r} needs bitsandbytes ({error}). Run: pip install bitsandbytes, or "
                 "choose adamw"
             ) from None
+
+
+def check_shardable(stage: Stage, name: str) -> None:
+    """Raise ValueError if the optimizer of a stage cannot be sharded over processes."""
+    if stage.optimizer == "muon":
+        raise ValueError(
+            f"{name}.optimizer={stage.optimizer!r} cannot be sharded over processes. Choose adamw or adamw8bit, or "
+            "run.data_parallel: replicate"
+        )
 
 
 class StackedMuon(torch.optim.Muon):
