@@ -222,6 +222,7 @@ template <int N> DEVICE void settle(float (&)[N]) {}
 template <int N> DEVICE void products_wait() {}
 DEVICE u64 operand(const char* p) { return (u64)p; }
 DEVICE u64 operand_of_columns(const char* p) { return (u64)p; }
+DEVICE u64 later(u64 operand, int bytes) { return operand + bytes; }
 struct Left { float* d; u32 a[4]; };
 template <int SIGN, int N, bool COLUMNS> static void multiply_wide(float* d, const u32* a, u64 b, int add) {
   warp_meets(Left{d, {a[0], a[1], a[2], a[3]}}, [&](auto of) {

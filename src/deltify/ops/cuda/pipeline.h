@@ -32,7 +32,7 @@ DEVICE void store_if(void* to, u4 x, bool there) {
                ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"((int)there) : "memory");
 }
 DEVICE void barrier_wait(char* b, int phase) {  // traps after some seconds, so that a fault does not block the GPU
-  for (int n = 0; n < 1 << 22; n++) {
+  LOOP for (int n = 0; n < 1 << 22; n++) {
     u32 done;
     asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
                  : "=r"(done) : "r"(address(b)), "r"(phase) : "memory");
@@ -70,6 +70,8 @@ template <int N> DEVICE void settle(float (&d)[N]) { UNROLL for (int n = 0; n < 
 // right operands in tiles that load_tile wrote: b^T with N rows, or b with N columns in tiles 8,192 bytes apart
 DEVICE u64 operand(const char* p) { return (u64)((address(p) & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62; }
 DEVICE u64 operand_of_columns(const char* p) { return (u64)((address(p) & 0x3ffff) >> 4) | (u64)512 << 16 | (u64)64 << 32 | (u64)1 << 62; }
+// An operand some bytes later. Computed so, it takes one instruction; a whole one takes longer than its product.
+DEVICE u64 later(u64 operand, int bytes) { return operand + (bytes >> 4); }
 #define D8(d, n) "+f"(d[n]), "+f"(d[n + 1]), "+f"(d[n + 2]), "+f"(d[n + 3]), "+f"(d[n + 4]), "+f"(d[n + 5]), "+f"(d[n + 6]), "+f"(d[n + 7])
 template <int SIGN> DEVICE void multiply64(float* d, const u32* a, u64 b, int add) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n"

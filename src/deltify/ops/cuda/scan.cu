@@ -221,7 +221,7 @@ KERNEL(160, 1) kda_scan(BY_VALUE Call call) {
     barrier_wait(firsts + 16 * f, f_phase);
     products_begin();
 #if MODE < 2
-    UNROLL for (int i = 0; i < K / 16; i++) multiply64<-1>(x, a + 4 * i, operand(first + F_KD + (i >> 2) * 8192 + (i & 3) * 32), i);
+    UNROLL for (int i = 0; i < K / 16; i++) multiply64<-1>(x, a + 4 * i, later(operand(first + F_KD), (i >> 2) * 8192 + (i & 3) * 32), i);
     products_commit();
     load_rows(w, first, have);
 #if MODE == 0
@@ -231,7 +231,7 @@ KERNEL(160, 1) kda_scan(BY_VALUE Call call) {
     pack(c, y, 16);
     write_rows(c, here - 1, n > 0);
     products_begin();
-    UNROLL for (int i = 0; i < K / 16; i++) multiply64<1>(y, a + 4 * i, operand(first + F_QD + (i >> 2) * 8192 + (i & 3) * 32), i);
+    UNROLL for (int i = 0; i < K / 16; i++) multiply64<1>(y, a + 4 * i, later(operand(first + F_QD), (i >> 2) * 8192 + (i & 3) * 32), i);
     products_commit();
     products_wait<1>();
 #else
@@ -241,7 +241,7 @@ KERNEL(160, 1) kda_scan(BY_VALUE Call call) {
     settle(x);
     UNROLL for (int i = 0; i < 16; i++) c[i] = bf16_pair(low(w[i]) + x[2 * i], high(w[i]) + x[2 * i + 1]);
     products_begin();
-    UNROLL for (int i = 0; i < 4; i++) multiply64<1>(x, c + 4 * i, operand(first + F_A + i * 32), i);
+    UNROLL for (int i = 0; i < 4; i++) multiply64<1>(x, c + 4 * i, later(operand(first + F_A), i * 32), i);
     products_commit();
     barrier_wait(lasts + 16 * l, l_phase);
     decay(l);
@@ -250,38 +250,38 @@ KERNEL(160, 1) kda_scan(BY_VALUE Call call) {
     free(firsts + 16 * f);
     pack(c, x, 16);
     products_begin();
-    UNROLL for (int i = 0; i < 4; i++) MULTIPLY_STATE<1>(S, c + 4 * i, operand_of_columns(last + L_KA + i * 2048), 1);
+    UNROLL for (int i = 0; i < 4; i++) MULTIPLY_STATE<1>(S, c + 4 * i, later(operand_of_columns(last + L_KA), i * 2048), 1);
     products_commit();
 #if MODE == 0
-    UNROLL for (int i = 0; i < 4; i++) multiply64<1>(y, c + 4 * i, operand(last + L_P + i * 32), 1);
+    UNROLL for (int i = 0; i < 4; i++) multiply64<1>(y, c + 4 * i, later(operand(last + L_P), i * 32), 1);
     products_commit();
     products_wait<1>();
 #endif
 #else
-    UNROLL for (int i = 0; i < K / 16; i++) multiply64<1>(x, a + 4 * i, operand(first + F_KA + (i >> 2) * 8192 + (i & 3) * 32), i);
+    UNROLL for (int i = 0; i < K / 16; i++) multiply64<1>(x, a + 4 * i, later(operand(first + F_KA), (i >> 2) * 8192 + (i & 3) * 32), i);
     products_commit();
     load_rows(w, first, have);
     products_begin();
-    UNROLL for (int i = 0; i < 4; i++) multiply64_columns<1>(x, w + 4 * i, operand_of_columns(first + F_P + i * 2048), 1);
+    UNROLL for (int i = 0; i < 4; i++) multiply64_columns<1>(x, w + 4 * i, later(operand_of_columns(first + F_P), i * 2048), 1);
     products_commit();
     write_state((long long)(chunk + here) * heads + head);
     products_wait<0>();
     settle(x);
     pack(c, x, 16);
     products_begin();
-    UNROLL for (int i = 0; i < 4; i++) multiply64_columns<1>(y, c + 4 * i, operand_of_columns(first + F_A + i * 2048), i);
+    UNROLL for (int i = 0; i < 4; i++) multiply64_columns<1>(y, c + 4 * i, later(operand_of_columns(first + F_A), i * 2048), i);
     products_commit();
     barrier_wait(lasts + 16 * l, l_phase);
     decay(l);
     products_begin();
-    UNROLL for (int i = 0; i < 4; i++) MULTIPLY_STATE<1>(S, w + 4 * i, operand_of_columns(last + L_QD + i * 2048), 1);
+    UNROLL for (int i = 0; i < 4; i++) MULTIPLY_STATE<1>(S, w + 4 * i, later(operand_of_columns(last + L_QD), i * 2048), 1);
     products_commit();
     products_wait<1>();
     settle(y);
     free(firsts + 16 * f);
     pack(c, y, 16);
     products_begin();
-    UNROLL for (int i = 0; i < 4; i++) MULTIPLY_STATE<-1>(S, c + 4 * i, operand_of_columns(last + L_KD + i * 2048), 1);
+    UNROLL for (int i = 0; i < 4; i++) MULTIPLY_STATE<-1>(S, c + 4 * i, later(operand_of_columns(last + L_KD), i * 2048), 1);
     products_commit();
 #endif
 #if MODE > 0
