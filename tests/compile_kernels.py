@@ -7,10 +7,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deltify.ops.triton import decode, finish, kl, prepare, scan
+from deltify.ops.triton import activation, decode, finish, kl, prepare, products, scan
 
 FLOATS = {"lower_bound", "scale", "norm_eps", "per_degree", "kl_scale", "ce_scale"}
-WHOLE = {"documents", "tokens", "heads", "slots", "segment", "words"}
+WHOLE = {"documents", "tokens", "heads", "slots", "segment", "words", "count"}
 FP32 = {
     "A_log_ptr",
     "dt_bias_ptr",
@@ -50,6 +50,9 @@ def cases():
     yield scan.combine_kernel, {"K": K, "V": K, "BV": 16, **documents}
     yield finish.pairs_kernel, {"K": K, "V": K, **documents}
     yield decode.decode_kernel, {"K": K, "V": K, "W": 4, "BOUNDED": False}
+    yield products.row_product_kernel, {"K": 2560, "BK": 512}
+    for backward in (False, True):
+        yield activation.relu_squared_kernel, {"BLOCK": 4096, "BACKWARD": backward}
     for kind in range(3):
         yield kl.divergence_kernel, {"KIND": kind, "BLOCK": 4096, "LABELS": True, "COUNTS": True, "GRADIENT": True}
 

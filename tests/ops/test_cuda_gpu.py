@@ -149,7 +149,7 @@ def test_a_captured_call_gives_the_eager_result():
     "module, right, wrong, which",
     [
         (prepare, "on = diagonal[row]", "on = 0.f", "forward"),
-        (scan, "multiply64<1>(y, c + 4 * i", "multiply64<-1>(y, c + 4 * i", "forward"),
+        (scan, "multiply64<1>(x, c + 4 * i", "multiply64<-1>(x, c + 4 * i", "forward"),
         (scan, "MULTIPLY_STATE<-1>", "MULTIPLY_STATE<1>", "backward"),
         (finish, "2.f * sums[4]", "sums[4]", "backward"),
     ],

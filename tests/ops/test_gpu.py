@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 from gpu_cases import BOUNDS, NAMES, all_results, check_gradients, error, make_inputs, too_large
 
@@ -13,6 +14,8 @@ from deltify.config import Stage
 from deltify.conversion.teacher import freeze, random_teacher
 from deltify.data.batches import Batch
 from deltify.model import DeltifyConfig, DeltifyForCausalLM, capture, modeling
+from deltify.model.mixers import attend_once
+from deltify.ops import linear
 from deltify.training.cuda_graphs import GraphedStep
 from deltify.training.losses import DIVERGENCES, linear_kl
 from deltify.training.steps import align_step, match_step
@@ -256,6 +259,55 @@ def test_replayed_steps_give_the_eager_gradients(compute, masked):
     for eager, replayed in zip(results[:8], results[8:]):
         for want, got in zip(eager, replayed):  # silent gates have gradients of 0
             assert (got - want).norm() <= 1e-2 * want.norm()
+
+
+def test_graphs_are_released_where_another_batch_does_not_fit(monkeypatch):
+    weight, complaints = torch.nn.Parameter(torch.randn(512, 512, device="cuda")), []
+
+    def step(batch, max_documents=None):
+        x = batch.input_ids.float()[..., None].expand(-1, -1, 512).contiguous() / 250
+        loss = (x @ weight).square().mean()
+        loss.backward()
+        return {"loss": loss.detach()}
+
+    def batch(documents):
+        return Batch(torch.randint(0, 250, (64, 320)), (torch.arange(320) % (320 // documents)).expand(64, 320))
+
+    graphed = GraphedStep(step, [weight], complaints.append)
+    for _ in range(3):
+        graphed(batch(1), torch.device("cuda"))
+    held = torch.cuda.memory_reserved()
+    assert graphed.pool_bytes > 2**20 and len(graphed.graphs) == 1
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (graphed.pool_bytes, 2**40))
+    weight.grad.zero_()
+    graphed(last := batch(20), torch.device("cuda"))
+    got, weight.grad = weight.grad, None
+    step(last.to("cuda"))
+    assert torch.allclose(got, weight.grad, rtol=1e-3, atol=1e-6)
+    assert len(complaints) == 1 and "another number of documents" in complaints[0]
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < held
+
+
+@pytest.mark.parametrize("rows, width", [(128004, 2560), (2560, 18432), (1537, 1536)])
+@torch.no_grad()
+def test_products_of_one_row(rows, width):
+    x, weight = (torch.randn(n, width, device="cuda", dtype=torch.bfloat16) for n in (1, rows))
+    got = linear(x[None], weight)
+    assert got.shape == (1, 1, rows) and torch.equal(got, linear(x[None], weight))
+    assert error(got[0], x.double() @ weight.double().t()) < 5e-3
+    assert torch.equal(linear(x, weight, x[0, :1].expand(rows)), F.linear(x, weight, x[0, :1].expand(rows)))
+
+
+@pytest.mark.parametrize("keys", [1, 300, 8192, 10240])
+@torch.no_grad()
+def test_attention_of_one_token_equals_float64(keys):
+    q = torch.randn(3, 20, 1, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(3, 4, keys, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    mask = torch.rand(3, 1, 1, keys, device="cuda") < 0.7
+    mask[..., -1] = True
+    want = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), attn_mask=mask, scale=0.1, enable_gqa=True)
+    assert error(attend_once(q, k, v, mask, 0.1), want.transpose(1, 2)) < 5e-3
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)

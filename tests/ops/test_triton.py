@@ -268,7 +268,9 @@ def test_gradients_equal_those_of_the_token_loop(gates, bounds):
 
 
 @pytest.mark.parametrize(
-    "part, kernel", [("forward", "forward"), ("backward", "backward"), ("step", "layer_step"), ("layer", "norm")]
+    "part, kernel",
+    [("forward", "forward"), ("backward", "backward"), ("step", "layer_step"), ("layer", "norm")]
+    + [("activation", "relu_squared"), ("row product", "row_product")],
 )
 def test_the_check_at_first_use_tells_right_kernels_from_wrong_ones(part, kernel, monkeypatch):
     import deltify.ops.triton.selfcheck as kernels
@@ -305,4 +307,4 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_here():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("_kernel ") == 15
+    assert done.stdout.count("_kernel ") == 18

@@ -5,12 +5,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from deltify.ops import gated_rms_norm, rms_norm, short_conv_split
+from deltify.ops import add_rms_norm, gated_rms_norm, relu_squared, rms_norm, short_conv_split
 from deltify.ops.conv import short_conv_split_torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from deltify.ops.triton import conv, norms
+from deltify.ops.triton import activation, conv, norms
 
 BOUNDS = [0, 1, 1, 3, 36, 36, 70, 72, 130, 130]  # empty, of one and two tokens, across tiles, at a tile's end
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted kernels are for machines without a GPU")
@@ -131,6 +131,14 @@ def test_norms(rows, width):
 
 
 @interpreted
+def test_norms_of_a_sum():
+    x, y, weight = torch.randn(3, 70, 576), torch.randn(3, 70, 576), torch.rand(576)
+    total, got = norms.add_norm(x, y, weight, 1e-5)
+    assert torch.equal(total, x + y) and torch.allclose(got, rms_norm(x + y, weight, 1e-5), atol=1e-5)
+    assert all(map(torch.equal, add_rms_norm(x, y, weight, 1e-5), (x + y, rms_norm(x + y, weight, 1e-5))))
+
+
+@interpreted
 @pytest.mark.parametrize("wide", [torch.float16, torch.float32])
 def test_norms_have_the_dtypes_of_the_pytorch_form(wide):
     x, gate, weight = torch.randn(5, 64).half(), torch.randn(5, 64).half(), torch.rand(64).to(wide)
@@ -138,6 +146,13 @@ def test_norms_have_the_dtypes_of_the_pytorch_form(wide):
     assert got.dtype == want.dtype == wide and torch.allclose(got, want, rtol=2e-3)
     want, got = gated_rms_norm(x, gate, weight, 1e-5), norms.norm(x, gate, weight, 1e-5)
     assert got.dtype == want.dtype == torch.float16 and torch.allclose(got, want, rtol=2e-3, atol=1e-6)
+
+
+@interpreted
+def test_relu_squared():
+    compare(lambda x: [activation.relu_squared(x)], lambda x: [relu_squared(x)], [torch.randn(3, 1700)], 1e-6)
+    x = torch.tensor([float("nan"), float("-inf"), float("inf"), -1.0, 0.0])
+    assert torch.equal(activation.relu_squared(x).nan_to_num(7.0), relu_squared(x).nan_to_num(7.0))
 
 
 @interpreted
@@ -175,6 +190,21 @@ def test_norms_in_bfloat16(width):
     compare(lambda x, w: [norms.norm(x, None, w, 1e-5)], reference, leaves[::2], 5e-3)
     compare(lambda x, w: [norms.norm(x, None, w, 1e-5)], reference, [x, leaves[2].float()], 5e-3)
     compare(lambda x, g, w: [norms.norm(x, g, w, 1e-5)], lambda x, g, w: [gated_rms_norm(x, g, w, 1e-5)], leaves, 5e-3)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_norms_of_a_sum_in_bfloat16():
+    x, y, weight = (torch.randn(2, 700, 2560).to(**GPU) for _ in range(3))
+    total, got = add_rms_norm(x, y, weight[0, 0], 1e-5)
+    assert torch.equal(total, x + y) and torch.equal(got, rms_norm(x + y, weight[0, 0], 1e-5))
+
+
+@pytest.mark.gpu
+def test_relu_squared_in_bfloat16():
+    x = torch.randn(3, 70, 18432).to(**GPU)
+    assert torch.equal(relu_squared(x), torch.relu(x).square())
+    compare(lambda x: [activation.relu_squared(x)], lambda x: [torch.relu(x).square()], [x], 5e-3)
 
 
 @pytest.mark.gpu

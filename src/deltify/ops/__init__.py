@@ -2,12 +2,23 @@
 
 from .context_parallel import CutRows, earlier_keys, gather, inputs_before, kda_context_parallel
 from .conv import short_conv, short_conv_step
-from .dispatch import BACKENDS, gated_rms_norm, kda, kda_layer_step, rms_norm, short_conv_split
+from .dispatch import (
+    BACKENDS,
+    add_rms_norm,
+    gated_rms_norm,
+    kda,
+    kda_layer_step,
+    linear,
+    relu_squared,
+    rms_norm,
+    short_conv_split,
+)
 from .step import kda_step
 
 __all__ = [
     "BACKENDS",
     "CutRows",
+    "add_rms_norm",
     "earlier_keys",
     "gated_rms_norm",
     "gather",
@@ -16,6 +27,8 @@ __all__ = [
     "kda_context_parallel",
     "kda_layer_step",
     "kda_step",
+    "linear",
+    "relu_squared",
     "rms_norm",
     "short_conv",
     "short_conv_split",

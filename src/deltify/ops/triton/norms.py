@@ -15,13 +15,18 @@ NORM_WARPS = 2048  # of a backward pass: enough to fill a GPU, and no more, sinc
 
 @triton.jit
 def norm_kernel(
-    x_ptr, gate_ptr, weight_ptr, out_ptr, rows, width, eps, R: tl.constexpr, BW: tl.constexpr, GATED: tl.constexpr
-):
+    x_ptr, gate_ptr, weight_ptr, added_ptr, sum_ptr, out_ptr, rows, width, eps,
+    R: tl.constexpr, BW: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * R + tl.arange(0, R)[:, None]
     column = tl.arange(0, BW)[None, :]
     at, kept = row.to(tl.int64) * width + column, (row < rows) & (column < width)
     x = tl.load(x_ptr + at, mask=kept, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    if ADDED:
+        total = (x + tl.load(added_ptr + at, mask=kept, other=0.0).to(tl.float32)).to(x_ptr.dtype.element_ty)
+        tl.store(sum_ptr + at, total, mask=kept)
+        x = total.to(tl.float32)
     n = x * tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
     if GATED:
         n *= sigmoid(tl.load(gate_ptr + at, mask=kept, other=0.0).to(tl.float32))
@@ -68,13 +73,23 @@ def norm_plan(width: int) -> dict[str, int]:
     return {"R": rows, "BW": block, "num_warps": rows * block // 512}
 
 
-def norm_forward(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def norm_forward(
+    x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, added: Tensor | None = None, total: Tensor | None = None
+) -> Tensor:
+    """Return the norm of x, or of x + `added`, which is written to `total`."""
     width, dtype = x.shape[-1], x.dtype if gate is not None else torch.promote_types(x.dtype, weight.dtype)
     out, plan = torch.empty(x.shape, dtype=dtype, device=x.device), norm_plan(width)
     rows = x.numel() // width
-    grid = (triton.cdiv(rows, plan["R"]),)
-    norm_kernel[grid](x, gate, weight, out, rows, width, eps, GATED=gate is not None, **plan)
+    kinds = {"GATED": gate is not None, "ADDED": added is not None}
+    norm_kernel[(triton.cdiv(rows, plan["R"]),)](x, gate, weight, added, total, out, rows, width, eps, **kinds, **plan)
     return out
+
+
+def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute `deltify.ops.add_rms_norm` without gradients, for x and y of one shape and dtype."""
+    x, y = x.contiguous(), y.contiguous()
+    total = torch.empty_like(x)
+    return total, norm_forward(x, None, weight.contiguous(), eps, y, total)
 
 
 class _Norm(torch.autograd.Function):

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .launch import BV, C, Plan, backward, forward
-from .selfcheck import runs_in_cuda
+from .selfcheck import failure, runs_in_cuda
 from .tiles import wants_gradients
 
 # token-heads of a part: what a part's intermediate results take, 1 KB and 2.5 KB a token-head, bounds the memory
 PART, PART_BACKWARD = 2**20, 2**18
-# token-heads of a piece that is prepared while the scan is at another: less is not worth the launches
+# token-heads of a piece that is prepared while the scan is at another, and of a backward pass whose scans run at the
+# same time: less is not worth the launches, which a CUDA graph does without
 PIECE = 2**17
 # Only the scan in Triton splits a sequence into segments. With this many, it is faster than the one in CUDA C++
 SEGMENTS = 8
@@ -45,15 +46,19 @@ def plan_for(q, k, v, f, b, A_log, dt_bias, cu_seqlens: Tensor | None, gradients
     documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
     length = tokens if cu_seqlens is None else tokens // documents  # on average
     plan, chunks = make_plan(documents, length, heads, V, count), -(-length // C)
+    captured = v.is_cuda and torch.cuda.is_current_stream_capturing()
     if runs_in_cuda(q, k, v, f, b, A_log, dt_bias, cu_seqlens, gradients):
         one_row = batch == 1 and cu_seqlens is None and plan.beside
-        pieces = max(1, min(8, tokens * heads // PIECE)) if one_row and not gradients else 1
+        pieces = min(8, tokens * heads // PIECE) if one_row and not gradients else 0
+        pieces = max(2 if captured and pieces else 1, pieces)
         split = plan.split and not gradients and -(-chunks // plan.segment) >= SEGMENTS
+        split = split and not failure(v.device.index, "cuda split", v.shape[-1])
         plan = replace(plan, cuda=True, split=split, pieces=pieces)
     if cu_seqlens is not None and not plan.split:
         # reading the lengths of documents would wait for the GPU, so one document may have all tokens
         plan = replace(plan, segment=-(-tokens // C))
-    return replace(plan, beside=plan.beside and v.is_cuda)
+    worth = captured or batch * tokens * heads >= PIECE
+    return replace(plan, beside=plan.beside and v.is_cuda and worth)
 
 
 def parts(v: Tensor, cu_seqlens: Tensor | None, limit: int) -> list[slice]:

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -11,14 +12,19 @@ from torch import Tensor
 
 from ..chunked import kda_chunked
 from ..conv import short_conv_split_torch
+from ..cuda import finish, prepare, scan
+from ..cuda.compiler import cubin_of
 from ..cuda.inputs import fits
 from ..cuda.inputs import refusal as unfit_for_cuda
+from ..cuda.scan import KEEP, OUTPUTS, REVERSE
 from ..reference import gated_rms_norm
 from ..step import layer_step_torch
+from .activation import relu_squared
 from .conv import short_conv_split
 from .decode import layer_step
 from .launch import Plan, backward, forward
-from .norms import norm
+from .norms import add_norm, norm
+from .products import row_product
 
 WIDTHS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -28,8 +34,16 @@ KERNELS = "DELTIFY_KERNELS"  # environment variable that chooses between kernels
 logger = logging.getLogger(__name__)
 
 
-def refusal(device: int, dtype: torch.dtype, v_dtype: torch.dtype, K: int, V: int, gradients: bool) -> str | None:
-    """Return why the kernels cannot run such inputs, or None if they can."""
+def refusal(
+    device: int, dtype: torch.dtype, v_dtype: torch.dtype, K: int, V: int, gradients: bool, cuda: bool = False
+) -> str | None:
+    """Return why the kernels cannot run such inputs, or None if they can.
+
+    `cuda` says that the kernels in CUDA C++ take the inputs. Where they run, those in Triton are not compiled.
+    """
+    if cuda and os.environ.get(KERNELS) != "triton":
+        if not any(cuda_refusal(device, K, backward) for backward in {False, gradients}):
+            return None
     if dtype not in DTYPES or v_dtype != dtype:
         return f"{dtype} (fast are bfloat16 and float16)"
     if gradients and dtype != torch.bfloat16:
@@ -145,11 +159,21 @@ def operator_pairs(
 
 def cuda_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int, gradients: bool):
     """Yield results and references of the kernels in CUDA C++: fast, slow and bounded gates, and packed documents."""
-    plans = replace(SPLIT, cuda=True), replace(WHOLE, cuda=True), replace(WHOLE, cuda=True, pieces=2)
+    compile_kernels(width, gradients)
+    plans = (replace(WHOLE, cuda=True), *([] if gradients else [replace(WHOLE, cuda=True, pieces=2)]))
     for shift, lower_bound in ((0.0, None), (-6.0, None), (0.0, -5.0)):
         yield from operator_pairs(draw, width, place, dtype, tokens, gradients, plans, shift, lower_bound)
     plans = (replace(WHOLE, cuda=True, beside=True),)
     yield from operator_pairs(draw, width, place, dtype, tokens, gradients, plans, bounds=(0, 70, 70, tokens))
+
+
+def compile_kernels(width: int, gradients: bool) -> None:
+    """Compile the kernels in CUDA C++ of a pass at the same time, where they are not yet on the disk."""
+    sources = [prepare.source_of(width, bounded) for bounded in (False, True)]
+    sources += [scan.source_of(width, mode) for mode in ((OUTPUTS, KEEP, REVERSE) if gradients else (OUTPUTS,))]
+    sources += [finish.source_of(width, bounded) for bounded in (False, True)] if gradients else []
+    with ThreadPoolExecutor(len(sources)) as threads:
+        list(threads.map(cubin_of, sources))
 
 
 def step_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int):
@@ -171,7 +195,25 @@ def layer_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int):
     yield from gradient_pairs(run, short_conv_split_reference, (x, taps, past), place, dtype)
     run = lambda x, g, w: [norm(x, g, w, 1e-5)]  # noqa: E731
     wanted = lambda x, g, w: [gated_rms_norm(x, g, w, 1e-5)]  # noqa: E731
-    yield from gradient_pairs(run, wanted, (draw(1, tokens, width), draw(1, tokens, width), draw(width)), place, dtype)
+    tensors = draw(1, tokens, width), draw(1, tokens, width), draw(width)
+    yield from gradient_pairs(run, wanted, tensors, place, dtype)
+    with torch.no_grad():
+        x, y, weight = (z.to(place, dtype) for z in tensors)
+        total = (x + y).cpu().double()
+        exact = weight.cpu().double() * total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5)
+        yield from zip(add_norm(x, y, weight, 1e-5), (total, exact))
+
+
+def activation_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int):
+    """Return results and references of relu(x)^2 and its gradient."""
+    wanted = lambda x: [torch.relu(x).square()]  # noqa: E731
+    return gradient_pairs(lambda x: [relu_squared(x)], wanted, (draw(tokens, width),), place, dtype)
+
+
+def row_product_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int):
+    """Return the result and reference of a product of one row."""
+    x, weight = (y.to(place, dtype) for y in (draw(1, 1024), draw(tokens, 1024)))
+    return [(row_product(x, weight), x.cpu().double() @ weight.cpu().double().t())]
 
 
 CHECKS = {
@@ -179,9 +221,12 @@ CHECKS = {
     "backward": functools.partial(operator_pairs, gradients=True),
     "step": step_pairs,
     "layer": layer_pairs,
+    "activation": activation_pairs,
+    "row product": row_product_pairs,
 }
 CUDA_CHECKS = {
     "cuda": functools.partial(cuda_pairs, gradients=False),
+    "cuda split": functools.partial(operator_pairs, gradients=False, plans=(replace(SPLIT, cuda=True),)),
     "cuda backward": functools.partial(cuda_pairs, gradients=True),
 }
 
