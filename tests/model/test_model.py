@@ -377,8 +377,8 @@ def test_fused_projections_change_no_result_and_no_file(tmp_path):
 
     want, before = logits(), {name: x.clone() for name, x in model.state_dict().items()}
     assert fused_weight(layer.projections) is None
-    fuse_weights_(layer.projections)
-    assert fused_weight(layer.projections).shape == (3 * 64 + 2 * 16 + 4, 64)
+    fuse_weights_(layer)
+    assert fused_weight(layer.projections).shape == (3 * 64 + 2 * 16 + 4 + 4, 64)  # a multiple of 8 rows
     assert torch.allclose(logits(), want, atol=1e-6)
     with torch.enable_grad():
         assert fused_weight(layer.projections) is None
@@ -441,6 +441,17 @@ def test_a_cache_that_does_not_count_tokens_is_never_captured():
     ids, cache = torch.randint(0, 90, (2, 4)), DynamicCache(config=model.config)
     steps = [model(ids[:, t : t + 1].as_subclass(OnGpu), past_key_values=cache).logits for t in range(4)]
     assert torch.allclose(torch.cat(steps, 1).as_subclass(torch.Tensor), model(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("keys, pieces", [(1, 1), (31, 1), (64, 4)])
+def test_attention_of_one_token(keys, pieces, monkeypatch):
+    monkeypatch.setattr(mixers, "LONG", 40)
+    monkeypatch.setattr(mixers, "PIECES", pieces)
+    q, (k, v) = torch.randn(2, 6, 1, 16), torch.randn(2, 2, 3, keys, 16)
+    mask = torch.rand(2, 1, 1, keys) < 0.6
+    mask[..., -1] = True
+    want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)
+    assert torch.allclose(mixers.attend_once(q, k, v, mask, 0.3), want.transpose(1, 2), atol=1e-5)
 
 
 class EagerStep(capture.DecodeStep):

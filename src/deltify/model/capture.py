@@ -11,10 +11,13 @@ import warnings
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
+from ..ops import linear
 from .cache import DeltifyCache, states_of, writable
 from .configuration import has_fixed_rope
 from .mixers import DeltifyAttention, DeltifyKDA, DeltifySlidingAttention, fuse_weights_, is_observed
@@ -65,13 +68,29 @@ class RoomyCache:
             layer.keys, layer.values = (buffer[:, :, :used] for buffer in self.buffers[i])
 
 
+class FastProducts(TorchFunctionMode):
+    """Inside this context, linear layers of any module call `deltify.ops.linear`."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (linear if func is F.linear else func)(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def warm_up_products(model: PreTrainedModel) -> None:
+    """Run `deltify.ops.linear` for all widths of a model: it checks and compiles itself, which a capture forbids."""
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    for layer in {layer.in_features: layer for layer in sorted(layers, key=lambda x: x.weight.numel())}.values():
+        linear(layer.weight.new_zeros(1, layer.in_features), layer.weight)
+
+
 class DecodeStep:
     """One decoding step of a model on the states of one cache, with inputs and outputs at constant addresses."""
 
     def __init__(self, model: PreTrainedModel, cache: DeltifyCache, rows: int):
         for module in model.modules():
             if isinstance(module, DeltifyKDA):
-                fuse_weights_(module.projections)
+                fuse_weights_(module)
+        warm_up_products(model)
         self.model, self.addresses = model, addresses(cache)
         self.ids, self.positions = (torch.zeros(rows, 1, dtype=torch.long, device=model.device) for _ in range(2))
         self.cache = RoomyCache(cache, model.device)
@@ -88,9 +107,10 @@ class DecodeStep:
             mask = (self.allowed & earlier)[:, None, None]
             if model.rotary_emb is not None:
                 rotary = model.rotary_emb(x, position_ids=self.positions)
-        for layer in model.layers:
-            x = layer(x, rotary, mask, None, (), past_key_values=self.cache)
-        self.logits = self.model.lm_head(model.norm(x))
+        with FastProducts():
+            for layer in model.layers:
+                x = layer(x, rotary, mask, None, (), past_key_values=self.cache)
+            self.logits = self.model.lm_head(model.norm(x))
 
     def __call__(
         self,

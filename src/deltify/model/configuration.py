@@ -14,6 +14,11 @@ FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # kinds of RoPE that do no
 UNSET: Any = None
 
 
+def has_rope(config: "DeltifyConfig") -> bool:
+    """Return whether an attention layer rotates queries and keys."""
+    return any(rope and kind != "linear_attention" for rope, kind in zip(config.use_rope, config.layer_types))
+
+
 def has_fixed_rope(config: PreTrainedConfig) -> bool:
     """Return whether the angles of a model's RoPE, if it has any, do not depend on the length of the text."""
     return (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") in FIXED_ROPE

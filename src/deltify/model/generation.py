@@ -8,7 +8,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.generation import GenerationMode
 
 from .cache import DeltifyCache, held
-from .configuration import DeltifyConfig
+from .configuration import DeltifyConfig, has_rope
 
 CACHE_NAMES = ("past_key_values", "cache")  # before transformers 5.24, and since
 # generation settings that need another cache, a cache that can be rolled back, or code for other models
@@ -37,7 +37,9 @@ class DeltifyGenerationMixin(GenerationMixin):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
-        if mask is not None and mask.dim() == 2 and tokens is not None:
+        # a step of one token reads its position only where a layer rotates queries and keys
+        positioned = tokens is not None and (tokens.shape[1] > 1 or has_rope(self.config))
+        if mask is not None and mask.dim() == 2 and positioned:
             # transformers counts new tokens after padding on the right from 1
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
             inputs["position_ids"] = positions[:, -tokens.shape[1] :]

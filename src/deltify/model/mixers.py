@@ -3,6 +3,7 @@
 Legend: B batch, T tokens, D model width, H heads, K head width (keys and values), N documents.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ..ops import (
     kda,
     kda_context_parallel,
     kda_layer_step,
+    relu_squared,
     rms_norm,
     short_conv_split,
 )
@@ -154,6 +156,13 @@ class DeltifyGatedRMSNorm(nn.Module):
         return gated_rms_norm(x, gate, self.weight, self.eps)
 
 
+class DeltifyReLUSquared(nn.Module):
+    """relu(x)^2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return relu_squared(x)
+
+
 class DeltifyTaps(nn.Conv1d):
     """Taps of a short convolution, [channels, 1, taps].
 
@@ -167,6 +176,9 @@ class DeltifyTaps(nn.Conv1d):
         return self.weight
 
 
+ALIGNED = 8  # for weights whose number of rows is no multiple of it, cuBLAS has slow kernels only
+
+
 def project(x: Tensor, *linears: nn.Module) -> Tensor:
     """Apply several linear layers to one input [B, T, D] and concatenate the results.
 
@@ -174,15 +186,29 @@ def project(x: Tensor, *linears: nn.Module) -> Tensor:
     token.
     """
     if (fused := fused_weight(linears)) is not None:
-        return F.linear(x, fused)
+        return F.linear(x, fused)[..., : rows_of(linears)]
     if x.shape[1] == 1 or (plain := all_plain(linears)) is None:
         return torch.cat([linear(x) for linear in linears], dim=-1)
-    bias = None if plain[0].bias is None else torch.cat([linear.bias for linear in plain])
-    return F.linear(x, torch.cat([linear.weight for linear in plain]), bias)
+    if plain[0].bias is not None:
+        return F.linear(x, torch.cat([y.weight for y in plain]), torch.cat([y.bias for y in plain]))
+    return F.linear(x, join_weights(plain))[..., : rows_of(linears)]
+
+
+def rows_of(linears: Sequence[nn.Module]) -> int:
+    return sum(len(linear.get_parameter("weight")) for linear in linears)
+
+
+def join_weights(plain: Sequence[nn.Linear]) -> Tensor:
+    """Return the weights of linear layers as one matrix, with rows of zeros up to a multiple of ALIGNED."""
+    weights = [linear.weight for linear in plain]
+    fill = -rows_of(plain) % ALIGNED
+    return torch.cat([*weights, weights[0].new_zeros(fill, weights[0].shape[1])] if fill else weights)
 
 
 def fused_weight(linears: Sequence[nn.Module]) -> Tensor | None:
     """Return the weights of linear layers as one matrix, without a copy, or None.
+
+    Further rows up to a multiple of ALIGNED follow if there is memory after the weights. They have any values.
 
     None if a layer has a bias, if the weights are not contiguous in memory, or if gradients are enabled: they would
     reach the first weight only.
@@ -190,24 +216,50 @@ def fused_weight(linears: Sequence[nn.Module]) -> Tensor | None:
     plain = None if torch.is_grad_enabled() else all_plain(linears)
     if plain is None or any(linear.bias is not None for linear in plain):
         return None
-    weights = [linear.weight for linear in plain]
-    storage, end = weights[0].untyped_storage().data_ptr(), weights[0].data_ptr()
-    for weight in weights:
-        if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != storage or not weight.is_contiguous():
+    return adjacent([linear.weight for linear in plain], ALIGNED)
+
+
+def adjacent(parts: Sequence[Tensor], aligned: int = 1) -> Tensor | None:
+    """Return tensors that follow each other in memory as one, without a copy, or None if they do not.
+
+    With `aligned`, it has further rows up to a multiple, with any values, if there is memory after the tensors.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    storage, end = parts[0].untyped_storage(), parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or part.untyped_storage().data_ptr() != storage.data_ptr():
             return None
-        end += weight.nbytes
-    width = weights[0].size(1)
-    return weights[0].detach().as_strided((sum(len(w) for w in weights), width), (width, 1))
+        if not part.is_contiguous():
+            return None
+        end += part.nbytes
+    rows = sum(map(len, parts))
+    fill = -rows % aligned
+    if end + fill * parts[0][0].nbytes <= storage.data_ptr() + storage.nbytes():
+        rows += fill
+    return parts[0].detach().as_strided((rows, *parts[0].shape[1:]), parts[0].stride())
 
 
 @torch.no_grad()
-def fuse_weights_(linears: Sequence[nn.Module]) -> None:
-    """Move the weights of linear layers into one contiguous buffer. They stay separate parameters."""
-    plain = all_plain(linears)
-    if fused_weight(linears) is None and plain is not None and all(linear.bias is None for linear in plain):
-        parts = torch.cat([linear.weight for linear in plain]).split([len(linear.weight) for linear in plain])
-        for linear, part in zip(plain, parts):
-            linear.weight.data = part
+def fuse_weights_(mixer: "DeltifyKDA") -> None:
+    """Move the weights of a mixer's projections into one contiguous buffer, and its taps into another.
+
+    They stay separate parameters.
+    """
+    plain = all_plain(mixer.projections)
+    if fused_weight(mixer.projections) is None and plain is not None and all(x.bias is None for x in plain):
+        move_([linear.weight for linear in plain], join_weights(plain))
+    convolutions = mixer.q_conv1d, mixer.k_conv1d, mixer.v_conv1d
+    taps = [convolution.weight for convolution in convolutions]
+    if not any(map(is_observed, convolutions)) and not any(x.is_meta for x in taps) and adjacent(taps) is None:
+        move_(taps, torch.cat(taps))
+
+
+def move_(parameters: Sequence[Tensor], joined: Tensor) -> None:
+    """Let parameters use the memory of a tensor that begins with their values, in this order."""
+    sizes = list(map(len, parameters))
+    for parameter, part in zip(parameters, joined[: sum(sizes)].split(sizes)):
+        parameter.data = part
 
 
 def all_plain(linears: Sequence[nn.Module]) -> list[nn.Linear] | None:
@@ -283,7 +335,9 @@ class DeltifyKDA(nn.Module):
         past = layer_of(cache, self.layer_idx, LinearAttentionLayer)
         states = None if past is None else read_states(past)
         wide, narrow = self.projections[:3], self.projections[3:]
-        taps = torch.cat([self.q_conv1d(), self.k_conv1d(), self.v_conv1d()])
+        of_qkv = [self.q_conv1d(), self.k_conv1d(), self.v_conv1d()]
+        taps = None if torch.is_grad_enabled() else adjacent(of_qkv)
+        taps = torch.cat(of_qkv) if taps is None else taps
         if x.shape[1] > 1:
             # contiguous, because a matmul with a bias needs two passes for strided rows
             qkv = project(x, *wide)
@@ -292,7 +346,8 @@ class DeltifyKDA(nn.Module):
         elif (fused := fused_weight(self.projections)) is not None:
             inner = len(self.dt_bias)
             cuts = 3 * inner, 3 * inner + self.head_dim, 3 * inner + 2 * self.head_dim
-            qkv, low_f, low_gate, b = (part.contiguous() for part in F.linear(x, fused).tensor_split(cuts, dim=-1))
+            rows = F.linear(x, fused)[..., : rows_of(self.projections)]
+            qkv, low_f, low_gate, b = (part.contiguous() for part in rows.tensor_split(cuts, dim=-1))
         else:
             qkv, (low_f, low_gate, b) = project(x, *wide), (linear(x) for linear in narrow)
         f, gate = self.f_proj[1](low_f), self.g_proj[1](low_gate)
@@ -364,8 +419,44 @@ class DeltifyAttention(DeltifyGroupedQueryAttention):
         backend = self.config._attn_implementation or "eager"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
-        y, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        if backend == "sdpa" and is_step(q, k, attention_mask, dropout):
+            y, weights = attend_once(q, k, v, attention_mask, self.scaling), None
+        else:
+            y, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(y.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+
+LONG, PIECES = 8192, 8  # so many keys are read in so many pieces, so that the whole GPU is busy
+
+
+def is_step(q: Tensor, k: Tensor, mask: Tensor | None, dropout: float) -> bool:
+    """Return whether `attend_once` can compute this attention, and faster than SDPA."""
+    if mask is None or mask.dtype != torch.bool or mask.shape[1:] != (1, 1, k.shape[2]):
+        return False
+    return q.shape[2] == 1 and q.is_cuda and q.dtype == k.dtype and not dropout and not torch.is_grad_enabled()
+
+
+def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Return the attention [B, 1, H, K] of one query per sequence, with scores in float32.
+
+    Keys and values are read once for all heads that share them. With a mask, transformers' SDPA copies them for each
+    head, which takes eight times as long after 32,000 tokens (H200, 20 heads over 4).
+
+    Args:
+        q: Queries [B, H, 1, K], in bfloat16 or float16 on a GPU.
+        k: Keys [B, G, R, K].
+        v: Values, likewise.
+        mask: True for keys to attend to, [B, 1, 1, R].
+        scale: Factor of the scores.
+    """
+    (B, G, R, K), H = k.shape, q.shape[1]
+    pieces = PIECES if R >= LONG and R % PIECES == 0 else 1
+    product = torch.bmm if q.dtype == torch.float32 else functools.partial(torch.bmm, out_dtype=torch.float32)
+    scores = product(q.reshape(B * G, H // G, K), k.reshape(B * G, R, K).mT).view(B, H, R) * scale
+    weights = scores.masked_fill(~mask[:, 0], torch.finfo(scores.dtype).min).softmax(-1).to(v.dtype)
+    weights = weights.view(B * G, H // G, pieces, -1).transpose(1, 2).flatten(0, 1)
+    y = product(weights, v.reshape(B * G * pieces, -1, K))
+    return y.view(B * G, pieces, H // G, K).sum(1).view(B, 1, H, K).to(q.dtype)
 
 
 class DeltifySlidingAttention(DeltifyGroupedQueryAttention):

@@ -19,9 +19,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..ops import add_rms_norm
 from .cache import DeltifyCache, SinkLayer
 from .capture import captured_logits
-from .configuration import ArceeKDAConfig, DeltifyConfig
+from .configuration import ArceeKDAConfig, DeltifyConfig, has_rope
 from .context_parallel import check_cut, cut_mask, cut_packing, positions_of_rows
 from .documents import BOUNDS, check_positions, positions_of
 from .generation import DeltifyGenerationMixin
@@ -29,11 +30,13 @@ from .loading import HUB_OPTIONS, check_shapes, checkpoint_shapes, kda_biases, l
 from .mixers import (
     DeltifyAttention,
     DeltifyKDA,
+    DeltifyReLUSquared,
     DeltifyRMSNorm,
     DeltifySlidingAttention,
     Packing,
     find_packing,
     init_gates,
+    is_observed,
 )
 from .sliding import Slots, find_slots, rotary_positions
 
@@ -64,7 +67,7 @@ class DeltifyMLP(nn.Module):
             self.gate_proj = nn.Linear(width, inner, bias=bias)
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = DeltifyReLUSquared() if config.hidden_act == "relu2" else ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:
@@ -92,8 +95,13 @@ class DeltifyDecoderLayer(GradientCheckpointingLayer):
             x, _ = self.self_attn(x, *sliding, packing, past_key_values)
         else:
             x, _ = self.self_attn(x, position_embeddings, attention_mask, past_key_values, **kwargs)
-        hidden_states = hidden_states + x
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        norm = self.post_attention_layernorm
+        if is_observed(norm):
+            hidden_states = hidden_states + x
+            x = norm(hidden_states)
+        else:
+            hidden_states, x = add_rms_norm(hidden_states, x, norm.weight, norm.eps)
+        return hidden_states + self.mlp(x)
 
 
 class DeltifyPreTrainedModel(PreTrainedModel):
@@ -170,8 +178,7 @@ class DeltifyModel(DeltifyPreTrainedModel):
         self.norm = DeltifyRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.kinds = list(config.layer_types)
         self.has_attention = "full_attention" in self.kinds
-        rotates = [rope and kind != "linear_attention" for rope, kind in zip(config.use_rope, self.kinds)]
-        self.rotary_emb = rotary_embedding(config) if any(rotates) else None
+        self.rotary_emb = rotary_embedding(config) if has_rope(config) else None
         self.gradient_checkpointing = False
         self.post_init()
 
