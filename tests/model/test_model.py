@@ -454,6 +454,40 @@ def test_attention_of_one_token(keys, pieces, monkeypatch):
     assert torch.allclose(mixers.attend_once(q, k, v, mask, 0.3), want.transpose(1, 2), atol=1e-5)
 
 
+@torch.no_grad()
+def test_another_norm_in_a_layer_is_called():
+    model, ids = tiny("linear_attention", "linear_attention"), torch.randint(0, 90, (2, 9))
+    norm = model.model.layers[0].post_attention_layernorm = torch.nn.LayerNorm(model.config.hidden_size)
+    torch.nn.init.normal_(norm.bias)
+    got, seen = model(ids).logits, []
+    norm.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(got, model(ids).logits) and seen
+
+
+@torch.no_grad()
+def test_linear_layers_of_adapters_run_in_a_captured_step():
+    x, weight = torch.randn(1, 8), torch.randn(5, 8)
+    with capture.FastProducts():
+        assert torch.equal(F.linear(input=x, weight=weight), x @ weight.t())
+        assert torch.equal(F.linear(x, weight, bias=x[0, :5]), torch.addmm(x[0, :5], x, weight.t()))
+
+
+@torch.no_grad()
+def test_a_step_without_memory_for_a_trial_runs_eagerly(eager_steps, monkeypatch):
+    model = tiny("linear_attention", "linear_attention")
+    ids, cache = torch.randint(0, 90, (2, 4)).as_subclass(OnGpu), DeltifyCache(config=model.config)
+
+    def no_memory(cache):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(capture, "copy_states", no_memory)
+    with pytest.warns(UserWarning, match="does not hold the states twice") as said:
+        found = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(4)]
+    assert len(said) == 1 and not eager_steps
+    want = model(ids.as_subclass(torch.Tensor)).logits
+    assert torch.allclose(torch.cat(found, 1).as_subclass(torch.Tensor), want, atol=1e-5)
+
+
 class EagerStep(capture.DecodeStep):
     """A captured step without a graph, which counts its uses."""
 
@@ -490,7 +524,8 @@ def test_a_captured_step_needs_tokens_without_padding_and_writable_buffers(eager
         found.append(out.logits.as_subclass(torch.Tensor))
         if t == 22:
             cache.reorder_cache(torch.tensor([0, 1]))  # equal sizes, so in place
-    assert replayed == [13, 15, 16, 18, 19, 21, 22, 23, 24, 25, 26, 27, 28, 29]
+    # a new step runs twice: once as a trial
+    assert replayed == [13, 13, 15, 15, 16, 18, 19, 21, 22, 23, 24, 25, 26, 27, 28, 29]
     for row in range(2):
         tokens = mask[row].bool()
         want = model(ids[row : row + 1, tokens]).logits[0]

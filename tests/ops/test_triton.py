@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -285,6 +286,35 @@ def test_the_check_at_first_use_tells_right_kernels_from_wrong_ones(part, kernel
     for by in (1.05, float("nan")):
         monkeypatch.setattr(kernels, kernel, functools.partial(wrong, by=by))
         assert not kernels.largest_error(part, 64, "cpu", torch.float32, 70) < kernels.TOLERANCE
+
+
+@pytest.mark.parametrize("part", ["forward", "layer", "activation"])
+def test_the_check_may_run_in_inference_mode(part):
+    import deltify.ops.triton.selfcheck as kernels
+
+    with torch.inference_mode():
+        assert kernels.largest_error(part, 64, "cpu", torch.float32, 70) < 1e-5
+
+
+def test_products_of_one_row_are_refused_for_other_inputs():
+    from deltify.ops.triton import suits
+
+    x, weight = torch.zeros(1, 1, 2048).bfloat16(), torch.zeros(2048, 2048).bfloat16()
+    assert not suits(x, weight, None)  # with gradients
+    with torch.no_grad():
+        assert suits(x, weight, None) and suits(x, torch.nn.Parameter(weight), None)
+        others = [(x.float(), weight), (x, weight.float()), (x[..., :1024], weight), (x.expand(2, 1, -1), weight)]
+        others += [(x, weight[:, :512].contiguous()), (x, weight.t()), (x, weight[:512])]
+        assert not any(suits(*pair, None) for pair in others) and not suits(x, weight, x[0, 0])
+
+
+def test_kernels_of_an_older_deltify_are_not_used(monkeypatch):
+    from deltify.ops import dispatch
+
+    monkeypatch.setitem(sys.modules, "deltify.ops.triton", SimpleNamespace())
+    dispatch.triton_kernels.cache_clear()
+    assert dispatch.triton_kernels() is None
+    dispatch.triton_kernels.cache_clear()
 
 
 @pytest.mark.parametrize("part", ["backward", "layer"])

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
@@ -75,14 +75,6 @@ class FastProducts(TorchFunctionMode):
         return (linear if func is F.linear else func)(*args, **(kwargs or {}))
 
 
-@torch.no_grad()
-def warm_up_products(model: PreTrainedModel) -> None:
-    """Run `deltify.ops.linear` for all widths of a model: it checks and compiles itself, which a capture forbids."""
-    layers = [module for module in model.modules() if type(module) is nn.Linear]
-    for layer in {layer.in_features: layer for layer in sorted(layers, key=lambda x: x.weight.numel())}.values():
-        linear(layer.weight.new_zeros(1, layer.in_features), layer.weight)
-
-
 class DecodeStep:
     """One decoding step of a model on the states of one cache, with inputs and outputs at constant addresses."""
 
@@ -90,7 +82,6 @@ class DecodeStep:
         for module in model.modules():
             if isinstance(module, DeltifyKDA):
                 fuse_weights_(module)
-        warm_up_products(model)
         self.model, self.addresses = model, addresses(cache)
         self.ids, self.positions = (torch.zeros(rows, 1, dtype=torch.long, device=model.device) for _ in range(2))
         self.cache = RoomyCache(cache, model.device)
@@ -164,9 +155,9 @@ def captured_logits(
 ) -> Tensor | None:
     """Return logits [B, 1, vocabulary] of one more token by replaying a graph, or None if the model must run eagerly.
 
-    The first token decoded with a cache runs eagerly, which initialises all libraries. The second one is captured. A
-    captured step of a model with attention layers is compared with the eager one first. A model that has hooks at the
-    first token decodes eagerly. Hooks that are added later are not called.
+    The first token decoded with a cache runs eagerly, which initialises all libraries. The second one is captured. The
+    captured step is compared with the eager one first. A model that has hooks at the first token decodes eagerly. Hooks
+    that are added later are not called.
     """
     if not isinstance(cache, DeltifyCache):  # others do not count the tokens that a replay adds
         return None
@@ -178,8 +169,7 @@ def captured_logits(
         return None
     if attention_mask is not None and (attention_mask.dim() != 2 or not attention_mask[:, -1].all()):
         return None
-    hybrid = bool(attention_layers(cache))
-    if hybrid and not can_be_captured(model, cache, attention_mask):
+    if attention_layers(cache) and not can_be_captured(model, cache, attention_mask):
         return None
     if cache not in STEPS:
         STEPS[cache] = None if has_known_mixers(model) and not any(map(is_observed, model.modules())) else False
@@ -189,11 +179,7 @@ def captured_logits(
         return None
     if isinstance(step, CapturedStep) and step.fits(model, cache, len(ids)):
         return step(ids, cache, attention_mask, position_ids)
-    if hybrid:
-        return first_logits(model, ids, cache, attention_mask, position_ids)
-    step = STEPS[cache] = CapturedStep(model, cache, len(ids))
-    step.capture()
-    return step(ids, cache)
+    return first_logits(model, ids, cache, attention_mask, position_ids)
 
 
 def is_captured(cache: Cache) -> bool:
@@ -203,9 +189,17 @@ def is_captured(cache: Cache) -> bool:
 
 def first_logits(
     model: PreTrainedModel, ids: Tensor, cache: DeltifyCache, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> Tensor:
-    """Return the logits of one more token, eagerly, and keep a captured step if it gives the same."""
-    used, before = cache.get_seq_length(), [x.clone() for x in states(cache)]
+) -> Tensor | None:
+    """Return the logits of one more token, eagerly, and keep a captured step if it gives the same.
+
+    None, if the GPU's memory does not hold the states twice.
+    """
+    used = cache.get_seq_length()
+    try:
+        before = copy_states(cache)
+    except torch.OutOfMemoryError:
+        give_up(cache, "the GPU's memory does not hold the states twice")
+        return None
     kept = [(layer, keys_of(layer)) for layer in attention_layers(cache).values()]
     options = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": cache}
 
@@ -234,10 +228,15 @@ def first_logits(
     if reason is None:
         STEPS[cache] = step
         return want
-    warnings.warn(f"decoding runs without a CUDA graph: {reason}", stacklevel=2)
-    STEPS[cache] = False
+    give_up(cache, reason)
     take_back()
     return eagerly()
+
+
+def give_up(cache: DeltifyCache, reason: str) -> None:
+    """Decode eagerly with this cache from now on, and say why."""
+    warnings.warn(f"decoding runs without a CUDA graph: {reason}", stacklevel=2)
+    STEPS[cache] = False
 
 
 def has_known_mixers(model: PreTrainedModel) -> bool:
@@ -273,6 +272,10 @@ def keys_of(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
 def states(cache: Cache) -> list[Tensor]:
     """Return the convolution and recurrent states of all KDA layers."""
     return [x for layer in cache.layers if isinstance(layer, LinearAttentionLayer) for x in states_of(layer)]
+
+
+def copy_states(cache: Cache) -> list[Tensor]:
+    return [x.clone() for x in states(cache)]
 
 
 def addresses(cache: Cache) -> list[int]:

@@ -244,7 +244,7 @@ def adjacent(parts: Sequence[Tensor], aligned: int = 1) -> Tensor | None:
 def fuse_weights_(mixer: "DeltifyKDA") -> None:
     """Move the weights of a mixer's projections into one contiguous buffer, and its taps into another.
 
-    They stay separate parameters.
+    They stay separate parameters. What holds their old addresses, such as a CUDA graph of a training step, is stale.
     """
     plain = all_plain(mixer.projections)
     if fused_weight(mixer.projections) is None and plain is not None and all(x.bias is None for x in plain):
@@ -419,7 +419,7 @@ class DeltifyAttention(DeltifyGroupedQueryAttention):
         backend = self.config._attn_implementation or "eager"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
-        if backend == "sdpa" and is_step(q, k, attention_mask, dropout):
+        if backend == "sdpa" and is_one_query(q, k, v, attention_mask, dropout):
             y, weights = attend_once(q, k, v, attention_mask, self.scaling), None
         else:
             y, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
@@ -429,11 +429,13 @@ class DeltifyAttention(DeltifyGroupedQueryAttention):
 LONG, PIECES = 8192, 8  # so many keys are read in so many pieces, so that the whole GPU is busy
 
 
-def is_step(q: Tensor, k: Tensor, mask: Tensor | None, dropout: float) -> bool:
+def is_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> bool:
     """Return whether `attend_once` can compute this attention, and faster than SDPA."""
     if mask is None or mask.dtype != torch.bool or mask.shape[1:] != (1, 1, k.shape[2]):
         return False
-    return q.shape[2] == 1 and q.is_cuda and q.dtype == k.dtype and not dropout and not torch.is_grad_enabled()
+    half = q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
+    on_nvidia = q.is_cuda and not torch.version.hip
+    return q.shape[2] == 1 and half and on_nvidia and not dropout and not torch.is_grad_enabled()
 
 
 def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -443,7 +445,7 @@ def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> 
     head, which takes eight times as long after 32,000 tokens (H200, 20 heads over 4).
 
     Args:
-        q: Queries [B, H, 1, K], in bfloat16 or float16 on a GPU.
+        q: Queries [B, H, 1, K], in bfloat16 or float16 on a GPU, or float32.
         k: Keys [B, G, R, K].
         v: Values, likewise.
         mask: True for keys to attend to, [B, 1, 1, R].

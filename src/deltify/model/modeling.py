@@ -96,11 +96,11 @@ class DeltifyDecoderLayer(GradientCheckpointingLayer):
         else:
             x, _ = self.self_attn(x, position_embeddings, attention_mask, past_key_values, **kwargs)
         norm = self.post_attention_layernorm
-        if is_observed(norm):
+        if type(norm) is DeltifyRMSNorm and not is_observed(norm):
+            hidden_states, x = add_rms_norm(hidden_states, x, norm.weight, norm.eps)
+        else:
             hidden_states = hidden_states + x
             x = norm(hidden_states)
-        else:
-            hidden_states, x = add_rms_norm(hidden_states, x, norm.weight, norm.eps)
         return hidden_states + self.mlp(x)
 
 

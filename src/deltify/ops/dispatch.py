@@ -22,6 +22,11 @@ from .step import layer_step_torch
 
 BACKENDS = {"reference": kda_reference, "chunked": kda_chunked}
 LAYER_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PARTS = {
+    "layer": "short convolutions and norms run",
+    "activation": "relu(x)^2 and its gradient run",
+    "row product": "products of one row run",
+}
 logger = logging.getLogger(__name__)
 
 
@@ -105,9 +110,11 @@ def new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def triton_kernels() -> ModuleType | None:
     """Return the GPU kernels, or None if Triton is not installed."""
     try:
-        return importlib.import_module("deltify.ops.triton")
+        kernels = importlib.import_module("deltify.ops.triton")
     except ImportError:
         return None
+    # the code of a saved folder may be newer than the installed deltify, whose kernels it uses
+    return kernels if hasattr(kernels, "row_product") else None
 
 
 def refused(inputs: tuple[Tensor, ...], cu_seqlens: Tensor | None, gradients: bool) -> str | None:
@@ -302,16 +309,15 @@ def relu_squared(x: Tensor) -> Tensor:
         return kernels.relu_squared(x)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x W^T + bias, as `torch.nn.functional.linear` does. On a GPU, one row has a faster kernel than cuBLAS's.
-
-    For use under `torch.no_grad()`.
-    """
-    kernels = layer_kernels(x, weight, part="row product")
-    if kernels is None or not kernels.suits(x, weight, bias):
-        return F.linear(x, weight, bias)
-    with torch.cuda.device_of(x):
-        return kernels.row_product(x, weight)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute `torch.nn.functional.linear`. On a GPU, one row without gradients has a faster kernel than cuBLAS's."""
+    kernels = triton_kernels() if input.is_cuda else None
+    if kernels is None or not kernels.suits(input, weight, bias):
+        return F.linear(input, weight, bias)
+    if layer_kernels(input, weight, part="row product") is None:
+        return F.linear(input, weight, bias)
+    with torch.cuda.device_of(input):
+        return kernels.row_product(input, weight)
 
 
 def layer_kernels(*tensors: Tensor, part: str = "layer") -> ModuleType | None:
@@ -324,7 +330,7 @@ def layer_kernels(*tensors: Tensor, part: str = "layer") -> ModuleType | None:
     if torch.compiler.is_compiling() or (kernels := triton_kernels()) is None:
         return None
     if reason := kernels.failure(tensors[0].device.index, part):
-        notice(f"deltify: KDA runs without its GPU kernels: {reason}")
+        notice(f"deltify: {PARTS[part]} without their GPU kernels: {reason}")
         return None
     return kernels
 

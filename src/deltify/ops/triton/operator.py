@@ -16,7 +16,8 @@ from .tiles import wants_gradients
 # token-heads of a part: what a part's intermediate results take, 1 KB and 2.5 KB a token-head, bounds the memory
 PART, PART_BACKWARD = 2**20, 2**18
 # token-heads of a piece that is prepared while the scan is at another, and of a backward pass whose scans run at the
-# same time: less is not worth the launches, which a CUDA graph does without
+# same time. Less is not worth the time of the launches. In a CUDA graph, launches cost next to nothing, so that plans
+# of captured and of eager calls differ
 PIECE = 2**17
 # Only the scan in Triton splits a sequence into segments. With this many, it is faster than the one in CUDA C++
 SEGMENTS = 8
@@ -57,8 +58,8 @@ def plan_for(q, k, v, f, b, A_log, dt_bias, cu_seqlens: Tensor | None, gradients
     if cu_seqlens is not None and not plan.split:
         # reading the lengths of documents would wait for the GPU, so one document may have all tokens
         plan = replace(plan, segment=-(-tokens // C))
-    worth = captured or batch * tokens * heads >= PIECE
-    return replace(plan, beside=plan.beside and v.is_cuda and worth)
+    pays = captured or batch * tokens * heads >= PIECE
+    return replace(plan, beside=plan.beside and v.is_cuda and pays)
 
 
 def parts(v: Tensor, cu_seqlens: Tensor | None, limit: int) -> list[slice]:

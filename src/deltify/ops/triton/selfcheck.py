@@ -24,11 +24,16 @@ from .conv import short_conv_split
 from .decode import layer_step
 from .launch import Plan, backward, forward
 from .norms import add_norm, norm
-from .products import row_product
+from .products import STEPS, row_product
 
 WIDTHS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 WHOLE, SPLIT = Plan(8, False), Plan(2, True)
+GATES = (
+    (0.0, None),
+    (-6.0, None),
+    (0.0, -5.0),
+)  # what is added to the decay logits, and the bound: fast, slow, bounded
 TOLERANCE = 0.02  # RMS of the difference over RMS of the reference
 KERNELS = "DELTIFY_KERNELS"  # environment variable that chooses between kernels in Triton and in CUDA C++
 logger = logging.getLogger(__name__)
@@ -111,6 +116,7 @@ def cuda_refusal(device: int, width: int, gradients: bool) -> str | None:
     return reason
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def largest_error(part: str, width: int, place: str, dtype: torch.dtype, tokens: int = 300) -> float:
     """Return the largest relative error of a part's outputs, states and gradients.
@@ -161,10 +167,17 @@ def cuda_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int, gr
     """Yield results and references of the kernels in CUDA C++: fast, slow and bounded gates, and packed documents."""
     compile_kernels(width, gradients)
     plans = (replace(WHOLE, cuda=True), *([] if gradients else [replace(WHOLE, cuda=True, pieces=2)]))
-    for shift, lower_bound in ((0.0, None), (-6.0, None), (0.0, -5.0)):
+    for shift, lower_bound in GATES:
         yield from operator_pairs(draw, width, place, dtype, tokens, gradients, plans, shift, lower_bound)
     plans = (replace(WHOLE, cuda=True, beside=True),)
     yield from operator_pairs(draw, width, place, dtype, tokens, gradients, plans, bounds=(0, 70, 70, tokens))
+
+
+def split_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int):
+    """Yield results and references of the scan in Triton, which splits a sequence, after prepare in CUDA C++."""
+    plans = (replace(SPLIT, cuda=True),)
+    for shift, lower_bound in GATES:
+        yield from operator_pairs(draw, width, place, dtype, tokens, False, plans, shift, lower_bound)
 
 
 def compile_kernels(width: int, gradients: bool) -> None:
@@ -211,9 +224,10 @@ def activation_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: i
 
 
 def row_product_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int):
-    """Return the result and reference of a product of one row."""
-    x, weight = (y.to(place, dtype) for y in (draw(1, 1024), draw(tokens, 1024)))
-    return [(row_product(x, weight), x.cpu().double() @ weight.cpu().double().t())]
+    """Yield results and references of products of one row, for each number of channels that is read at a time."""
+    for step in STEPS:
+        x, weight = (draw(rows, 3 * step).to(place, dtype) for rows in (1, tokens))
+        yield row_product(x, weight), x.cpu().double() @ weight.cpu().double().t()
 
 
 CHECKS = {
@@ -226,7 +240,7 @@ CHECKS = {
 }
 CUDA_CHECKS = {
     "cuda": functools.partial(cuda_pairs, gradients=False),
-    "cuda split": functools.partial(operator_pairs, gradients=False, plans=(replace(SPLIT, cuda=True),)),
+    "cuda split": split_pairs,
     "cuda backward": functools.partial(cuda_pairs, gradients=True),
 }
 
