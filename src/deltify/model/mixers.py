@@ -176,7 +176,7 @@ class DeltifyTaps(nn.Conv1d):
         return self.weight
 
 
-ALIGNED = 8  # for weights whose number of rows is no multiple of it, cuBLAS has slow kernels only
+ALIGNED = 8  # weights get rows up to a multiple of it: for other numbers of rows, cuBLAS has slow kernels only
 
 
 def project(x: Tensor, *linears: nn.Module) -> Tensor:
@@ -426,7 +426,7 @@ class DeltifyAttention(DeltifyGroupedQueryAttention):
         return self.o_proj(y.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
 
-LONG, PIECES = 8192, 8  # so many keys are read in so many pieces, so that the whole GPU is busy
+LONG, PIECES = 8192, 8  # from LONG keys on, they are read in PIECES pieces, so that the whole GPU is busy
 
 
 def is_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> bool:

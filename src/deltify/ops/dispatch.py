@@ -108,7 +108,7 @@ def new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 @functools.cache
 def triton_kernels() -> ModuleType | None:
-    """Return the GPU kernels, or None if Triton is not installed."""
+    """Return the GPU kernels, or None if Triton is not installed or the kernels are those of an older deltify."""
     try:
         kernels = importlib.import_module("deltify.ops.triton")
     except ImportError:
@@ -312,12 +312,10 @@ def relu_squared(x: Tensor) -> Tensor:
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `torch.nn.functional.linear`. On a GPU, one row without gradients has a faster kernel than cuBLAS's."""
     kernels = triton_kernels() if input.is_cuda else None
-    if kernels is None or not kernels.suits(input, weight, bias):
-        return F.linear(input, weight, bias)
-    if layer_kernels(input, weight, part="row product") is None:
-        return F.linear(input, weight, bias)
-    with torch.cuda.device_of(input):
-        return kernels.row_product(input, weight)
+    if kernels and kernels.suits(input, weight, bias) and layer_kernels(input, weight, part="row product"):
+        with torch.cuda.device_of(input):
+            return kernels.row_product(input, weight)
+    return F.linear(input, weight, bias)
 
 
 def layer_kernels(*tensors: Tensor, part: str = "layer") -> ModuleType | None:

@@ -70,7 +70,8 @@ template <int N> DEVICE void settle(float (&d)[N]) { UNROLL for (int n = 0; n < 
 // right operands in tiles that load_tile wrote: b^T with N rows, or b with N columns in tiles 8,192 bytes apart
 DEVICE u64 operand(const char* p) { return (u64)((address(p) & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62; }
 DEVICE u64 operand_of_columns(const char* p) { return (u64)((address(p) & 0x3ffff) >> 4) | (u64)512 << 16 | (u64)64 << 32 | (u64)1 << 62; }
-// An operand some bytes later. Computed so, it takes one instruction; a whole one takes longer than its product.
+// The operand that begins some bytes after another one. This takes one instruction. To call operand() again takes six,
+// which is longer than a product of 64 columns.
 DEVICE u64 later(u64 operand, int bytes) { return operand + (bytes >> 4); }
 #define D8(d, n) "+f"(d[n]), "+f"(d[n + 1]), "+f"(d[n + 2]), "+f"(d[n + 3]), "+f"(d[n + 4]), "+f"(d[n + 5]), "+f"(d[n + 6]), "+f"(d[n + 7])
 template <int SIGN> DEVICE void multiply64(float* d, const u32* a, u64 b, int add) {

@@ -29,11 +29,8 @@ from .products import STEPS, row_product
 WIDTHS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 WHOLE, SPLIT = Plan(8, False), Plan(2, True)
-GATES = (
-    (0.0, None),
-    (-6.0, None),
-    (0.0, -5.0),
-)  # what is added to the decay logits, and the bound: fast, slow, bounded
+# fast, slow and bounded gates: what is added to the decay logits, and the lower bound of the log-decay
+GATES = ((0.0, None), (-6.0, None), (0.0, -5.0))
 TOLERANCE = 0.02  # RMS of the difference over RMS of the reference
 KERNELS = "DELTIFY_KERNELS"  # environment variable that chooses between kernels in Triton and in CUDA C++
 logger = logging.getLogger(__name__)
@@ -181,7 +178,7 @@ def split_pairs(draw, width: int, place: str, dtype: torch.dtype, tokens: int):
 
 
 def compile_kernels(width: int, gradients: bool) -> None:
-    """Compile the kernels in CUDA C++ of a pass at the same time, where they are not yet on the disk."""
+    """Compile all kernels in CUDA C++ of a pass in parallel, except those that are on the disk."""
     sources = [prepare.source_of(width, bounded) for bounded in (False, True)]
     sources += [scan.source_of(width, mode) for mode in ((OUTPUTS, KEEP, REVERSE) if gradients else (OUTPUTS,))]
     sources += [finish.source_of(width, bounded) for bounded in (False, True)] if gradients else []
